@@ -1,0 +1,141 @@
+"""What the two Flax adapters share: no Flax import here, no kernel knowledge either.
+
+`jax_flash.nnx` and `jax_flash.linen` translate Flax's calling conventions; the options
+of an adapter, the check that nothing Flax passed is lost, and rotary embedding live
+here, so that the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash.attention import mha
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Options that Flax's attention modules have no argument for.
+
+    Frozen and compared by value: two modules built alike have equal static parts, so
+    a jitted step is not traced again.
+
+    Attributes:
+      scale: multiplies the logits, `head_dim ** -0.5` if None.
+      is_causal: mask keys after the query, also when Flax asks for no mask.
+      causal_alignment: "top_left" is Flax's own rule (query i sees keys 0..i);
+        "bottom_right" aligns the last query with the last key. They agree when the
+        two lengths are equal.
+      window_size: (left, right), both inclusive, None = unbounded.
+      implementation: a name, a tuple of names in order of preference, or None.
+    """
+
+    scale: float | None = None
+    is_causal: bool = False
+    causal_alignment: str = "top_left"
+    window_size: tuple[int | None, int | None] | None = None
+    implementation: str | tuple[str, ...] | None = None
+
+
+def attend(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    is_causal: bool,
+    dropout_rate: float,
+    deterministic: bool,
+    precision: Any,
+    unsupported: dict[str, Any],
+) -> jax.Array:
+    """Calls `mha` for an adapter.
+
+    Args:
+      options: what the adapter was built with.
+      query: [*B, T, N, H].
+      key: [*B, S, K, H].
+      value: [*B, S, K, Hv].
+      bias: broadcastable to [*B, N, T, S], or None.
+      mask: broadcastable to [*B, N, T, S] (nonzero = attend), or None. Flax's mask
+        helpers return float arrays, so any dtype is taken.
+      is_causal: Flax's request; joined with `options.is_causal`.
+      dropout_rate: Flax's attention dropout; only active when not `deterministic`.
+      deterministic: Flax's flag.
+      precision: handed to `mha`.
+      unsupported: arguments this adapter cannot honour; each must be None.
+
+    Returns:
+      [*B, T, N, Hv] in the dtype of `query`.
+
+    Raises:
+      NotImplementedError: an argument asks for something that is not built; the
+        message names it and shows its value.
+    """
+    for name, argument in unsupported.items():
+        if argument is not None:
+            raise NotImplementedError(
+                f"attention_fn does not support {name}={argument!r}"
+            )
+    if dropout_rate > 0.0 and not deterministic:
+        raise NotImplementedError(
+            f"attention_fn does not support dropout_rate={dropout_rate} with"
+            f" deterministic={deterministic}: attention dropout is not built yet"
+        )
+    return mha(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=None if mask is None else mask.astype(bool),
+        scale=options.scale,
+        is_causal=is_causal or options.is_causal,
+        causal_alignment=options.causal_alignment,
+        window_size=options.window_size,
+        precision=precision,
+        implementation=options.implementation,
+    )
+
+
+def apply_rotary(
+    x: jax.Array, positions: jax.Array | None = None, *, theta: float = 10000.0
+) -> jax.Array:
+    """Rotary position embedding, half-split convention (as Llama and GPT-NeoX).
+
+    Element i of the first half of the width is rotated with element i of the second
+    half by the angle `position * theta ** (-2 i / H)`.
+
+    Args:
+      x: [*B, T, N, H] queries or keys, H even.
+      positions: integer [*B, T] or any shape that broadcasts to it; 0..T-1 if None.
+      theta: base of the geometric series of wavelengths.
+
+    Returns:
+      Array of the shape and dtype of `x`; the rotation is done in float32.
+
+    Raises:
+      ValueError: H is odd, or `positions` does not broadcast to [*B, T].
+    """
+    *batch_and_length, _, width = x.shape
+    if width % 2:
+        raise ValueError(f"apply_rotary needs an even head width, got {width}")
+    if positions is None:
+        positions = jnp.arange(batch_and_length[-1])
+    try:
+        positions = jnp.broadcast_to(positions, batch_and_length)
+    except ValueError as error:
+        raise ValueError(
+            f"positions has shape {positions.shape}, which does not broadcast to"
+            f" {tuple(batch_and_length)}"
+        ) from error
+    exponents = jnp.arange(width // 2, dtype=jnp.float32) * (-2.0 / width)
+    angles = positions[..., None, None].astype(jnp.float32) * theta**exponents
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
