@@ -2,36 +2,51 @@
 # Builds the wheel with all kernels and unpacks it into .gpu/, for a run on a
 # machine that has a GPU but no build tools:
 #
-#   PYTHON=path/to/python tools/build_gpu.sh [extra pip config, e.g. -C cmake.define.JAX_FLASH_LINEINFO=ON]
+#   [PYTHON=path/to/python] tools/build_gpu.sh [-C cmake.define.JAX_FLASH_LINEINFO=ON ...]
 #   PYTHONPATH=.gpu python -m jax_flash info        # there
 #
-# $PYTHON (default python3) needs jax, nanobind, scikit-build-core, cmake and
-# ninja. Objects stay in build/gpu-<python tag>, so only what changed is compiled;
-# the compiler's report is kept in build/gpu.log for tools/check_build.py.
+# $PYTHON (default python3) only says for which Python; the build requirements of
+# pyproject.toml go into an environment of their own, build/env-<tag>, because
+# handlers built against a newer jax than the one they run under do not load.
+# Objects stay in build/gpu-<tag>, so only what changed is compiled. The
+# compilers' report is build/gpu-<tag>.log, input of tools/check_build.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-tag=$("$python" -c 'import sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}")')
-# scikit-build-core takes cmake and ninja from PATH when they are installed there.
-PATH=$(dirname "$(command -v "$python")"):$PATH
-export PATH
+tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+env=build/env-$tag
+log=build/gpu-$tag.log
 
-mkdir -p build
+if [ ! -e "$env/complete" ]; then
+  "$python" -m venv "$env"
+  command -v nvcc >/dev/null && have_nvcc=1 || have_nvcc=0
+  "$env/bin/python" - "$have_nvcc" >"$env/requirements.txt" <<'PYTHON'
+import sys, tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))
+wanted = project["build-system"]["requires"] + ["cmake", "ninja"]
+wanted += project["tool"]["scikit-build"]["build"]["requires"]
+print(*(r for r in wanted if not (sys.argv[1] == "1" and "cuda" in r)), sep="\n")
+PYTHON
+  "$env/bin/python" -m pip install -q -r "$env/requirements.txt"
+  touch "$env/complete"
+fi
+
+# scikit-build-core takes cmake and ninja from PATH.
+export PATH=$PWD/$env/bin:$PATH JAX_FLASH_CUDA=ON JAX_FLASH_STRICT=ON
 rm -rf build/gpu-wheel
 started=$SECONDS
 status=0
-JAX_FLASH_CUDA=ON JAX_FLASH_STRICT=ON "$python" -m pip wheel -v . \
-  --no-build-isolation --no-deps --wheel-dir build/gpu-wheel \
-  -C build-dir="build/gpu-$tag" "$@" >build/gpu.log 2>&1 || status=$?
+"$env/bin/python" -m pip wheel -v . --no-build-isolation --no-deps \
+  --wheel-dir build/gpu-wheel -C build-dir="build/gpu-$tag" "$@" >"$log" 2>&1 || status=$?
 if [ "$status" -ne 0 ]; then
-  grep -nE -A20 'FAILED|CMake Error|: error|fatal error|[0-9]+ bytes spill' build/gpu.log |
-    grep -v ' 0 bytes spill stores, 0 bytes spill loads' | head -80
-  echo "build_gpu.sh: failed; everything is in build/gpu.log" >&2
+  grep -E -A20 'FAILED:|CMake Error|error:' "$log" | head -100 >&2
+  echo "build_gpu.sh: failed; everything is in $log" >&2
   exit "$status"
 fi
 
 rm -rf .gpu
-"$python" -m zipfile -e build/gpu-wheel/*.whl .gpu
+"$env/bin/python" -m zipfile -e build/gpu-wheel/*.whl .gpu
 ls -l build/gpu-wheel/*.whl .gpu/jax_flash/_kernels*.so
-echo "build_gpu.sh: done in $((SECONDS - started)) s"
+echo "build_gpu.sh: built in $((SECONDS - started)) s"

@@ -1,0 +1,177 @@
+"""Judges a full build of the kernels by what the compilers said.
+
+    python tools/check_build.py BUILD_LOG [--ninja-log BUILD_DIR/.ninja_log] [--wheel W]
+
+Fails on register spills, on ptxas notes that it gave up an optimisation
+(serialised wgmma, ignored setmaxnreg), on compiler warnings, on an instantiation
+file that was not compiled, on a build or a wheel over its limit. Prints one line
+for each kernel and architecture: registers, static shared memory, spilled bytes.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+OBJECT = re.compile(r"\[\d+/\d+\] Building (?:CUDA|CXX) object (\S+)\.o\b")
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+FUNCTION = re.compile(r"Function properties for (\w+)")
+SPILLS = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+NOTE = re.compile(r"ptxas info\s*: \(C\d+\)|Potential Performance Loss")
+WARNING = re.compile(r"\bwarning\b\s*(?:#[\w-]+)?\s*:", re.ASCII)
+
+
+@dataclasses.dataclass
+class Function:
+    """One device function as ptxas reported it; sizes in bytes."""
+
+    source: str
+    architecture: str
+    name: str
+    registers: int = 0
+    smem: int = 0
+    stack: int = 0
+    spills: int = 0
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything the log says about a build."""
+
+    functions: list[Function] = dataclasses.field(default_factory=list)
+    sources: list[str] = dataclasses.field(default_factory=list)
+    complaints: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_log(text: str) -> Report:
+    """Collects device functions, compiled sources and complaints from a log.
+
+    Ninja prints the output of one command in one piece, so lines of different
+    objects never mix.
+    """
+    report = Report()
+    source = architecture = "?"
+    for line in text.splitlines():
+        if match := OBJECT.search(line):
+            source = match[1].split(".dir/")[-1]
+            report.sources.append(source)
+        elif match := ENTRY.search(line):
+            architecture = match[2]
+        elif match := FUNCTION.search(line):
+            report.functions.append(Function(source, architecture, match[1]))
+        elif (match := SPILLS.search(line)) and report.functions:
+            function = report.functions[-1]
+            function.stack = int(match[1])
+            function.spills = int(match[2]) + int(match[3])
+        elif (match := USED.search(line)) and report.functions:
+            report.functions[-1].registers = int(match[1])
+            report.functions[-1].smem = int(match[2] or 0)
+        if NOTE.search(line) or WARNING.search(line):
+            report.complaints.append(f"{source}: {line.strip()}")
+    return report
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Readable names, or the names as they are where binutils are missing."""
+    if not names or shutil.which("c++filt") is None:
+        return names
+    done = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True
+    )
+    return done.stdout.splitlines() if done.returncode == 0 else names
+
+
+def read_ninja_log(path: Path) -> dict[str, tuple[float, float]]:
+    """Start and end, in seconds, of each compiled source of the last build."""
+    times = {}
+    for line in path.read_text().splitlines():
+        fields = line.split("\t")
+        if len(fields) == 5 and fields[3].endswith(".o"):
+            source = fields[3].removesuffix(".o").split(".dir/")[-1]
+            times[source] = (int(fields[0]) / 1000, int(fields[1]) / 1000)
+    return times
+
+
+def print_table(report: Report, times: dict[str, tuple[float, float]]) -> None:
+    """Prints one line for each device function and one for the whole."""
+    print(
+        f"{'file':24} {'arch':6} {'regs':>4} {'smem':>6} {'spill':>6} {'s':>6}  kernel"
+    )
+    names = demangle([f.name for f in report.functions])
+    for function, name in zip(report.functions, names, strict=True):
+        start, end = times.get(function.source, (0.0, 0.0))
+        short = name.replace("(anonymous namespace)::", "")
+        short = short if len(short) <= 60 else short[:57] + "..."
+        print(
+            f"{Path(function.source).name:24} {function.architecture:6} "
+            f"{function.registers:4} {function.smem:6} {function.spills:6} "
+            f"{end - start:6.1f}  {short}"
+        )
+
+
+def judge(
+    report: Report,
+    times: dict[str, tuple[float, float]],
+    wheel: Path | None,
+    max_seconds: float,
+    max_megabytes: float,
+) -> list[str]:
+    """Every reason why the build is not acceptable; empty if it is."""
+    faults = list(report.complaints)
+    faults += [
+        f"{f.source} ({f.architecture}): {f.spills} bytes of register spills"
+        for f in report.functions
+        if f.spills
+    ]
+    compiled = {f.source for f in report.functions}
+    for path in sorted(ROOT.glob("csrc/*/inst/*.cu")):
+        name = path.relative_to(ROOT).as_posix()
+        if name not in compiled:
+            faults.append(f"{name}: no kernel of it in the log; is it a full build?")
+    if times:
+        seconds = max(t[1] for t in times.values()) - min(t[0] for t in times.values())
+        print(f"compiled {len(times)} objects in {seconds:.0f} s")
+        if seconds > max_seconds:
+            faults.append(
+                f"compiling took {seconds:.0f} s, the limit is {max_seconds:.0f}"
+            )
+    if wheel is not None:
+        megabytes = wheel.stat().st_size / 1e6
+        print(f"{wheel.name}: {megabytes:.1f} MB")
+        if megabytes > max_megabytes:
+            faults.append(f"{wheel.name} has over {max_megabytes:.0f} MB")
+    return faults
+
+
+def main() -> int:
+    """Prints the table and the faults; 1 if there is any fault, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--ninja-log", type=Path)
+    parser.add_argument("--wheel", type=Path)
+    parser.add_argument("--max-seconds", type=float, default=600.0)
+    parser.add_argument("--max-megabytes", type=float, default=40.0)
+    args = parser.parse_args()
+
+    report = read_log(args.log.read_text(errors="replace"))
+    times = read_ninja_log(args.ninja_log) if args.ninja_log else {}
+    print_table(report, times)
+    faults = judge(report, times, args.wheel, args.max_seconds, args.max_megabytes)
+    for fault in faults:
+        print(f"FAULT {fault}", file=sys.stderr)
+    print("check_build:", f"{len(faults)} faults" if faults else "no faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
