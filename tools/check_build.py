@@ -1,6 +1,6 @@
 """Judges a full build of the kernels by what the compilers said.
 
-    python tools/check_build.py BUILD_LOG [--ninja-log BUILD_DIR/.ninja_log] [--wheel W]
+    python tools/check_build.py LOG [--ninja-log BUILD/.ninja_log] [--wheel W]
 
 Fails on register spills, on ptxas notes that it gave up an optimisation
 (serialised wgmma, ignored setmaxnreg), on compiler warnings, on an instantiation
@@ -123,6 +123,7 @@ def judge(
     wheel: Path | None,
     max_seconds: float,
     max_megabytes: float,
+    partial: bool,
 ) -> list[str]:
     """Every reason why the build is not acceptable; empty if it is."""
     faults = list(report.complaints)
@@ -134,7 +135,7 @@ def judge(
     compiled = {f.source for f in report.functions}
     for path in sorted(ROOT.glob("csrc/*/inst/*.cu")):
         name = path.relative_to(ROOT).as_posix()
-        if name not in compiled:
+        if name not in compiled and not partial:
             faults.append(f"{name}: no kernel of it in the log; is it a full build?")
     if times:
         seconds = max(t[1] for t in times.values()) - min(t[0] for t in times.values())
@@ -147,7 +148,7 @@ def judge(
         megabytes = wheel.stat().st_size / 1e6
         print(f"{wheel.name}: {megabytes:.1f} MB")
         if megabytes > max_megabytes:
-            faults.append(f"{wheel.name} has over {max_megabytes:.0f} MB")
+            faults.append(f"{wheel.name} is over {max_megabytes:.0f} MB")
     return faults
 
 
@@ -159,6 +160,9 @@ def main() -> int:
     parser.add_argument("log", type=Path)
     parser.add_argument("--ninja-log", type=Path)
     parser.add_argument("--wheel", type=Path)
+    parser.add_argument(
+        "--partial", action="store_true", help="the log need not cover every file"
+    )
     parser.add_argument("--max-seconds", type=float, default=600.0)
     parser.add_argument("--max-megabytes", type=float, default=40.0)
     args = parser.parse_args()
@@ -166,7 +170,9 @@ def main() -> int:
     report = read_log(args.log.read_text(errors="replace"))
     times = read_ninja_log(args.ninja_log) if args.ninja_log else {}
     print_table(report, times)
-    faults = judge(report, times, args.wheel, args.max_seconds, args.max_megabytes)
+    faults = judge(
+        report, times, args.wheel, args.max_seconds, args.max_megabytes, args.partial
+    )
     for fault in faults:
         print(f"FAULT {fault}", file=sys.stderr)
     print("check_build:", f"{len(faults)} faults" if faults else "no faults")
