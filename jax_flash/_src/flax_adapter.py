@@ -40,6 +40,33 @@ class AttentionOptions:
     implementation: str | tuple[str, ...] | None = None
 
 
+def mha_precision(precision: Any) -> str | None:
+    """What `mha` calls a precision of `jax.lax.PrecisionLike`.
+
+    Args:
+      precision: None, a `jax.lax.Precision` or its name, or a pair of two equal ones.
+
+    Returns:
+      "highest", or None, which is at least as precise as DEFAULT and HIGH.
+
+    Raises:
+      NotImplementedError: a pair of different ones, or a dot algorithm.
+    """
+    parts = precision if isinstance(precision, tuple) else (precision,)
+    try:
+        named = {jax.lax.Precision(part) for part in parts if part is not None}
+    except ValueError:
+        named = None
+    if named == {jax.lax.Precision.HIGHEST} and None not in parts:
+        return "highest"
+    if named is not None and jax.lax.Precision.HIGHEST not in named:
+        return None
+    raise NotImplementedError(
+        f"attention_fn does not support precision={precision!r}; it takes None or a"
+        " jax.lax.Precision"
+    )
+
+
 def attend(
     options: AttentionOptions,
     query: jax.Array,
@@ -67,7 +94,7 @@ def attend(
       is_causal: Flax's request; joined with `options.is_causal`.
       dropout_rate: Flax's attention dropout; only active when not `deterministic`.
       deterministic: Flax's flag.
-      precision: handed to `mha`.
+      precision: see `mha_precision`.
       unsupported: arguments this adapter cannot honour; each must be None.
 
     Returns:
@@ -97,7 +124,7 @@ def attend(
         is_causal=is_causal or options.is_causal,
         causal_alignment=options.causal_alignment,
         window_size=options.window_size,
-        precision=precision,
+        precision=mha_precision(precision),
         implementation=options.implementation,
     )
 

@@ -1,0 +1,23 @@
+"""Attention on GPUs in JAX: one function under every transformation."""
+
+import importlib
+from typing import Any
+
+from jax_flash import backends
+from jax_flash._src import registry
+from jax_flash.attention import mha
+from jax_flash.backends import explain
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "backends", "explain", "mha"]
+
+# Registers the FFI targets, so that exported programs can be loaded.
+registry.extension()
+
+
+def __getattr__(name: str) -> Any:
+    """`jax_flash.nnx` and `jax_flash.linen` without importing flax before use."""
+    if name in ("nnx", "linen"):
+        return importlib.import_module(f"jax_flash.{name}")
+    raise AttributeError(f"module 'jax_flash' has no attribute {name!r}")

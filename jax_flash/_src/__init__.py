@@ -1,0 +1,1 @@
+"""Private rooms of `jax_flash`; nothing here is a stable interface."""

@@ -1,0 +1,88 @@
+"""Abstract evaluation: shapes, dtypes, varying axes and shardings of results.
+
+Results are derived from the query's type by `update`, so that the manual axes of
+`shard_map` are kept; the sharding is rebuilt for each result, because its dimensions are
+not the query's.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.sharding import PartitionSpec
+
+from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
+from jax_flash._src.scores import accumulator
+
+
+def _like(query: Any, shape: tuple, dtype: Any, spec: tuple) -> Any:
+    sharding = query.sharding.update(spec=PartitionSpec(*spec))
+    return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def _full_batch(named: list[tuple[str, Any]]) -> tuple[tuple, tuple]:
+    """The full batch dimensions, and for each the first sharding an operand has."""
+    shape = jnp.broadcast_shapes(*(x.shape[: x.ndim - TRAILING[n]] for n, x in named))
+    spec: list[Any] = [None] * len(shape)
+    for _, x in named:
+        for i, size in enumerate(shape):
+            if x.shape[i] == size and spec[i] is None:
+                spec[i] = x.sharding.spec[i]
+    return shape, tuple(spec)
+
+
+def forward(*avals: ShapedArray, config: AttentionConfig, **_: Any) -> list[Any]:
+    """Types of `[out, lse]`."""
+    named = list(zip(config.present, avals, strict=True))
+    batch, spec = _full_batch(named)
+    query, value = avals[0], avals[2]
+    rows, heads, _ = query.shape[-3:]
+    rows_spec, heads_spec, _ = query.sharding.spec[-3:]
+    out_shape = (*batch, rows, heads, value.shape[-1])
+    lse_dtype = accumulator(query.dtype)
+    return [
+        _like(query, out_shape, query.dtype, (*spec, rows_spec, heads_spec, None)),
+        _like(query, (*batch, heads, rows), lse_dtype, (*spec, heads_spec, rows_spec)),
+    ]
+
+
+def tangent(
+    *avals: ShapedArray, config: AttentionConfig, perturbed: tuple[str, ...]
+) -> list[Any]:
+    """Types of `[dout, dlse]`; the tangents may have more batch than the residuals."""
+    names = config.present + RESIDUALS + perturbed
+    batch, spec = _full_batch(list(zip(names, avals, strict=True)))
+    count = len(config.present)
+    return [
+        _like(
+            avals[0],
+            batch + x.shape[-TRAILING[n] :],
+            x.dtype,
+            spec + tuple(x.sharding.spec[-TRAILING[n] :]),
+        )
+        for n, x in zip(RESIDUALS, avals[count : count + 2], strict=True)
+    ]
+
+
+def backward(
+    *avals: ShapedArray, config: AttentionConfig, backward: Backward, **_: Any
+) -> list[Any]:
+    """Types of the gradients of `backward.perturbed`."""
+    names = backward_operands(config, backward)
+    batch, spec = _full_batch(list(zip(names, avals, strict=True)))
+    operands = dict(zip(names, avals, strict=True))
+    results = []
+    for name, shared in zip(backward.perturbed, backward.shared, strict=True):
+        x, shape, own = operands[name], list(batch), list(spec)
+        for axis in shared:
+            shape[axis], own[axis] = 1, None
+        start = x.ndim - TRAILING[name]
+        full_spec = (*own, *x.sharding.spec[start:])
+        results.append(_like(avals[0], (*shape, *x.shape[start:]), x.dtype, full_spec))
+    return results
+
+
+def backward_operands(config: AttentionConfig, backward: Backward) -> tuple[str, ...]:
+    """Names of what the backward primitive takes."""
+    cotangents = ("dout", "dlse") if backward.has_dlse else ("dout",)
+    return config.present + RESIDUALS + cotangents

@@ -1,0 +1,157 @@
+"""The built-in backends: "cuda", "cudnn" and "xla".
+
+Lives here: what each supports and how it runs. "cuda" and "xla" are one primitive, which
+chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
+"""
+
+import functools
+
+import jax
+
+from jax_flash._src import plan, registry
+from jax_flash._src.call import Backend, Call
+from jax_flash._src.config import UNBOUNDED, AttentionConfig
+from jax_flash._src.flash_mha import flash_mha
+
+KERNEL_OPERANDS = (
+    "query",
+    "key",
+    "value",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+)
+
+
+def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
+    """The static argument of the primitive for a call."""
+    left, right = call.window_size or (None, None)
+    if call.is_causal:
+        right = 0
+    order = tuple(range(len(call.query.shape)))
+    return AttentionConfig(
+        scale=call.scale,
+        window_left=UNBOUNDED if left is None else left,
+        window_right=UNBOUNDED if right is None else right,
+        bottom_right=call.causal_alignment == "bottom_right",
+        softcap=call.softcap,
+        precision=call.precision,
+        present=call.present,
+        orders=(order,) * 3,
+        implementations=implementations,
+    )
+
+
+def run_primitive(
+    call: Call, operands: dict[str, jax.Array], implementations: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """`(out, lse)` by the first of `implementations` the lowering platform has."""
+    return flash_mha(config_of(call, implementations), operands)
+
+
+def cuda_supports(call: Call) -> str | None:
+    """Why the kernels cannot run a call."""
+    extension = registry.extension()
+    if extension.missing is not None:
+        return extension.missing
+    if str(call.dtype) not in plan.DTYPES:
+        return f"query of dtype {call.dtype}: the kernels take bfloat16 and float16"
+    for name in call.present:
+        if name not in KERNEL_OPERANDS:
+            shape = getattr(call, name).shape
+            return f"{name} (of shape {shape}) is not supported by the kernels yet"
+    if call.softcap is not None:
+        return f"softcap={call.softcap} is not supported by the kernels yet"
+    if call.precision is not None:
+        return f"precision={call.precision!r}: the kernels round to {call.dtype}"
+    if len(call.batch) > plan.MAX_BATCH_DIMS:
+        return (
+            f"query has {len(call.batch)} batch dimensions, the kernels take at most "
+            f"{plan.MAX_BATCH_DIMS}"
+        )
+    kernel = plan.forward_kernel(call.dtype, call.head_dim, call.value_dim)
+    widths = f"H={call.head_dim} and Hv={call.value_dim} of query and value"
+    if kernel is None:
+        return f"{widths}: the kernels take widths of at most 256"
+    if kernel not in extension.kernels:
+        return f"{widths}: {kernel} is not among the kernels that were built"
+    return None
+
+
+@functools.cache
+def _has_cuda_device() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def cudnn_supports(call: Call) -> str | None:
+    """Why `jax.nn`'s cuDNN attention cannot run a call with our semantics."""
+    if str(call.dtype) not in plan.DTYPES:
+        return f"query of dtype {call.dtype}: cuDNN takes bfloat16 and float16"
+    for name in call.present[3:]:
+        return f"{name} (of shape {getattr(call, name).shape}): cuDNN's rule differs"
+    if call.return_lse:
+        return "return_lse=True: jax.nn rounds lse and stops its gradient"
+    if call.softcap is not None:
+        return f"softcap={call.softcap} is not offered by jax.nn"
+    if call.precision is not None:
+        return f"precision={call.precision!r} is not offered by jax.nn"
+    if call.deterministic:
+        return "deterministic=True is not promised by jax.nn"
+    if call.head_dim != call.value_dim:
+        return f"Hv={call.value_dim} of value differs from H={call.head_dim}"
+    if call.head_dim % 8 or call.head_dim > 128:
+        return f"H={call.head_dim} of query: a multiple of 8 up to 128 is needed"
+    if len(call.batch) != 1:
+        return f"query has batch dimensions {call.batch}: exactly one is needed"
+    rows, keys = call.query_length, call.key_length
+    if 0 in (*call.batch, rows, keys):
+        return f"query {call.query.shape} or key {call.key.shape} is empty"
+    if call.is_causal or call.window_size is not None:
+        if call.causal_alignment == "bottom_right" and rows != keys:
+            return (
+                f"causal_alignment='bottom_right' with T={rows} and S={keys}: cuDNN "
+                "aligns top-left"
+            )
+    if call.window_size is not None:
+        left, right = call.window_size
+        if left is None or not (call.is_causal or right == 0):
+            return f"window_size={call.window_size}: only (left, 0) is offered"
+        if rows != keys:
+            return f"window_size={call.window_size} with T={rows} and S={keys}"
+    return None if _has_cuda_device() else "there is no CUDA device in this process"
+
+
+def run_cudnn(
+    call: Call, operands: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs cuDNN through `jax.nn`."""
+    window = None
+    if call.window_size is not None:
+        window = (call.window_size[0], 0)
+    out = jax.nn.dot_product_attention(
+        operands["query"],
+        operands["key"],
+        operands["value"],
+        scale=call.scale,
+        is_causal=call.is_causal or window is not None,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return out, None
+
+
+CUDA = Backend(
+    "cuda",
+    ("cuda",),
+    cuda_supports,
+    functools.partial(run_primitive, implementations=("cuda",)),
+)
+CUDNN = Backend("cudnn", ("cuda",), cudnn_supports, run_cudnn)
+XLA = Backend(
+    "xla",
+    (),
+    lambda call: None,
+    functools.partial(run_primitive, implementations=("xla",)),
+)

@@ -1,0 +1,273 @@
+"""Partitioning: batch and heads stay sharded, sequence and width never are.
+
+Lives here: the sharding rule given to Shardy, and the callback that decides, from the
+shardings the compiler proposes, what each device computes. What a device runs is an inner
+primitive (`inner`) on its local shapes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_flash._src import avals, compat, inner
+from jax_flash._src.config import RESIDUALS, AttentionConfig, Backward
+
+SEQUENCE_AND_WIDTH = ("t", "s", "h", "hv")
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The static argument of a partitioned call: a forward, or a backward."""
+
+    config: AttentionConfig
+    backward: Backward | None
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        if self.backward is None:
+            return self.config.present
+        return avals.backward_operands(self.config, self.backward)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return RESIDUALS if self.backward is None else self.backward.perturbed
+
+
+def _bind(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    if stage.backward is None:
+        return tuple(inner.forward_i.bind(*operands, config=stage.config))
+    return tuple(
+        inner.backward_i.bind(*operands, config=stage.config, backward=stage.backward)
+    )
+
+
+def _trailing(name: str, query_heads: int, kv_heads: int) -> tuple[str, ...]:
+    """Symbolic dimensions after the batch.
+
+    Query and key/value heads are separate factors, not the compound "(kv group)": a mesh
+    axis larger than the number of kv heads would be split into sub-axes, which JAX cannot
+    write as a PartitionSpec. The callback ties the two instead.
+    """
+    n, k = "n", "n" if kv_heads == query_heads else "kh"
+    return {
+        "query": ("t", n, "h"),
+        "key": ("s", k, "h"),
+        "value": ("s", k, "hv"),
+        "bias": (n, "t", "s"),
+        "mask": (n, "t", "s"),
+        "sinks": (n,),
+        "q_segment_ids": ("t",),
+        "kv_segment_ids": ("s",),
+        "query_seq_lengths": (),
+        "key_value_seq_lengths": (),
+        "out": ("t", n, "hv"),
+        "dout": ("t", n, "hv"),
+        "lse": (n, "t"),
+        "dlse": (n, "t"),
+    }[name]
+
+
+def _sharding_rule(stage: Stage, mesh: Any, operands: Any, results: Any):
+    """The einsum-like rule, with the factors that Shardy must leave whole."""
+    del mesh
+    names = stage.operands + stage.results
+    shapes = [tuple(x.shape) for x in (*operands, *results)]
+    query, key = shapes[0], shapes[1]
+    batch = [f"b{i}" for i in range(len(query) - 3)]
+    fresh = iter(f"u{i}" for i in range(10**6))
+    order: list[str] = []
+
+    def text(name: str, shape: tuple[int, ...]) -> str:
+        dims = (*batch, *_trailing(name, query[-2], key[-2]))
+        # A dimension of size 1 is shared: it may not take part in a larger factor.
+        dims = [next(fresh) if n == 1 else d for d, n in zip(dims, shape, strict=True)]
+        order.extend(d for d in dims if d not in order)
+        return " ".join(dims)
+
+    texts = [text(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    count = len(stage.operands)
+    rule = f"{', '.join(texts[:count])} -> {', '.join(texts[count:])}"
+    # Factors must be named in the order of their first appearance.
+    whole = tuple(d for d in order if d in SEQUENCE_AND_WIDTH)
+    return rule, {"need_replication_factors": whole}
+
+
+@functools.cache
+def _refine(mesh: Mesh) -> Mesh:
+    """The mesh with axes split into primes: Shardy may shard by part of an axis."""
+    names, sizes = [], []
+    for axis in mesh.axis_names:
+        for prime in _prime_factors(mesh.shape[axis]):
+            names.append(f"{axis}_{len(names)}")
+            sizes.append(prime)
+    return Mesh(mesh.devices.reshape(sizes), tuple(names))
+
+
+def _prime_factors(n: int) -> Iterator[int]:
+    prime = 2
+    while n > 1:
+        if n % prime:
+            prime += 1
+        else:
+            yield prime
+            n //= prime
+
+
+def _axes_of(mesh: Mesh, x: Any) -> list[Axes]:
+    """For each dimension of x the axes of `mesh` that split it, major to minor."""
+    where = x.sharding.devices_indices_map(tuple(x.shape))
+    spec = []
+    for dim in range(len(x.shape)):
+        starts = [where[device][dim].start or 0 for device in mesh.devices.flat]
+        start = np.reshape(starts, mesh.devices.shape)
+        step = {
+            name: np.abs(np.diff(start, axis=i)).max()
+            for i, name in enumerate(mesh.axis_names)
+        }
+        split = sorted((a for a in step if step[a]), key=lambda a: -step[a])
+        spec.append(tuple(split))
+    return spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Mesh axes that split each batch dimension, the query heads and the kv heads."""
+
+    batch: tuple[Axes, ...]
+    query_heads: Axes
+    kv_heads: Axes
+
+
+def _choose(stage: Stage, mesh: Mesh, arrays: list[tuple[str, Any]]) -> _Split:
+    """The sharding every device works under, from those the compiler proposes."""
+    shape = {name: tuple(x.shape) for name, x in arrays}
+    proposals = [(name, tuple(x.shape), _axes_of(mesh, x)) for name, x in arrays]
+    batch_dims = len(shape["query"]) - 3
+    query_heads, kv_heads = shape["query"][-2], shape["key"][-2]
+    used: set[str] = set()
+
+    def take(candidates: Iterator[Axes], size: int) -> Axes:
+        """The longest usable prefix of the first candidate that has one."""
+        for candidate in candidates:
+            got: list[str] = []
+            parts = 1
+            for axis in candidate:
+                if axis in used or size % (parts * mesh.shape[axis]):
+                    break
+                got.append(axis)
+                parts *= mesh.shape[axis]
+            if got:
+                used.update(got)
+                return tuple(got)
+        return ()
+
+    batch = tuple(
+        take(
+            (axes[i] for _, s, axes in proposals if s[i] > 1),
+            max(s[i] for _, s, _ in proposals),
+        )
+        for i in range(batch_dims)
+    )
+    with_heads = ("query", "out", "dout", "key", "value")
+    heads = take(
+        (axes[batch_dims + 1] for name, _, axes in proposals if name in with_heads),
+        query_heads,
+    )
+    # Key/value heads are split as the query heads while they divide; beyond that every
+    # device needs exactly one of them, or query heads would miss the head they read.
+    kv: list[str] = []
+    parts = 1
+    for axis in heads:
+        if kv_heads % (parts * mesh.shape[axis]):
+            break
+        kv.append(axis)
+        parts *= mesh.shape[axis]
+    if parts < kv_heads:
+        heads = tuple(kv)
+    return _Split(batch, heads, tuple(kv))
+
+
+def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
+    """What each device computes, and the shardings under which it does."""
+    mesh = _refine(mesh)
+    arrays = list(
+        zip((*stage.operands, *stage.results), (*operands, *results), strict=True)
+    )
+    split = _choose(stage, mesh, arrays)
+    shape = {name: tuple(x.shape) for name, x in reversed(arrays)}
+    heads = shape["query"][-2], shape["key"][-2]
+    batch_dims = len(split.batch)
+
+    def local(name: str, x: Any) -> NamedSharding:
+        spec = [axes if n > 1 else () for axes, n in zip(split.batch, x.shape)]
+        for size, dim in zip(x.shape[batch_dims:], _trailing(name, *heads)):
+            is_head = dim in ("n", "kh") and size > 1
+            axes = split.kv_heads if name in ("key", "value") else split.query_heads
+            spec.append(axes if is_head else ())
+        return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
+
+    def partial_over(name: str) -> Axes:
+        """Mesh axes over which the gradient of `name` is a sum of local parts."""
+        assert stage.backward is not None
+        axes: Axes = ()
+        shared = dict(zip(stage.backward.perturbed, stage.backward.shared))[name]
+        for axis in shared:
+            axes += split.batch[axis]
+        if name in ("key", "value"):
+            return axes + split.query_heads[len(split.kv_heads) :]
+        if name == "bias" and shape["bias"][-3] == 1:
+            return axes + split.query_heads
+        return axes
+
+    def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        with compat.without_mesh():
+            outs = list(_bind(stage, *xs))
+        if stage.backward is not None:
+            for i, name in enumerate(stage.results):
+                axes = partial_over(name)
+                if axes:
+                    outs[i] = lax.psum(outs[i], axes)
+        return tuple(outs)
+
+    operand_shardings = tuple(map(local, stage.operands, operands))
+    result_shardings = tuple(map(local, stage.results, results))
+    return mesh, run, result_shardings, operand_shardings
+
+
+_partitioned = functools.partial(custom_partitioning, static_argnums=(0,))(_bind)
+_partitioned.def_partition(
+    _partition, sharding_rule=_sharding_rule, decode_shardings=False
+)
+
+
+def partitioned(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs the stage, split over devices along batch and heads."""
+    if compat.partly_manual():
+        # The callback would be given shardings without a mesh.
+        return _bind(stage, *operands)
+    return _partitioned(stage, *operands)
+
+
+@custom_partitioning
+def identity(x: jax.Array) -> jax.Array:
+    """A call that needs the list of devices; see `primitives.device_hint`."""
+    return x
+
+
+identity.def_partition(
+    lambda mesh, args, result: (
+        mesh,
+        lambda x: x,
+        result.sharding,
+        (args[0].sharding,),
+    ),
+    sharding_rule="i -> i",
+)

@@ -1,0 +1,93 @@
+"""Products and logits shared by the forward specification and its derivatives.
+
+All of it in float32 (float64 for float64 inputs). Query heads are grouped by the
+key/value head they read, so keys and values are never repeated.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_flash._src.config import TRAILING, AttentionConfig
+
+Operands = dict[str, jax.Array]
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype of all arithmetic on inputs of `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def batch_shape(operands: Operands) -> tuple[int, ...]:
+    """The full batch dimensions of canonical operands (and residuals)."""
+    return jnp.broadcast_shapes(
+        *(x.shape[: x.ndim - TRAILING[name]] for name, x in operands.items())
+    )
+
+
+def matmul(config: AttentionConfig, a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [..., M, L] @ b [..., L, C] in the accumulator dtype.
+
+    A 16-bit factor is exact in every format a DEFAULT float32 product may use, so
+    only wide inputs and precision="highest" need the slow one.
+    """
+    wide = min(a.dtype.itemsize, b.dtype.itemsize) > 2 or config.precision == "highest"
+    dtype = jnp.promote_types(accumulator(a.dtype), b.dtype)
+    precision = lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision)
+
+
+def heads_first(x: jax.Array, groups: int) -> jax.Array:
+    """[*B, T, N, C] -> [*B, K, groups * T, C], the heads of one group together."""
+    x = jnp.swapaxes(x, -3, -2)
+    *batch, heads, rows, width = x.shape
+    return x.reshape(*batch, heads // groups, groups * rows, width)
+
+
+def query_key(config: AttentionConfig, query: jax.Array, key: jax.Array) -> jax.Array:
+    """[*B, T, N, H] x [*B, S, K, H] -> [*B, N, T, S], also for dout x value."""
+    groups = query.shape[-2] // key.shape[-2]
+    keys = jnp.swapaxes(jnp.swapaxes(key, -3, -2), -1, -2)
+    s = matmul(config, heads_first(query, groups), keys)
+    *batch, kv_heads, _, length = s.shape
+    return s.reshape(*batch, kv_heads * groups, query.shape[-3], length)
+
+
+def weights_value(config: AttentionConfig, p: jax.Array, value: jax.Array) -> jax.Array:
+    """[*B, N, T, S] x [*B, S, K, C] -> [*B, T, N, C], also for dlogits x key."""
+    *batch, heads, rows, length = p.shape
+    kv_heads = value.shape[-2]
+    p = p.reshape(*batch, kv_heads, heads // kv_heads * rows, length)
+    o = matmul(config, p, jnp.swapaxes(value, -3, -2))
+    o = o.reshape(*o.shape[:-3], heads, rows, o.shape[-1])
+    return jnp.swapaxes(o, -3, -2)
+
+
+def weights_query(
+    config: AttentionConfig, p: jax.Array, x: jax.Array, kv_heads: int
+) -> jax.Array:
+    """[*B, N, T, S] x [*B, T, N, C] -> [*B, S, K, C], summed over rows and group."""
+    *batch, heads, rows, length = p.shape
+    p = p.reshape(*batch, kv_heads, heads // kv_heads * rows, length)
+    x = heads_first(x, heads // kv_heads)
+    return jnp.swapaxes(matmul(config, jnp.swapaxes(p, -1, -2), x), -3, -2)
+
+
+def logits(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array | float]:
+    """Logits before masking of the rows and keys in `o`.
+
+    Returns:
+      `(logits, slope)`: the logits [*B, N, t, s], and the derivative of the
+      soft cap at the scaled product (1.0 without a cap).
+    """
+    s = config.scale * query_key(config, o["query"], o["key"])
+    slope: jax.Array | float = 1.0
+    if config.softcap is not None:
+        capped = jnp.tanh(s / config.softcap)
+        slope = 1.0 - capped * capped
+        s = config.softcap * capped
+    if "bias" in o:
+        s = s + o["bias"].astype(s.dtype)
+    return s, slope

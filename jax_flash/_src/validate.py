@@ -1,0 +1,291 @@
+"""Checks of the user's arguments, once, at trace time.
+
+Every message names the argument and shows its value. ValueError: the argument is wrong.
+NotImplementedError: it is right, and not built. What a given implementation cannot do is
+not decided here but in `Backend.supports`.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash._src.call import Call
+from jax_flash._src.config import OPERANDS, TRAILING
+
+ALIGNMENTS = ("bottom_right", "top_left")
+PRECISIONS = (None, "highest")
+NAMED_PRECISIONS = ("tf32", "bf16", "f16")
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+LARGEST_WINDOW = 1 << 30
+"""A window side this large is unbounded; smaller ones cannot overflow int32 rows."""
+
+
+def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
+    """Validates a call of `mha`.
+
+    Args:
+      arrays: the array arguments by name, in the order of `OPERANDS`, None where not
+        given; arrays or `jax.ShapeDtypeStruct`s.
+      options: the other arguments by name.
+
+    Returns:
+      The call, with canonical ranks.
+    """
+    given = {n: _abstract(n, x) for n, x in arrays.items() if x is not None}
+    for name in OPERANDS[:3]:
+        if name not in given:
+            raise ValueError(f"{name} must be an array, got None")
+    _check_qkv(given["query"], given["key"], given["value"])
+    batch = given["query"].shape[:-3]
+    _check_others(given)
+    shapes = {
+        name: jax.ShapeDtypeStruct(_canonical_shape(name, x.shape, len(batch)), x.dtype)
+        for name, x in given.items()
+    }
+    return Call(**shapes, **_check_options(options, given))
+
+
+def canonical(call: Call, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    """The arrays of a validated call with canonical ranks and dtypes."""
+    result = {}
+    for name in call.present:
+        shape = getattr(call, name)
+        x = arrays[name]
+        if shape.dtype == jnp.int32:
+            x = _as_int32(x)
+        result[name] = jnp.asarray(x).reshape(shape.shape)
+    return result
+
+
+def _as_int32(x: Any) -> Any:
+    """Integers of any width as int32, saturated: lengths are clamped anyway."""
+    if getattr(x, "dtype", None) == jnp.int32:
+        return x
+    limits = np.iinfo(np.int32)
+    if isinstance(x, jax.Array):
+        info = jnp.iinfo(x.dtype)
+        x = jnp.clip(x, max(info.min, limits.min), min(info.max, limits.max))
+        return x.astype(jnp.int32)
+    return np.clip(np.asarray(x), limits.min, limits.max).astype(np.int32)
+
+
+def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an argument as JAX will see it."""
+    integers = "lengths" in name or "segment" in name
+    if isinstance(x, int) and not isinstance(x, bool) and "lengths" in name:
+        return jax.ShapeDtypeStruct((), jnp.int32)
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+    if integers:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got dtype {x.dtype}")
+        return jax.ShapeDtypeStruct(x.shape, jnp.int32)
+    if isinstance(x, np.ndarray | np.generic):
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _check_qkv(query: Any, key: Any, value: Any) -> None:
+    qkv = {"query": query, "key": key, "value": value}
+    layout = {"query": "[*B,T,N,H]", "key": "[*B,S,K,H]", "value": "[*B,S,K,Hv]"}
+    for name, x in qkv.items():
+        if len(x.shape) < 3:
+            raise ValueError(
+                f"{name} must have at least 3 dimensions, {layout[name]}, got shape "
+                f"{x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
+        if str(x.dtype) not in FLOAT_DTYPES:
+            raise NotImplementedError(f"{name} of dtype {x.dtype} is not supported")
+    shapes = f"got query {query.shape}, key {key.shape}, value {value.shape}"
+    for name, x in qkv.items():
+        if len(x.shape) != len(query.shape):
+            raise ValueError(f"{name} must have the rank of query; {shapes}")
+        if x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name} must have the batch dimensions of query {query.shape[:-3]}, "
+                f"got {x.shape[:-3]}; {shapes}"
+            )
+        if x.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}"
+            )
+    if key.shape[-3] != value.shape[-3]:
+        raise ValueError(f"value must have the length S of key; {shapes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"value must have the number of heads K of key; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have the width H of query; {shapes}")
+    heads, kv_heads, width = query.shape[-2], key.shape[-2], query.shape[-1]
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"query must have a multiple of key's heads, got N={heads} and K={kv_heads}"
+        )
+    if width < 1:
+        raise ValueError(f"query must have a width H of at least 1, got {width}")
+
+
+def _check_others(given: dict[str, Any]) -> None:
+    query, key = given["query"], given["key"]
+    batch = query.shape[:-3]
+    (rows, heads), keys = query.shape[-3:-1], key.shape[-3]
+    full = {
+        "bias": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
+        "mask": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
+        "sinks": ("[*B,N]", (*batch, heads)),
+        "q_segment_ids": ("[*B,T]", (*batch, rows)),
+        "kv_segment_ids": ("[*B,S]", (*batch, keys)),
+        "query_seq_lengths": ("[*B]", batch),
+        "key_value_seq_lengths": ("[*B]", batch),
+    }
+    for name, (layout, shape) in full.items():
+        if name not in given:
+            continue
+        got = given[name].shape
+        if not _broadcasts(got, shape):
+            raise ValueError(
+                f"{name} must broadcast to {layout} = {shape}, got shape {got}"
+            )
+    for name in ("bias", "sinks"):
+        if name in given and not jnp.issubdtype(given[name].dtype, jnp.floating):
+            hint = "; a boolean mask is `mask`" if name == "bias" else ""
+            raise ValueError(
+                f"{name} must be floating, got dtype {given[name].dtype}{hint}"
+            )
+    if "mask" in given and given["mask"].dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be bool (True = attend), got dtype {given['mask'].dtype}; "
+            "an additive mask is `bias`"
+        )
+    if "sinks" in given and given["sinks"].shape[-1:] != (heads,):
+        raise ValueError(
+            f"sinks must have one logit for each of the N={heads} query heads, got "
+            f"shape {given['sinks'].shape}"
+        )
+    for name, length in (("q_segment_ids", rows), ("kv_segment_ids", keys)):
+        if name in given and given[name].shape[-1:] != (length,):
+            raise ValueError(
+                f"{name} must have one id for each of the {length} positions, got shape "
+                f"{given[name].shape}"
+            )
+    if ("q_segment_ids" in given) != ("kv_segment_ids" in given):
+        missing = "kv" if "q_segment_ids" in given else "q"
+        raise ValueError(
+            "q_segment_ids and kv_segment_ids must be given together, got "
+            f"{missing}_segment_ids=None"
+        )
+
+
+def _broadcasts(shape: tuple, full: tuple) -> bool:
+    if len(shape) > len(full):
+        return False
+    tail = full[len(full) - len(shape) :]
+    return all(n == 1 or n == m for n, m in zip(shape, tail))
+
+
+def _canonical_shape(name: str, shape: tuple, batch_dims: int) -> tuple[int, ...]:
+    """`shape` with at least one batch dimension, missing ones of size 1."""
+    rank = max(batch_dims, 1) + TRAILING[name]
+    return (1,) * (rank - len(shape)) + tuple(shape)
+
+
+def _static(name: str, x: Any) -> Any:
+    """Rejects a traced value where Python needs to know it."""
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be static, got a traced value {x}; pass a Python value, or "
+            f"name it in static_argnames of jax.jit"
+        )
+    return x
+
+
+def _number(name: str, x: Any) -> float:
+    x = _static(name, x)
+    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
+    if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
+        raise ValueError(f"{name} must be a number, got {x!r}")
+    if np.iscomplexobj(x) or not math.isfinite(float(x)):
+        raise ValueError(f"{name} must be a finite real number, got {x!r}")
+    return float(x)
+
+
+def _flag(name: str, x: Any) -> bool:
+    x = _static(name, x)
+    if not isinstance(x, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {x!r}")
+    return bool(x)
+
+
+def check_window(name: str, window: Any) -> tuple[int | None, int | None] | None:
+    """A window as `(left, right)` of non-negative ints or None, or None."""
+    if window is None:
+        return None
+    _static(name, window)
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(
+            f"{name} must be None or (left, right), each an int or None, got {window!r}"
+        )
+    sides = []
+    for side in window:
+        _static(name, side)
+        if side is None:
+            sides.append(None)
+            continue
+        if isinstance(side, bool) or not isinstance(side, int | np.integer):
+            raise ValueError(f"{name} must hold ints or None, got {window!r}")
+        if side < 0:
+            raise ValueError(
+                f"{name} must not be negative (None = unbounded), got {window!r}"
+            )
+        sides.append(int(side) if side < LARGEST_WINDOW else None)
+    return (sides[0], sides[1])
+
+
+def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    options = dict(options)
+    scale = options["scale"]
+    width = given["query"].shape[-1]
+    scale = width**-0.5 if scale is None else _number("scale", scale)
+    softcap = options["softcap"]
+    if softcap is not None:
+        softcap = _number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+    alignment = _static("causal_alignment", options["causal_alignment"])
+    if alignment not in ALIGNMENTS:
+        raise ValueError(
+            f"causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}"
+        )
+    precision = _static("precision", options["precision"])
+    if precision in NAMED_PRECISIONS:
+        raise NotImplementedError(f"precision={precision!r} is not supported yet")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {PRECISIONS + NAMED_PRECISIONS}, got "
+            f"{precision!r}"
+        )
+    rate = _number("dropout_rate", options.pop("dropout_rate"))
+    dropout_key = options.pop("dropout_key")
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    if rate > 0:
+        raise NotImplementedError(
+            f"dropout_rate={rate} is not supported yet, only 0.0 (dropout_key "
+            f"{'given' if dropout_key is not None else 'not given'})"
+        )
+    return {
+        "scale": scale,
+        "is_causal": _flag("is_causal", options["is_causal"]),
+        "causal_alignment": alignment,
+        "window_size": check_window("window_size", options["window_size"]),
+        "softcap": softcap,
+        "dropout_rate": rate,
+        "deterministic": _flag("deterministic", options["deterministic"]),
+        "precision": precision,
+        "return_lse": _flag("return_lse", options["return_lse"]),
+    }

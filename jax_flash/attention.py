@@ -1,0 +1,124 @@
+"""The public attention functions: `mha` and the drop-in `dot_product_attention`.
+
+Lives here: the signatures, the docstrings and the way from user arrays to a validated
+call. What runs it is chosen in `backends`.
+"""
+
+from typing import Any
+
+import jax
+
+from jax_flash import backends
+from jax_flash._src import validate
+from jax_flash._src.config import OPERANDS
+
+__all__ = ["mha"]
+
+
+def mha(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "bottom_right",
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    deterministic: bool = False,
+    precision: str | None = None,
+    return_lse: bool = False,
+    implementation: backends.Implementation = None,
+) -> Any:
+    """Multi-head attention, `softmax(scale * query @ key^T + bias) @ value`.
+
+    Shapes: *B any number of batch dimensions or none, T query length, S key length, N
+    query heads, K key/value heads (N % K == 0; query head n reads key/value head
+    n // (N // K)), H query/key width, Hv value width.
+
+    The order is: `scale * q.k`, soft cap, bias, masks, softmax over the keys (and the
+    sink). A query row that may attend no key returns 0, lse -inf and zero gradients.
+
+    Args:
+      query: [*B, T, N, H], bfloat16, float16 or float32.
+      key: [*B, S, K, H], the dtype of query.
+      value: [*B, S, K, Hv], the dtype of query.
+      bias: floating, broadcastable to [*B, N, T, S], added to the logits after the soft
+        cap. Its gradient is summed over the broadcast dimensions.
+      mask: bool, broadcastable to [*B, N, T, S], True = attend.
+      scale: factor of the logits, H ** -0.5 if None.
+      is_causal: a query sees no key after its own position.
+      causal_alignment: "bottom_right" aligns the last valid query with the last valid key
+        (by the lengths, where given); "top_left" aligns the first with the first.
+      window_size: (left, right): the query aligned with key p sees keys p - left to
+        p + right, both inclusive; None = unbounded on that side.
+      softcap: c of `c * tanh(logits / c)`.
+      sinks: floating [N] or broadcastable to [*B, N]: for each head a logit that takes
+        part in the softmax and has no value.
+      q_segment_ids: integers [*B, T]; a query attends keys with its own id. Negative ids
+        are padding, which neither attends nor is attended.
+      kv_segment_ids: integers [*B, S]; needed together with q_segment_ids.
+      query_seq_lengths: int or integers broadcastable to [*B], the number of valid
+        queries, clamped to [0, T]. What lies beyond is not read; its output is 0.
+      key_value_seq_lengths: int or integers broadcastable to [*B], the number of valid
+        keys, clamped to [0, S].
+      dropout_rate: only 0.0 for now.
+      dropout_key: unused while dropout_rate is 0.0.
+      deterministic: ask for bitwise reproducible gradients.
+      precision: None, or "highest" for float32-faithful products.
+      return_lse: also return the log-sum-exp of the logits.
+      implementation: None for the first backend that supports the call on the platform it
+        is lowered for (`jax_flash.explain` tells which), or a name, or a tuple of names.
+
+    Returns:
+      out [*B, T, N, Hv] in the dtype of query; with `return_lse` `(out, lse)`, lse
+      float32 [*B, N, T] (float64 for float64 inputs), natural logarithm, differentiable.
+
+    Raises:
+      ValueError: an argument is wrong; the message names it and its value.
+      NotImplementedError: it is right but unsupported, by anyone or by `implementation`.
+    """
+    arrays = dict(
+        zip(
+            OPERANDS,
+            (
+                query,
+                key,
+                value,
+                bias,
+                mask,
+                sinks,
+                q_segment_ids,
+                kv_segment_ids,
+                query_seq_lengths,
+                key_value_seq_lengths,
+            ),
+            strict=True,
+        )
+    )
+    options = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "causal_alignment": causal_alignment,
+        "window_size": window_size,
+        "softcap": softcap,
+        "dropout_rate": dropout_rate,
+        "dropout_key": dropout_key,
+        "deterministic": deterministic,
+        "precision": precision,
+        "return_lse": return_lse,
+    }
+    call = validate.check_call(arrays, options)
+    out, lse = backends.run(call, validate.canonical(call, arrays), implementation)
+    if len(query.shape) == 3:
+        out, lse = out[0], None if lse is None else lse[0]
+    return (out, lse) if return_lse else out
