@@ -79,7 +79,7 @@ class AttentionFn(AttentionOptions):
           dropout_rate: must be 0 unless `deterministic`.
           deterministic: no dropout.
           dtype: computation and output dtype; inferred from the inputs if None.
-          precision: as `jax_flash.mha`.
+          precision: None or a `jax.lax.Precision`; DEFAULT and HIGH are exceeded.
           module: Linen's `sow_weights`; must be None, as the weights never exist.
           force_fp32_for_softmax: either value: the softmax is in float32 always.
           einsum_dot_general: must be None; there is no einsum to replace.

@@ -75,7 +75,7 @@ class AttentionFn(AttentionOptions):
           dropout_rate: must be 0 unless `deterministic`.
           deterministic: no dropout.
           dtype: computation and output dtype; inferred from the inputs if None.
-          precision: as `jax_flash.mha`.
+          precision: None or a `jax.lax.Precision`; DEFAULT and HIGH are exceeded.
           module: Flax's `sow_weights`; must be None, as the weights never exist.
           promote_dtype: `(query, key, value), dtype -> (query, key, value)`.
           is_causal: mask keys after the query.

@@ -18,6 +18,7 @@ from flax import linen, nnx
 import jax_flash
 import jax_flash.linen
 import jax_flash.nnx
+from jax_flash._src.flax_adapter import mha_precision
 
 jax_flash_nnx = jax_flash.nnx
 jax_flash_linen = jax_flash.linen
@@ -159,6 +160,30 @@ def test_nnx_input_positions_raise() -> None:
     x = jnp.ones((1, 3, 2, 8))
     with pytest.raises(NotImplementedError, match="input_positions="):
         jax_flash_nnx.attention_fn(x, x, x, input_positions=jnp.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        (None, None),
+        ("default", None),
+        (jax.lax.Precision.HIGH, None),
+        ("highest", "highest"),
+        (("highest", "highest"), "highest"),
+    ],
+)
+def test_precision(precision: Any, expected: str | None) -> None:
+    assert mha_precision(precision) == expected
+    layer = nnx_attention(jax_flash_nnx.attention_fn, precision=precision)
+    close(layer(inputs()), nnx_attention(precision=precision)(inputs()))
+
+
+@pytest.mark.parametrize("precision", [("highest", None), "TF32_TF32_F32", 3])
+def test_unknown_precision_raises(precision: Any) -> None:
+    x = jnp.ones((1, 3, 2, 8))
+    for fn in (jax_flash_nnx.attention_fn, jax_flash_linen.attention_fn):
+        with pytest.raises(NotImplementedError, match="precision="):
+            fn(x, x, x, precision=precision)
 
 
 def test_nnx_promote_dtype_is_called() -> None:
