@@ -5,12 +5,12 @@ from typing import Any
 
 from jax_flash import backends
 from jax_flash._src import registry
-from jax_flash.attention import mha
+from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends", "explain", "mha"]
+__all__ = ["__version__", "backends", "dot_product_attention", "explain", "mha"]
 
 # Registers the FFI targets, so that exported programs can be loaded.
 registry.extension()

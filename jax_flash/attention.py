@@ -7,12 +7,14 @@ call. What runs it is chosen in `backends`.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from jax_flash import backends
 from jax_flash._src import validate
 from jax_flash._src.config import OPERANDS
 
-__all__ = ["mha"]
+__all__ = ["dot_product_attention", "mha"]
 
 
 def mha(
@@ -122,3 +124,118 @@ def mha(
     if len(query.shape) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return (out, lse) if return_lse else out
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: backends.Implementation = None,
+    return_residual: bool = False,
+) -> Any:
+    """A drop-in for `jax.nn.dot_product_attention`: its signature and its numbers.
+
+    Where its rules differ from `mha` its own hold here: the causal mask and the window
+    are aligned top-left, a query row whose keys are all masked returns the mean of
+    value (0 at or beyond `query_seq_lengths`), and the residual is rounded to the dtype
+    of key, [B, T, N], without gradient. Two things are stricter: scale must be a Python
+    number, and a row whose bias is -inf everywhere returns 0, not NaN.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H].
+      key: [B, S, K, H] or [S, K, H].
+      value: the shape of key.
+      bias: floating, broadcastable to [B, N, T, S].
+      mask: bool, broadcastable to [B, N, T, S], True = attend.
+      scale: factor of the logits, H ** -0.5 if None.
+      is_causal: query i sees keys 0..i.
+      query_seq_lengths: int32 [B].
+      key_value_seq_lengths: int32 [B].
+      local_window_size: (left, right), or an int for both: query i sees keys i - left to
+        i + right.
+      implementation: as for `mha`; "cudnn" is `jax.nn`'s own.
+      return_residual: also return the log-sum-exp of the logits.
+
+    Returns:
+      out, the shape of query; with `return_residual` `(out, residual)`.
+
+    Raises:
+      ValueError, NotImplementedError: as `mha`.
+    """
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation="cudnn",
+            return_residual=return_residual,
+        )
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    if query.ndim not in (3, 4):
+        raise ValueError(f"query must be [B,T,N,H] or [T,N,H], got shape {query.shape}")
+    if value.shape != key.shape:
+        raise ValueError(
+            f"value must have the shape of key, {key.shape}, got {value.shape}"
+        )
+    if isinstance(local_window_size, int) and not isinstance(local_window_size, bool):
+        local_window_size = (local_window_size, local_window_size)
+    window = validate.check_window("local_window_size", local_window_size)
+    rows, keys = query.shape[-3], key.shape[-3]
+    past_the_keys = window is not None and window[0] is not None and keys > 0
+    some_row_is_empty = (
+        mask is not None
+        or key_value_seq_lengths is not None
+        or (past_the_keys and rows - 1 - window[0] >= keys)
+    )
+    result = mha(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        causal_alignment="top_left",
+        window_size=window,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        return_lse=some_row_is_empty or return_residual,
+        implementation=implementation,
+    )
+    if not (some_row_is_empty or return_residual):
+        return result
+    out, lse = result
+    lse = jnp.swapaxes(lse, -1, -2)
+    if some_row_is_empty:
+        empty = lse == -jnp.inf
+        if query_seq_lengths is not None:
+            lengths = jnp.asarray(query_seq_lengths)
+            row = jnp.arange(rows).reshape(rows, 1)
+            empty = empty & (row < lengths.reshape(*lengths.shape, 1, 1))
+        out = jnp.where(empty[..., None], _mean_value(value, query), out)
+    if not return_residual:
+        return out
+    # What logsumexp gives for logits that are all the large negative of jax.nn's mask.
+    lse = jnp.maximum(lse, -0.7 * jnp.finfo(jnp.float32).max)
+    return out, lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _mean_value(value: jax.Array, query: jax.Array) -> jax.Array:
+    """Mean over the keys of the value head each query head reads, [*B, 1, N, Hv]."""
+    mean = value.astype(jnp.float32).mean(-3, keepdims=True).astype(query.dtype)
+    return jnp.repeat(mean, query.shape[-2] // value.shape[-2], axis=-2)
