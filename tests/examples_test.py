@@ -1,0 +1,88 @@
+"""The examples and the benchmark run as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jax_flash
+
+ROOT = pathlib.Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run_python(*arguments: str, status: int = 0) -> str:
+    """Runs Python in the repository with the package under test; returns stdout."""
+    package = pathlib.Path(jax_flash.__file__).parents[1]
+    # Warnings are errors in tests, and in the programs that tests start.
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_quickstart() -> None:
+    out = run_python("examples/quickstart.py")
+    assert "output   (2, 256, 8, 64)" in out
+    assert "vmap     (4, 2, 256, 8, 64)" in out
+    assert "past the end: 0.0" in out
+
+
+def test_train_lm(tmp_path: pathlib.Path) -> None:
+    chart = tmp_path / "loss.png"
+    options = ["--steps", "4", "--generate", "8", "--vocabulary", "300"]
+    out = run_python("examples/train_lm.py", *options, "--out", str(chart))
+    losses = re.search(r"held-out loss (\S+) at the start, (\S+) at the end", out)
+    assert losses is not None, out
+    assert float(losses[2]) < float(losses[1])
+    assert "attention runs by" in out
+    assert "\nThe statement" in out
+    assert chart.read_bytes().startswith(PNG)
+
+
+def test_train_lm_rejects_nonsense() -> None:
+    out = run_python("examples/train_lm.py", "--steps", "0", status=2)
+    assert "--steps >= 1" in out
+
+
+def test_benchmark_smoke(tmp_path: pathlib.Path) -> None:
+    results, chart = tmp_path / "smoke.json", tmp_path / "smoke.png"
+    options = ["--smoke", "--check", "--rounds", "2", "--seconds", "0.002"]
+    arms = ["--arms", "jax_flash_xla,xla,torch_fa2,fa3_dew"]
+    out = run_python(
+        "-m", "benchmarks.bench", *options, *arms, "--idle", "0", "--out", str(results)
+    )
+    assert re.search(r"d32 n64 h4/2 causal( +[\d.e-]+)+", out), out
+    assert "skipped torch_fa2: needs" in out or "skipped torch_fa2: grouped" in out
+    data = json.loads(results.read_text())
+    assert {"device", "commit", "date", "command", "versions"} <= set(data)
+    for result in data["results"]:
+        assert {"jax_flash_xla", "xla"} <= set(result["arms"])
+        assert result["arms"]["xla"]["tflops"] > 0
+        assert result["arms"]["xla"]["wall"]["samples"] == 2
+        assert result["checked"]
+    run_python("-m", "benchmarks.plot", str(results), str(chart))
+    assert chart.read_bytes().startswith(PNG)
+
+
+def test_benchmark_cells() -> None:
+    names = run_python("-m", "benchmarks.bench", "--list").split("\n")
+    assert {"d64 n512", "d128 n4096 causal", "d256 n16384"} <= set(names)
+
+
+@pytest.mark.parametrize("option", [["--arms", "nobody"], ["--frobnicate"]])
+def test_benchmark_rejects_nonsense(option: list[str]) -> None:
+    assert option[-1] in run_python("-m", "benchmarks.bench", *option, status=2)
