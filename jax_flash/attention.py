@@ -225,7 +225,7 @@ def dot_product_attention(
         empty = lse == -jnp.inf
         if query_seq_lengths is not None:
             lengths = jnp.asarray(query_seq_lengths)
-            row = jnp.arange(rows).reshape(rows, 1)
+            row = jnp.arange(rows, dtype=jnp.int32).reshape(rows, 1)
             empty = empty & (row < lengths.reshape(*lengths.shape, 1, 1))
         out = jnp.where(empty[..., None], _mean_value(value, query), out)
     if not return_residual:

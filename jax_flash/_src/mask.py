@@ -125,7 +125,10 @@ def zero_padding(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
                 continue
             valid = None
             if length in operands:
-                valid = jnp.arange(x.shape[-3]) < operands[length][..., None]
+                valid = (
+                    jnp.arange(x.shape[-3], dtype=jnp.int32)
+                    < operands[length][..., None]
+                )
             if ids in operands:
                 real = operands[ids] >= 0
                 valid = real if valid is None else valid & real

@@ -50,7 +50,14 @@ def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
 def materialised(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array]:
     """The definition, with all scores [*B, N, T, S] held at once."""
     rows, keys = o["query"].shape[-3], o["key"].shape[-3]
-    ok = mask.allowed(config, o, jnp.arange(rows), jnp.arange(keys), rows, keys)
+    ok = mask.allowed(
+        config,
+        o,
+        jnp.arange(rows, dtype=jnp.int32),
+        jnp.arange(keys, dtype=jnp.int32),
+        rows,
+        keys,
+    )
     s, _ = logits(config, o)
     s = jnp.where(ok, s, -jnp.inf)
     top = jnp.max(s, -1)
@@ -88,11 +95,11 @@ def chunked(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array]
 
     def one_row_block(args):
         index, mine = args
-        row = index * row_block + jnp.arange(row_block)
+        row = index * row_block + jnp.arange(row_block, dtype=jnp.int32)
         return _online(config, {**rest, **mine}, row, rows, keys, key_block)
 
     count = all_rows // row_block
-    out, lse = lax.map(one_row_block, (jnp.arange(count), by_row))
+    out, lse = lax.map(one_row_block, (jnp.arange(count, dtype=jnp.int32), by_row))
     out, lse = blocks.join(out, -3), blocks.join(lse, -1)
     return out[..., :rows, :, :], lse[..., :rows]
 
@@ -133,7 +140,14 @@ def _online(
             mine[name] = lax.dynamic_slice_in_dim(
                 o[name], start, key_block, o[name].ndim + blocks.KEY_AXIS[name]
             )
-        ok = mask.allowed(config, mine, row, start + jnp.arange(key_block), rows, keys)
+        ok = mask.allowed(
+            config,
+            mine,
+            row,
+            start + jnp.arange(key_block, dtype=jnp.int32),
+            rows,
+            keys,
+        )
         s, _ = logits(config, mine)
         s = jnp.where(ok, s, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(s, -1))

@@ -41,7 +41,7 @@ def _by_row_blocks(o: Operands, others: Operands, body: Body):
     rows = o["query"].shape[-3]
     block = rows if blocks.small(o) else blocks.row_block(o, o["key"].shape[-3])
     if block == rows:
-        kept, summed = body(o, others, jnp.arange(rows))
+        kept, summed = body(o, others, jnp.arange(rows, dtype=jnp.int32))
         return {name: x[None] for name, x in kept.items()}, summed
     o = blocks.pad(o, blocks.ROW_AXIS, rows, block)
     others = blocks.pad(others, blocks.ROW_AXIS, rows, block)
@@ -53,7 +53,7 @@ def _by_row_blocks(o: Operands, others: Operands, body: Body):
 
     @jax.checkpoint
     def work(mine, others_mine, rest, others_rest, index):
-        row = index * block + jnp.arange(block)
+        row = index * block + jnp.arange(block, dtype=jnp.int32)
         return body({**rest, **mine}, {**others_rest, **others_mine}, row)
 
     def step(total, xs):
@@ -61,7 +61,7 @@ def _by_row_blocks(o: Operands, others: Operands, body: Body):
         return {name: total[name] + summed[name] for name in total}, kept
 
     count = rows // block
-    xs = by_row, others_by_row, jnp.arange(count)
+    xs = by_row, others_by_row, jnp.arange(count, dtype=jnp.int32)
     like = jax.eval_shape(
         lambda xs: work(*xs[:2], rest, others_rest, xs[2])[1],
         jax.tree.map(lambda x: x[0], xs),
@@ -84,7 +84,7 @@ def _probabilities(
       nothing, and the derivative of the soft cap.
     """
     keys = o["key"].shape[-3]
-    ok = mask.allowed(config, o, row, jnp.arange(keys), rows, keys)
+    ok = mask.allowed(config, o, row, jnp.arange(keys, dtype=jnp.int32), rows, keys)
     s, slope = logits(config, o)
     live = o["lse"] != -jnp.inf
     shift = jnp.where(live, o["lse"], 0)[..., None]

@@ -17,7 +17,7 @@ Operands = dict[str, jax.Array]
 
 def accumulator(dtype: Any) -> Any:
     """The dtype of all arithmetic on inputs of `dtype`."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def batch_shape(operands: Operands) -> tuple[int, ...]:
@@ -34,7 +34,8 @@ def matmul(config: AttentionConfig, a: jax.Array, b: jax.Array) -> jax.Array:
     only wide inputs and precision="highest" need the slow one.
     """
     wide = min(a.dtype.itemsize, b.dtype.itemsize) > 2 or config.precision == "highest"
-    dtype = jnp.promote_types(accumulator(a.dtype), b.dtype)
+    double = jnp.float64 in (a.dtype, b.dtype)
+    dtype = jnp.float64 if double else jnp.float32
     precision = lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
     return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision)
 

@@ -1,0 +1,72 @@
+"""The same mathematics as written in plain jnp, and the error bound taken from it.
+
+`attention` is what XLA makes of attention with 16-bit inputs: products of the inputs
+accumulated in float32, softmax in float32, weights rounded to the dtype of the inputs. A
+result is accurate enough if its error against float64 is at most twice this one's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import oracle
+
+FACTOR = 2.0
+TINY = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 2e-6, "float64": 1e-14}
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, **given: Any
+) -> jax.Array:
+    """[B, T, N, H] x [B, S, K, H] x [B, S, K, Hv] -> [B, T, N, Hv], arguments of `mha`."""
+    groups = query.shape[2] // key.shape[2]
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    keys, values = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
+    precision = jax.lax.Precision.HIGHEST
+    batch, rows, heads, _ = query.shape
+    ok = oracle.allowed((batch, heads, rows, key.shape[1]), given)
+    scale = given.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with jax.numpy_dtype_promotion("standard"):
+        s = jnp.einsum(
+            "btnh,bsnh->bnts",
+            query,
+            keys,
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+        s = s * scale
+        if given.get("softcap") is not None:
+            s = given["softcap"] * jnp.tanh(s / given["softcap"])
+        if given.get("bias") is not None:
+            s = s + given["bias"]
+        p = jax.nn.softmax(jnp.where(ok, s, -1e30), axis=-1)
+        p = jnp.where(ok, p, 0).astype(query.dtype)
+        return jnp.einsum("bnts,bsnh->btnh", p, values, precision=precision)
+
+
+def assert_accurate(
+    out: Any, query: Any, key: Any, value: Any, expected: Any = None, **given: Any
+) -> None:
+    """Error of `out` against float64 is at most twice the baseline's.
+
+    Args:
+      out: the result under test, [B, T, N, Hv].
+      query, key, value, **given: the arguments it was computed from.
+      expected: the float64 result, computed if not given.
+    """
+    if expected is None:
+        expected = oracle.attention(query, key, value, **given).out
+    plain = np.asarray(attention(*map(jnp.asarray, (query, key, value)), **given))
+    error = np.abs(np.asarray(out).astype(np.float64) - expected)
+    bound = np.abs(plain.astype(np.float64) - expected)
+    tiny = TINY[str(query.dtype)]
+    assert np.isfinite(error).all(), "NaN or inf in the output"
+    assert error.max(initial=0) <= FACTOR * bound.max(initial=0) + tiny, (
+        f"largest error {error.max():.3e}, plain jnp {bound.max():.3e}"
+    )
+    assert error.mean() <= FACTOR * bound.mean() + tiny, (
+        f"mean error {error.mean():.3e}, plain jnp {bound.mean():.3e}"
+    )
