@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,7 @@ def ours(implementation: str) -> Callable[[Cell], Attention]:
     )
 
 
-def jax_nn(implementation: str) -> Callable[[Cell], Attention]:
+def jax_nn(implementation: Literal["xla", "cudnn"]) -> Callable[[Cell], Attention]:
     """`jax.nn.dot_product_attention`; its causal mask is top-left aligned."""
     return lambda cell: functools.partial(
         jax.nn.dot_product_attention,

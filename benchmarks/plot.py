@@ -32,6 +32,7 @@ def panels(results: list[dict[str, Any]]) -> dict[Panel, dict[str, dict[int, flo
 def draw(data: dict[str, Any], path: pathlib.Path) -> None:
     """Writes the chart: a row of panels for each mask, a column for each width."""
     matplotlib.use("Agg")
+    from matplotlib import lines
     from matplotlib import pyplot as plt
 
     found = panels(data["results"])
@@ -60,7 +61,7 @@ def draw(data: dict[str, Any], path: pathlib.Path) -> None:
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
     handles = [
-        plt.Line2D([], [], color=f"C{index}", label=name)
+        lines.Line2D([], [], color=f"C{index}", label=name)
         for index, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names))
@@ -78,7 +79,7 @@ def draw(data: dict[str, Any], path: pathlib.Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Draws a results file.")
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("chart", type=pathlib.Path, nargs="?")
     arguments = parser.parse_args()

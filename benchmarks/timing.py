@@ -62,8 +62,10 @@ def cupti() -> Any | None:
         from jax.experimental.mosaic.gpu import profiler
     except ImportError:
         return None
-    library = profiler.mosaic_gpu_lib
-    return None if library is None else library._mosaic_gpu_ext
+    # The profiler's `measure` takes JAX functions only; the binding under it sees the
+    # kernels of every library in the process.
+    library = getattr(profiler, "mosaic_gpu_lib", None)
+    return getattr(library, "_mosaic_gpu_ext", None)
 
 
 def kernel_times(

@@ -291,7 +291,7 @@ def draw(
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains a small language model.")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="train_lm.png")
@@ -318,7 +318,8 @@ def main() -> int:
     )
     held_out_tokens = tokenizer.encode(held_out_text)
     rows = min(4 * config.batch, len(held_out_tokens) // (config.length + 1))
-    held_out = held_out_tokens[: rows * (config.length + 1)].reshape(rows, -1)
+    held_out = jnp.asarray(held_out_tokens[: rows * (config.length + 1)])
+    held_out = held_out.reshape(rows, -1)
 
     model = LanguageModel(config, nnx.Rngs(arguments.seed))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -344,7 +345,8 @@ def main() -> int:
         for step in progress:
             last_start = len(train_tokens) - config.length
             starts = rng.integers(last_start, size=(config.batch, 1))
-            loss = train_step(model, optimizer, train_tokens[starts + offsets])
+            batch = jnp.asarray(train_tokens[starts + offsets])
+            loss = train_step(model, optimizer, batch)
             losses.append(float(loss))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
             if (step + 1) % max(1, arguments.steps // 8) == 0:
@@ -360,10 +362,10 @@ def main() -> int:
     print(f"loss curve in {arguments.out}")
 
     prompt = tokenizer.encode(PROMPT)
-    window = np.zeros(config.length, np.int32)
-    window[: len(prompt)] = prompt
+    window = jnp.zeros(config.length, jnp.int32).at[: len(prompt)].set(prompt)
+    filled = jnp.int32(len(prompt))
     key = jax.random.key(arguments.seed)
-    written = generate(model, window, len(prompt), key, arguments.generate)
+    written = generate(model, window, filled, key, arguments.generate)
     print(f"\n{PROMPT}{tokenizer.decode(np.asarray(written))}")
     if not last < first:
         print(f"the loss did not fall: {first} -> {last}", file=sys.stderr)

@@ -421,6 +421,27 @@ def test_rotary_errors() -> None:
         jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), jnp.arange(5))
 
 
+# Lowering for CUDA
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("flavour", ["nnx", "linen", "gqa"])
+def test_lowers_to_one_custom_call(flavour: str) -> None:
+    def forward(x: jax.Array) -> jax.Array:
+        if flavour == "nnx":
+            fn = jax_flash_nnx.attention_fn
+            return nnx_attention(fn, dtype=jnp.bfloat16)(x, is_causal=True)
+        if flavour == "gqa":
+            return nnx_gqa(dtype=jnp.bfloat16)(x)
+        fn = jax_flash_linen.AttentionFn(is_causal=True)
+        layer = linen_attention(fn, dtype=jnp.bfloat16)
+        return layer.init_with_output(jax.random.key(0), x)[0]
+
+    traced = jax.jit(forward).trace(inputs())
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @jax_flash_mha_fwd") == 1, text
+
+
 # Imports
 
 
