@@ -312,5 +312,13 @@ ARMS: dict[str, Arm] = {
     )
 }
 
-DEFAULT_ARMS = ("jax_flash", "cudnn", "fa3_dew", "fa3_jax", "tokamax", "torch_fa2")
+DEFAULT_ARMS = (
+    "jax_flash",
+    "xla",
+    "cudnn",
+    "fa3_dew",
+    "fa3_jax",
+    "tokamax",
+    "torch_fa2",
+)
 SMOKE_ARMS = ("jax_flash_xla", "xla")

@@ -135,8 +135,8 @@ class Protocol:
     """
 
     rounds: int = 3
-    seconds: float = 0.07
-    idle: float = 0.1
+    seconds: float = 0.06
+    idle: float = 0.08
     burst: int = 3
     most: int = 500
 
