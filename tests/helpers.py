@@ -1,0 +1,163 @@
+"""What several test modules need: inputs, a dense attention, counts of kernel calls."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import mha
+
+BATCH, ROWS, KEYS, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 8, 8, 4, 2, 16, 8
+SEGMENTS = np.array([[0] * 4 + [1] * 3 + [-1]] * 4, np.int32)
+QUERY_LENGTHS = np.array([8, 5, 0, 8], np.int32)
+KEY_LENGTHS = np.array([8, 6, 3, 1], np.int32)
+
+_rng = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    """Standard normal float32; another draw at every call."""
+    return jnp.asarray(_rng.standard_normal(shape), jnp.float32)
+
+
+@functools.cache
+def qkv() -> tuple[jax.Array, jax.Array, jax.Array]:
+    return (
+        normal(BATCH, ROWS, HEADS, WIDTH),
+        normal(BATCH, KEYS, KV_HEADS, WIDTH),
+        normal(BATCH, KEYS, KV_HEADS, VALUE_WIDTH),
+    )
+
+
+@functools.cache
+def bias_and_sinks() -> tuple[jax.Array, jax.Array]:
+    """Shared by the batch and the rows; shared by the batch."""
+    return normal(HEADS, 1, KEYS), normal(HEADS)
+
+
+def flash(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    sinks: Any = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """`mha` with lse, the differentiable operands positional."""
+    return mha(query, key, value, bias, sinks=sinks, return_lse=True, **options)
+
+
+def dense(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    sinks: Any = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The same in plain jnp operations, which JAX itself transforms."""
+    rows, heads, width = query.shape[-3:]
+    keys, kv_heads = key.shape[-3:-1]
+    key = jnp.repeat(key, heads // kv_heads, -2)
+    value = jnp.repeat(value, heads // kv_heads, -2)
+    s = jnp.einsum("...tnh,...snh->...nts", query, key, precision="highest")
+    s = s * width**-0.5
+    if bias is not None:
+        s = s + bias
+    ok = jnp.ones(s.shape[-2:], bool)
+    query_length = options.get("query_seq_lengths", np.int32(rows))
+    key_length = options.get("key_value_seq_lengths", np.int32(keys))
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    column = jnp.arange(keys, dtype=jnp.int32)
+    query_length = jnp.asarray(query_length)[..., None, None, None]
+    key_length = jnp.asarray(key_length)[..., None, None, None]
+    ok = ok & (row < query_length) & (column < key_length)
+    if options.get("is_causal"):
+        ok = ok & (column <= row + key_length - query_length)
+    if "q_segment_ids" in options:
+        q_ids = jnp.asarray(options["q_segment_ids"])[..., None, :, None]
+        kv_ids = jnp.asarray(options["kv_segment_ids"])[..., None, None, :]
+        ok = ok & (q_ids == kv_ids) & (q_ids >= 0)
+    ok = jnp.broadcast_to(ok, s.shape)
+    some = ok.any(-1)
+    top = jnp.max(jnp.where(ok, s, -1e30), -1)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks[..., None])
+    top = jax.lax.stop_gradient(top)
+    e = jnp.where(ok, jnp.exp(jnp.where(ok, s - top[..., None], 0)), 0)
+    total = e.sum(-1)
+    if sinks is not None:
+        total = total + jnp.exp(sinks[..., None] - top)
+    total = jnp.where(some, total, 1)
+    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    p = e / total[..., None]
+    return jnp.einsum("...nts,...snh->...tnh", p, value, precision="highest"), lse
+
+
+def loss(f: Callable) -> Callable:
+    """A scalar of out and of the finite lse."""
+
+    def of(*args: Any, **options: Any) -> jax.Array:
+        out, lse = f(*args, **options)
+        finite = jnp.where(jnp.isinf(lse), 0, lse)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(finite))
+
+    return of
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Equal trees: same shapes, same infinities, error relative to the largest value."""
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_array_equal(np.isinf(x), np.isinf(y))
+        x, y = np.where(np.isinf(x), 0, x), np.where(np.isinf(y), 0, y)
+        largest = max(1.0, np.abs(y).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)
+
+
+def cuda_text(f: Callable, *args: Any) -> str:
+    """The StableHLO of f lowered for CUDA, from any machine."""
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernel_calls(f: Callable, *args: Any, target: str = "jax_flash_mha_fwd") -> int:
+    """How often a kernel is called when f, lowered for CUDA, runs.
+
+    Equal calls share one private function of the module, so calls are counted along the
+    call graph from main.
+    """
+    functions = {}
+    for text in re.split(r"(?=func\.func )", cuda_text(f, *args))[1:]:
+        match = re.match(r"func\.func (?:public |private )?@([\w.]+)", text)
+        assert match is not None
+        functions[match.group(1)] = text
+
+    def count(name: str) -> int:
+        text = functions[name]
+        called = re.findall(r"(?<!custom_)call @([\w.]+)", text)
+        return text.count(f"@{target}(") + sum(map(count, called))
+
+    return count("main")
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr and of the jaxprs inside it."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for x in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda y: hasattr(y, "eqns") or hasattr(y, "jaxpr"),
+        ):
+            if hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns"):
+                yield from equations(x)
+
+
+def count_primitive(f: Callable, name: str, *args: Any) -> int:
+    """How many equations of the jaxpr of f are the primitive `name`."""
+    return sum(e.primitive.name == name for e in equations(jax.make_jaxpr(f)(*args)))
