@@ -108,7 +108,7 @@ def print_table(report: Report, times: dict[str, tuple[float, float]]) -> None:
     names = demangle([f.name for f in report.functions])
     for function, name in zip(report.functions, names, strict=True):
         start, end = times.get(function.source, (0.0, 0.0))
-        short = name.replace("(anonymous namespace)::", "")
+        short = re.sub(r"(\(anonymous namespace\)|\b\w+)::", "", name)
         short = short if len(short) <= 60 else short[:57] + "..."
         print(
             f"{Path(function.source).name:24} {function.architecture:6} "
