@@ -1,0 +1,281 @@
+"""Batch and heads stay sharded, everything else is right however it is sharded."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import (
+    KEY_LENGTHS,
+    QUERY_LENGTHS,
+    SEGMENTS,
+    assert_close,
+    bias_and_sinks,
+    dense,
+    flash,
+    loss,
+    normal,
+    qkv,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_flash import mha
+
+BATCH_AND_HEADS = P("x", None, "y")
+COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+
+
+def mesh_of(*shape: int, axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    names = ("x", "y")[: len(shape)]
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
+
+
+def put(mesh: jax.sharding.Mesh, arrays, specs) -> list[jax.Array]:
+    return [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arrays, specs, strict=True)
+    ]
+
+
+def communication(text: str) -> list[str]:
+    return [c for c in COLLECTIVES if re.search(rf" {c}(-start)?\(", text)]
+
+
+def gradient(f):
+    return jax.grad(loss(f), (0, 1, 2))
+
+
+def sum_sin(tree) -> jax.Array:
+    return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("of", [lambda f: f, gradient], ids=["forward", "gradient"])
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2), (1, 2)])
+def test_batch_and_heads_without_communication(of, shape: tuple[int, int]) -> None:
+    mesh = mesh_of(*shape)
+    args = put(mesh, qkv(), [BATCH_AND_HEADS] * 3)
+    compiled = jax.jit(of(flash)).lower(*args).compile()
+    text = compiled.as_text()
+    # The loss's own sum over devices is not part of a gradient, nor of a forward.
+    assert communication(text) == []
+    assert_close(compiled(*args), of(dense)(*qkv()))
+
+
+def test_every_operand_without_communication() -> None:
+    mesh = mesh_of(4, 2)
+    bias, sinks = normal(4, 4, 8, 8), bias_and_sinks()[1]
+    args = (*qkv(), bias, sinks, QUERY_LENGTHS, KEY_LENGTHS, SEGMENTS, SEGMENTS)
+    specs = [BATCH_AND_HEADS] * 3
+    specs += [P("x", "y"), P("y"), P("x"), P("x"), P("x"), P("x")]
+
+    def run(f, *a):
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        names += ("q_segment_ids", "kv_segment_ids")
+        return f(*a[:5], **dict(zip(names, a[5:], strict=True)), is_causal=True)
+
+    placed = put(mesh, args, specs)
+    compiled = jax.jit(functools.partial(run, flash)).lower(*placed).compile()
+    assert communication(compiled.as_text()) == []
+    assert_close(compiled(*placed), run(dense, *args))
+
+
+@pytest.mark.parametrize(
+    ("spec", "of"),
+    [
+        (P(None, "x", None, "y"), lambda f: jax.vmap(gradient(f))),
+        (
+            P("x", None, None, "y"),
+            lambda f: jax.grad(lambda *a: jax.vmap(loss(f))(*a).sum(), (0, 1, 2)),
+        ),
+    ],
+    ids=["vmap of grad", "grad of vmap"],
+)
+def test_vmap_without_communication(spec: P, of) -> None:
+    mesh = mesh_of(4, 2)
+    stacked = [jnp.stack([x, x[::-1], x, x]) for x in qkv()]
+    args = put(mesh, stacked, [spec] * 3)
+    compiled = jax.jit(of(flash)).lower(*args).compile()
+    assert communication(compiled.as_text()) == []
+    assert_close(compiled(*args), of(dense)(*stacked))
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (P(None, "x"),) * 3,
+        (P(None, None, None, "x"),) * 3,
+        (P(), P(None, "x"), P(None, "x")),
+        (P(None, None, "x"), P(None, "y"), P("x", None, "y")),
+        (P(None, None, "y"), P(), P()),
+    ],
+    ids=str,
+)
+def test_any_dimension_is_correct(specs: tuple[P, ...]) -> None:
+    """Sharded sequences and widths are gathered, never wrong."""
+    mesh = mesh_of(4, 2)
+    whole = (*qkv(), *bias_and_sinks())
+    args = put(mesh, whole, (*specs, P(None, None, "x"), P("y")))
+
+    def gradients(f):
+        return jax.grad(loss(f), (0, 1, 2, 3, 4))
+
+    assert_close(jax.jit(flash)(*args), dense(*whole))
+    assert_close(jax.jit(gradients(flash))(*args), gradients(dense)(*whole))
+
+
+def test_one_kv_head_with_query_heads_sharded() -> None:
+    mesh = mesh_of(4, 2)
+    query, key, value = qkv()
+    whole = query, key[:, :, :1], value[:, :, :1]
+    args = put(mesh, whole, (P("y", None, "x"), P("y"), P("y")))
+    assert_close(jax.jit(flash)(*args), dense(*whole))
+    assert_close(jax.jit(gradient(flash))(*args), gradient(dense)(*whole))
+
+
+def test_gradient_of_an_operand_shared_by_the_batch() -> None:
+    """A bias without batch: every device has a part of its gradient."""
+    mesh = mesh_of(4, 2)
+    whole = (*qkv(), normal(8, 8), bias_and_sinks()[1])
+    args = put(mesh, whole, (*[BATCH_AND_HEADS] * 3, P(), P("y")))
+    grad = lambda f: jax.grad(loss(f), (3, 4))  # noqa: E731
+    assert_close(jax.jit(grad(flash))(*args), grad(dense)(*whole))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2)])
+def test_heads_on_part_of_an_axis(heads: int, kv_heads: int) -> None:
+    """Projections sharded over more devices than there are heads."""
+    mesh = mesh_of(4, 2)
+    query = qkv()[0]
+    weights = normal(16, 32)
+    placed = jax.device_put(weights, NamedSharding(mesh, P(None, "x")))
+
+    def net(f):
+        def total(w):
+            h = query[..., 0, :] @ w
+            width = 32 // heads
+            kv = h[..., : kv_heads * width].reshape(4, 8, kv_heads, width)
+            return f(h.reshape(4, 8, heads, width), kv, kv)[0].sum()
+
+        return jax.grad(total)
+
+    assert_close(jax.jit(net(flash))(placed), net(dense)(weights))
+
+
+def test_forward_mode_and_second_order() -> None:
+    mesh = mesh_of(4, 2)
+    args = put(mesh, qkv(), [BATCH_AND_HEADS] * 3)
+    jvp = jax.jit(lambda *a: jax.jvp(flash, a, a))
+    assert_close(jvp(*args), jax.jvp(dense, qkv(), qkv()))
+
+    def second(f):
+        return jax.grad(lambda *a: sum_sin(gradient(f)(*a)), (0, 1, 2))
+
+    assert_close(jax.jit(second(flash))(*args), second(dense)(*qkv()), 1e-4)
+
+
+def test_shard_map() -> None:
+    """check_vma is on; operands may vary over different axes."""
+    mesh = mesh_of(4, 2)
+    whole = (*qkv(), bias_and_sinks()[0])
+    specs = (*[BATCH_AND_HEADS] * 3, P("y"))
+    grad = lambda f: jax.grad(loss(f), (0, 1, 2, 3))  # noqa: E731
+    mapped = jax.shard_map(
+        flash, mesh=mesh, in_specs=specs, out_specs=(BATCH_AND_HEADS, P("x", "y"))
+    )
+    assert_close(jax.jit(mapped)(*whole), dense(*whole))
+    # The bias does not vary over x, so its gradient is summed over it.
+    local = jax.shard_map(grad(flash), mesh=mesh, in_specs=specs, out_specs=specs)
+    assert_close(jax.jit(local)(*whole), grad(dense)(*whole))
+
+    def outside(*a):
+        def inside(*b):
+            return jax.lax.psum(loss(flash)(*b), ("x", "y"))
+
+        return jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=P())(*a)
+
+    got = jax.jit(jax.grad(outside, (0, 1, 2, 3)))(*whole)
+    assert_close(got, grad(dense)(*whole))
+
+
+def test_shard_map_with_lengths_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reference_test import shrink_blocks
+
+    shrink_blocks(monkeypatch)
+    mesh = mesh_of(4)
+    whole = (*qkv(), QUERY_LENGTHS, KEY_LENGTHS)
+
+    def run(f, *a):
+        return f(
+            *a[:3], query_seq_lengths=a[3], key_value_seq_lengths=a[4], is_causal=True
+        )
+
+    flash_run, dense_run = (functools.partial(run, f) for f in (flash, dense))
+    specs = P("x")
+    mapped = jax.shard_map(flash_run, mesh=mesh, in_specs=specs, out_specs=specs)
+    assert_close(jax.jit(mapped)(*whole), dense_run(*whole))
+    assert_close(jax.jit(gradient(mapped))(*whole), gradient(dense_run)(*whole))
+    jvp = jax.jit(lambda *a: jax.jvp(lambda *b: mapped(*b, *a[3:]), a[:3], a[:3]))
+    expected = jax.jvp(lambda *b: dense_run(*b, *whole[3:]), whole[:3], whole[:3])
+    assert_close(jvp(*whole), expected)
+
+
+def test_shard_map_forward_mode_and_second_order() -> None:
+    mesh = mesh_of(4)
+    query, key, value = qkv()
+    primals = query, key[:1], value
+    tangents = query * 0.3, key[:1], value
+
+    def mapped(f):
+        def local(q, k, v):
+            return f(q, jnp.broadcast_to(k, (q.shape[0], *k.shape[1:])), v)
+
+        specs = (P("x"), P(), P("x"))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("x"))
+
+    def whole(f):
+        return lambda q, k, v: f(q, jnp.broadcast_to(k, (4, *k.shape[1:])), v)
+
+    got = jax.jit(lambda p, t: jax.jvp(mapped(flash), p, t))(primals, tangents)
+    assert_close(got, jax.jvp(whole(dense), primals, tangents))
+
+    def second(f):
+        return jax.grad(lambda *a: sum_sin(gradient(f)(*a)), (0, 1, 2))
+
+    got = jax.jit(second(mapped(flash)))(*primals)
+    assert_close(got, second(whole(dense))(*primals), 1e-4)
+
+
+def test_partly_manual_shard_map() -> None:
+    mesh = mesh_of(4, 2)
+    mapped = jax.shard_map(
+        flash, mesh=mesh, in_specs=(P("x"),) * 3, out_specs=P("x"), axis_names={"x"}
+    )
+    args = put(mesh, qkv(), [BATCH_AND_HEADS] * 3)
+    assert_close(jax.jit(gradient(mapped))(*args), gradient(dense)(*qkv()))
+
+
+def test_explicit_axes() -> None:
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        args = put(mesh, qkv(), [P("x", None, "y", None)] * 3)
+        out, lse = jax.jit(flash)(*args)
+        assert_close((out, lse), dense(*qkv()))
+        assert tuple(jax.typeof(out).sharding.spec)[:3:2] == ("x", "y")
+        assert tuple(jax.typeof(lse).sharding.spec)[:2] == ("x", "y")
+        got = jax.jit(gradient(flash))(*args)
+    assert_close(got, gradient(dense)(*qkv()))
+
+
+def test_lowered_for_cuda_on_many_devices(kernels: None) -> None:
+    mesh = mesh_of(4, 2)
+    shapes = [
+        jax.ShapeDtypeStruct(
+            x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, BATCH_AND_HEADS)
+        )
+        for x in qkv()
+    ]
+    run = jax.jit(lambda *a: mha(*a, is_causal=True))
+    text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "all_gather" not in text
