@@ -19,14 +19,12 @@ def flash_mha(
     """Attention of canonical operands under every JAX transformation.
 
     Args:
-      config: the call; `config.present` is set from `operands`.
-      operands: canonical operands by name, in the order of `config.OPERANDS`.
+      config: the call.
+      operands: canonical operands, those named in `config.present`.
 
     Returns:
       `(out, lse)`: [*B, T, N, Hv] in the query's dtype and [*B, N, T] in float32.
     """
-    assert config.present == tuple(operands)
-    out, lse = primitives.forward(
-        config, *compat.vary_together(list(operands.values()))
-    )
+    ordered = [operands[name] for name in config.present]
+    out, lse = primitives.forward(config, *compat.vary_together(ordered))
     return out, lse

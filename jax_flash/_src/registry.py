@@ -7,6 +7,8 @@ touches a GPU.
 import contextlib
 import dataclasses
 import functools
+import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -33,19 +35,17 @@ class Extension:
 
 @functools.cache
 def _load() -> Extension:
+    if importlib.util.find_spec("jax_flash._kernels") is None:
+        return Extension((), (), "jax_flash was built without its CUDA extension")
     try:
-        from jax_flash import _kernels  # pyright: ignore[reportAttributeAccessIssue]
+        kernels = importlib.import_module("jax_flash._kernels")
     except ImportError as error:
-        reason = "jax_flash was built without its CUDA extension"
-        if getattr(error, "name", None) != "jax_flash" and "cannot import name" not in (
-            str(error)
-        ):
-            reason = f"the CUDA extension of jax_flash cannot be loaded: {error}"
+        reason = f"the CUDA extension of jax_flash cannot be loaded: {error}"
         return Extension((), (), reason)
-    for name, capsule in _kernels.registrations().items():
+    for name, capsule in kernels.registrations().items():
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
-    kernels = tuple(plan.Kernel(*row) for row in _kernels.kernels())
-    return Extension(kernels, tuple(sorted(_kernels.build_info().items())), None)
+    table = tuple(plan.Kernel(*row) for row in kernels.kernels())
+    return Extension(table, tuple(sorted(kernels.build_info().items())), None)
 
 
 _assumed: list[Extension] = []

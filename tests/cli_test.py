@@ -1,0 +1,82 @@
+"""`python -m jax_flash info`."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import jax_flash
+from jax_flash.__main__ import main
+
+SHAPE = ["--shape", "2,128,256,8,2,64"]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"jax_flash  {jax_flash.__version__}" in text
+    assert f"jax        {jax.__version__}" in text
+    assert "python " in text
+    assert "kernels " in text
+    assert "device     0: cpu" in text
+
+
+def test_info_of_a_shape(capsys: pytest.CaptureFixture[str], kernels: None) -> None:
+    assert main(["info", *SHAPE, "--causal", "--window", "100,none", "--lengths"]) == 0
+    text = capsys.readouterr().out
+    assert "query bfloat16[2,128,8,64], key bfloat16[2,256,2,64]" in text
+    assert "window_size=(100, None)" in text
+    assert "query_seq_lengths int32[2]" in text
+    assert "mha_fwd sm80 bf16: widths 32x32 64x64" in text
+    assert "  cuda  can run it on cuda" in text
+    assert "  cudnn no: query_seq_lengths" in text
+
+
+def test_value_width_dtype_and_implementation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--dtype", "f32", "--implementation", "cudnn,xla", "--return-lse"]
+    assert main(["info", "--shape", "2,128,256,8,2,64,32", *options]) == 0
+    text = capsys.readouterr().out
+    assert "value float32[2,256,2,32]" in text
+    assert "cudnn no: query of dtype float32" in text
+    assert "  cuda  xla" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "1,2,3"], "--shape must be B,T,S,N,K,H .*got '1,2,3'"),
+        (["--shape", "a,b,c,d,e,f"], "--shape must be"),
+        ([*SHAPE, "--window", "x"], "--window must be LEFT,RIGHT, got 'x'"),
+        ([*SHAPE, "--window", "1"], r"window_size .*\(1,\)"),
+        ([*SHAPE, "--implementation", "triton"], "implementation must be .*'triton'"),
+        ([*SHAPE, "--precision", "tf32"], "precision='tf32' is not supported"),
+        (["--shape", "2,128,256,8,3,64"], "N=8 and K=3"),
+    ],
+)
+def test_errors(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["info", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert re.search(message, captured.err)
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "jax_flash", "info", *SHAPE]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "runs on" in done.stdout
+
+
+def test_version() -> None:
+    try:
+        installed = importlib.metadata.version("jax_flash")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("not installed")
+    assert installed == jax_flash.__version__
