@@ -1,0 +1,10 @@
+// The FFI handlers, one for each target.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_flash {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kMhaFwd);
+
+}  // namespace jax_flash

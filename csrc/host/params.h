@@ -1,0 +1,80 @@
+// What the host hands to a kernel. Plain structs, passed by value as __grid_constant__ parameters,
+// so that a captured CUDA graph holds everything a launch needs.
+#pragma once
+
+#include <cstdint>
+
+#include "host/fast_divisor.h"
+
+namespace jax_flash {
+
+// Leading batch dims that stay apart after neighbours with equal strides were merged.
+inline constexpr int kMaxBatchDims = 8;
+
+// A read-only operand. Strides are in elements; a stride of 0 along a batch dim shares the operand.
+struct TensorView {
+  const void* data;
+  int64_t batch_strides[kMaxBatchDims];
+  int64_t row_stride;   // from position to position
+  int64_t head_stride;  // from head to head
+  int32_t alignment;    // bytes that every row's address is a multiple of: 16, 4 or 2
+};
+
+// int32 [batch], or absent (null).
+struct LengthsView {
+  const int32_t* data;
+  int64_t batch_strides[kMaxBatchDims];
+};
+
+// The scale of the logits, split so that the kernel compares and exponentiates scores with a
+// positive factor; any other scale goes into the scores first.
+struct SoftmaxScale {
+  float first;   // multiplied into q.k; 1 (and then skipped) for every scale of practice
+  float second;  // > 0: natural logits = second * score
+  float log2;    // second * log2(e)
+  float slack;   // how far, in scores, a row's maximum may pass its reference point
+
+  // Exponentials stay at or below 2^kSlackLog2: far from f16's 65504, sums far from f32's limit.
+  static constexpr float kSlackLog2 = 8.0f;
+  static constexpr float kLog2e = 1.4426950408889634f;
+
+  static SoftmaxScale make(float scale) {
+    const bool direct = scale > 1e-20f;
+    const float second = direct ? scale : 1.0f;
+    return {direct ? 1.0f : scale, second, second * kLog2e, kSlackLog2 / (second * kLog2e)};
+  }
+};
+
+struct MhaFwdParams {
+  TensorView query;           // [batch, query_length, heads, head_dim]
+  TensorView key;             // [batch, key_length, kv_heads, head_dim]
+  TensorView value;           // [batch, key_length, kv_heads, head_dim_v]
+  LengthsView query_lengths;  // valid queries of each sequence
+  LengthsView key_lengths;    // valid keys of each sequence
+  void* out;                  // [batch, query_length, heads, head_dim_v], row-major
+  float* lse;                 // [batch, heads, query_length], row-major
+
+  int32_t batch_dims;
+  int32_t batch_sizes[kMaxBatchDims];
+  int32_t batch;  // product of batch_sizes
+  int32_t query_length;
+  int32_t key_length;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t head_dim_v;
+
+  SoftmaxScale scale;    // natural logits = scale * q.k
+  int32_t window_left;   // -1: unbounded
+  int32_t window_right;  // -1: unbounded
+  bool bottom_right;     // align the last valid query with the last valid key
+
+  // Set by the launch, for tile/schedule.cuh.
+  FastDivisor head_divisor;     // heads
+  FastDivisor group_divisor;    // heads / kv_heads
+  FastDivisor section_divisor;  // (batch, head) pairs whose keys and values share the L2 at a time
+  FastDivisor row_blocks;       // row blocks of a head
+  int32_t missing_heads;        // by which batch * heads is short of whole sections
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,36 @@
+// Approximate arithmetic and packed conversions, one instruction each.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+// 2^x to 2 ulp, subnormal results flushed to zero; ex2(-inf) = 0.
+__device__ __forceinline__ float ex2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two f32 to one packed 16-bit pair, `low` in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t cvt_rn_x2(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t cvt_rn_x2<__nv_bfloat16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+template <>
+__device__ __forceinline__ uint32_t cvt_rn_x2<__half>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+}  // namespace jax_flash::ptx
