@@ -3,7 +3,7 @@
 # machine that has a GPU but no build tools:
 #
 #   [PYTHON=path/to/python] tools/build_gpu.sh [-C cmake.define.JAX_FLASH_LINEINFO=ON ...]
-#   PYTHONPATH=.gpu python -m jax_flash info        # there
+#   PYTHONPATH=.gpu python -P -m jax_flash info     # there; -P keeps the sources out
 #
 # $PYTHON (default python3) only says for which Python; the build requirements of
 # pyproject.toml go into an environment of their own, build/env-<tag>, because
