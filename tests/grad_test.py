@@ -9,6 +9,7 @@ import pytest
 import specs
 from helpers import (
     KEY_LENGTHS,
+    OPTION_COUNT,
     QUERY_LENGTHS,
     SEGMENTS,
     assert_close,
@@ -20,9 +21,10 @@ from helpers import (
     kernel_calls,
     loss,
     normal,
+    options_of_every_kind,
     qkv,
+    shrink_blocks,
 )
-from reference_test import OPTION_COUNT, options_of_every_kind, shrink_blocks
 
 import jax_flash
 from jax_flash._src import blocks

@@ -9,8 +9,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_flash import mha
+from jax_flash._src import blocks
 
 BATCH, ROWS, KEYS, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 8, 8, 4, 2, 16, 8
 SEGMENTS = np.array([[0] * 4 + [1] * 3 + [-1]] * 4, np.int32)
@@ -161,3 +163,44 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def count_primitive(f: Callable, name: str, *args: Any) -> int:
     """How many equations of the jaxpr of f are the primitive `name`."""
     return sum(e.primitive.name == name for e in equations(jax.make_jaxpr(f)(*args)))
+
+
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the jnp path into tiny blocks, so that small problems have many."""
+    monkeypatch.setattr(blocks, "MATERIALISE", 1)
+    monkeypatch.setattr(blocks, "SMALLEST_ROW_BLOCK", 4)
+    monkeypatch.setattr(blocks, "KEY_BLOCK", 5)
+    # What was traced with other blocks must not be reused.
+    jax.clear_caches()
+
+
+def options_of_every_kind(
+    batch: int, rows: int, keys: int, heads: int
+) -> list[dict[str, Any]]:
+    """Options of `mha` beyond those of the kernels, in combinations."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    segments = {
+        "q_segment_ids": rng.integers(-1, 3, (batch, rows)),
+        "kv_segment_ids": rng.integers(-1, 3, (batch, keys)),
+    }
+    return [
+        {"bias": normal(batch, heads, rows, keys)},
+        {"bias": normal(keys), "is_causal": True},
+        {"bias": normal(heads, 1, 1), "softcap": 2.0},
+        {"mask": rng.random((batch, 1, rows, keys)) < 0.5},
+        {"mask": rng.random((rows, 1)) < 0.5, "bias": normal(1, heads, 1, keys)},
+        {"softcap": 1.5, "window_size": (3, 2)},
+        {"sinks": normal(heads), "is_causal": True},
+        {"sinks": normal(batch, heads), "mask": np.zeros((rows, keys), bool)},
+        segments,
+        {**segments, "is_causal": True, "softcap": 3.0, "sinks": normal(heads)},
+        {"scale": 0.0},
+        {"scale": -0.7, "key_value_seq_lengths": np.array([3, 0][:batch], np.int32)},
+    ]
+
+
+OPTION_COUNT = len(options_of_every_kind(2, 11, 13, 4))

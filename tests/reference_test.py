@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import specs
+from helpers import OPTION_COUNT, options_of_every_kind, shrink_blocks
 
 import jax_flash
 from jax_flash._src import blocks
@@ -21,43 +22,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "chunked":
         shrink_blocks(monkeypatch)
     return request.param
-
-
-def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MATERIALISE", 1)
-    monkeypatch.setattr(blocks, "SMALLEST_ROW_BLOCK", 4)
-    monkeypatch.setattr(blocks, "KEY_BLOCK", 5)
-    # What was traced with other blocks must not be reused.
-    jax.clear_caches()
-
-
-def options_of_every_kind(batch: int, rows: int, keys: int, heads: int) -> list[dict]:
-    rng = np.random.default_rng(1)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    segments = {
-        "q_segment_ids": rng.integers(-1, 3, (batch, rows)),
-        "kv_segment_ids": rng.integers(-1, 3, (batch, keys)),
-    }
-    return [
-        {"bias": normal(batch, heads, rows, keys)},
-        {"bias": normal(keys), "is_causal": True},
-        {"bias": normal(heads, 1, 1), "softcap": 2.0},
-        {"mask": rng.random((batch, 1, rows, keys)) < 0.5},
-        {"mask": rng.random((rows, 1)) < 0.5, "bias": normal(1, heads, 1, keys)},
-        {"softcap": 1.5, "window_size": (3, 2)},
-        {"sinks": normal(heads), "is_causal": True},
-        {"sinks": normal(batch, heads), "mask": np.zeros((rows, keys), bool)},
-        segments,
-        {**segments, "is_causal": True, "softcap": 3.0, "sinks": normal(heads)},
-        {"scale": 0.0},
-        {"scale": -0.7, "key_value_seq_lengths": np.array([3, 0][:batch], np.int32)},
-    ]
-
-
-OPTION_COUNT = len(options_of_every_kind(2, 11, 13, 4))
 
 
 def check(

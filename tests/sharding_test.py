@@ -17,6 +17,7 @@ from helpers import (
     loss,
     normal,
     qkv,
+    shrink_blocks,
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -200,8 +201,6 @@ def test_shard_map() -> None:
 
 
 def test_shard_map_with_lengths_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reference_test import shrink_blocks
-
     shrink_blocks(monkeypatch)
     mesh = mesh_of(4)
     whole = (*qkv(), QUERY_LENGTHS, KEY_LENGTHS)
