@@ -1,5 +1,6 @@
 """What the GPU tests share: running the kernels with poisoned outputs."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import baseline
@@ -14,22 +15,30 @@ from jax_flash import mha
 LSE_TOLERANCE = 2e-6
 
 
-def poison(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> list[int]:
-    """Fills device memory of these sizes with NaN and frees it.
+def poisoned_call(call: Callable, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> Any:
+    """`call` whose results are written where there was NaN.
 
-    The allocator hands the same blocks to the next results of these sizes.
+    Buffers of NaN are donated to the program, so they become its results' memory.
+
+    Args:
+      call: a function of arrays that returns as many arrays as there are shapes.
+      shapes: (shape, dtype) of its results.
 
     Returns:
-      Their addresses.
+      A function of the same arguments: (results, addresses of the donated buffers).
     """
-    arrays = [
-        jnp.full(shape, jnp.nan, dtype) for shape, dtype in shapes_and_dtypes if shape
-    ]
-    jax.block_until_ready(arrays)
-    addresses = [array.unsafe_buffer_pointer() for array in arrays]
-    for array in arrays:
-        array.delete()
-    return addresses
+
+    def with_poison(poison: Any, *args: Any) -> Any:
+        return call(*args)
+
+    jitted = jax.jit(with_poison, donate_argnums=0, keep_unused=True)
+
+    def run(*args: Any) -> Any:
+        poison = [jnp.full(shape, jnp.nan, dtype) for shape, dtype in shapes]
+        addresses = [x.unsafe_buffer_pointer() for x in poison]
+        return jitted(poison, *args), addresses
+
+    return run
 
 
 def run_kernel(query: Any, key: Any, value: Any, **given: Any) -> tuple[Any, Any]:
@@ -48,15 +57,15 @@ def run_kernel(query: Any, key: Any, value: Any, **given: Any) -> tuple[Any, Any
             implementation="cuda",
         )
 
-    arguments = jax.device_put((query, key, value, operands))
-    compiled = jax.jit(call).lower(*arguments).compile()
     batch, rows, heads, _ = query.shape
-    poison(
+    results = (
         ((batch, rows, heads, value.shape[-1]), query.dtype),
-        ((batch, heads, rows), jnp.float32),
+        ((batch, heads, rows), np.float32),
     )
-    out, lse = compiled(*arguments)
-    return np.asarray(out), np.asarray(lse)
+    arguments = jax.device_put((query, key, value, operands))
+    got, donated = poisoned_call(call, results)(*arguments)
+    assert [x.unsafe_buffer_pointer() for x in got] == donated
+    return np.asarray(got[0]), np.asarray(got[1])
 
 
 def assert_correct(query: Any, key: Any, value: Any, **given: Any) -> None:

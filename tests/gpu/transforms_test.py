@@ -117,7 +117,12 @@ def test_jvp() -> None:
 
 
 def test_shard_map_on_one_device() -> None:
-    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    mesh = jax.make_mesh(
+        (1,),
+        ("x",),
+        devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
     spec = jax.sharding.PartitionSpec("x")
     operands = arrays()
     f = jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec, spec))
