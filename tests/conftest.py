@@ -5,23 +5,36 @@ Tests under `gpu/` need an NVIDIA GPU and run only when asked for (`pytest tests
 """
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import pytest
+
+CPU_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # The tests compile much and compute little.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 # Modules of other people's code, which mixes dtypes.
 LOOSE_DTYPES = ("flax_test", "examples_test", "readme_test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Chooses the platform before anything imports JAX."""
-    wanted = any("gpu" in str(argument) for argument in config.args)
-    if not wanted and config.getoption("markexpr", "") != "gpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        flags += " --xla_force_host_platform_device_count=8"
-        os.environ["XLA_FLAGS"] = flags
+    """Starts JAX on the platform that the tests are for."""
+    paths = (pathlib.Path(str(argument).partition("::")[0]) for argument in config.args)
+    wanted = any("gpu" in path.parts[-2:] for path in paths)
+    if wanted or config.getoption("markexpr", "") == "gpu":
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([before, *CPU_FLAGS])
+    import jax
+
+    # XLA reads its flags once. Programs that tests start should not inherit them.
+    jax.devices()
+    os.environ["XLA_FLAGS"] = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
