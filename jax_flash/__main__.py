@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 
 import jax_flash
 from jax_flash import backends
@@ -90,7 +90,7 @@ def _versions() -> list[str]:
     lines = [
         f"jax_flash  {jax_flash.__version__}",
         f"jax        {jax.__version__}",
-        f"jaxlib     {jaxlib.__version__}",
+        f"jaxlib     {jaxlib.version.__version__}",
         f"python     {platform.python_version()} on {platform.machine()}",
     ]
     if extension.missing is not None:

@@ -59,15 +59,15 @@ def mha(
       mask: bool, broadcastable to [*B, N, T, S], True = attend.
       scale: factor of the logits, H ** -0.5 if None.
       is_causal: a query sees no key after its own position.
-      causal_alignment: "bottom_right" aligns the last valid query with the last valid key
-        (by the lengths, where given); "top_left" aligns the first with the first.
+      causal_alignment: "bottom_right" aligns the last valid query with the last valid
+        key (by the lengths, where given); "top_left" the first with the first.
       window_size: (left, right): the query aligned with key p sees keys p - left to
         p + right, both inclusive; None = unbounded on that side.
       softcap: c of `c * tanh(logits / c)`.
       sinks: floating [N] or broadcastable to [*B, N]: for each head a logit that takes
         part in the softmax and has no value.
-      q_segment_ids: integers [*B, T]; a query attends keys with its own id. Negative ids
-        are padding, which neither attends nor is attended.
+      q_segment_ids: integers [*B, T]; a query attends keys with its own id. Negative
+        ids are padding, which neither attends nor is attended.
       kv_segment_ids: integers [*B, S]; needed together with q_segment_ids.
       query_seq_lengths: int or integers broadcastable to [*B], the number of valid
         queries, clamped to [0, T]. What lies beyond is not read; its output is 0.
@@ -78,16 +78,17 @@ def mha(
       deterministic: ask for bitwise reproducible gradients.
       precision: None, or "highest" for float32-faithful products.
       return_lse: also return the log-sum-exp of the logits.
-      implementation: None for the first backend that supports the call on the platform it
-        is lowered for (`jax_flash.explain` tells which), or a name, or a tuple of names.
+      implementation: None for the first backend that supports the call on the platform
+        it is lowered for (`jax_flash.explain` tells), a name, or a tuple of names.
 
     Returns:
       out [*B, T, N, Hv] in the dtype of query; with `return_lse` `(out, lse)`, lse
-      float32 [*B, N, T] (float64 for float64 inputs), natural logarithm, differentiable.
+      float32 [*B, N, T] (float64 for float64 inputs), natural logarithm,
+      differentiable.
 
     Raises:
       ValueError: an argument is wrong; the message names it and its value.
-      NotImplementedError: it is right but unsupported, by anyone or by `implementation`.
+      NotImplementedError: it is right but unsupported, by `implementation` or at all.
     """
     arrays = dict(
         zip(
@@ -159,8 +160,8 @@ def dot_product_attention(
       is_causal: query i sees keys 0..i.
       query_seq_lengths: int32 [B].
       key_value_seq_lengths: int32 [B].
-      local_window_size: (left, right), or an int for both: query i sees keys i - left to
-        i + right.
+      local_window_size: (left, right), or an int for both: query i sees keys i - left
+        to i + right.
       implementation: as for `mha`; "cudnn" is `jax.nn`'s own.
       return_residual: also return the log-sum-exp of the logits.
 
@@ -196,11 +197,11 @@ def dot_product_attention(
         local_window_size = (local_window_size, local_window_size)
     window = validate.check_window("local_window_size", local_window_size)
     rows, keys = query.shape[-3], key.shape[-3]
-    past_the_keys = window is not None and window[0] is not None and keys > 0
+    left = None if window is None else window[0]
     some_row_is_empty = (
         mask is not None
         or key_value_seq_lengths is not None
-        or (past_the_keys and rows - 1 - window[0] >= keys)
+        or (left is not None and rows - 1 - left >= keys > 0)
     )
     result = mha(
         query,

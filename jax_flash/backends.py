@@ -1,9 +1,9 @@
 """Who can run an attention call, and why not.
 
 A backend is a name, the platforms it runs on, and a function that says whether it
-supports a call or why not. `mha(implementation=None)` takes the first registered backend
-that supports the call on the platform the computation is lowered for; a name or a tuple
-of names restricts the choice strictly. Built in, in this order: "cuda" (the kernels of
+supports a call or why not. `mha(implementation=None)` takes the first backend that
+supports the call on the platform the computation is lowered for; a name or a tuple of
+names restricts the choice strictly. Built in, in this order: "cuda" (the kernels of
 this package), "cudnn" (through `jax.nn.dot_product_attention`), "xla" (jnp).
 """
 
@@ -246,7 +246,11 @@ def explain(
     """Says which implementation would run a call of `mha`, and why not the others.
 
     Args:
-      query, key, value, bias, mask: as for `mha`; arrays or `jax.ShapeDtypeStruct`s.
+      query: as for `mha`; every array may be a `jax.ShapeDtypeStruct`.
+      key: as for `mha`.
+      value: as for `mha`.
+      bias: as for `mha`.
+      mask: as for `mha`.
       implementation: as for `mha`, except that a name which cannot run the call is
         reported, not raised.
       **options: any other argument of `mha`.
@@ -258,8 +262,8 @@ def explain(
       ValueError, NotImplementedError: as `mha` would, for arguments that no
         implementation accepts.
     """
-    arrays = dict(zip(OPERANDS, (query, key, value, bias, mask)))
-    for name in OPERANDS[len(arrays) :]:
+    arrays = dict(zip(OPERANDS[:5], (query, key, value, bias, mask), strict=True))
+    for name in OPERANDS[5:]:
         arrays[name] = options.pop(name, None)
     for name in options:
         if name not in DEFAULTS:

@@ -1,6 +1,7 @@
 """`mha` as users call it: ranks, arguments, determinism, empty inputs, properties."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -34,10 +35,10 @@ def test_any_batch_dimensions(batch: tuple[int, ...]) -> None:
     bias = normal(*batch, 4, 8, 8)
     lengths = np.arange(size, dtype=np.int32).reshape(batch) + 3
     options = {"key_value_seq_lengths": lengths, "is_causal": True}
-    out, lse = flash(*arrays, bias, **options)
+    out, lse = flash(*arrays, bias=bias, **options)
     chex.assert_shape(out, (*batch, 8, 4, 8))
     chex.assert_shape(lse, (*batch, 4, 8))
-    assert_close((out, lse), dense(*arrays, bias, **options))
+    assert_close((out, lse), dense(*arrays, bias=bias, **options))
 
 
 def test_lse_is_returned_only_on_request() -> None:
@@ -79,7 +80,7 @@ def test_every_argument_changes_the_output() -> None:
     """Nothing that is accepted is ignored."""
     base = np.asarray(mha(*qkv()))
     ids = np.array([[0] * 4 + [1] * 4] * 4)
-    for options in (
+    changes: tuple[dict[str, Any], ...] = (
         {"bias": normal(8, 8)},
         {"mask": np.tri(8, dtype=bool)},
         {"scale": 0.1},
@@ -92,7 +93,8 @@ def test_every_argument_changes_the_output() -> None:
         {"q_segment_ids": ids, "kv_segment_ids": ids},
         {"query_seq_lengths": 5},
         {"key_value_seq_lengths": 5},
-    ):
+    )
+    for options in changes:
         assert not np.allclose(mha(*qkv(), **options), base, atol=1e-3), options
     query, key, value = qkv()
     for alignment in ("top_left", "bottom_right"):
@@ -166,7 +168,7 @@ def test_bias_of_another_dtype() -> None:
     bias = normal(4, 8, 8)
 
     def f(bias):
-        return mha(*args, bias).astype(jnp.float32).sum()
+        return mha(*args, bias=bias).astype(jnp.float32).sum()
 
     grad = jax.grad(f)(bias)
     chex.assert_type(grad, jnp.float32)
@@ -231,6 +233,6 @@ def test_property(
     chex.assert_trees_all_close(out, (expected.out, expected.lse), rtol=2e-5, atol=2e-5)
     grads = vjp((jnp.ones_like(out[0]), jnp.ones_like(out[1])))
     ones = np.ones(expected.out.shape), np.ones(expected.lse.shape)
-    want = oracle.gradients(*arrays, *ones, **spec.options)
+    want = oracle.gradients(*arrays, dout=ones[0], dlse=ones[1], **spec.options)
     for name, grad in zip(("query", "key", "value"), grads, strict=True):
         np.testing.assert_allclose(grad, want[name], rtol=1e-4, atol=1e-4)

@@ -121,7 +121,7 @@ def test_backend_without_lse() -> None:
 
     backends.register(seven(run=run))
     assert (mha(*qkv(), implementation="seven") == 7).all()
-    with pytest.raises(ValueError, match="'seven' supports .* returned no lse"):
+    with pytest.raises(ValueError, match=r"'seven' supports .* returned no lse"):
         mha(*qkv(), implementation="seven", return_lse=True)
 
 
@@ -130,7 +130,7 @@ def test_backend_without_lse() -> None:
     [
         (seven(name="xla"), None, "'xla' is taken"),
         (seven(), "eight", "before must be one of .* got 'eight'"),
-        (seven(kv_layout="SBKH"), None, "kv_layout must be one of .*'SBKH'"),
+        (seven(kv_layout="SBKH"), None, r"kv_layout must be one of .*'SBKH'"),
         (seven(platforms=("gpu",)), None, "platforms must be among .*'gpu'"),
     ],
 )

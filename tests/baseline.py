@@ -1,8 +1,8 @@
 """The same mathematics as written in plain jnp, and the error bound taken from it.
 
 `attention` is what XLA makes of attention with 16-bit inputs: products of the inputs
-accumulated in float32, softmax in float32, weights rounded to the dtype of the inputs. A
-result is accurate enough if its error against float64 is at most twice this one's.
+accumulated in float32, softmax in float32, weights rounded to the dtype of the inputs.
+A result is accurate enough if its error against float64 is at most twice this one's.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import oracle
 
 FACTOR = 2.0
@@ -20,7 +19,7 @@ TINY = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 2e-6, "float64": 1e-14}
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, **given: Any
 ) -> jax.Array:
-    """[B, T, N, H] x [B, S, K, H] x [B, S, K, Hv] -> [B, T, N, Hv], arguments of `mha`."""
+    """Attention of [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; arguments as `mha`."""
     groups = query.shape[2] // key.shape[2]
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     keys, values = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
@@ -54,8 +53,11 @@ def assert_accurate(
 
     Args:
       out: the result under test, [B, T, N, Hv].
-      query, key, value, **given: the arguments it was computed from.
+      query: what it was computed from.
+      key: what it was computed from.
+      value: what it was computed from.
       expected: the float64 result, computed if not given.
+      **given: the other arguments it was computed from.
     """
     if expected is None:
         expected = oracle.attention(query, key, value, **given).out

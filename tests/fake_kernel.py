@@ -53,7 +53,7 @@ class _CallFrame(ctypes.Structure):
 
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
 def _handler(frame: "ctypes._Pointer[_CallFrame]") -> None:
-    """Answers XLA's question for the handler's version, which is asked on registering."""
+    """Answers XLA, which asks for the handler's version on registering."""
     extension = frame.contents.extension_start
     if extension and extension.contents.type == METADATA_EXTENSION:
         version = extension.contents.metadata.contents.api_version

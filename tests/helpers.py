@@ -113,7 +113,7 @@ def loss(f: Callable) -> Callable:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    """Equal trees: same shapes, same infinities, error relative to the largest value."""
+    """Equal trees: shapes, infinities, and values relative to the largest."""
     chex.assert_trees_all_equal_shapes(actual, expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -119,12 +119,13 @@ def test_layout_of_a_mapped_axis(kernels: None, axis: int) -> None:
     assert layouts.group(1).startswith(f"dense<{order[::-1]}>")
 
 
-def moved_data(text: str) -> list[str]:
+def moved_data(text: str | None) -> list[str]:
     """Lines of compiled HLO that move data: copies, and transposes that are no bitcast.
 
-    A transpose is a bitcast if the elements lie in the same order before and after, which
-    the layouts (dimensions minor to major, in braces) tell.
+    A transpose is a bitcast if the elements lie in the same order before and after,
+    which the layouts (dimensions minor to major, in braces) tell.
     """
+    assert text is not None
     shape = r"%([\w.-]+) = \w+\[[\d,]*\]\{([\d,]*)\}"
     layouts = {
         name: [int(n) for n in layout.split(",") if n]
@@ -147,7 +148,7 @@ AXES = [a for a in itertools.product((None, 0, 1, 2, 3), repeat=2) if a != (None
 def test_compiled_without_transpose_or_copy(
     axes: tuple[int | None, int | None],
 ) -> None:
-    """vmap over any axis but the width: the kernel reads the arguments in place."""
+    """Vmap over any axis but the width: the kernel reads the arguments in place."""
     query, key, value = inputs()
     stacked = [
         x if axis is None else jnp.stack([x] * 5, axis)
@@ -156,7 +157,7 @@ def test_compiled_without_transpose_or_copy(
     with fake_kernel.on_cpu():
         mapped = jax.vmap(flash, (*axes, None))
         text = jax.jit(mapped).lower(*stacked, value).compile().as_text()
-        assert f'"{registry.FORWARD_TARGET}"' in text
+        assert f'"{registry.FORWARD_TARGET}"' in str(text)
         assert moved_data(text) == []
 
 
@@ -204,7 +205,7 @@ def test_named_implementation_decides(kernels: None) -> None:
 
 
 def test_too_many_batch_dimensions(kernels: None) -> None:
-    """vmap may add more dimensions than the kernel addresses: then jnp runs."""
+    """Vmap may add more dimensions than the kernel addresses: then jnp runs."""
     args = [jnp.zeros((1, 2, 1, 8), jnp.bfloat16)] * 3
     f = flash
     for _ in range(plan.MAX_BATCH_DIMS):

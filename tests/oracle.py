@@ -116,7 +116,7 @@ def attention(query: Any, key: Any, value: Any, **given: Any) -> Result:
     Padding beyond the lengths may hold NaN.
     """
     query, key, value = _float64(query, key, value)
-    query, key, value = _without_padding(query, key, value, given)
+    query, key, value = without_padding(query, key, value, given)
     s, ok, _ = _scores(query, key, given)
     p, lse = _softmax(s, ok, given.get("sinks"))
     value = np.repeat(value, query.shape[2] // value.shape[2], axis=2)
@@ -129,10 +129,10 @@ def gradients(
     """Gradients of `sum(out * dout) + sum(lse * dlse)` by the textbook formulas.
 
     Returns:
-      query, key, value, and bias ([B, N, T, S], not reduced) and sinks ([B, N]) if given.
+      query, key, value; bias ([B, N, T, S], not reduced) and sinks ([B, N]) if given.
     """
     query, key, value, dout = _float64(query, key, value, dout)
-    query, key, value = _without_padding(query, key, value, given)
+    query, key, value = without_padding(query, key, value, given)
     heads, width, groups = (
         query.shape[2],
         query.shape[3],
@@ -185,7 +185,7 @@ def _float64(*arrays: Any) -> list[Array]:
     return [np.asarray(x).astype(np.float64) for x in arrays]
 
 
-def _without_padding(
+def without_padding(
     query: Array, key: Array, value: Array, given: dict[str, Any]
 ) -> tuple[Array, Array, Array]:
     """Zeros in place of what may not be read."""

@@ -141,7 +141,7 @@ MASKS: tuple[dict[str, Any], ...] = (
 
 
 def _lengths_table() -> Iterator[Spec]:
-    """All sequence lengths, equal and not, under the masks; zero and partial lengths."""
+    """All sequence lengths, equal and not, under the masks."""
     pairs = [(n, n) for n in SEQUENCE_LENGTHS] + list(UNEQUAL_LENGTHS)
     for i, (rows, keys) in enumerate(pairs):
         heads, kv_heads = HEADS[i % len(HEADS)]
@@ -171,11 +171,12 @@ def _heads_table() -> Iterator[Spec]:
 def _valid_lengths_table() -> Iterator[Spec]:
     """Zero, partial, full and too large lengths, under every mask."""
     for i, mask in enumerate(MASKS):
-        for lengths in (
+        tables: tuple[dict[str, Any], ...] = (
             {"query_lengths": (0, 1, 100, 150)},
             {"key_lengths": (0, 1, 150, 300)},
             {"query_lengths": (150, 77, 0, 1), "key_lengths": (130, 300, 5, 0)},
-        ):
+        )
+        for lengths in tables:
             dtype = DTYPES[i % 2]
             yield Spec(4, 150, 300, 4, 2, 64, dtype=dtype, **mask, **lengths)
 

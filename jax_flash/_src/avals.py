@@ -1,8 +1,8 @@
 """Abstract evaluation: shapes, dtypes, varying axes and shardings of results.
 
 Results are derived from the query's type by `update`, so that the manual axes of
-`shard_map` are kept; the sharding is rebuilt for each result, because its dimensions are
-not the query's.
+`shard_map` are kept; the sharding is rebuilt for each result, because its dimensions
+are not the query's.
 """
 
 from typing import Any

@@ -37,7 +37,9 @@ def moved_order(order: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 
 
 def _batched(config: AttentionConfig, axes: tuple[int | None, ...]) -> AttentionConfig:
-    orders = tuple(moved_order(o, a) for o, a in zip(config.orders, axes))
+    orders = tuple(
+        moved_order(o, a) for o, a in zip(config.orders, axes[:3], strict=True)
+    )
     return dataclasses.replace(config, orders=orders)
 
 
@@ -45,7 +47,7 @@ def _register(primitive: Primitive) -> None:
     def rule(args: tuple, axes: tuple, *, config: AttentionConfig, **params: Any):
         args = tuple(
             x[None] if axis is None else jnp.moveaxis(x, axis, 0)
-            for x, axis in zip(args, axes)
+            for x, axis in zip(args, axes, strict=True)
         )
         outs = primitive.bind(*args, config=_batched(config, axes), **params)
         return outs, [0] * len(outs)

@@ -1,7 +1,7 @@
 """How the jnp path cuts a problem into blocks of query rows and keys.
 
-A problem whose scores fit in `MATERIALISE` elements is one block; a larger one is cut so
-that no block of scores is larger, and memory stays linear in T and S.
+A problem whose scores fit in `MATERIALISE` elements is one block; a larger one is cut
+so that no block of scores is larger, and memory stays linear in T and S.
 """
 
 import jax
@@ -40,7 +40,7 @@ def small(o: Operands) -> bool:
 
 
 def row_block(o: Operands, keys: int) -> int:
-    """Rows of one block of scores against `keys` keys, the whole T where it is small."""
+    """Rows of one block of scores against `keys` keys, at most T."""
     *batch, rows, heads, _ = batch_shape(o) + o["query"].shape[-3:]
     per_row = heads * keys
     for dim in batch:
@@ -72,7 +72,7 @@ def split(o: Operands, axes: dict[str, int], size: int, block: int) -> Operands:
         if name in o and o[name].shape[axis] == size:
             x = o[name]
             axis = axis % x.ndim
-            shape = x.shape[:axis] + (size // block, block) + x.shape[axis + 1 :]
+            shape = (*x.shape[:axis], size // block, block, *x.shape[axis + 1 :])
             result[name] = jnp.moveaxis(x.reshape(shape), axis, 0)
     return result
 
@@ -84,4 +84,4 @@ def join(x: jax.Array, axis: int) -> jax.Array:
     """
     axis = axis % (x.ndim - 1)
     x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + 2 :])
+    return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))

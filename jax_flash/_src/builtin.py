@@ -1,7 +1,7 @@
 """The built-in backends: "cuda", "cudnn" and "xla".
 
-Lives here: what each supports and how it runs. "cuda" and "xla" are one primitive, which
-chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
+Lives here: what each supports and how it runs. "cuda" and "xla" are one primitive,
+which chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
 """
 
 import functools
@@ -108,12 +108,12 @@ def cudnn_supports(call: Call) -> str | None:
     rows, keys = call.query_length, call.key_length
     if 0 in (*call.batch, rows, keys):
         return f"query {call.query.shape} or key {call.key.shape} is empty"
-    if call.is_causal or call.window_size is not None:
-        if call.causal_alignment == "bottom_right" and rows != keys:
-            return (
-                f"causal_alignment='bottom_right' with T={rows} and S={keys}: cuDNN "
-                "aligns top-left"
-            )
+    aligned = call.is_causal or call.window_size is not None
+    if aligned and call.causal_alignment == "bottom_right" and rows != keys:
+        return (
+            f"causal_alignment='bottom_right' with T={rows} and S={keys}: cuDNN aligns "
+            "top-left"
+        )
     if call.window_size is not None:
         left, right = call.window_size
         if left is None or not (call.is_causal or right == 0):
@@ -128,7 +128,7 @@ def run_cudnn(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs cuDNN through `jax.nn`."""
     window = None
-    if call.window_size is not None:
+    if call.window_size is not None and call.window_size[0] is not None:
         window = (call.window_size[0], 0)
     out = jax.nn.dot_product_attention(
         operands["query"],

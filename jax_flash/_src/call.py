@@ -17,10 +17,10 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A validated call of `mha`; arrays as `jax.ShapeDtypeStruct`, None if not given.
+    """A validated call of `mha`; arrays as `jax.ShapeDtypeStruct`, None if absent.
 
-    Arrays have their canonical ranks: at least one batch dimension, each of size 1 where
-    the array is shared along it (see `OPERANDS` in `config`).
+    Arrays have their canonical ranks: at least one batch dimension, each of size 1
+    where the array is shared along it (see `OPERANDS` in `config`).
     """
 
     query: Shape
@@ -92,8 +92,8 @@ class Backend:
       supports: `supports(call)` is None if it can run the call, else the reason, which
         names the argument and its value.
       run: `run(call, operands) -> (out, lse)` on canonical operands, a dict of arrays
-        with the shapes in `call`; lse may be None if `call.return_lse` is False. It must
-        be traceable, and differentiable where gradients are wanted.
+        with the shapes in `call`; lse may be None if `call.return_lse` is False. It
+        must be traceable, and differentiable where gradients are wanted.
       kv_layout: the layout in which `run` takes key and value, "BSKH" or "BKSH".
     """
 

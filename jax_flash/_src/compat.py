@@ -24,7 +24,7 @@ def vary_together(operands: Sequence[jax.Array]) -> list[jax.Array]:
     union = frozenset().union(*axes)
     return [
         lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
-        for x, own in zip(operands, axes)
+        for x, own in zip(operands, axes, strict=True)
     ]
 
 

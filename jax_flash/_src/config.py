@@ -10,7 +10,7 @@ so an operand that is not mapped is never copied.
 
 import dataclasses
 
-OPERANDS = (
+OPERANDS: tuple[str, ...] = (
     "query",  # [*B, T, N, H]
     "key",  # [*B, S, K, H]
     "value",  # [*B, S, K, Hv]
@@ -24,7 +24,7 @@ OPERANDS = (
 )
 """Every operand in the order in which primitives and kernels take them."""
 
-RESIDUALS = ("out", "lse")
+RESIDUALS: tuple[str, ...] = ("out", "lse")
 """What the derivative needs besides the operands: [*B, T, N, Hv] and [*B, N, T]."""
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")

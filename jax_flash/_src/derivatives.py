@@ -2,12 +2,12 @@
 
 The forward's tangent is one primitive, linear in the tangents of the operands, and its
 transpose is the backward primitive. So jvp, linearize and jacfwd run jnp, grad runs the
-backward, and vmap commutes with both. Second and higher orders are derivatives of the jnp
-tangent and backward.
+backward, and vmap commutes with both. Second and higher orders are derivatives of the
+jnp tangent and backward.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from jax.interpreters import ad
 from jax_flash._src import primitives, reference_grad
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 
+Values = Sequence[Any]
+Names = tuple[str, ...]
+
 RESIDUAL_NAMES = ("jax_flash_out", "jax_flash_lse")
 """Names of out and lse for checkpoint policies."""
 
@@ -25,32 +28,42 @@ def _is_zero(t: Any) -> bool:
     return isinstance(t, ad.Zero)
 
 
-def _jvp_of(fun: Callable, primals: tuple, tangents: tuple) -> Any:
+def _jvp_of(fun: Callable, primals: Values, tangents: Values) -> Any:
     """Tangents of `fun`, differentiated only where a tangent is not zero."""
     live = [i for i, t in enumerate(tangents) if not _is_zero(t)]
 
-    def of_live(*xs):
+    def of_live(*xs: Any) -> Any:
         full = list(primals)
-        for i, x in zip(live, xs):
+        for i, x in zip(live, xs, strict=True):
             full[i] = x
         return fun(*full)
 
     return jax.jvp(of_live, [primals[i] for i in live], [tangents[i] for i in live])[1]
 
 
-def _forward_jvp(primals, tangents, *, config: AttentionConfig, needs_devices: Any):
+def _forward_jvp(
+    primals: Values, tangents: Values, *, config: AttentionConfig, needs_devices: Any
+) -> tuple[Any, Any]:
     del needs_devices
     results = primitives.forward(config, *primals)
-    out, lse = (checkpoint_name(x, n) for x, n in zip(results, RESIDUAL_NAMES))
-    live = [(n, t) for n, t in zip(config.present, tangents) if not _is_zero(t)]
+    out, lse = (
+        checkpoint_name(x, n) for x, n in zip(results, RESIDUAL_NAMES, strict=True)
+    )
+    live = [
+        (n, t) for n, t in zip(config.present, tangents, strict=True) if not _is_zero(t)
+    ]
     if not live:
-        return [out, lse], [ad.Zero.from_primal_value(x) for x in (out, lse)]
+        return [out, lse], [
+            ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (out, lse)
+        ]
     names = tuple(n for n, _ in live)
     given = (t for _, t in live)
     return [out, lse], primitives.tangent(config, names, *primals, out, lse, *given)
 
 
-def _tangent_jvp(primals, tangents, *, config: AttentionConfig, perturbed):
+def _tangent_jvp(
+    primals: Values, tangents: Values, *, config: AttentionConfig, perturbed: Names
+) -> tuple[Any, Any]:
     count = len(config.present) + len(RESIDUALS)
     out = primitives.tangent(config, perturbed, *primals)
     if all(_is_zero(t) for t in tangents[:count]):
@@ -61,13 +74,15 @@ def _tangent_jvp(primals, tangents, *, config: AttentionConfig, perturbed):
     return out, _jvp_of(fun, primals, tangents)
 
 
-def _tangent_transpose(cts, *args, config: AttentionConfig, perturbed):
+def _tangent_transpose(
+    cts: Values, *args: Any, config: AttentionConfig, perturbed: Names
+) -> list[Any]:
     count = len(config.present) + len(RESIDUALS)
     residuals, linear = args[:count], args[count:]
     dout, dlse = cts
     wanted = [
         (name, x.aval)
-        for name, x in zip(perturbed, linear)
+        for name, x in zip(perturbed, linear, strict=True)
         if ad.is_undefined_primal(x)
     ]
     # An unused lse gives the backward no operand, not an array of zeros.
@@ -96,13 +111,13 @@ def _shared(name: str, aval: Any, batch: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _backward_jvp(
-    primals,
-    tangents,
+    primals: Values,
+    tangents: Values,
     *,
     config: AttentionConfig,
     backward: Backward,
     needs_devices: Any,
-):
+) -> tuple[Any, Any]:
     del needs_devices
     out = primitives.backward(config, backward, *primals)
     fun = functools.partial(reference_grad.backward, config=config, backward=backward)

@@ -1,8 +1,8 @@
 """Inner primitives: what the compiler sees, after partitioning.
 
 Lives here: `forward_i` and `backward_i` with their lowerings, the CUDA kernel where the
-call was found to have one, else the jnp specification. Batching and derivatives belong to
-the outer primitives (`primitives`).
+call was found to have one, else the jnp specification. Batching and derivatives belong
+to the outer primitives (`primitives`).
 """
 
 import functools
@@ -55,7 +55,7 @@ def _forward_cuda(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
             f"implementation='cuda' takes at most {plan.MAX_BATCH_DIMS} batch "
             f"dimensions (vmap adds one each), got {batch_dims}"
         )
-    lengths = [name for name in config.present[3:]]
+    lengths = config.present[3:]
     # XLA wants layouts minor to major; lengths are row-major.
     layouts: list[Any] = [order[::-1] for order in config.orders]
     layouts += [tuple(reversed(range(batch_dims)))] * len(lengths)

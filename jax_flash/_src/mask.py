@@ -1,7 +1,7 @@
 """The mask: one interval of keys for each query row.
 
-Lives here: the interval formula (also written in C++, `jax_flash._kernels.key_interval`)
-and the elementwise mask built on it. Causal, window and lengths all reduce to it.
+Lives here: the interval formula (also in C++, `jax_flash._kernels.key_interval`) and
+the elementwise mask built on it. Causal, window and lengths all reduce to it.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def lengths(
     names = "query_seq_lengths", "key_value_seq_lengths"
     query_length, key_length = (
         jnp.clip(operands.get(name, limit), 0, limit)
-        for name, limit in zip(names, limits)
+        for name, limit in zip(names, limits, strict=True)
     )
     return query_length, key_length
 
@@ -65,7 +65,7 @@ def row_intervals(
     rows: int,
     keys: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`key_interval` of the rows `row` [t] for every batch element: int32 [*B|(), t]."""
+    """`key_interval` of the rows `row` [t] for each batch element: int32 [*B|(), t]."""
     query_length, key_length = lengths(operands, rows, keys)
     return key_interval(
         row,

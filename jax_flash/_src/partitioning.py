@@ -1,8 +1,8 @@
 """Partitioning: batch and heads stay sharded, sequence and width never are.
 
 Lives here: the sharding rule given to Shardy, and the callback that decides, from the
-shardings the compiler proposes, what each device computes. What a device runs is an inner
-primitive (`inner`) on its local shapes.
+shardings the compiler proposes, what each device computes. What a device runs is an
+inner primitive (`inner`) on its local shapes.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ def _bind(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
 def _trailing(name: str, query_heads: int, kv_heads: int) -> tuple[str, ...]:
     """Symbolic dimensions after the batch.
 
-    Query and key/value heads are separate factors, not the compound "(kv group)": a mesh
-    axis larger than the number of kv heads would be split into sub-axes, which JAX cannot
-    write as a PartitionSpec. The callback ties the two instead.
+    Query and key/value heads are separate factors, not the compound "(kv group)": a
+    mesh axis larger than the number of kv heads would be split into sub-axes, which JAX
+    cannot write as a PartitionSpec. The callback ties the two instead.
     """
     n, k = "n", "n" if kv_heads == query_heads else "kh"
     return {
@@ -207,8 +207,11 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     batch_dims = len(split.batch)
 
     def local(name: str, x: Any) -> NamedSharding:
-        spec = [axes if n > 1 else () for axes, n in zip(split.batch, x.shape)]
-        for size, dim in zip(x.shape[batch_dims:], _trailing(name, *heads)):
+        batch = zip(split.batch, x.shape[:batch_dims], strict=True)
+        spec = [axes if n > 1 else () for axes, n in batch]
+        for size, dim in zip(
+            x.shape[batch_dims:], _trailing(name, *heads), strict=True
+        ):
             is_head = dim in ("n", "kh") and size > 1
             axes = split.kv_heads if name in ("key", "value") else split.query_heads
             spec.append(axes if is_head else ())
@@ -218,8 +221,8 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
         """Mesh axes over which the gradient of `name` is a sum of local parts."""
         assert stage.backward is not None
         axes: Axes = ()
-        shared = dict(zip(stage.backward.perturbed, stage.backward.shared))[name]
-        for axis in shared:
+        which = stage.backward
+        for axis in which.shared[which.perturbed.index(name)]:
             axes += split.batch[axis]
         if name in ("key", "value"):
             return axes + split.query_heads[len(split.kv_heads) :]

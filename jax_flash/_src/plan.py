@@ -1,8 +1,8 @@
 """What the CUDA kernels can run: pure functions of static facts.
 
 Lives here: the table of kernel instantiations (the same as in `csrc/sm80/inst` and
-`jax_flash._kernels.kernels()`; a test holds the three together) and the reasons for which
-a call has no kernel. Does not live here: whether kernels were built (`registry`).
+`jax_flash._kernels.kernels()`; a test holds the three together) and the choice of one
+for a call. Does not live here: whether kernels were built (`registry`).
 """
 
 import dataclasses

@@ -21,8 +21,8 @@ from jax_flash._src.inner import new_primitive
 def device_hint() -> Any:
     """A tiny jaxpr that holds a custom_partitioning call.
 
-    JAX gives the lowering its list of devices only if some equation needs them, and looks
-    for such equations also in jaxprs among the parameters of others. So the outer
+    JAX gives the lowering its list of devices only if some equation needs them, and
+    looks for such equations also in jaxprs among the parameters of others. So the outer
     primitives carry this one as a parameter.
     """
     return jax.make_jaxpr(partitioning.identity)(

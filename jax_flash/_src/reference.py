@@ -19,6 +19,8 @@ from jax_flash._src.scores import (
     weights_value,
 )
 
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """Attention of canonical operands.
@@ -89,11 +91,11 @@ def chunked(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array]
     row_block = blocks.row_block(o, key_block)
     padded = blocks.pad(o, blocks.ROW_AXIS, rows, row_block)
     padded = blocks.pad(padded, blocks.KEY_AXIS, keys, key_block)
-    all_rows, all_keys = padded["query"].shape[-3], padded["key"].shape[-3]
+    all_rows = padded["query"].shape[-3]
     by_row = blocks.split(padded, blocks.ROW_AXIS, all_rows, row_block)
     rest = {name: x for name, x in padded.items() if name not in by_row}
 
-    def one_row_block(args):
+    def one_row_block(args: tuple[jax.Array, Operands]) -> tuple[jax.Array, jax.Array]:
         index, mine = args
         row = index * row_block + jnp.arange(row_block, dtype=jnp.int32)
         return _online(config, {**rest, **mine}, row, rows, keys, key_block)
@@ -132,7 +134,7 @@ def _online(
     state = (top, total, acc, jnp.zeros(shape, bool))
     state = tuple(compat.vary_like(x, o["query"]) for x in state)
 
-    def one_key_block(index, state):
+    def one_key_block(index: jax.Array, state: State) -> State:
         top, total, acc, some = state
         start = index * key_block
         mine = dict(o)

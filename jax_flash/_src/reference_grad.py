@@ -23,6 +23,7 @@ from jax_flash._src.scores import (
     weights_value,
 )
 
+COTANGENTS: tuple[str, ...] = ("dout", "dlse")
 
 Body = Callable[[Operands, Operands, jax.Array], tuple[Operands, Operands]]
 
@@ -52,11 +53,19 @@ def _by_row_blocks(o: Operands, others: Operands, body: Body):
     others_rest = {n: x for n, x in others.items() if n not in others_by_row}
 
     @jax.checkpoint
-    def work(mine, others_mine, rest, others_rest, index):
+    def work(
+        mine: Operands,
+        others_mine: Operands,
+        rest: Operands,
+        others_rest: Operands,
+        index: jax.Array,
+    ) -> tuple[Operands, Operands]:
         row = index * block + jnp.arange(block, dtype=jnp.int32)
         return body({**rest, **mine}, {**others_rest, **others_mine}, row)
 
-    def step(total, xs):
+    def step(
+        total: Operands, xs: tuple[Operands, Operands, jax.Array]
+    ) -> tuple[Operands, Operands]:
         kept, summed = work(*xs[:2], rest, others_rest, xs[2])
         return {name: total[name] + summed[name] for name in total}, kept
 
@@ -128,7 +137,7 @@ def tangent(
     padding = {n: x for n, x in o.items() if n not in perturbed}
     t = {n: x for n, x in mask.zero_padding({**padding, **t}).items() if n in t}
 
-    def body(o, t, row):
+    def body(o: Operands, t: Operands, row: jax.Array) -> tuple[Operands, Operands]:
         p, live, slope = _probabilities(config, o, row, rows)
         ds = jnp.zeros((), dtype)
         for a, b in ((t.get("query"), o["key"]), (o["query"], t.get("key"))):
@@ -164,12 +173,12 @@ def backward(
       backward: which gradients, and over which batch dimensions each is summed.
 
     Returns:
-      A gradient for each perturbed operand, in its dtype: its trailing shape behind the
-      full batch, with size 1 where it was summed over. Sums are in the accumulator dtype.
+      A gradient for each perturbed operand, in its dtype: its trailing shape behind
+      the full batch, size 1 where it was summed over. Sums are in float32 or wider.
     """
     names = config.present + RESIDUALS
     o = dict(zip(names, args[: len(names)], strict=True))
-    cts = dict(zip(("dout", "dlse"), args[len(names) :]))
+    cts: Operands = dict(zip(COTANGENTS, args[len(names) :], strict=False))
     batch = jnp.broadcast_shapes(batch_shape(o), batch_shape(cts))
     shapes = {n: o[n].shape[o[n].ndim - TRAILING[n] :] for n in backward.perturbed}
     shared = dict(zip(backward.perturbed, backward.shared, strict=True))
@@ -193,7 +202,7 @@ def backward(
     o = mask.zero_padding(o)
     bias_by_row = "bias" in shapes and o["bias"].shape[-2] == rows
 
-    def body(o, cts, row):
+    def body(o: Operands, cts: Operands, row: jax.Array) -> tuple[Operands, Operands]:
         p, live, slope = _probabilities(config, o, row, rows)
         # A dead row may carry any cotangent: lse is -inf there, its slope undefined.
         dout = jnp.where(jnp.swapaxes(live, -1, -2)[..., None], cts["dout"], 0)

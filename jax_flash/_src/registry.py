@@ -1,7 +1,7 @@
 """The compiled extension: loaded if present, its FFI targets registered.
 
-Lives here: what was built and why not, if not. Importing this room never fails and never
-touches a GPU.
+Lives here: what was built and why not, if not. Importing this room never fails and
+never touches a GPU.
 """
 
 import contextlib

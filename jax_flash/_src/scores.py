@@ -28,7 +28,7 @@ def batch_shape(operands: Operands) -> tuple[int, ...]:
 
 
 def matmul(config: AttentionConfig, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a [..., M, L] @ b [..., L, C] in the accumulator dtype.
+    """Product of a [..., M, L] and b [..., L, C] in the accumulator dtype.
 
     A 16-bit factor is exact in every format a DEFAULT float32 product may use, so
     only wide inputs and precision="highest" need the slow one.

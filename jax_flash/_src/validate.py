@@ -1,8 +1,8 @@
 """Checks of the user's arguments, once, at trace time.
 
 Every message names the argument and shows its value. ValueError: the argument is wrong.
-NotImplementedError: it is right, and not built. What a given implementation cannot do is
-not decided here but in `Backend.supports`.
+NotImplementedError: it is right, and not built. What a given implementation cannot do
+is not decided here but in `Backend.supports`.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, TRAILING
@@ -78,15 +79,16 @@ def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
     integers = "lengths" in name or "segment" in name
     if isinstance(x, int) and not isinstance(x, bool) and "lengths" in name:
         return jax.ShapeDtypeStruct((), jnp.int32)
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None:
         raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
     if integers:
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got dtype {x.dtype}")
-        return jax.ShapeDtypeStruct(x.shape, jnp.int32)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got dtype {dtype}")
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
     if isinstance(x, np.ndarray | np.generic):
-        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _check_qkv(query: Any, key: Any, value: Any) -> None:
@@ -170,8 +172,8 @@ def _check_others(given: dict[str, Any]) -> None:
     for name, length in (("q_segment_ids", rows), ("kv_segment_ids", keys)):
         if name in given and given[name].shape[-1:] != (length,):
             raise ValueError(
-                f"{name} must have one id for each of the {length} positions, got shape "
-                f"{given[name].shape}"
+                f"{name} must have one id for each of the {length} positions, got "
+                f"shape {given[name].shape}"
             )
     if ("q_segment_ids" in given) != ("kv_segment_ids" in given):
         missing = "kv" if "q_segment_ids" in given else "q"
@@ -185,7 +187,7 @@ def _broadcasts(shape: tuple, full: tuple) -> bool:
     if len(shape) > len(full):
         return False
     tail = full[len(full) - len(shape) :]
-    return all(n == 1 or n == m for n, m in zip(shape, tail))
+    return all(n == 1 or n == m for n, m in zip(shape, tail, strict=True))
 
 
 def _canonical_shape(name: str, shape: tuple, batch_dims: int) -> tuple[int, ...]:
@@ -196,7 +198,7 @@ def _canonical_shape(name: str, shape: tuple, batch_dims: int) -> tuple[int, ...
 
 def _static(name: str, x: Any) -> Any:
     """Rejects a traced value where Python needs to know it."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise ValueError(
             f"{name} must be static, got a traced value {x}; pass a Python value, or "
             f"name it in static_argnames of jax.jit"
