@@ -109,18 +109,19 @@ def test_large_logits(size: float, path: str) -> None:
 
 def test_blocks_cover_a_large_problem() -> None:
     """The default blocks, on a problem too large to be held at once."""
-    spec = specs.Spec(1, 1100, 2100, 2, 1, 8, dtype="float32", window_size=(300, 5))
+    spec = specs.Spec(1, 2900, 3100, 2, 1, 8, dtype="float32", window_size=(300, 5))
     arrays = spec.arrays()
     check(arrays, spec.options, oracle.attention(*arrays, **spec.options))
 
 
 def test_memory_is_linear_in_the_lengths() -> None:
-    spec = specs.Spec(1, 8192, 8192, 1, 1, 8, dtype="float32")
+    size = 1 << 15
+    spec = specs.Spec(1, size, size, 1, 1, 8, dtype="float32")
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in spec.shapes]
     run = jax.jit(lambda *a: jax_flash.mha(*a, is_causal=True, implementation="xla"))
     memory = run.lower(*shapes).compile().memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < 8 * blocks.MATERIALISE * 4 < 8192 * 8192 * 4
+    assert memory.temp_size_in_bytes < 8 * blocks.MATERIALISE * 4 < size * size * 4
 
 
 def test_float64() -> None:

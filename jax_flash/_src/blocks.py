@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_flash._src import compat
 from jax_flash._src.scores import Operands, batch_shape
 
-MATERIALISE = 1 << 22
+MATERIALISE = 1 << 24
 """Elements of scores that are held at once."""
 
 KEY_BLOCK = 512
