@@ -73,8 +73,8 @@ def assert_correct(query: Any, key: Any, value: Any, **given: Any) -> None:
     out, lse = run_kernel(query, key, value, **given)
     expected = oracle.attention(query, key, value, **given)
     clean = oracle.without_padding(query, key, value, given)
-    clean = [x.astype(query.dtype) for x in clean]
-    baseline.assert_accurate(out, *clean, expected.out, **given)
+    q, k, v = (x.astype(query.dtype) for x in clean)
+    baseline.assert_accurate(out, q, k, v, expected.out, **given)
     empty = np.isneginf(expected.lse)
     np.testing.assert_array_equal(np.isneginf(lse), empty)
     assert (np.moveaxis(out, 1, 2)[empty].astype(np.float32) == 0).all()
