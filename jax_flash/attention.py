@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flash import backends
-from jax_flash._src import validate
+from jax_flash._src import compat, validate
 from jax_flash._src.config import OPERANDS
 
 __all__ = ["dot_product_attention", "mha"]
@@ -127,6 +127,7 @@ def mha(
     return (out, lse) if return_lse else out
 
 
+@compat.allows_rank_promotion
 def dot_product_attention(
     query: Any,
     key: Any,

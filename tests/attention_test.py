@@ -176,6 +176,20 @@ def test_bias_of_another_dtype() -> None:
     chex.assert_type(jax.grad(f)(bias.astype(jnp.bfloat16)), jnp.bfloat16)
 
 
+def test_under_strict_settings() -> None:
+    """Users' debugging settings find nothing in our code."""
+    with jax.numpy_rank_promotion("raise"):
+        jax.grad(loss(flash), (0, 1, 2))(*qkv())
+        jax_flash.dot_product_attention(
+            *[x[..., :8] for x in qkv()],
+            key_value_seq_lengths=jnp.array([1, 2, 3, 4], jnp.int32),
+        )
+    with jax.debug_nans(True):
+        jax.grad(loss(flash), (0, 1, 2))(*qkv())
+    with jax.checking_leaks():
+        jax.jit(jax.grad(loss(flash), (0, 1, 2)))(*qkv())
+
+
 def test_lazy_adapters() -> None:
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = jax_flash.no_such_name

@@ -259,14 +259,42 @@ def test_partly_manual_shard_map() -> None:
 
 def test_explicit_axes() -> None:
     mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    # Made outside: an array created under the mesh belongs to it.
+    whole = qkv()
     with jax.set_mesh(mesh):
-        args = put(mesh, qkv(), [P("x", None, "y", None)] * 3)
+        args = put(mesh, whole, [P("x", None, "y", None)] * 3)
         out, lse = jax.jit(flash)(*args)
         assert_close((out, lse), dense(*qkv()))
         assert tuple(jax.typeof(out).sharding.spec)[:3:2] == ("x", "y")
         assert tuple(jax.typeof(lse).sharding.spec)[:2] == ("x", "y")
         got = jax.jit(gradient(flash))(*args)
-    assert_close(got, gradient(dense)(*qkv()))
+        tangents = jax.jit(lambda *a: jax.jvp(flash, a, a)[1])(*args)
+        second = jax.jit(jax.grad(lambda *a: sum_sin(gradient(flash)(*a))))(*args)
+    assert_close(got, gradient(dense)(*whole))
+    assert_close(tangents, jax.jvp(dense, whole, whole)[1])
+    expected = jax.grad(lambda *a: sum_sin(gradient(dense)(*a)))(*whole)
+    assert_close(second, expected, 1e-4)
+
+
+def test_shard_map_with_vmap() -> None:
+    """Vmap inside and around, and in what shard_map's older checks allow."""
+    mesh = mesh_of(4, 2)
+    stacked = [jnp.stack([x, 2 * x]) for x in qkv()]
+    inside = jax.shard_map(
+        jax.vmap(flash),
+        mesh=mesh,
+        in_specs=P(None, "x", None, "y"),
+        out_specs=(P(None, "x", None, "y"), P(None, "x", "y")),
+    )
+    mapped = jax.shard_map(
+        flash,
+        mesh=mesh,
+        in_specs=BATCH_AND_HEADS,
+        out_specs=(BATCH_AND_HEADS, P("x", "y")),
+        check_vma=False,
+    )
+    for f in (inside, jax.vmap(mapped)):
+        assert_close(jax.jit(f)(*stacked), jax.vmap(dense)(*stacked))
 
 
 def test_lowered_for_cuda_on_many_devices(kernels: None) -> None:

@@ -3,11 +3,16 @@
 Everything here is public JAX today; it is gathered where a future version may differ.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
 
 import jax
 from jax import lax
 from jax.extend.core import InconclusiveDimensionOperation
+
+Fun = TypeVar("Fun", bound=Callable)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -48,7 +53,38 @@ def partly_manual() -> bool:
     return 0 < len(mesh.manual_axes) < len(mesh.axis_names)
 
 
-def without_mesh():
+def on_auto_axes(fun: Callable, results: Sequence[Any]) -> Callable:
+    """`fun`, which knows nothing of explicit mesh axes, for operands that have them.
+
+    Inside, the compiler chooses shardings; the results get those of `results`.
+    """
+    mesh = results[0].sharding.mesh
+    if not mesh.explicit_axes:
+        return fun
+    shardings = [x.sharding for x in results]
+    mapped = jax.sharding.auto_axes(
+        fun, axes=mesh.explicit_axes, out_sharding=shardings
+    )
+
+    def under_mesh(*args: jax.Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return mapped(*args)
+
+    return under_mesh
+
+
+def allows_rank_promotion(fun: Fun) -> Fun:
+    """Keeps a user's `jax_numpy_rank_promotion="raise"` out of our own code."""
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return fun(*args, **kwargs)
+
+    return cast(Fun, wrapped)
+
+
+def without_mesh() -> AbstractContextManager:
     """A context in which no mesh is set: what is traced is local to one device."""
     empty = jax.sharding.AbstractMesh((), ())
     return jax.sharding.use_abstract_mesh(empty)

@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from jax_flash._src import primitives, reference_grad
+from jax_flash._src import primitives
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 
 Values = Sequence[Any]
@@ -70,7 +70,9 @@ def _tangent_jvp(
         # Still linear, so still the primitive whose transpose is the backward.
         linear = [ad.instantiate_zeros(t) for t in tangents[count:]]
         return out, primitives.tangent(config, perturbed, *primals[:count], *linear)
-    fun = functools.partial(reference_grad.tangent, config=config, perturbed=perturbed)
+    fun = functools.partial(
+        primitives.tangent_in_jnp, config=config, perturbed=perturbed
+    )
     return out, _jvp_of(fun, primals, tangents)
 
 
@@ -120,7 +122,9 @@ def _backward_jvp(
 ) -> tuple[Any, Any]:
     del needs_devices
     out = primitives.backward(config, backward, *primals)
-    fun = functools.partial(reference_grad.backward, config=config, backward=backward)
+    fun = functools.partial(
+        primitives.backward_in_jnp, config=config, backward=backward
+    )
     return out, _jvp_of(fun, primals, tangents)
 
 

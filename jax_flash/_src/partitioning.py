@@ -245,10 +245,24 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     return mesh, run, result_shardings, operand_shardings
 
 
-_partitioned = functools.partial(custom_partitioning, static_argnums=(0,))(_bind)
-_partitioned.def_partition(
-    _partition, sharding_rule=_sharding_rule, decode_shardings=False
-)
+@functools.cache
+def _partitioned(stage: Stage) -> custom_partitioning:
+    """The stage as a function that the compiler may partition.
+
+    Made once for each stage, because `custom_partitioning` with static arguments keeps
+    what it was last traced with.
+    """
+
+    @custom_partitioning
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return _bind(stage, *operands)
+
+    run.def_partition(
+        functools.partial(_partition, stage),
+        sharding_rule=functools.partial(_sharding_rule, stage),
+        decode_shardings=False,
+    )
+    return run
 
 
 def partitioned(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -256,7 +270,7 @@ def partitioned(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
     if compat.partly_manual():
         # The callback would be given shardings without a mesh.
         return _bind(stage, *operands)
-    return _partitioned(stage, *operands)
+    return _partitioned(stage)(*operands)
 
 
 @custom_partitioning

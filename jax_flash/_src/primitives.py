@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flash._src import avals, partitioning, reference_grad
+from jax_flash._src import avals, compat, partitioning, reference_grad
 from jax_flash._src.config import AttentionConfig, Backward
 from jax_flash._src.inner import new_primitive
 
@@ -43,6 +43,26 @@ def _backward(
     return partitioning.partitioned(partitioning.Stage(config, backward), *operands)
 
 
+def tangent_in_jnp(
+    *args: jax.Array, config: AttentionConfig, perturbed: tuple[str, ...]
+) -> list[jax.Array]:
+    """The jnp tangent, which JAX may differentiate; see `reference_grad.tangent`."""
+    static = {"config": config, "perturbed": perturbed}
+    results = avals.tangent(*map(jax.typeof, args), **static)
+    fun = functools.partial(reference_grad.tangent, **static)
+    return compat.on_auto_axes(fun, results)(*args)
+
+
+def backward_in_jnp(
+    *args: jax.Array, config: AttentionConfig, backward: Backward
+) -> list[jax.Array]:
+    """The jnp backward, which JAX may differentiate; see `reference_grad.backward`."""
+    static = {"config": config, "backward": backward}
+    results = avals.backward(*map(jax.typeof, args), **static)
+    fun = functools.partial(reference_grad.backward, **static)
+    return compat.on_auto_axes(fun, results)(*args)
+
+
 forward_p = new_primitive(
     "flash_mha_fwd", avals.forward, mlir.lower_fun(_forward, multiple_results=True)
 )
@@ -52,7 +72,7 @@ backward_p = new_primitive(
 tangent_p = new_primitive(
     "flash_mha_tangent",
     avals.tangent,
-    mlir.lower_fun(reference_grad.tangent, multiple_results=True),
+    mlir.lower_fun(tangent_in_jnp, multiple_results=True),
 )
 
 

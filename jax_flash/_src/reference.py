@@ -22,6 +22,7 @@ from jax_flash._src.scores import (
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
+@compat.allows_rank_promotion
 def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """Attention of canonical operands.
 

@@ -109,6 +109,7 @@ def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
     return jnp.where(live, jnp.exp(jnp.where(live, sink - lse, 0)), 0)
 
 
+@compat.allows_rank_promotion
 def tangent(
     *args: jax.Array, config: AttentionConfig, perturbed: tuple[str, ...]
 ) -> list[jax.Array]:
@@ -162,6 +163,7 @@ def tangent(
     return [jnp.broadcast_to(dout, out_shape), jnp.broadcast_to(dlse, lse_shape)]
 
 
+@compat.allows_rank_promotion
 def backward(
     *args: jax.Array, config: AttentionConfig, backward: Backward
 ) -> list[jax.Array]:
