@@ -38,9 +38,16 @@ inline constexpr FwdTiles kFwdTiles<128, 128>{2, 64, 4, 2, 0, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<192, 128>{2, 48, 4, 1, 0, 2};
 template <>
-inline constexpr FwdTiles kFwdTiles<192, 192>{1, 64, 4, 1, 0, 3};
+inline constexpr FwdTiles kFwdTiles<192, 192>{1, 64, 4, 1, 0, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<256, 256>{1, 64, 4, 1, 2, 2};
+
+// For rows that do not start at 16 bytes: few keys at a time, because the code that copies them
+// takes registers too.
+constexpr FwdTiles narrow_tiles(FwdTiles tiles) {
+  tiles.keys = 32;
+  return tiles;
+}
 
 template <ElementType kType>
 struct ElementOf;
@@ -53,12 +60,13 @@ struct ElementOf<ElementType::kF16> {
   using Type = __half;
 };
 
-template <ElementType kType, int kHeadDimArg, int kHeadDimVArg,
-          FwdTiles kTiles = kFwdTiles<kHeadDimArg, kHeadDimVArg>>
+// kWideArg: the rows of all operands start at multiples of 16 bytes.
+template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, FwdTiles kTiles>
 struct FwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr bool kWide = kWideArg;
   static constexpr int kBlocks = kTiles.blocks;
   static constexpr int kWarps = kTiles.warps;
   static constexpr int kThreads = 32 * kWarps;

@@ -180,8 +180,8 @@ __device__ __forceinline__ void store_out(const MhaFwdParams& params, const Bloc
       static_cast<Element16*>(params.out) +
       (static_cast<int64_t>(at.batch) * params.query_length + warp_row) * row_stride +
       at.head * width;
-  TileStore<Config::kWarpRows, Config::kHeadDimV>::store(out, row_stride, out_tile, valid_rows,
-                                                         params.query_length - warp_row, width);
+  TileStore<Config::kWarpRows, Config::kHeadDimV, Config::kWide>::store(
+      out, row_stride, out_tile, valid_rows, params.query_length - warp_row, width);
 }
 
 __device__ __forceinline__ const Element16* operand(const TensorView& view, int batch, int head,
@@ -270,13 +270,13 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
 template <typename Config>
 __device__ __forceinline__ void copy_keys(const MhaFwdParams& params, const Element16* operand,
                                           uint32_t stage, int key, int end_key) {
-  TileCopy<Config::kKeys, Config::kHeadDim, Config::kThreads>::copy(
+  TileCopy<Config::kKeys, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
       stage, operand, params.key.row_stride, key, end_key, params.head_dim, params.key.alignment);
 }
 template <typename Config>
 __device__ __forceinline__ void copy_values(const MhaFwdParams& params, const Element16* operand,
                                             uint32_t stage, int key, int end_key) {
-  TileCopy<Config::kKeys, Config::kHeadDimV, Config::kThreads>::copy(
+  TileCopy<Config::kKeys, Config::kHeadDimV, Config::kThreads, Config::kWide>::copy(
       stage + Config::kKeyBytes, operand, params.value.row_stride, key, end_key, params.head_dim_v,
       params.value.alignment);
 }
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int warp_row = block_row + warp_offset;
     const RowMask mask = row_mask(params, at.batch);
     const KeyInterval keys = mask.hull(block_row, block_row + Config::kRows);
-    if (keys.first >= keys.end) {
+    if (keys.first >= keys.end) [[unlikely]] {
       store_empty<Config>(params, at, warp_row);
       return;
     }
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int kv_head = params.group_divisor.divide(at.head);
     const Element16* const key_rows = operand(params.key, at.batch, kv_head, params);
     const Element16* const value_rows = operand(params.value, at.batch, kv_head, params);
-    TileCopy<Config::kRows, Config::kHeadDim, Config::kThreads>::copy(
+    TileCopy<Config::kRows, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
         query_tile, operand(params.query, at.batch, at.head, params), params.query.row_stride,
         block_row, mask.query_length, params.head_dim, params.query.alignment);
     if constexpr (Config::kQuerySteps > 0) ptx::cp_async_commit_group();
@@ -392,8 +392,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       ptx::cp_async_commit_group();
     }
     if (active) {
-      if (params.scale.first != 1.0f) Warp::apply_scale(scores, params.scale.first);
-      if (key < warp_keys.unmasked.first || key + Config::kKeys > warp_keys.unmasked.end) {
+      if (params.scale.first != 1.0f) [[unlikely]] {
+        Warp::apply_scale(scores, params.scale.first);
+      }
+      if (key < warp_keys.unmasked.first || key + Config::kKeys > warp_keys.unmasked.end)
+          [[unlikely]] {
         Warp::apply_mask(scores, state.mask,
                          state.at.row_block * Config::kRows + warp_offset + fragment_row(), key);
       }

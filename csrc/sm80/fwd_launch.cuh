@@ -47,7 +47,12 @@ cudaError_t launch(MhaFwdParams params, int l2_bytes, cudaStream_t stream) {
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, int l2_bytes, cudaStream_t stream) {
-  return launch<FwdConfig<kType, kHeadDim, kHeadDimV>>(params, l2_bytes, stream);
+  const bool wide =
+      params.query.alignment == 16 && params.key.alignment == 16 && params.value.alignment == 16;
+  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+  using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
+  using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles)>;
+  return wide ? launch<Wide>(params, l2_bytes, stream) : launch<Narrow>(params, l2_bytes, stream);
 }
 
 }  // namespace jax_flash::sm80

@@ -30,7 +30,9 @@ struct ChunkLanes {
 
 // Copies tiles of kRows rows. It keeps no state: addresses are cheap next to the registers that
 // they would hold through the matrix products.
-template <int kRows, int kWidth, int kThreads>
+// kWide: all rows start at multiples of 16 bytes. Others are rare: small code rather than fast
+// code.
+template <int kRows, int kWidth, int kThreads, bool kWide>
 class TileCopy {
   using Layout = TileLayout<kWidth>;
   static constexpr int kLanes = ChunkLanes<kWidth, kThreads>::kLanes;
@@ -47,7 +49,7 @@ class TileCopy {
     if (kRows < kRowsPerPass && row0() >= kRows) return;
     const int row = first_row + row0();
     const Element16* source = operand + row * row_stride + 8 * chunk0();
-    if (alignment == 16) {
+    if constexpr (kWide) {
       copy_wide(tile, source, row_stride, end_row - row, width);
     } else {
       copy_narrow(tile, source, row_stride, end_row - row, width, alignment);
@@ -73,7 +75,6 @@ class TileCopy {
     }
   }
 
-  // Rows that do not start at 16 bytes are rare: small code rather than fast code.
   static __device__ __forceinline__ void copy_narrow(uint32_t tile, const Element16* source,
                                                      int64_t row_stride, int rows, int width,
                                                      int alignment) {
@@ -111,7 +112,7 @@ class TileCopy {
 };
 
 // A warp stores kRows rows of a shared tile.
-template <int kRows, int kWidth>
+template <int kRows, int kWidth, bool kWide>
 class TileStore {
   using Layout = TileLayout<kWidth>;
   static constexpr int kLanes = ChunkLanes<kWidth, 32>::kLanes;
@@ -119,15 +120,13 @@ class TileStore {
   static_assert(kRows % kRowsPerPass == 0);
 
  public:
-  // Rows [0, valid_rows) come from the tile, [valid_rows, rows) are zeros; rows start at addresses
-  // that are multiples of 16 bytes if `width` is a multiple of 8.
+  // Rows [0, valid_rows) come from the tile, [valid_rows, rows) are zeros.
   static __device__ __forceinline__ void store(Element16* target, int64_t row_stride, uint32_t tile,
                                                int valid_rows, int rows, int width) {
     const int row0 = ptx::laneid() / kLanes;
     const int chunk0 = ptx::laneid() % kLanes;
     target += row0 * row_stride + 8 * chunk0;
-    const bool whole_chunks = width % 8 == 0;
-#pragma unroll
+#pragma unroll 4
     for (int pass = 0; pass < kRows; pass += kRowsPerPass) {
 #pragma unroll
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kLanes) {
@@ -137,7 +136,7 @@ class TileStore {
           if (row0 + pass < valid_rows) {
             data = ptx::ld_shared_v4(tile + Layout::offset(row0 + pass, chunk0 + chunk));
           }
-          if (whole_chunks) {
+          if constexpr (kWide) {
             *reinterpret_cast<uint4*>(target + 8 * chunk) = data;
           } else {
             store_part(target + 8 * chunk, data, columns);
