@@ -281,94 +281,95 @@ __device__ __forceinline__ void copy_values(const MhaFwdParams& params, const El
       params.value.alignment);
 }
 
+// Where a key tile and the values that go with it lie in shared memory.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    mha_fwd_kernel(const __grid_constant__ MhaFwdParams params) {
-  using Warp = FwdWarp<Config>;
+__device__ __forceinline__ uint32_t stage_address(uint32_t query_tile, int key) {
+  return query_tile + Config::kQueryBytes +
+         key / Config::kKeys % Config::kStages * Config::kStageBytes;
+}
+
+// Finds this block's work, starts the first copies and writes down what is needed later. `key` is
+// the first key tile; false if there is nothing left to do.
+template <typename Config>
+__device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockState<Config>& state,
+                                            FwdWarp<Config>& warp, uint32_t query_tile, int& key) {
   constexpr int kStages = Config::kStages;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  BlockState<Config>& state = *reinterpret_cast<BlockState<Config>*>(shared);
-  static_assert(sizeof(state) <= Config::kStateBytes);
-  const uint32_t query_tile = ptx::shared_address(shared) + Config::kStateBytes;
-  const uint32_t stages = query_tile + Config::kQueryBytes;
-  const auto stage_of = [&](int key) {
-    return stages + key / Config::kKeys % kStages * Config::kStageBytes;
-  };
   const int warp_id = threadIdx.x / 32;
   const int warp_offset = warp_id * Config::kWarpRows;
+  const BlockCoordinate at = block_coordinate(params);
+  if (at.batch < 0) return false;
+  const int block_row = at.row_block * Config::kRows;
+  const int warp_row = block_row + warp_offset;
+  const RowMask mask = row_mask(params, at.batch);
+  const KeyInterval keys = mask.hull(block_row, block_row + Config::kRows);
+  if (keys.first >= keys.end) [[unlikely]] {
+    store_empty<Config>(params, at, warp_row);
+    return false;
+  }
+  key = keys.first / Config::kKeys * Config::kKeys;
 
-  Warp warp;
-  int key;
-  {
-    const BlockCoordinate at = block_coordinate(params);
-    if (at.batch < 0) return;
-    const int block_row = at.row_block * Config::kRows;
-    const int warp_row = block_row + warp_offset;
-    const RowMask mask = row_mask(params, at.batch);
-    const KeyInterval keys = mask.hull(block_row, block_row + Config::kRows);
-    if (keys.first >= keys.end) [[unlikely]] {
-      store_empty<Config>(params, at, warp_row);
-      return;
-    }
-    key = keys.first / Config::kKeys * Config::kKeys;
-
-    // First copies; a tile is a cp.async group, empty past the last one.
-    const int kv_head = params.group_divisor.divide(at.head);
-    const Element16* const key_rows = operand(params.key, at.batch, kv_head, params);
-    const Element16* const value_rows = operand(params.value, at.batch, kv_head, params);
-    TileCopy<Config::kRows, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
-        query_tile, operand(params.query, at.batch, at.head, params), params.query.row_stride,
-        block_row, mask.query_length, params.head_dim, params.query.alignment);
-    if constexpr (Config::kQuerySteps > 0) ptx::cp_async_commit_group();
-    if constexpr (kStages == 1) {
-      copy_keys<Config>(params, key_rows, stages, key, keys.end);
-      ptx::cp_async_commit_group();
-      copy_values<Config>(params, value_rows, stages, key, keys.end);
-      ptx::cp_async_commit_group();
-    }
+  // A tile is a cp.async group, empty past the last one; with one stage, keys and values are two.
+  const int kv_head = params.group_divisor.divide(at.head);
+  const Element16* const key_rows = operand(params.key, at.batch, kv_head, params);
+  const Element16* const value_rows = operand(params.value, at.batch, kv_head, params);
+  TileCopy<Config::kRows, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
+      query_tile, operand(params.query, at.batch, at.head, params), params.query.row_stride,
+      block_row, mask.query_length, params.head_dim, params.query.alignment);
+  if constexpr (kStages == 1) {
+    const uint32_t stage = stage_address<Config>(query_tile, key);
+    copy_keys<Config>(params, key_rows, stage, key, keys.end);
+    ptx::cp_async_commit_group();
+    copy_values<Config>(params, value_rows, stage, key, keys.end);
+    ptx::cp_async_commit_group();
+  }
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      const int ahead = key + i * Config::kKeys;
-      if (ahead < keys.end) {
-        copy_keys<Config>(params, key_rows, stage_of(ahead), ahead, keys.end);
-        copy_values<Config>(params, value_rows, stage_of(ahead), ahead, keys.end);
-      }
-      ptx::cp_async_commit_group();
+  for (int i = 0; i < kStages - 1; ++i) {
+    const int ahead = key + i * Config::kKeys;
+    if (ahead < keys.end) {
+      const uint32_t stage = stage_address<Config>(query_tile, ahead);
+      copy_keys<Config>(params, key_rows, stage, ahead, keys.end);
+      copy_values<Config>(params, value_rows, stage, ahead, keys.end);
     }
-
-    // Read after the first barrier of the loop.
-    if (threadIdx.x == 0) {
-      state.at = at;
-      state.mask = mask;
-      state.key = key_rows;
-      state.value = value_rows;
-      state.end_key = keys.end;
-    }
-    if (lane_id() == 0) {
-      state.warp_keys[warp_id] = {mask.hull(warp_row, warp_row + Config::kWarpRows),
-                                  mask.core(warp_row, warp_row + Config::kWarpRows)};
-    }
-    warp.init(query_tile, warp_offset);
-    if constexpr (Config::kQuerySteps > 0) {
-      ptx::cp_async_wait_group<(kStages == 1 ? 2 : kStages - 1)>();
-      __syncthreads();  // every thread's part of the queries is there before a warp reads its rows
-      warp.keep_queries();
-    }
+    ptx::cp_async_commit_group();
   }
 
-  bool values_copied = true;  // with one stage, the first values were copied above
+  // Read after the first barrier of the loop.
+  if (threadIdx.x == 0) {
+    state.at = at;
+    state.mask = mask;
+    state.key = key_rows;
+    state.value = value_rows;
+    state.end_key = keys.end;
+  }
+  if (lane_id() == 0) {
+    state.warp_keys[warp_id] = {mask.hull(warp_row, warp_row + Config::kWarpRows),
+                                mask.core(warp_row, warp_row + Config::kWarpRows)};
+  }
+  warp.init(query_tile, warp_offset);
+  return true;
+}
+
+// Walks over the block's key tiles from `key` on.
+template <typename Config>
+__device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockState<Config>& state,
+                                       FwdWarp<Config>& warp, uint32_t query_tile, int key) {
+  using Warp = FwdWarp<Config>;
+  constexpr int kStages = Config::kStages;
+  const auto stage_of = [&](int key) { return stage_address<Config>(query_tile, key); };
+  const int warp_id = threadIdx.x / 32;
+  bool first = true;
   do {
-    if (kStages == 1 && values_copied) {
-      ptx::cp_async_wait_group<1>();
+    if (kStages == 1 && first) {
+      ptx::cp_async_wait_group<1>();  // the first values may still be on their way
     } else {
       ptx::cp_async_wait_group<(kStages == 1 ? 0 : kStages - 2)>();
     }
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile before the copies that now overwrite it.
     __syncthreads();
+    if (Config::kQuerySteps > 0 && first) warp.keep_queries();
     if constexpr (kStages == 1) {
-      if (!values_copied) copy_values<Config>(params, state.value, stages, key, state.end_key);
-      values_copied = false;
+      if (!first) copy_values<Config>(params, state.value, stage_of(key), key, state.end_key);
     } else {
       const int ahead = key + (kStages - 1) * Config::kKeys;
       if (ahead < state.end_key) {
@@ -376,6 +377,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         copy_values<Config>(params, state.value, stage_of(ahead), ahead, state.end_key);
       }
     }
+    first = false;
     ptx::cp_async_commit_group();
 
     const WarpKeys warp_keys = state.warp_keys[warp_id];
@@ -387,7 +389,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       __syncthreads();  // the same for the values, and for the keys that are overwritten now
       const int ahead = key + Config::kKeys;
       if (ahead < state.end_key) {
-        copy_keys<Config>(params, state.key, stages, ahead, state.end_key);
+        copy_keys<Config>(params, state.key, stage_of(ahead), ahead, state.end_key);
       }
       ptx::cp_async_commit_group();
     }
@@ -397,14 +399,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
       if (key < warp_keys.unmasked.first || key + Config::kKeys > warp_keys.unmasked.end)
           [[unlikely]] {
-        Warp::apply_mask(scores, state.mask,
-                         state.at.row_block * Config::kRows + warp_offset + fragment_row(), key);
+        Warp::apply_mask(
+            scores, state.mask,
+            state.at.row_block * Config::kRows + warp_id * Config::kWarpRows + fragment_row(), key);
       }
       warp.softmax.update(scores, warp.out, params.scale);
       warp.multiply_values(scores, stage_of(key) + Config::kKeyBytes);
     }
     key += Config::kKeys;
   } while (key < state.end_key);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    mha_fwd_kernel(const __grid_constant__ MhaFwdParams params) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  BlockState<Config>& state = *reinterpret_cast<BlockState<Config>*>(shared);
+  static_assert(sizeof(state) <= Config::kStateBytes);
+  const uint32_t query_tile = ptx::shared_address(shared) + Config::kStateBytes;
+
+  FwdWarp<Config> warp;
+  int key;
+  if (!start_block(params, state, warp, query_tile, key)) return;
+  attend(params, state, warp, query_tile, key);
   finish_warp(params, state, warp, query_tile);
 }
 
