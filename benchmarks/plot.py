@@ -58,14 +58,16 @@ def draw(data: dict[str, Any], path: pathlib.Path) -> None:
             title = f"width {width}" + (", causal" if is_causal else "")
             axes.set_title(title, fontsize=10)
             axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
+    # After the last panel: setting one limit ends the automatic choice of the other.
+    grid[0, 0].set_ylim(bottom=0)
+    for axes in grid[-1]:
+        axes.set_xlabel("length")
     handles = [
         lines.Line2D([], [], color=f"C{index}", label=name)
         for index, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names))
-    figure.supxlabel("length")
     figure.supylabel("TFLOP/s")
     versions = data["versions"]
     figure.suptitle(
