@@ -23,8 +23,13 @@ except ImportError as error:
         " pip install 'jax_flash[flax]'"
     ) from error
 
-from jax_flash._src.flax_adapter import AttentionOptions, apply_rotary, attend
-from jax_flash.attention import mha
+from jax_flash._src.flax_adapter import (
+    AttentionOptions,
+    apply_rotary,
+    attend,
+    attend_grouped,
+    check_heads,
+)
 
 __all__ = ["AttentionFn", "GroupedQueryAttention", "apply_rotary", "attention_fn"]
 
@@ -181,11 +186,7 @@ class GroupedQueryAttention(nn.Module):
           ValueError: `num_heads` is no multiple of `num_kv_heads`, `positions` without
             `rope_theta`, or shapes that do not fit.
         """
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of"
-                f" num_kv_heads={self.num_kv_heads}"
-            )
+        check_heads(self.num_heads, self.num_kv_heads)
 
         def project(name: str, heads: int) -> jax.Array:
             return nn.DenseGeneral(
@@ -200,22 +201,15 @@ class GroupedQueryAttention(nn.Module):
         query = project("query", self.num_heads)
         key = project("key", self.num_kv_heads)
         value = project("value", self.num_kv_heads)
-        if self.rope_theta is not None:
-            query = apply_rotary(query, positions, theta=self.rope_theta)
-            key = apply_rotary(key, positions, theta=self.rope_theta)
-        elif positions is not None:
-            raise ValueError(
-                f"positions (shape {positions.shape}) are for rotary embedding, but"
-                f" rope_theta={self.rope_theta}"
-            )
-        attended = mha(
+        attended = attend_grouped(
             query,
             key,
             value,
+            positions=positions,
+            seq_lengths=seq_lengths,
+            rope_theta=self.rope_theta,
             is_causal=self.is_causal,
             window_size=self.window_size,
-            query_seq_lengths=seq_lengths,
-            key_value_seq_lengths=seq_lengths,
             implementation=self.implementation,
         )
         return nn.DenseGeneral(

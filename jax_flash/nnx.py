@@ -23,8 +23,13 @@ except ImportError as error:
         " pip install 'jax_flash[flax]'"
     ) from error
 
-from jax_flash._src.flax_adapter import AttentionOptions, apply_rotary, attend
-from jax_flash.attention import mha
+from jax_flash._src.flax_adapter import (
+    AttentionOptions,
+    apply_rotary,
+    attend,
+    attend_grouped,
+    check_heads,
+)
 
 __all__ = ["AttentionFn", "GroupedQueryAttention", "apply_rotary", "attention_fn"]
 
@@ -157,11 +162,7 @@ class GroupedQueryAttention(nnx.Module):
         implementation: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must be a multiple of"
-                f" num_kv_heads={num_kv_heads}"
-            )
+        check_heads(num_heads, num_kv_heads)
         self.is_causal = is_causal
         self.window_size = window_size
         self.rope_theta = rope_theta
@@ -215,22 +216,15 @@ class GroupedQueryAttention(nnx.Module):
           ValueError: `positions` without `rope_theta`, or shapes that do not fit.
         """
         query, key, value = self.query(inputs), self.key(inputs), self.value(inputs)
-        if self.rope_theta is not None:
-            query = apply_rotary(query, positions, theta=self.rope_theta)
-            key = apply_rotary(key, positions, theta=self.rope_theta)
-        elif positions is not None:
-            raise ValueError(
-                f"positions (shape {positions.shape}) are for rotary embedding, but"
-                f" rope_theta={self.rope_theta}"
-            )
-        attended = mha(
+        attended = attend_grouped(
             query,
             key,
             value,
+            positions=positions,
+            seq_lengths=seq_lengths,
+            rope_theta=self.rope_theta,
             is_causal=self.is_causal,
             window_size=self.window_size,
-            query_seq_lengths=seq_lengths,
-            key_value_seq_lengths=seq_lengths,
             implementation=self.implementation,
         )
         return self.out(attended)

@@ -166,3 +166,62 @@ def apply_rotary(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless the query heads can share the key/value heads."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
+        )
+
+
+def attend_grouped(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    positions: jax.Array | None,
+    seq_lengths: jax.Array | None,
+    rope_theta: float | None,
+    is_causal: bool,
+    window_size: tuple[int | None, int | None] | None,
+    implementation: str | tuple[str, ...] | None,
+) -> jax.Array:
+    """What `GroupedQueryAttention` does between its projections.
+
+    Args:
+      query: [*B, T, N, H].
+      key: [*B, T, K, H].
+      value: [*B, T, K, H].
+      positions: see `apply_rotary`; None without `rope_theta`.
+      seq_lengths: int32 [*B], rows beyond neither attend nor are attended, or None.
+      rope_theta: base of the rotary embedding, None = no rotary embedding.
+      is_causal: as for `mha`.
+      window_size: as for `mha`.
+      implementation: as for `mha`.
+
+    Returns:
+      [*B, T, N, H] in the dtype of `query`.
+
+    Raises:
+      ValueError: `positions` without `rope_theta`, or shapes that do not fit.
+    """
+    if rope_theta is not None:
+        query = apply_rotary(query, positions, theta=rope_theta)
+        key = apply_rotary(key, positions, theta=rope_theta)
+    elif positions is not None:
+        raise ValueError(
+            f"positions (shape {positions.shape}) are for rotary embedding, but"
+            f" rope_theta={rope_theta}"
+        )
+    return mha(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window_size=window_size,
+        query_seq_lengths=seq_lengths,
+        key_value_seq_lengths=seq_lengths,
+        implementation=implementation,
+    )
