@@ -104,15 +104,17 @@ def _runs_on(backend: Backend, platform: str) -> bool:
     return not backend.platforms or platform in backend.platforms
 
 
-def _reasons(call: Call, candidates: list[Backend]) -> dict[str, str | None]:
-    return {backend.name: backend.supports(call) for backend in candidates}
+def _judge(
+    call: Call, candidates: list[Backend]
+) -> tuple[list[Backend], dict[str, str | None]]:
+    """The candidates that support the call, and each one's reason, None if it does."""
+    reasons = {backend.name: backend.supports(call) for backend in candidates}
+    return [backend for backend in candidates if reasons[backend.name] is None], reasons
 
 
 def _supported(call: Call, implementation: Implementation) -> list[Backend]:
     """The candidates that can run the call, up to the first that runs anywhere."""
-    candidates = _candidates(implementation)
-    reasons = _reasons(call, candidates)
-    able = [backend for backend in candidates if reasons[backend.name] is None]
+    able, reasons = _judge(call, _candidates(implementation))
     if not able:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(
@@ -270,8 +272,7 @@ def explain(
             raise TypeError(f"explain() got an argument that mha has not: {name!r}")
     call = validate.check_call(arrays, {**DEFAULTS, **options})
     candidates = _candidates(implementation)
-    reasons = _reasons(call, candidates)
-    able = [backend for backend in candidates if reasons[backend.name] is None]
+    able, reasons = _judge(call, candidates)
     first = functools.partial(_first, able)
     return Explanation(
         call=call,
