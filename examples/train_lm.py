@@ -349,9 +349,9 @@ def main() -> int:
             loss = train_step(model, optimizer, batch)
             losses.append(float(loss))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
-            if (step + 1) % max(1, arguments.steps // 8) == 0:
-                measured[step + 1] = float(evaluate(model, held_out))
-    measured[arguments.steps] = float(evaluate(model, held_out))
+            done = step + 1
+            if done % max(1, arguments.steps // 8) == 0 or done == arguments.steps:
+                measured[done] = float(evaluate(model, held_out))
     seconds = time.perf_counter() - start
     first, last = measured[0], measured[arguments.steps]
     print(
