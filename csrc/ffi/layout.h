@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "ffi/check.h"
@@ -22,13 +23,9 @@ inline std::vector<int64_t> dense_strides(ffi::Span<const int64_t> dims,
 }
 
 inline std::vector<int64_t> row_major_strides(ffi::Span<const int64_t> dims) {
-  std::vector<int64_t> strides(dims.size());
-  int64_t stride = 1;
-  for (size_t i = dims.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= dims[i];
-  }
-  return strides;
+  std::vector<int64_t> order(dims.size());
+  std::iota(order.begin(), order.end(), 0);
+  return dense_strides(dims, {order.data(), order.size()});
 }
 
 // Whether `order` is a permutation of 0..rank-1 that ends with the last dim.

@@ -1,7 +1,9 @@
 // Who holds which element of mma.sync m16n8k16, for lane l with g = l / 4 and t = l % 4:
-//   accumulator d[4] (16x8 f32):  d[0], d[1] = (row g, columns 2t, 2t + 1); d[2], d[3] = row g + 8
-//   A a[4] (16x16):  a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8,
-//   ..) B b[2] (16x8, k by n):  b[0] = (k 2t.., n g), b[1] = (k 2t + 8.., n g)
+//   accumulator d[4] (16x8 f32): d[0], d[1] = (row g, columns 2t, 2t + 1); d[2], d[3] = row g + 8
+//   A a[4] (16x16): a[0] = (g, 2t..), a[1] = (g + 8, 2t..); a[2], a[3] = the same at 2t + 8..
+//
+//   B b[2] (16x8, k by n): b[0] = (k 2t.., n g), b[1] = (k 2t + 8.., n g)
+//
 // So two neighbouring accumulators (columns 8j..8j+15) packed to 16 bits are one A fragment: the
 // probabilities go from the first product to the second without leaving the registers.
 #pragma once
