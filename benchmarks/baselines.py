@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_flash
 from benchmarks.timing import Call, short
@@ -24,11 +25,21 @@ Arrays = tuple[jax.Array, jax.Array, jax.Array]
 
 # XLA materialises float32 scores; beyond this it is skipped rather than swapped.
 XLA_SCORE_LIMIT = 10e9
+# Tokens of a cell whose name leaves the batch out.
+USUAL_TOKENS = 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One self-attention problem: query [B, T, N, D], key and value [B, S, K, D]."""
+    """One attention problem: query [B, T, N, D], key [B, S, K, D], value [B, S, K, Dv].
+
+    Attributes:
+      batch, query_length, key_length, heads, kv_heads, head_dim, value_dim: the sizes
+        B, T, S, N, K, D, Dv; value_dim 0 stands for head_dim.
+      is_causal: mask, with the last query at the last key.
+      dtype: of query, key and value.
+      window_size: keys before and after the aligned one, both inclusive; None: all.
+    """
 
     batch: int
     query_length: int
@@ -38,31 +49,69 @@ class Cell:
     head_dim: int
     is_causal: bool
     dtype: str = "bfloat16"
+    value_dim: int = 0
+    window_size: tuple[int, int] | None = None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(D, Dv)."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def name(self) -> str:
-        """For example "d128 n4096 causal"."""
+        """For example "d128 n4096 causal"; 16k tokens are not spelled out."""
+        width, value_width = self.widths
+        parts = [f"d{width}" if width == value_width else f"d{width}v{value_width}"]
+        if self.batch * self.query_length != USUAL_TOKENS:
+            parts.insert(0, f"b{self.batch}")
         lengths = f"n{self.query_length}"
         if self.key_length != self.query_length:
             lengths += f"x{self.key_length}"
-        heads = "" if self.heads == self.kv_heads else f" h{self.heads}/{self.kv_heads}"
-        causal = " causal" if self.is_causal else ""
-        return f"d{self.head_dim} {lengths}{heads}{causal}"
+        parts.append(lengths)
+        if self.heads != self.kv_heads:
+            parts.append(f"h{self.heads}/{self.kv_heads}")
+        if self.window_size is not None:
+            parts.append("w{}/{}".format(*self.window_size))
+        if self.is_causal:
+            parts.append("causal")
+        if self.dtype == "float16":
+            parts.append("f16")
+        return " ".join(parts)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether there is a mask and it matters to which key it aligns a row."""
+        masked = self.is_causal or self.window_size is not None
+        return masked and self.query_length != self.key_length
+
+    def visible(self) -> np.ndarray:
+        """The keys each row sees: first and end, int [T, 2]."""
+        last = np.arange(self.query_length) + self.key_length - self.query_length
+        left, right = self.window_size or (self.key_length, self.key_length)
+        end = last + 1 + (0 if self.is_causal else right)
+        interval = np.stack([last - left, end], axis=1)
+        if not self.is_causal and self.window_size is None:
+            interval[:] = 0, self.key_length
+        return np.clip(interval, 0, self.key_length)
 
     @property
     def flops(self) -> float:
-        """Forward operations; a causal mask counts as half."""
-        pairs = self.batch * self.heads * self.query_length * self.key_length
-        return 4.0 * pairs * self.head_dim * (0.5 if self.is_causal else 1.0)
+        """Forward operations; a causal square counts as half, other masks exactly."""
+        if self.is_causal and self.window_size is None and not self.aligned:
+            pairs = 0.5 * self.query_length * self.key_length
+        else:
+            pairs = float(np.diff(self.visible()).sum())
+        return 2.0 * self.batch * self.heads * pairs * sum(self.widths)
 
     @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Of query, key and value."""
-        query = (self.batch, self.query_length, self.heads, self.head_dim)
-        key = (self.batch, self.key_length, self.kv_heads, self.head_dim)
+        width, value_width = self.widths
+        query = (self.batch, self.query_length, self.heads, width)
+        keys = (self.batch, self.key_length, self.kv_heads)
         return tuple(
             jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
-            for shape in (query, key, key)
+            for shape in (query, (*keys, width), (*keys, value_width))
         )
 
     def inputs(self, seed: int = 0) -> Arrays:
@@ -109,10 +158,9 @@ def reference(cell: Cell, inputs: Arrays) -> jax.Array:
     scores = jnp.einsum(
         "tnd,snd->nts", query[:, :2], key[:, pair], precision="highest"
     ) * (cell.head_dim**-0.5)
-    if cell.is_causal:
-        last = jnp.arange(cell.query_length) + cell.key_length - cell.query_length
-        visible = jnp.arange(cell.key_length) <= last[:, None]
-        scores = jnp.where(visible, scores, -jnp.inf)
+    column, interval = jnp.arange(cell.key_length), jnp.asarray(cell.visible())
+    visible = (column >= interval[:, :1]) & (column < interval[:, 1:])
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores)
     return jnp.einsum("nts,snd->tnd", weights, value[:, pair], precision="highest")
 
@@ -179,48 +227,80 @@ def import_error(module: str) -> str | None:
 def ours(implementation: str) -> Callable[[Cell], Attention]:
     """`jax_flash.mha` by one implementation."""
     return lambda cell: functools.partial(
-        jax_flash.mha, is_causal=cell.is_causal, implementation=implementation
-    )
-
-
-def jax_nn(implementation: Literal["xla", "cudnn"]) -> Callable[[Cell], Attention]:
-    """`jax.nn.dot_product_attention`; its causal mask is top-left aligned."""
-    return lambda cell: functools.partial(
-        jax.nn.dot_product_attention,
+        jax_flash.mha,
         is_causal=cell.is_causal,
+        window_size=cell.window_size,
         implementation=implementation,
     )
 
 
-def peer(module: str, function: str, **options: Any) -> Callable[[Cell], Attention]:
-    """A function of another module, called with `is_causal`."""
+def jax_nn(implementation: Literal["xla", "cudnn"]) -> Callable[[Cell], Attention]:
+    """`jax.nn.dot_product_attention`; its masks are aligned at the top left."""
     return lambda cell: functools.partial(
-        getattr(importlib.import_module(module), function),
+        jax.nn.dot_product_attention,
         is_causal=cell.is_causal,
-        **options,
+        local_window_size=cell.window_size,
+        implementation=implementation,
     )
 
 
-def equal_lengths(cell: Cell) -> str | None:
-    """Limit of arms that align a causal mask at the top left."""
-    if cell.is_causal and cell.query_length != cell.key_length:
-        return "aligns the causal mask at the top left"
+def peer(
+    module: str, function: str, *, window: str, **options: Any
+) -> Callable[[Cell], Attention]:
+    """A function of another module, called with `is_causal`.
+
+    Args:
+      module: where it is.
+      function: its name.
+      window: the name of its argument for a window.
+      **options: further arguments.
+    """
+
+    def attention(cell: Cell) -> Attention:
+        windows = {} if cell.window_size is None else {window: cell.window_size}
+        return functools.partial(
+            getattr(importlib.import_module(module), function),
+            is_causal=cell.is_causal,
+            **windows,
+            **options,
+        )
+
+    return attention
+
+
+def top_left(cell: Cell) -> str | None:
+    """Limit of arms that align masks at the top left."""
+    if cell.aligned:
+        return "aligns masks at the top left: see the cell without a mask"
     return None
 
 
+def one_width(cell: Cell) -> str | None:
+    """Limit of arms whose values are as wide as their keys."""
+    width, value_width = cell.widths
+    if width != value_width:
+        return f"takes one width, not {width} and {value_width}"
+    return None
+
+
+def jax_nn_limits(cell: Cell) -> str | None:
+    """Limits of `jax.nn.dot_product_attention`."""
+    return one_width(cell) or top_left(cell)
+
+
 def score_memory(cell: Cell) -> str | None:
-    """Limit of arms that materialise the scores in float32."""
+    """Limits of jax.nn when it materialises the scores in float32."""
     size = 4.0 * cell.batch * cell.heads * cell.query_length * cell.key_length
     if size > XLA_SCORE_LIMIT:
         return f"would materialise {size / 1e9:.0f} GB of scores"
-    return equal_lengths(cell)
+    return jax_nn_limits(cell)
 
 
 def width_128(cell: Cell) -> str | None:
     """Limit of flash-attn3-jax."""
     if cell.head_dim != 128:
         return f"built for width 128 only, not {cell.head_dim}"
-    return None
+    return one_width(cell)
 
 
 # torch
@@ -236,7 +316,9 @@ def torch_why_not(cell: Cell) -> str | None:
         return "torch sees no GPU"
     if cell.heads != cell.kv_heads:
         return "grouped heads are not measured with torch"
-    return equal_lengths(cell)
+    if cell.window_size is not None:
+        return "takes no window"
+    return one_width(cell) or top_left(cell)
 
 
 def bind_torch(compiled: Any, cell: Cell, inputs: Arrays, *, packed: bool) -> Call:
@@ -286,26 +368,32 @@ ARMS: dict[str, Arm] = {
         jax_arm("jax_flash", "jax_flash", ours("cuda")),
         jax_arm("jax_flash_xla", "jax_flash", ours("xla"), gpu_only=False),
         jax_arm("xla", "jax", jax_nn("xla"), why_not=score_memory, gpu_only=False),
-        jax_arm("cudnn", "jax", jax_nn("cudnn"), why_not=equal_lengths),
+        jax_arm("cudnn", "jax", jax_nn("cudnn"), why_not=jax_nn_limits),
         jax_arm(
             "fa3_dew",
             "dew-flash-attn-cu13",
-            peer("dew_flash_attn", "flash_mha"),
+            peer("dew_flash_attn", "flash_mha", window="window_size"),
             module="dew_flash_attn",
+            why_not=one_width,
         ),
         jax_arm(
             "fa3_jax",
             "flash-attn3-jax",
-            peer("flash_attn3_jax", "flash_mha"),
+            peer("flash_attn3_jax", "flash_mha", window="window_size"),
             module="flash_attn3_jax",
             why_not=width_128,
         ),
         jax_arm(
             "tokamax",
             "tokamax",
-            peer("tokamax", "dot_product_attention", implementation="mosaic"),
+            peer(
+                "tokamax",
+                "dot_product_attention",
+                window="local_window_size",
+                implementation="mosaic",
+            ),
             module="tokamax",
-            why_not=equal_lengths,
+            why_not=top_left,
         ),
         torch_arm("torch_fa2", packed=False),
         torch_arm("torch_fa2_packed", packed=True),

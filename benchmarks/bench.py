@@ -1,6 +1,7 @@
 """Attention by this package and its peers, side by side in one process.
 
-    python -m benchmarks.bench                  # every benchmark cell, default arms
+    python -m benchmarks.bench                  # the 36 main cells, default arms
+    python -m benchmarks.bench --set ragged     # small and ragged ones; or all
     python -m benchmarks.bench --cells 'd128.*causal' --arms jax_flash,cudnn --check
     python -m benchmarks.bench --smoke          # tiny, on any machine
 
@@ -15,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import json
+import math
 import pathlib
 import platform
 import re
@@ -41,26 +43,47 @@ RATIO_ARM = "torch_fa2"
 COMPILE_THREADS = 8
 
 
-def benchmark_cells() -> list[Cell]:
-    """The forward cells of the shape table that tests share."""
-    return [
-        Cell(
-            batch=case.batch,
-            query_length=case.query_length,
-            key_length=case.key_length,
-            heads=case.heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            is_causal=case.is_causal,
-            dtype=case.dtype,
-        )
-        for case in specs.BENCHMARK_CELLS
-    ]
+def cell_of(spec: specs.Spec) -> Cell:
+    """A row of the shape table that tests share."""
+    window = None
+    if spec.window_size is not None:
+        left, right = spec.window_size
+        assert left is not None
+        assert right is not None
+        window = left, right
+    return Cell(
+        batch=spec.batch,
+        query_length=spec.query_length,
+        key_length=spec.key_length,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        is_causal=spec.is_causal,
+        dtype=spec.dtype,
+        value_dim=spec.value_dim,
+        window_size=window,
+    )
 
 
-def smoke_cells() -> list[Cell]:
-    """Cells small enough for any machine."""
-    return [Cell(2, 64, 64, 4, 2, 32, is_causal) for is_causal in (False, True)]
+# What --set chooses from.
+CELLS: dict[str, tuple[Cell, ...]] = {
+    "main": tuple(map(cell_of, specs.BENCHMARK_CELLS)),
+    "ragged": tuple(map(cell_of, specs.RAGGED_CELLS)),
+}
+
+# The same in small, for any machine.
+SMOKE_CELLS: dict[str, tuple[Cell, ...]] = {
+    "main": (
+        Cell(2, 64, 64, 4, 2, 32, is_causal=False),
+        Cell(2, 64, 64, 4, 2, 32, is_causal=True),
+    ),
+    "ragged": (
+        Cell(1, 4, 64, 4, 2, 32, is_causal=True),
+        Cell(1, 4, 64, 4, 2, 32, is_causal=False),
+        Cell(2, 64, 64, 2, 2, 32, is_causal=True, window_size=(16, 0)),
+        Cell(2, 64, 64, 2, 2, 24, is_causal=True, value_dim=16, dtype="float16"),
+    ),
+}
 
 
 def unsupported(arms: list[Arm], cell: Cell) -> dict[str, str]:
@@ -183,25 +206,76 @@ def run_cell(
     }
 
 
-def row(result: dict[str, Any], names: list[str]) -> str:
-    """A table line: TFLOP/s of each arm, ratio of the first to the best and to one."""
+def best_peer(result: dict[str, Any], names: list[str]) -> tuple[float, str] | None:
+    """Speed of the first arm over that of the fastest peer, and which one that is."""
     arms = result["arms"]
-    cells = [f"{arms[n]['tflops']:.3g}" if n in arms else "-" for n in names]
-
-    def ratio(others: list[str]) -> str:
-        present = [arms[name]["tflops"] for name in others if name in arms]
-        if names[0] not in arms or not present:
-            return "-"
-        return f"{arms[names[0]]['tflops'] / max(present):.2f}"
-
-    cells += [ratio(names[1:]), ratio([RATIO_ARM])]
-    return f"{result['name']:24}" + "".join(f"{cell:>14}" for cell in cells)
+    peers = [n for n in names[1:] if n in arms and not n.startswith("jax_flash")]
+    if names[0] not in arms or not peers:
+        return None
+    best = max(peers, key=lambda name: arms[name]["tflops"])
+    return arms[names[0]]["tflops"] / arms[best]["tflops"], best
 
 
-def heading(names: list[str]) -> str:
+def figure(entry: dict[str, Any], detailed: bool) -> str:
+    """TFLOP/s; detailed: microseconds / TFLOP/s / kernels of a call."""
+    if not detailed:
+        return f"{entry['tflops']:.3g}"
+    median = entry[entry["timer"]]["median_us"]
+    kernels = len(entry["kernels"]) or "?"
+    return f"{median:.1f} / {entry['tflops']:.0f} / {kernels}"
+
+
+def column_width(detailed: bool) -> int:
+    """Characters of a table's column."""
+    return 20 if detailed else 14
+
+
+def row(result: dict[str, Any], names: list[str], detailed: bool = False) -> str:
+    """A table line: each arm's figure, ratio of the first to the best and to one."""
+    arms, width = result["arms"], column_width(detailed)
+    cells = [figure(arms[n], detailed) if n in arms else "-" for n in names]
+    best = best_peer(result, names)
+    cells.append("-" if best is None else "{:.2f} {}".format(*best))
+    both = names[0] in arms and RATIO_ARM in arms
+    ratio = arms[names[0]]["tflops"] / arms[RATIO_ARM]["tflops"] if both else None
+    cells.append("-" if ratio is None else f"{ratio:.2f}")
+    return f"{result['name']:32}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
+
+
+def heading(names: list[str], detailed: bool = False) -> str:
     """The line above the table."""
+    width = column_width(detailed)
+    unit = "us / TFLOP/s / kernels" if detailed else "TFLOP/s"
     titles = [*names, "to best peer", f"to {RATIO_ARM}"]
-    return f"{'TFLOP/s':24}" + "".join(f"{title:>14}" for title in titles)
+    return f"{unit:32}" + "".join(f" {title:>{width - 1}}" for title in titles)
+
+
+def summary(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """The first arm against the best peer over a set of cells."""
+    ratios = {result["name"]: best_peer(result, names) for result in results}
+    known = {name: best for name, best in ratios.items() if best is not None}
+    logs = [math.log(ratio) for ratio, _ in known.values()]
+    return {
+        "geometric_mean": math.exp(sum(logs) / len(logs)) if logs else None,
+        "compared": len(known),
+        "not_compared": [name for name, best in ratios.items() if best is None],
+        "below_one": {name: best for name, best in known.items() if best[0] < 1},
+    }
+
+
+def print_summary(name: str, overall: dict[str, Any], arm: str) -> None:
+    """Geometric mean and the cells that are slower than the best peer."""
+    mean, count = overall["geometric_mean"], overall["compared"]
+    if mean is None:
+        print(f"{name}: nothing to compare {arm} with")
+        return
+    print(
+        f"{name}: {arm} over the best peer, geometric mean {mean:.3f} of {count} cells"
+    )
+    for cell, (ratio, best) in overall["below_one"].items():
+        print(f"  below 1: {cell}: {ratio:.3f} of {best}")
+    for cell in overall["not_compared"]:
+        print(f"  not compared: {cell}")
 
 
 def git_commit() -> str:
@@ -255,6 +329,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--set", default="main", choices=[*CELLS, "all"])
     parser.add_argument("--cells", default="", help="regular expression on cell names")
     parser.add_argument("--arms", help=f"comma-separated, of {', '.join(ARMS)}")
     parser.add_argument("--check", action="store_true", help="validate before timing")
@@ -274,44 +349,55 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def default_out(description: dict[str, Any]) -> pathlib.Path:
-    """benchmarks/results/<device>-<date>.json."""
+def default_out(description: dict[str, Any], cells: str) -> pathlib.Path:
+    """benchmarks/results/<device>-<date>-<set>.json."""
     device = re.sub(r"[^a-z0-9]+", "-", description["device"].lower()).strip("-")
-    return ROOT / "results" / f"{device}-{description['date'][:10]}.json"
+    return ROOT / "results" / f"{device}-{description['date'][:10]}-{cells}.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if no arm of any cell ran or an arm gave a wrong result."""
     arguments = parse_arguments(argv)
-    cells = smoke_cells() if arguments.smoke else benchmark_cells()
-    cells = [cell for cell in cells if re.search(arguments.cells, cell.name)]
+    chosen = {
+        name: [cell for cell in cells if re.search(arguments.cells, cell.name)]
+        for name, cells in (SMOKE_CELLS if arguments.smoke else CELLS).items()
+        if arguments.set in (name, "all")
+    }
     if arguments.list:
-        print("\n".join(cell.name for cell in cells))
+        print("\n".join(cell.name for cells in chosen.values() for cell in cells))
         return 0
     arms = [ARMS[name] for name in arguments.arms]
     description = describe(arguments, arms)
     protocol = timing.Protocol(arguments.rounds, arguments.seconds, arguments.idle)
     start = time.perf_counter()
-    compiled = compile_all(arms, cells)
+    compiled = compile_all(arms, [cell for cells in chosen.values() for cell in cells])
     print(f"{description['device']}, compiled in {time.perf_counter() - start:.0f} s")
-    print(heading(arguments.arms), flush=True)
     results: list[dict[str, Any]] = []
     with timing.ClockLog() as clocks:
-        for cell in cells:
-            results.append(
-                run_cell(
+        for name, cells in chosen.items():
+            detailed = name == "ragged"
+            print(heading(arguments.arms, detailed), flush=True)
+            for cell in cells:
+                result = run_cell(
                     arms, cell, compiled, protocol, clocks, checked=arguments.check
                 )
-            )
-            print(row(results[-1], arguments.arms), flush=True)
+                results.append({"set": name, **result})
+                print(row(result, arguments.arms, detailed), flush=True)
     skipped = sorted(
         {(name, why) for result in results for name, why in result["skipped"].items()}
     )
     for name, why in skipped:
         print(f"skipped {name}: {why}")
-    out = arguments.out or default_out(description)
+    summaries = {
+        name: summary([r for r in results if r["set"] == name], arguments.arms)
+        for name in chosen
+    }
+    for name, overall in summaries.items():
+        print_summary(name, overall, arguments.arms[0])
+    out = arguments.out or default_out(description, arguments.set)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**description, "results": results}, indent=1) + "\n")
+    data = {**description, "summary": summaries, "results": results}
+    out.write_text(json.dumps(data, indent=1) + "\n")
     print(f"{time.perf_counter() - start:.0f} s; {out}")
     wrong = any(why.startswith("wrong result") for _, why in skipped)
     return int(wrong or not any(result["arms"] for result in results))

@@ -17,11 +17,13 @@ Panel = tuple[int, bool]
 
 
 def panels(results: list[dict[str, Any]]) -> dict[Panel, dict[str, dict[int, float]]]:
-    """(head width, causal) -> arm -> query length -> TFLOP/s."""
+    """(head width, causal) -> arm -> query length -> TFLOP/s, of the main cells."""
     found: dict[Panel, dict[str, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for result in results:
+        if result.get("set", "main") != "main":
+            continue
         cell = result["cell"]
         panel = found[cell["head_dim"], cell["is_causal"]]
         for name, entry in result["arms"].items():

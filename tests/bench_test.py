@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
 import sys
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 
 # The benchmarks are no part of the package, so the repository must be on the path.
@@ -74,9 +78,37 @@ def test_arms_take_turns_and_a_failing_one_is_named() -> None:
 
 def test_cell() -> None:
     cell = Cell(4, 512, 512, 8, 2, 64, True)
-    assert cell.name == "d64 n512 h8/2 causal"
+    assert cell.name == "b4 d64 n512 h8/2 causal"
     assert cell.flops == 4 * 4 * 8 * 512 * 512 * 64 / 2
-    assert Cell(1, 16, 32, 2, 2, 64, False).name == "d64 n16x32"
+    assert Cell(1, 16, 32, 2, 2, 64, False).name == "b1 d64 n16x32"
+    cell = Cell(4, 4096, 4096, 2, 2, 192, True, "float16", 128, (9, 0))
+    assert cell.name == "d192v128 n4096 w9/0 causal f16"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [None, (5, 0), (3, 4)])
+@pytest.mark.parametrize("lengths", [(20, 20), (7, 30), (30, 7)])
+def test_operations_and_reference_of_masks(
+    lengths: tuple[int, int], window: tuple[int, int] | None, is_causal: bool
+) -> None:
+    rows, keys = lengths
+    cell = Cell(2, rows, keys, 4, 2, 8, is_causal, "float32", 6, window)
+    ok = oracle.visible(rows, keys, rows, keys, is_causal, window_size=window)
+    pairs = ok.sum()
+    if is_causal and window is None and rows == keys:
+        pairs = rows * keys / 2
+    assert cell.flops == 2 * 2 * 4 * pairs * (8 + 6)
+    inputs = cell.inputs()
+    options = {"is_causal": is_causal, "window_size": window}
+    expected = oracle.attention(*inputs, **options).out[0, :, :2]
+    live = ok.any(1)
+    got = np.asarray(baselines.reference(cell, inputs))
+    np.testing.assert_allclose(got[live], expected[live], rtol=0, atol=1e-5)
+
+
+def test_names_tell_cells_apart() -> None:
+    cells = [cell for one in bench.CELLS.values() for cell in one]
+    assert len({cell.name for cell in cells}) == len(cells)
 
 
 def test_record_prefers_kernel_time() -> None:
@@ -107,7 +139,65 @@ def test_wrong_result_is_not_timed() -> None:
     assert "wrong result: relative error" in skipped[arm.name]
 
 
+def test_peers_that_align_at_the_top_left_get_the_cell_without_a_mask() -> None:
+    cell = Cell(1, 16, 32, 4, 2, 64, True)
+    for name in ("xla", "cudnn", "tokamax"):
+        reason = {
+            "xla": baselines.score_memory,
+            "cudnn": baselines.jax_nn_limits,
+            "tokamax": baselines.top_left,
+        }[name](cell)
+        assert "top left" in str(reason)
+    twin = dataclasses.replace(cell, is_causal=False)
+    assert baselines.score_memory(twin) is None
+    assert baselines.jax_nn_limits(twin) is None
+    ragged = bench.CELLS["ragged"]
+    for cell in ragged:
+        if cell.aligned:
+            assert dataclasses.replace(cell, is_causal=False) in ragged
+
+
+def entry(tflops: float, kernels: int = 1) -> dict[str, Any]:
+    return {
+        "tflops": tflops,
+        "timer": "kernel",
+        "kernel": {"median_us": 12.34},
+        "kernels": ["k"] * kernels,
+    }
+
+
 def test_row_compares_the_first_arm() -> None:
-    arms = {name: {"tflops": t} for name, t in (("a", 30.0), ("b", 40.0))}
-    line = bench.row({"name": "cell", "arms": arms}, ["a", "b", "c"])
-    assert line.split() == ["cell", "30", "40", "-", "0.75", "-"]
+    arms = {"a": entry(30), "b": entry(40), "jax_flash_xla": entry(50, 3)}
+    names = ["a", "jax_flash_xla", "b", "c"]
+    line = bench.row({"name": "cell", "arms": arms}, names)
+    assert line.split() == ["cell", "30", "50", "40", "-", "0.75", "b", "-"]
+    line = bench.row({"name": "cell", "arms": arms}, names, detailed=True)
+    assert "12.3 / 50 / 3" in line
+
+
+def test_summary_over_a_set(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [
+        {"name": "fast", "arms": {"a": entry(40), "b": entry(10), "c": entry(20)}},
+        {"name": "slow", "arms": {"a": entry(10), "b": entry(20)}},
+        {"name": "alone", "arms": {"a": entry(10)}},
+    ]
+    overall = bench.summary(results, ["a", "b", "c"])
+    assert overall["geometric_mean"] == pytest.approx(1.0)
+    assert overall["compared"] == 2
+    assert overall["not_compared"] == ["alone"]
+    assert overall["below_one"] == {"slow": (0.5, "b")}
+    bench.print_summary("main", overall, "a")
+    assert "below 1: slow: 0.500 of b" in capsys.readouterr().out
+    bench.print_summary("main", bench.summary(results[2:], ["a", "b"]), "a")
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cells", ["main", "ragged"])
+def test_smoke(cells: str, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "results.json"
+    quick = ["--rounds=1", "--seconds=0.001", "--idle=0"]
+    arguments = ["--smoke", "--check", f"--set={cells}", *quick, f"--out={out}"]
+    assert bench.main(arguments) == 0
+    data = json.loads(out.read_text())
+    assert {result["set"] for result in data["results"]} == {cells}
+    assert data["summary"][cells]["compared"] >= 2

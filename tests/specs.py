@@ -245,3 +245,23 @@ BENCHMARK_CELLS = tuple(
     for length in (512, 1024, 2048, 4096, 8192, 16384)
 )
 """16k tokens and a hidden size of 2048, cut into sequences and heads."""
+
+RAGGED_CELLS = (
+    # Small: one sequence, few queries on many keys, causal and without a mask (where
+    # peers that align masks at the top left compute the same).
+    Spec(1, 1024, 1024, 32, 8, 128, is_causal=True),
+    Spec(1, 4096, 4096, 32, 8, 128, is_causal=True),
+    Spec(1, 256, 8192, 32, 8, 128, is_causal=True),
+    Spec(1, 256, 8192, 32, 8, 128),
+    Spec(1, 16, 8192, 32, 8, 128, is_causal=True),
+    Spec(1, 16, 8192, 32, 8, 128),
+    # A window, widths between the usual ones, f16, grouped heads, narrower values.
+    Spec(1, 16384, 16384, 16, 16, 128, is_causal=True, window_size=(1024, 0)),
+    Spec(4, 4096, 4096, 26, 26, 80, is_causal=True),
+    Spec(4, 4096, 4096, 21, 21, 96, is_causal=True),
+    Spec(4, 4096, 4096, 11, 11, 192, is_causal=True),
+    Spec(4, 4096, 4096, 11, 11, 192, 128, is_causal=True),
+    Spec(4, 4096, 4096, 16, 16, 128, dtype="float16", is_causal=True),
+    Spec(4, 4096, 4096, 32, 8, 128, is_causal=True),
+)
+"""Where the usual cells say little; widths that do not divide 2048 come close to it."""
