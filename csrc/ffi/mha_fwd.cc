@@ -161,7 +161,7 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
     return invalid_argument("the kernels need compute capability 8.0 or newer, this device has ",
                             device.compute_capability / 10, ".", device.compute_capability % 10);
   }
-  error = kernel->launch(params, device.l2_bytes, stream);
+  error = kernel->launch(params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_mha_fwd", error);
   return ffi::Error::Success();
 }

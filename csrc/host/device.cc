@@ -16,7 +16,9 @@ cudaError_t query(int device, DeviceInfo* info) {
   error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return error;
   info->compute_capability = 10 * major + minor;
-  return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device);
+  error = cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&info->multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace

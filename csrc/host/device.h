@@ -8,6 +8,7 @@ namespace jax_flash {
 struct DeviceInfo {
   int compute_capability;  // 10 * major + minor
   int l2_bytes;
+  int multiprocessors;
 };
 
 // Of the current device; asked once per device and process, safe from any thread.

@@ -5,6 +5,7 @@
 
 #include <span>
 
+#include "host/device.h"
 #include "host/params.h"
 
 namespace jax_flash {
@@ -16,7 +17,7 @@ struct MhaFwdKernel {
   ElementType type;
   int head_dim;
   int head_dim_v;
-  cudaError_t (*launch)(const MhaFwdParams&, int l2_bytes, cudaStream_t);
+  cudaError_t (*launch)(const MhaFwdParams&, const DeviceInfo&, cudaStream_t);
 };
 
 // Every instantiation, narrowest first; plan.py in jax_flash/_src mirrors it.

@@ -9,6 +9,7 @@ namespace jax_flash::sm80 {
 
 // Enqueues one kernel and nothing else, so a stream capture holds it. Widths are the padded ones.
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_fwd(const MhaFwdParams& params, int l2_bytes, cudaStream_t stream);
+cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream);
 
 }  // namespace jax_flash::sm80

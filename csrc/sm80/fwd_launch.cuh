@@ -24,10 +24,10 @@ inline int64_t section_heads(const MhaFwdParams& params, int l2_bytes) {
 }
 
 template <typename Config>
-cudaError_t launch(MhaFwdParams params, int l2_bytes, cudaStream_t stream) {
+cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   const auto kernel = mha_fwd_kernel<Config>;
   const int64_t row_blocks = (params.query_length + int64_t{Config::kRows} - 1) / Config::kRows;
-  const int64_t section = section_heads(params, l2_bytes);
+  const int64_t section = section_heads(params, device.l2_bytes);
   const int64_t sections = (int64_t{params.batch} * params.heads + section - 1) / section;
   const int64_t grid = sections * section * row_blocks;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
@@ -46,13 +46,14 @@ cudaError_t launch(MhaFwdParams params, int l2_bytes, cudaStream_t stream) {
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_fwd(const MhaFwdParams& params, int l2_bytes, cudaStream_t stream) {
+cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream) {
   const bool wide =
       params.query.alignment == 16 && params.key.alignment == 16 && params.value.alignment == 16;
   constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
   using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
   using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles)>;
-  return wide ? launch<Wide>(params, l2_bytes, stream) : launch<Narrow>(params, l2_bytes, stream);
+  return wide ? launch<Wide>(params, device, stream) : launch<Narrow>(params, device, stream);
 }
 
 }  // namespace jax_flash::sm80

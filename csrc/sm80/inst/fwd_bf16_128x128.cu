@@ -2,7 +2,7 @@
 
 namespace jax_flash::sm80 {
 
-template cudaError_t launch_mha_fwd<ElementType::kBf16, 128, 128>(const MhaFwdParams&, int,
-                                                                  cudaStream_t);
+template cudaError_t launch_mha_fwd<ElementType::kBf16, 128, 128>(const MhaFwdParams&,
+                                                                  const DeviceInfo&, cudaStream_t);
 
 }  // namespace jax_flash::sm80
