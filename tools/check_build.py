@@ -4,16 +4,25 @@
 
 Fails on register spills, on ptxas notes that it gave up an optimisation
 (serialised wgmma, ignored setmaxnreg), on compiler warnings, on an instantiation
-file that was not compiled, on a build or a wheel over its limit. Prints one line
-for each kernel and architecture: registers, static shared memory, spilled bytes.
+file that was not compiled, on a build or a wheel over its limit, and on matrix
+instructions in the wheel's sm_90a code that are not those of a kernel's tiles.
+Prints one line for each kernel and architecture: registers, static shared memory,
+spilled bytes.
+
+Looking into a wheel needs cuobjdump: that of the Python packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or one on PATH.
 """
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +36,19 @@ SPILLS = re.compile(
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 NOTE = re.compile(r"ptxas info\s*: \(C\d+\)|Potential Performance Loss")
 WARNING = re.compile(r"\bwarning\b\s*(?:#[\w-]+)?\s*:", re.ASCII)
+
+SASS_FUNCTION = re.compile(r"Function : (\w+)")
+HGMMA = re.compile(r"\bHGMMA\.\S+")
+# As the compiler writes sm90::mha_fwd_kernel<FwdConfig<type, head_dim, head_dim_v,
+# FwdTiles{warpgroups, keys, ...}>>.
+SM90_FORWARD = re.compile(
+    r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
+    r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi\d+ELi(?P<keys>\d+)E"
+)
+TYPES = ("bf16", "f16")
+"""Names of the values of ElementType."""
+MINIMUM_KEYS = 64
+"""Narrower products leave the tensor cores waiting for shared memory."""
 
 
 @dataclasses.dataclass
@@ -117,6 +139,67 @@ def print_table(report: Report, times: dict[str, tuple[float, float]]) -> None:
         )
 
 
+def sass_of(wheel: Path) -> str:
+    """The sm_90a machine code of the extension in a wheel, disassembled."""
+    folders = [f"{folder}/nvidia/cu13/bin" for folder in sys.path]
+    path = os.pathsep.join([*folders, os.environ["PATH"]])
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None:
+        raise FileNotFoundError(
+            "no cuobjdump to look into the wheel with: pip install "
+            "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if Path(n).match("_kernels*.so")]
+        extension = archive.extract(names[0], folder)
+        command = [cuobjdump, "-sass", "-arch", "sm_90a", extension]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout
+
+
+def read_sass(lines: Iterable[str]) -> dict[str, set[str]]:
+    """The warpgroup matrix instructions of each function, as HGMMA.64x128x16.F32."""
+    instructions: dict[str, set[str]] = {}
+    name = "?"
+    for line in lines:
+        if match := SASS_FUNCTION.search(line):
+            name = match[1]
+            instructions[name] = set()
+        elif match := HGMMA.search(line):
+            instructions.setdefault(name, set()).add(match[0])
+    return instructions
+
+
+def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
+    """Kernels whose matrix instructions are not those their tiles ask for.
+
+    Scores take instructions as wide as a tile of keys, outputs as wide as the values;
+    anything else means a tile that was cut up.
+    """
+    faults = []
+    seen = set()
+    for name, got in instructions.items():
+        match = SM90_FORWARD.search(name)
+        if match is None:
+            if got:
+                faults.append(f"{name}: {sorted(got)} in a kernel with unknown tiles")
+            continue
+        dtype, keys = TYPES[int(match["type"])], int(match["keys"])
+        kernel = f"fwd_{dtype}_{match['head_dim']}x{match['head_dim_v']}"
+        seen.add(kernel)
+        suffix = ".BF16" if dtype == "bf16" else ""
+        want = {f"HGMMA.64x{n}x16.F32{suffix}" for n in (keys, match["head_dim_v"])}
+        if got != want:
+            faults.append(f"{kernel}: {sorted(got)}, expected {sorted(want)}")
+        if keys < MINIMUM_KEYS:
+            faults.append(f"{kernel}: tiles of {keys} keys, fewer than {MINIMUM_KEYS}")
+    for path in sorted(ROOT.glob("csrc/sm90/inst/*.cu")):
+        if path.stem not in seen:
+            faults.append(f"{path.stem}: no sm_90a code of it")
+    return faults
+
+
 def judge(
     report: Report,
     times: dict[str, tuple[float, float]],
@@ -149,6 +232,7 @@ def judge(
         print(f"{wheel.name}: {megabytes:.1f} MB")
         if megabytes > max_megabytes:
             faults.append(f"{wheel.name} is over {max_megabytes:.0f} MB")
+        faults += judge_hgmma(read_sass(sass_of(wheel).splitlines()))
     return faults
 
 

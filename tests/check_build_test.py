@@ -1,0 +1,153 @@
+"""The build gate: what `tools/check_build.py` objects to."""
+
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+# The tools are no part of the package, so the repository must be on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from tools import check_build
+
+SM80 = "csrc/sm80/inst/fwd_bf16_64x64.cu"
+LOG = """\
+[1/33] Building CUDA object CMakeFiles/jax_flash_sm80.dir/{source}.o
+ptxas info    : 0 bytes gmem
+{line}
+ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
+ptxas info    : Function properties for _Z1kv
+    {spills} bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem
+ptxas info    : Compile time = 86.132 ms
+"""
+INSTRUCTIONS = """\
+		Function : {name}
+        /*00b0*/    HGMMA.64x{keys}x16.F32{suffix} R24, gdesc[UR4], RZ, !UPT ;
+        /*00c0*/    HGMMA.64x{keys}x16.F32{suffix} R24, gdesc[UR8], R24, gsb0 ;
+        /*00d0*/    FADD R4, R4, R5 ;
+        /*00f0*/    HGMMA.64x{values}x16.F32{suffix} R88, R4, gdesc[UR4].tnspB, R88 ;
+"""
+
+
+def judge_log(line: str = "", spills: int = 0) -> list[str]:
+    report = check_build.read_log(LOG.format(source=SM80, line=line, spills=spills))
+    (function,) = report.functions
+    assert function.source == SM80
+    assert (function.architecture, function.name) == ("sm_80", "_Z1kv")
+    assert (function.registers, function.smem) == (168, 1024)
+    return check_build.judge(report, {}, None, 0.0, 0.0, partial=True)
+
+
+def test_clean_log() -> None:
+    assert judge_log() == []
+
+
+def test_spills() -> None:
+    assert judge_log(spills=16) == [f"{SM80} (sm_80): 32 bytes of register spills"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; "
+        "unable to determine register count at entry.",
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async "
+        "instructions are serialized due to the presence of Extern calls",
+        "  ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async "
+        "instructions are serialized due to insufficient register resources",
+        "ptxas info    : (C7517) warpgroup.wait is injected in around line 107 by "
+        "compiler to allow use of registers defined by GMMA in function '_Z1kv'",
+        "ptxas info    : (C7519) warpgroup.arrive is injected in around line 109 by "
+        "compiler to allow use of registers in GMMA in function '_Z1kv'",
+        "ptxas info : (C7520) Potential Performance Loss: something new",
+        "ptxas warning : (C7508) something graver",
+        "kernel.cuh(12): warning #177-D: variable was declared but never referenced",
+    ],
+)
+def test_complaints_of_compilers(line: str) -> None:
+    assert judge_log(line) == [f"{SM80}: {line.strip()}"]
+
+
+def test_missing_files() -> None:
+    faults = check_build.judge(check_build.Report(), {}, None, 0.0, 0.0, partial=False)
+    assert any(f.startswith(f"{SM80}: no kernel of it in the log") for f in faults)
+
+
+def name(dtype: int, head_dim: int, head_dim_v: int, keys: int) -> str:
+    """The kernel with these template arguments, as the compiler mangles it."""
+    return (
+        "_ZN9jax_flash4sm9014mha_fwd_kernelINS0_9FwdConfigILNS_11ElementTypeE"
+        f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi2ELi{keys}ELi1ELi2"
+        "EEEEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
+    )
+
+
+def judge_kernel(
+    dtype: int, head_dim: int, head_dim_v: int, keys: int, changes: Any = ()
+) -> list[str]:
+    """Faults of one kernel, apart from those that others are missing."""
+    fields = {
+        "name": name(dtype, head_dim, head_dim_v, keys),
+        "keys": keys,
+        "values": head_dim_v,
+        "suffix": (".BF16", "")[dtype],
+    }
+    sass = INSTRUCTIONS.format(**fields | dict(changes))
+    faults = check_build.judge_hgmma(check_build.read_sass(sass.splitlines()))
+    return [fault for fault in faults if not fault.endswith("no sm_90a code of it")]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [(0, 128, 128, 128), (0, 192, 128, 112), (1, 256, 256, 80), (1, 64, 64, 64)],
+)
+def test_matrix_instructions(kernel: tuple[int, int, int, int]) -> None:
+    assert judge_kernel(*kernel) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"keys": 64}, "HGMMA.64x64x16.F32.BF16"),
+        ({"values": 64}, "HGMMA.64x64x16.F32.BF16"),
+        ({"keys": 192}, "HGMMA.64x192x16.F32.BF16"),
+        ({"suffix": ""}, "HGMMA.64x112x16.F32'"),
+    ],
+)
+def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
+    (fault,) = judge_kernel(0, 192, 128, 112, change)
+    assert fault.startswith("fwd_bf16_192x128: ")
+    assert got in fault.partition("expected")[0]
+    assert fault.endswith("['HGMMA.64x112x16.F32.BF16', 'HGMMA.64x128x16.F32.BF16']")
+
+
+def test_missing_matrix_instructions() -> None:
+    faults = check_build.judge_hgmma({name(0, 64, 64, 128): set()})
+    assert "fwd_bf16_64x64: [], expected" in faults[0]
+
+
+def test_narrow_tiles() -> None:
+    assert judge_kernel(1, 128, 128, 48) == [
+        "fwd_f16_128x128: tiles of 48 keys, fewer than 64"
+    ]
+
+
+def test_kernel_with_unknown_tiles() -> None:
+    (fault,) = judge_kernel(0, 64, 64, 64, {"name": "_Z5otherv"})
+    assert fault.endswith("in a kernel with unknown tiles")
+    without = check_build.judge_hgmma({"_Z5otherv": set()})
+    assert without == check_build.judge_hgmma({})
+
+
+def test_every_file_must_be_in_the_code() -> None:
+    faults = check_build.judge_hgmma({})
+    files = pathlib.Path(check_build.ROOT, "csrc", "sm90", "inst").glob("*.cu")
+    assert faults == [f"{path.stem}: no sm_90a code of it" for path in sorted(files)]
+
+
+def test_without_cuobjdump(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_build.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(FileNotFoundError, match="nvidia-cuda-cuobjdump"):
+        check_build.sass_of(pathlib.Path("x.whl"))
