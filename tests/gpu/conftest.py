@@ -1,14 +1,34 @@
-"""Everything here needs an NVIDIA GPU and the compiled kernels."""
+"""Everything here needs an NVIDIA GPU and the compiled kernels.
 
+PYTHONPATH=.gpu pytest tests/gpu -n 12 --dist worksteal
+JAX_FLASH_FORCE_SM80=1 PYTHONPATH=.gpu pytest tests/gpu   # the other family on Hopper
+"""
+
+import os
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 
+# Read when JAX starts, and when NumPy is imported. Workers (`pytest -n`) share the GPU
+# and the cores.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of this folder."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
+    """Marks the tests of this folder and spreads the slow ones over the workers."""
+    here = [item for item in items if HERE in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.gpu)
+    slow = [item for item in here if item.path.stem == "sanitizer_test"]
+    if slow:
+        others = [item for item in items if item not in slow]
+        size = -(-len(others) // len(slow))
+        items[:] = [
+            item
+            for i, first in enumerate(slow)
+            for item in (first, *others[i * size : (i + 1) * size])
+        ]

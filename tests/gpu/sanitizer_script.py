@@ -1,31 +1,76 @@
 """Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import numpy as np
 
 from jax_flash import mha
 from jax_flash._src import plan
 
-WIDTHS = [(d, v) for d, v in plan.HEAD_DIMS] + [(33, 17), (6, 250), (100, 36), (31, 8)]
+# Every instantiation of both families, then widths that only the other loads can read.
+WIDTHS = (
+    *sorted({widths for family in plan.HEAD_DIMS.values() for widths in family}),
+    (33, 17),
+    (6, 250),
+    (100, 36),
+    (31, 8),
+    (72, 40),
+)
+
+Call = tuple[tuple[np.ndarray, ...], dict[str, Any]]
+
+
+def arrays(
+    dtype: Any, query: tuple[int, int, int], keys: tuple[int, int], *widths: int
+) -> tuple[np.ndarray, ...]:
+    """Query of batch, length, heads; key and value of length, heads."""
+    rng = np.random.default_rng(0)
+    batch, width, value_width = query[0], widths[0], widths[-1]
+    shapes = ((*query, width), (batch, *keys, width), (batch, *keys, value_width))
+    query_, key, value = (
+        rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes
+    )
+    return query_, key, value
+
+
+def calls() -> Iterator[Call]:
+    """Arrays and options."""
+    lengths = np.array([131, 3], np.int32)
+    for dtype in (jax.numpy.bfloat16, jax.numpy.float16):
+        for widths in WIDTHS:
+            problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
+            yield problem, {"is_causal": True, "key_value_seq_lengths": lengths}
+            yield problem, {"window_size": (40, 20), "query_seq_lengths": lengths}
+    dtype = jax.numpy.bfloat16
+    for widths in ((64,), (128,), (192, 128), (256,)):
+        # Few queries on many keys: packed heads, and keys split among thread blocks.
+        problem = arrays(dtype, (1, 16, 8), (1024, 2), *widths)
+        yield problem, {}
+        yield (
+            problem,
+            {"is_causal": True, "key_value_seq_lengths": np.array([700], np.int32)},
+        )
+        problem = arrays(dtype, (3, 7, 16), (200, 2), *widths)
+        yield problem, {"window_size": (90, 0)}
+        # A key that outweighs all the others, among the last that are visited.
+        query, key, value = arrays(dtype, (1, 100, 2), (400, 1), *widths)
+        query[..., 0] = 16
+        key[:, 1, :, 0] = 900
+        yield (query, key, value), {}
+        # More blocks than thread blocks.
+        yield arrays(dtype, (9, 140, 16), (150, 4), *widths), {"is_causal": True}
 
 
 def main() -> None:
     """Runs the calls and prints how many there were."""
-    rng = np.random.default_rng(0)
-    calls = 0
-    for dtype in (jax.numpy.bfloat16, jax.numpy.float16):
-        for width, value_width in WIDTHS:
-            shapes = ((2, 150, 4, width), (2, 170, 2, width), (2, 170, 2, value_width))
-            arrays = [rng.standard_normal(s, np.float32).astype(dtype) for s in shapes]
-            lengths = np.array([131, 3], np.int32)
-            for options in (
-                {"is_causal": True, "key_value_seq_lengths": lengths},
-                {"window_size": (40, 20), "query_seq_lengths": lengths},
-            ):
-                out = mha(*arrays, **options, implementation="cuda", return_lse=True)
-                jax.block_until_ready(out)
-                calls += 1
-    print("kernel calls:", calls)
+    count = 0
+    for problem, options in calls():
+        out = mha(*problem, **options, implementation="cuda", return_lse=True)
+        jax.block_until_ready(out)
+        count += 1
+    print("kernel calls:", count)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Which kernel runs, by its name in CUPTI's records."""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flash import mha
+from jax_flash._src import plan, registry
+
+# The benchmarks are no part of the package, so the repository must be on the path. It
+# comes last: the package may be installed elsewhere, with kernels.
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import timing
+
+
+def kernels(*arrays: jax.Array) -> list[str]:
+    """Names of the kernels of a call."""
+    binding = timing.cupti()
+    if binding is None:
+        pytest.skip("no CUPTI binding in this jax")
+    call = jax.jit(lambda *x: mha(*x, implementation="cuda")).lower(*arrays).compile()
+    one = timing.Call(
+        run=lambda: call(*arrays),
+        wait=jax.block_until_ready,
+        heads=lambda result: result,
+    )
+    return timing.kernel_times(binding, one, 3)[1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (40, 40), (128, 128), (192, 128), (256, 256), (36, 36), (7, 9)]
+)
+@pytest.mark.parametrize("lengths", [(200, 300), (4, 4000)])
+def test_the_planned_kernel_runs_alone(
+    lengths: tuple[int, int], widths: tuple[int, int], dtype: Any
+) -> None:
+    rows, keys = lengths
+    query = jnp.ones((2, rows, 4, widths[0]), dtype)
+    key, value = (jnp.ones((2, keys, 2, width), dtype) for width in widths)
+    capability = int(jax.devices()[0].compute_capability.replace(".", ""))
+    planned = plan.forward_kernel(
+        jnp.dtype(dtype),
+        *widths,
+        capability,
+        force_sm80=registry.extension().force_sm80,
+    )
+    assert planned is not None
+    (name,) = kernels(query, key, value)
+    assert "mha_fwd_kernel" in name
+    assert planned.family in name
