@@ -102,6 +102,8 @@ def _versions() -> list[str]:
         groups.setdefault(key, []).append(f"{kernel.head_dim}x{kernel.head_dim_v}")
     for key, widths in groups.items():
         lines.append(f"kernels    {' '.join(key)}: widths {' '.join(widths)}")
+    if extension.force_sm80:
+        lines.append("kernels    JAX_FLASH_FORCE_SM80=1: sm90 is not used")
     return lines
 
 

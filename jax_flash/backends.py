@@ -187,12 +187,14 @@ class Explanation:
       chosen: platform -> name of the backend that runs there, None if none does.
       reasons: name of each candidate -> None if it supports the call, else why not.
       platforms: name of each candidate -> the platforms it runs on, empty = any.
+      details: name of a candidate -> how it would run the call, if it says so.
     """
 
     call: Call
     chosen: dict[str, str | None]
     reasons: dict[str, str | None]
     platforms: dict[str, tuple[str, ...]]
+    details: dict[str, str]
 
     def __str__(self) -> str:
         lines = [_describe(self.call), "runs on"]
@@ -202,7 +204,8 @@ class Explanation:
         for name, reason in self.reasons.items():
             where = " and ".join(self.platforms[name]) or "every platform"
             verdict = f"can run it on {where}" if reason is None else f"no: {reason}"
-            lines.append(f"  {name:5s} {verdict}")
+            details = f": {self.details[name]}" if name in self.details else ""
+            lines.append(f"  {name:5s} {verdict}{details}")
         return "\n".join(lines)
 
 
@@ -279,4 +282,5 @@ def explain(
         chosen={p: getattr(first(p), "name", None) for p in PLATFORMS},
         reasons=reasons,
         platforms={backend.name: backend.platforms for backend in candidates},
+        details={b.name: b.details(call) for b in able if b.details is not None},
     )

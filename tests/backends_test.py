@@ -12,7 +12,7 @@ from helpers import assert_close, cuda_text, dense, flash, kernel_calls, loss, q
 
 import jax_flash
 from jax_flash import backends, mha
-from jax_flash._src import builtin
+from jax_flash._src import builtin, registry
 
 CUDNN_CALL = {"query": (2, 64, 4, 64), "key": (2, 64, 2, 64), "value": (2, 64, 2, 64)}
 
@@ -211,6 +211,41 @@ def test_kernels_are_chosen_where_they_are(kernels: None) -> None:
         "  xla   can run it on every platform",
     ):
         assert line in text
+
+
+EXPLAINED_KERNELS = {
+    "both": (
+        shapes(),
+        "sm90 64x64 on compute capability 9.0, sm80 64x64 on others",
+    ),
+    "narrow": (
+        shapes(query=(2, 64, 4, 32), key=(2, 64, 2, 32), value=(2, 64, 2, 32)),
+        "sm90 64x64 on compute capability 9.0, sm80 32x32 on others",
+    ),
+    "odd width": (shapes(value=(2, 64, 2, 60)), "sm80 64x64"),
+    "batch": (
+        shapes(
+            query=(2, 3, 4, 64, 4, 64),
+            key=(2, 3, 4, 64, 2, 64),
+            value=(2, 3, 4, 64, 2, 64),
+        )
+        | {"query_seq_lengths": np.ones((1, 3, 1), np.int32)},
+        "sm80 64x64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPLAINED_KERNELS)
+def test_explain_names_the_kernels(case: str, kernels: None) -> None:
+    arguments, details = EXPLAINED_KERNELS[case]
+    explanation = jax_flash.explain(**arguments)
+    assert explanation.details == {"cuda": details}
+    assert f"  cuda  can run it on cuda: {details}\n" in str(explanation)
+
+
+def test_explain_honours_force_sm80() -> None:
+    with registry.assume_kernels(force_sm80=True):
+        assert jax_flash.explain(**shapes()).details == {"cuda": "sm80 64x64"}
 
 
 def test_explain_reports_what_mha_would_raise() -> None:

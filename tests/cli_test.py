@@ -10,6 +10,7 @@ import pytest
 
 import jax_flash
 from jax_flash.__main__ import main
+from jax_flash._src import registry
 
 SHAPE = ["--shape", "2,128,256,8,2,64"]
 
@@ -31,8 +32,18 @@ def test_info_of_a_shape(capsys: pytest.CaptureFixture[str], kernels: None) -> N
     assert "window_size=(100, None)" in text
     assert "query_seq_lengths int32[2]" in text
     assert "mha_fwd sm80 bf16: widths 32x32 64x64" in text
-    assert "  cuda  can run it on cuda" in text
+    assert "mha_fwd sm90 bf16: widths 64x64 96x96" in text
+    assert "FORCE_SM80" not in text
+    assert "  cuda  can run it on cuda: sm90 64x64 on compute capability 9.0, " in text
     assert "  cudnn no: query_seq_lengths" in text
+
+
+def test_info_of_a_forced_family(capsys: pytest.CaptureFixture[str]) -> None:
+    with registry.assume_kernels(force_sm80=True):
+        assert main(["info", *SHAPE]) == 0
+    text = capsys.readouterr().out
+    assert "JAX_FLASH_FORCE_SM80=1: sm90 is not used" in text
+    assert "  cuda  can run it on cuda: sm80 64x64\n" in text
 
 
 def test_value_width_dtype_and_implementation(

@@ -1,35 +1,131 @@
 """The kernel table of `plan`, the instantiation files and the extension agree."""
 
+import dataclasses
+import itertools
+import os
 import pathlib
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import specs
 
 from jax_flash._src import plan, registry
 
-INSTANTIATIONS = pathlib.Path(__file__).parent.parent / "csrc" / "sm80" / "inst"
+SOURCES = pathlib.Path(__file__).parent.parent / "csrc"
+
+HOPPER = 90
+OTHERS = (80, 86, 89, 100, 120)
 
 
-def rows() -> set[tuple]:
-    return {(k.op, k.family, k.dtype, k.head_dim, k.head_dim_v) for k in plan.KERNELS}
+def rows() -> list[tuple]:
+    return [(k.op, k.family, k.dtype, k.head_dim, k.head_dim_v) for k in plan.KERNELS]
 
 
-def test_no_duplicates() -> None:
-    assert len(rows()) == len(plan.KERNELS)
+def widths_of(kernel: plan.Kernel | None) -> tuple[int, int] | None:
+    return None if kernel is None else (kernel.head_dim, kernel.head_dim_v)
 
 
-def test_instantiation_files() -> None:
-    files = {path.name for path in INSTANTIATIONS.glob("*.cu")}
-    names = {f"fwd_{k.dtype}_{k.head_dim}x{k.head_dim_v}.cu" for k in plan.KERNELS}
-    assert files == names
-
-
-def test_extension() -> None:
+@pytest.fixture
+def built() -> Any:
+    """The extension."""
     if registry.extension().missing is not None:
         pytest.skip("the extension was not built")
     from jax_flash import _kernels  # pyright: ignore[reportAttributeAccessIssue]
 
-    assert set(_kernels.kernels()) == rows()
+    return _kernels
+
+
+def test_no_duplicates() -> None:
+    assert len(set(rows())) == len(plan.KERNELS)
+
+
+def test_instantiation_files() -> None:
+    files = {path.relative_to(SOURCES) for path in SOURCES.glob("*/inst/*.cu")}
+    names = {
+        pathlib.Path(k.family, "inst", f"fwd_{k.dtype}_{k.head_dim}x{k.head_dim_v}.cu")
+        for k in plan.KERNELS
+    }
+    assert files == names
+
+
+def test_extension(built: Any) -> None:
+    assert set(built.kernels()) == set(rows())
+    assert len(built.kernels()) == len(rows())
+
+
+def test_extension_chooses_alike(built: Any) -> None:
+    widths = (1, 8, 30, 32, 33, 64, 65, 72, 80, 96, 120, 128, 136, 192, 200, 256, 257)
+    for (
+        head_dim,
+        head_dim_v,
+        dtype,
+        capability,
+        batch_dims,
+        forced,
+    ) in itertools.product(
+        widths, widths, plan.DTYPES, (75, HOPPER, *OTHERS), (1, 2, 3), (False, True)
+    ):
+        want = plan.forward_kernel(
+            dtype,
+            head_dim,
+            head_dim_v,
+            capability,
+            batch_dims=batch_dims,
+            force_sm80=forced,
+        )
+        got = built.choose_kernel(
+            plan.DTYPES[dtype],
+            head_dim,
+            head_dim_v,
+            key_length=1,
+            batch_dims=batch_dims,
+            alignment=2 if head_dim % 8 or head_dim_v % 8 else 16,
+            compute_capability=capability,
+            force_sm80=forced,
+        )
+        assert got == (None if want is None else dataclasses.astuple(want))
+
+
+@pytest.mark.parametrize(
+    ("change", "family"),
+    [
+        ({}, "sm90"),
+        ({"alignment": 4}, "sm80"),
+        ({"alignment": 2}, "sm80"),
+        ({"key_length": 0}, "sm80"),
+        ({"batch_dims": 2}, "sm90"),
+        ({"batch_dims": 3}, "sm80"),
+        ({"force_sm80": True}, "sm80"),
+        ({"compute_capability": 89}, "sm80"),
+        ({"compute_capability": 100}, "sm80"),
+    ],
+)
+def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> None:
+    facts = {
+        "key_length": 1,
+        "batch_dims": 1,
+        "alignment": 16,
+        "compute_capability": HOPPER,
+        "force_sm80": False,
+    }
+    kernel = built.choose_kernel("bf16", 128, 128, **facts | change)
+    assert kernel == ("mha_fwd", family, "bf16", 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("value", "forced"), [("1", True), ("0", False), ("", False), (None, False)]
+)
+@pytest.mark.usefixtures("built")
+def test_environment(value: str | None, forced: bool) -> None:
+    code = "from jax_flash import _kernels; print(_kernels.force_sm80())"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_FLASH_FORCE_SM80"}
+    if value is not None:
+        env["JAX_FLASH_FORCE_SM80"] = value
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    assert done.stdout.split() == [str(forced)]
 
 
 @pytest.mark.parametrize(
@@ -52,13 +148,68 @@ def test_extension() -> None:
     ],
 )
 def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> None:
+    for dtype, capability in itertools.product(plan.DTYPES, OTHERS):
+        kernel = plan.forward_kernel(dtype, *widths, capability)
+        assert widths_of(kernel) == expected
+    assert plan.forward_kernel("float32", *widths, 80) is None
+    assert plan.forward_kernel("bfloat16", *widths, 75) is None
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ((8, 8), (64, 64)),
+        ((64, 64), (64, 64)),
+        ((72, 16), (96, 96)),
+        ((16, 72), (96, 96)),
+        ((128, 128), (128, 128)),
+        ((136, 128), (192, 128)),
+        ((136, 136), (192, 192)),
+        ((64, 200), (256, 256)),
+        ((256, 256), (256, 256)),
+        ((264, 8), None),
+    ],
+)
+def test_choice_on_hopper(
+    widths: tuple[int, int], expected: tuple[int, int] | None
+) -> None:
     for dtype in plan.DTYPES:
-        kernel = plan.forward_kernel(dtype, *widths)
-        got = None if kernel is None else (kernel.head_dim, kernel.head_dim_v)
-        assert got == expected
-    assert plan.forward_kernel("float32", *widths) is None
+        kernel = plan.forward_kernel(dtype, *widths, HOPPER)
+        assert widths_of(kernel) == expected
+        assert kernel is None or kernel.family == "sm90"
+        other = plan.forward_kernel(dtype, *widths, HOPPER, force_sm80=True)
+        assert other == plan.forward_kernel(dtype, *widths, 80)
+
+
+@pytest.mark.parametrize(
+    ("widths", "batch_dims"), [((64, 60), 1), ((60, 64), 1), ((1, 1), 1), ((64, 64), 3)]
+)
+def test_what_hopper_leaves_to_sm80(widths: tuple[int, int], batch_dims: int) -> None:
+    kernel = plan.forward_kernel("float16", *widths, HOPPER, batch_dims=batch_dims)
+    assert kernel == plan.forward_kernel("float16", *widths, 80)
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([(4,)], 1),
+        ([(1,), (1,)], 1),
+        ([(4, 5, 6), (4, 5, 6)], 1),
+        ([(4, 5), (1, 5)], 2),
+        ([(4, 5, 6), (4, 1, 6)], 3),
+        ([(4, 5, 6), (1, 1, 6), (4, 5, 6)], 2),
+        ([(4, 1, 6), (4, 1, 6)], 1),
+        ([(4, 5), (4, 1), (1, 5)], 2),
+    ],
+)
+def test_merged_batch_dims(batches: list[tuple[int, ...]], expected: int) -> None:
+    assert plan.merged_batch_dims(batches) == expected
 
 
 def test_the_shape_table_reaches_every_kernel() -> None:
-    reached = {plan.forward_kernel(s.dtype, *s.widths) for s in specs.GPU_TABLE}
+    reached = {
+        plan.forward_kernel(s.dtype, *s.widths, capability)
+        for s in specs.GPU_TABLE
+        for capability in (80, HOPPER)
+    }
     assert reached == set(plan.KERNELS)

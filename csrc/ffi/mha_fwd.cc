@@ -5,6 +5,7 @@
 // query's type, lse f32 [*batch, N, T]. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "ffi/check.h"
@@ -21,9 +22,9 @@ namespace {
 using Dims = ffi::Span<const int64_t>;
 
 // What every row's address is a multiple of, in bytes, out of what the kernels make use of.
-int32_t row_alignment(const void* data, const std::vector<int64_t>& strides) {
+int32_t row_alignment(const void* data, std::span<const int64_t> strides) {
   uint64_t bits = reinterpret_cast<uintptr_t>(data);
-  for (size_t i = 0; i + 1 < strides.size(); ++i) bits |= static_cast<uint64_t>(2 * strides[i]);
+  for (const int64_t stride : strides) bits |= static_cast<uint64_t>(2 * stride);
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
@@ -32,8 +33,32 @@ TensorView tensor_view(const ffi::AnyBuffer& buffer, const std::vector<int64_t>&
   view.data = buffer.untyped_data();
   view.row_stride = strides[strides.size() - 3];
   view.head_stride = strides[strides.size() - 2];
-  view.alignment = row_alignment(view.data, strides);
+  view.alignment = row_alignment(view.data, std::span(strides).first(strides.size() - 1));
   return view;
+}
+
+// Enqueues the kernel that suits the operands and the current device.
+ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t stream) {
+  DeviceInfo device{};
+  cudaError_t error = current_device_info(&device);
+  if (error != cudaSuccess) return cuda_failure("asking for the device", error);
+  const int capability = device.compute_capability;
+  JAX_FLASH_CHECK(capability >= 80,
+                  "the kernels need compute capability 8.0 or newer, this device has ",
+                  capability / 10, ".", capability % 10);
+
+  const int64_t out_strides[] = {params.head_dim_v};
+  const int32_t alignment =
+      std::min({params.query.alignment, params.key.alignment, params.value.alignment,
+                row_alignment(params.out, out_strides)});
+  const MhaFwdKernel* const kernel =
+      choose_mha_fwd_kernel({type, params.head_dim, params.head_dim_v, params.key_length,
+                             params.batch_dims, alignment, capability, force_sm80()});
+  JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params.head_dim, " and ",
+                  params.head_dim_v);
+  error = kernel->launch(params, device, stream);
+  if (error != cudaSuccess) return cuda_failure("launching jax_flash_mha_fwd", error);
+  return ffi::Error::Success();
 }
 
 ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
@@ -73,9 +98,6 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_CHECK(key.element_type() == type && value.element_type() == type,
                   "key and value must have query's type ", type, ", got ", key.element_type(),
                   " and ", value.element_type());
-  const ElementType element = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
-  const MhaFwdKernel* const kernel = find_mha_fwd_kernel(element, head_dim, head_dim_v);
-  JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", head_dim, " and ", head_dim_v);
 
   // Operands and their strides: query, key, value, then lengths.
   const Dims orders[] = {query_order, key_order, value_order};
@@ -154,16 +176,7 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   params.window_right = static_cast<int32_t>(std::min<int64_t>(window_right, kMaxLength));
   params.bottom_right = bottom_right;
 
-  DeviceInfo device{};
-  cudaError_t error = current_device_info(&device);
-  if (error != cudaSuccess) return cuda_failure("asking for the device", error);
-  if (device.compute_capability < 80) {
-    return invalid_argument("the kernels need compute capability 8.0 or newer, this device has ",
-                            device.compute_capability / 10, ".", device.compute_capability % 10);
-  }
-  error = kernel->launch(params, device, stream);
-  if (error != cudaSuccess) return cuda_failure("launching jax_flash_mha_fwd", error);
-  return ffi::Error::Success();
+  return launch(params, type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16, stream);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The Python module: FFI targets and what was built, nothing else.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
+#include <string>
 #include <type_traits>
 
 #include "ffi/handlers.h"
@@ -33,13 +35,27 @@ nb::dict build_info() {
   return info;
 }
 
+nb::tuple describe(const MhaFwdKernel& kernel) {
+  const char* const family = kernel.family == Family::kSm90 ? "sm90" : "sm80";
+  const char* const type = kernel.type == ElementType::kBf16 ? "bf16" : "f16";
+  return nb::make_tuple("mha_fwd", family, type, kernel.head_dim, kernel.head_dim_v);
+}
+
 nb::list kernels() {
   nb::list rows;
-  for (const MhaFwdKernel& kernel : mha_fwd_kernels()) {
-    const char* const type = kernel.type == ElementType::kBf16 ? "bf16" : "f16";
-    rows.append(nb::make_tuple("mha_fwd", "sm80", type, kernel.head_dim, kernel.head_dim_v));
-  }
+  for (const MhaFwdKernel& kernel : mha_fwd_kernels()) rows.append(describe(kernel));
   return rows;
+}
+
+nb::object choose_kernel(const std::string& dtype, int head_dim, int head_dim_v, int key_length,
+                         int batch_dims, int alignment, int compute_capability, bool force_sm80) {
+  if (dtype != "bf16" && dtype != "f16") return nb::none();
+  const ElementType type = dtype == "bf16" ? ElementType::kBf16 : ElementType::kF16;
+  const MhaFwdKernel* const kernel =
+      choose_mha_fwd_kernel({type, head_dim, head_dim_v, key_length, batch_dims, alignment,
+                             compute_capability, force_sm80});
+  if (kernel == nullptr) return nb::none();
+  return describe(*kernel);
 }
 
 nb::tuple key_interval(int row, int query_length, int key_length, int window_left, int window_right,
@@ -57,6 +73,12 @@ NB_MODULE(_kernels, m) {
   m.def("build_info", &build_info, "What the kernels were compiled with and for.");
   m.def("kernels", &kernels,
         "Every kernel: (operation, family, dtype, head_dim, head_dim_v), widths as padded.");
+  m.def("choose_kernel", &choose_kernel, nb::arg("dtype"), nb::arg("head_dim"),
+        nb::arg("head_dim_v"), nb::kw_only(), nb::arg("key_length"), nb::arg("batch_dims"),
+        nb::arg("alignment"), nb::arg("compute_capability"), nb::arg("force_sm80"),
+        "The row of kernels() that runs a call with these properties, or None.");
+  m.def("force_sm80", &force_sm80,
+        "Whether JAX_FLASH_FORCE_SM80=1 was in the environment when it was first asked for.");
   m.def("key_interval", &key_interval, nb::arg("row"), nb::arg("query_length"),
         nb::arg("key_length"), nb::arg("window_left"), nb::arg("window_right"),
         nb::arg("bottom_right"),

@@ -1,40 +1,77 @@
 #include "host/dispatch.h"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "sm80/fwd.h"
+#include "sm90/fwd.h"
 
 namespace jax_flash {
 namespace {
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-constexpr MhaFwdKernel entry() {
-  return {kType, kHeadDim, kHeadDimV, sm80::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
+constexpr MhaFwdKernel sm80_entry() {
+  return {Family::kSm80, kType, kHeadDim, kHeadDimV,
+          sm80::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaFwdKernel sm90_entry() {
+  return {Family::kSm90, kType, kHeadDim, kHeadDimV,
+          sm90::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
 }
 
 constexpr auto kBf16 = ElementType::kBf16;
 constexpr auto kF16 = ElementType::kF16;
 
 constexpr MhaFwdKernel kMhaFwdKernels[] = {
-    entry<kBf16, 32, 32>(),   entry<kF16, 32, 32>(),    //
-    entry<kBf16, 64, 64>(),   entry<kF16, 64, 64>(),    //
-    entry<kBf16, 80, 80>(),   entry<kF16, 80, 80>(),    //
-    entry<kBf16, 96, 96>(),   entry<kF16, 96, 96>(),    //
-    entry<kBf16, 128, 128>(), entry<kF16, 128, 128>(),  //
-    entry<kBf16, 192, 128>(), entry<kF16, 192, 128>(),  //
-    entry<kBf16, 192, 192>(), entry<kF16, 192, 192>(),  //
-    entry<kBf16, 256, 256>(), entry<kF16, 256, 256>(),
+    sm90_entry<kBf16, 64, 64>(),   sm90_entry<kF16, 64, 64>(),    //
+    sm90_entry<kBf16, 96, 96>(),   sm90_entry<kF16, 96, 96>(),    //
+    sm90_entry<kBf16, 128, 128>(), sm90_entry<kF16, 128, 128>(),  //
+    sm90_entry<kBf16, 192, 128>(), sm90_entry<kF16, 192, 128>(),  //
+    sm90_entry<kBf16, 192, 192>(), sm90_entry<kF16, 192, 192>(),  //
+    sm90_entry<kBf16, 256, 256>(), sm90_entry<kF16, 256, 256>(),  //
+    sm80_entry<kBf16, 32, 32>(),   sm80_entry<kF16, 32, 32>(),    //
+    sm80_entry<kBf16, 64, 64>(),   sm80_entry<kF16, 64, 64>(),    //
+    sm80_entry<kBf16, 80, 80>(),   sm80_entry<kF16, 80, 80>(),    //
+    sm80_entry<kBf16, 96, 96>(),   sm80_entry<kF16, 96, 96>(),    //
+    sm80_entry<kBf16, 128, 128>(), sm80_entry<kF16, 128, 128>(),  //
+    sm80_entry<kBf16, 192, 128>(), sm80_entry<kF16, 192, 128>(),  //
+    sm80_entry<kBf16, 192, 192>(), sm80_entry<kF16, 192, 192>(),  //
+    sm80_entry<kBf16, 256, 256>(), sm80_entry<kF16, 256, 256>(),
 };
+
+// The code is for sm_90a alone, and its operands are read by TMA: rows at multiples of 16 bytes, no
+// empty dim, and two of at most five dims for the batch.
+bool sm90_runs(const MhaFwdFacts& facts) {
+  return facts.compute_capability == 90 && !facts.force_sm80 && facts.alignment == 16 &&
+         facts.head_dim % 8 == 0 && facts.head_dim_v % 8 == 0 && facts.head_dim > 0 &&
+         facts.key_length > 0 && facts.batch_dims <= 2;
+}
+
+bool sm80_runs(const MhaFwdFacts& facts) { return facts.compute_capability >= 80; }
 
 }  // namespace
 
 std::span<const MhaFwdKernel> mha_fwd_kernels() { return kMhaFwdKernels; }
 
-const MhaFwdKernel* find_mha_fwd_kernel(ElementType type, int head_dim, int head_dim_v) {
+const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFwdFacts& facts) {
+  const bool runs[] = {sm80_runs(facts), sm90_runs(facts)};  // by Family
   for (const MhaFwdKernel& kernel : kMhaFwdKernels) {
-    if (kernel.type == type && kernel.head_dim >= head_dim && kernel.head_dim_v >= head_dim_v) {
+    if (runs[static_cast<int>(kernel.family)] && kernel.type == facts.type &&
+        kernel.head_dim >= facts.head_dim && kernel.head_dim_v >= facts.head_dim_v) {
       return &kernel;
     }
   }
   return nullptr;
+}
+
+bool force_sm80() {
+  static const bool forced = [] {
+    const char* const value = std::getenv("JAX_FLASH_FORCE_SM80");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  return forced;
 }
 
 }  // namespace jax_flash

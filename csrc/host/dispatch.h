@@ -11,19 +11,36 @@
 namespace jax_flash {
 
 enum class ElementType { kBf16, kF16 };
+enum class Family { kSm80, kSm90 };
 
 // One instantiation. Widths are what it pads to.
 struct MhaFwdKernel {
+  Family family;
   ElementType type;
   int head_dim;
   int head_dim_v;
   cudaError_t (*launch)(const MhaFwdParams&, const DeviceInfo&, cudaStream_t);
 };
 
-// Every instantiation, narrowest first; plan.py in jax_flash/_src mirrors it.
+// Every instantiation, in the order of preference; plan.py in jax_flash/_src mirrors it.
 std::span<const MhaFwdKernel> mha_fwd_kernels();
 
-// The first kernel that holds both widths, or null.
-const MhaFwdKernel* find_mha_fwd_kernel(ElementType type, int head_dim, int head_dim_v);
+// All that the choice of a kernel depends on.
+struct MhaFwdFacts {
+  ElementType type;
+  int head_dim;  // as called
+  int head_dim_v;
+  int key_length;
+  int batch_dims;          // that stay apart after merging
+  int alignment;           // bytes that all addresses of rows are multiples of: 16, 4 or 2
+  int compute_capability;  // 10 * major + minor
+  bool force_sm80;
+};
+
+// The first kernel that can run the call, or null.
+const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFwdFacts& facts);
+
+// Whether JAX_FLASH_FORCE_SM80=1 is in the environment, which is read once.
+bool force_sm80();
 
 }  // namespace jax_flash

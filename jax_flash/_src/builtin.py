@@ -21,6 +21,9 @@ KERNEL_OPERANDS = (
     "key_value_seq_lengths",
 )
 
+# Compute capabilities that choose differently; 80 stands for all but 90.
+HOPPER, OTHER = 90, 80
+
 
 def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
     """The static argument of the primitive for a call."""
@@ -68,13 +71,39 @@ def cuda_supports(call: Call) -> str | None:
             f"query has {len(call.batch)} batch dimensions, the kernels take at most "
             f"{plan.MAX_BATCH_DIMS}"
         )
-    kernel = plan.forward_kernel(call.dtype, call.head_dim, call.value_dim)
     widths = f"H={call.head_dim} and Hv={call.value_dim} of query and value"
-    if kernel is None:
-        return f"{widths}: the kernels take widths of at most 256"
-    if kernel not in extension.kernels:
-        return f"{widths}: {kernel} is not among the kernels that were built"
+    for capability in (HOPPER, OTHER):
+        kernel = plan.forward_kernel(
+            call.dtype, call.head_dim, call.value_dim, capability
+        )
+        if kernel is None:
+            return f"{widths}: the kernels take widths of at most 256"
+        if kernel not in extension.kernels:
+            return f"{widths}: {kernel} is not among the kernels that were built"
     return None
+
+
+def cuda_details(call: Call) -> str:
+    """Which kernels run a call that `cuda_supports`.
+
+    Operands are taken to be row-major; the handler knows where `vmap` put a dimension.
+    """
+    present = [name for name in KERNEL_OPERANDS if name in call.present]
+    batches = [getattr(call, name).shape[: len(call.batch)] for name in present]
+    hopper, other = (
+        plan.forward_kernel(
+            call.dtype,
+            call.head_dim,
+            call.value_dim,
+            capability,
+            batch_dims=plan.merged_batch_dims(batches),
+            force_sm80=registry.extension().force_sm80,
+        )
+        for capability in (HOPPER, OTHER)
+    )
+    if hopper == other:
+        return str(other)
+    return f"{hopper} on compute capability 9.0, {other} on others"
 
 
 @functools.cache
@@ -147,6 +176,7 @@ CUDA = Backend(
     ("cuda",),
     cuda_supports,
     functools.partial(run_primitive, implementations=("cuda",)),
+    details=cuda_details,
 )
 CUDNN = Backend("cudnn", ("cuda",), cudnn_supports, run_cudnn)
 XLA = Backend(

@@ -95,6 +95,8 @@ class Backend:
         with the shapes in `call`; lse may be None if `call.return_lse` is False. It
         must be traceable, and differentiable where gradients are wanted.
       kv_layout: the layout in which `run` takes key and value, "BSKH" or "BKSH".
+      details: `details(call)` says how `run` would go about a call that it supports;
+        `explain` shows it.
     """
 
     name: str
@@ -102,3 +104,4 @@ class Backend:
     supports: Callable[[Call], str | None]
     run: Callable[[Call, dict[str, jax.Array]], tuple[jax.Array, jax.Array | None]]
     kv_layout: str = "BSKH"
+    details: Callable[[Call], str] | None = None

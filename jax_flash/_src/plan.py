@@ -1,24 +1,40 @@
 """What the CUDA kernels can run: pure functions of static facts.
 
-Lives here: the table of kernel instantiations (the same as in `csrc/sm80/inst` and
-`jax_flash._kernels.kernels()`; a test holds the three together) and the choice of one
-for a call. Does not live here: whether kernels were built (`registry`).
+Lives here: the table of kernel instantiations (the same as in `csrc/*/inst` and
+`jax_flash._kernels.kernels()`) and the choice of one for a call (the same as
+`jax_flash._kernels.choose_kernel`, which decides at run time); a test holds them
+together. Does not live here: whether kernels were built (`registry`).
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
-HEAD_DIMS = (
-    (32, 32),
-    (64, 64),
-    (80, 80),
-    (96, 96),
-    (128, 128),
-    (192, 128),
-    (192, 192),
-    (256, 256),
-)
-"""(query/key width, value width) of the instantiations, in the order they are tried."""
+HEAD_DIMS = {
+    "sm90": (
+        (64, 64),
+        (96, 96),
+        (128, 128),
+        (192, 128),
+        (192, 192),
+        (256, 256),
+    ),
+    "sm80": (
+        (32, 32),
+        (64, 64),
+        (80, 80),
+        (96, 96),
+        (128, 128),
+        (192, 128),
+        (192, 192),
+        (256, 256),
+    ),
+}
+"""Kernel family -> (query/key width, value width) of its instantiations.
+
+Families and widths are in the order in which they are tried.
+"""
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 """NumPy name of a dtype the kernels take -> its name in the kernel table."""
@@ -37,19 +53,60 @@ class Kernel:
     head_dim: int
     head_dim_v: int
 
+    def __str__(self) -> str:
+        return f"{self.family} {self.head_dim}x{self.head_dim_v}"
+
 
 KERNELS = tuple(
-    Kernel("mha_fwd", "sm80", dtype, head_dim, head_dim_v)
+    Kernel("mha_fwd", family, dtype, head_dim, head_dim_v)
+    for family, widths in HEAD_DIMS.items()
     for dtype in DTYPES.values()
-    for head_dim, head_dim_v in HEAD_DIMS
+    for head_dim, head_dim_v in widths
 )
 
 
-def forward_kernel(dtype: Any, head_dim: int, head_dim_v: int) -> Kernel | None:
-    """The first instantiation at least as wide as the call, None if there is none."""
+def forward_kernel(
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int,
+    capability: int,
+    *,
+    batch_dims: int = 1,
+    force_sm80: bool = False,
+) -> Kernel | None:
+    """The first instantiation that can run a call, None if there is none.
+
+    Args:
+      dtype: of query, key and value.
+      head_dim: width of query and key.
+      head_dim_v: width of value.
+      capability: compute capability of the device, 90 for 9.0.
+      batch_dims: batch dimensions that stay apart, see `merged_batch_dims`.
+      force_sm80: leave the family "sm90" out.
+    """
+    # TMA reads rows that start at multiples of 16 bytes. XLA's arrays do.
+    readable = head_dim % 8 == 0 and head_dim_v % 8 == 0 and batch_dims <= 2
+    runs = {
+        "sm90": capability == 90 and not force_sm80 and readable,
+        "sm80": capability >= 80,
+    }
     name = DTYPES.get(str(dtype))
     for kernel in KERNELS:
         fits = kernel.head_dim >= head_dim and kernel.head_dim_v >= head_dim_v
-        if kernel.dtype == name and fits:
+        if runs[kernel.family] and kernel.dtype == name and fits:
             return kernel
     return None
+
+
+def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:
+    """How many batch dimensions a kernel steps through, after merging neighbours.
+
+    Neighbours merge where each operand has both in full or is shared along both.
+
+    Args:
+      batches: the batch dimensions of each operand, of size 1 where it is shared along
+        them; the operands are row-major.
+    """
+    dims = [tuple(size == 1 for size in sizes) for sizes in zip(*batches, strict=True)]
+    shared = [dim for dim in dims if not all(dim)]
+    return 1 + sum(a != b for a, b in itertools.pairwise(shared))

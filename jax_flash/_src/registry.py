@@ -25,27 +25,30 @@ class Extension:
     Attributes:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
+      force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
       missing: why there is no extension, None if there is one.
     """
 
-    kernels: tuple[plan.Kernel, ...]
-    build_info: tuple[tuple[str, str], ...]
-    missing: str | None
+    kernels: tuple[plan.Kernel, ...] = ()
+    build_info: tuple[tuple[str, str], ...] = ()
+    force_sm80: bool = False
+    missing: str | None = None
 
 
 @functools.cache
 def _load() -> Extension:
     if importlib.util.find_spec("jax_flash._kernels") is None:
-        return Extension((), (), "jax_flash was built without its CUDA extension")
+        return Extension(missing="jax_flash was built without its CUDA extension")
     try:
         kernels = importlib.import_module("jax_flash._kernels")
     except ImportError as error:
         reason = f"the CUDA extension of jax_flash cannot be loaded: {error}"
-        return Extension((), (), reason)
+        return Extension(missing=reason)
     for name, capsule in kernels.registrations().items():
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
-    return Extension(table, tuple(sorted(kernels.build_info().items())), None)
+    info = tuple(sorted(kernels.build_info().items()))
+    return Extension(table, info, kernels.force_sm80())
 
 
 _assumed: list[Extension] = []
@@ -57,13 +60,15 @@ def extension() -> Extension:
 
 
 @contextlib.contextmanager
-def assume_kernels(kernels: Iterable[plan.Kernel] = plan.KERNELS) -> Iterator[None]:
+def assume_kernels(
+    kernels: Iterable[plan.Kernel] = plan.KERNELS, *, force_sm80: bool = False
+) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
-    _assumed.append(Extension(tuple(kernels), (), None))
+    _assumed.append(Extension(tuple(kernels), force_sm80=force_sm80))
     try:
         yield
     finally:

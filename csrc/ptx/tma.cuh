@@ -1,0 +1,36 @@
+// Tensor copies by the tensor memory accelerator (PTX ISA 9.7.9.27): one thread asks for a box of
+// a tensor described by a CUtensorMap; elements outside the tensor arrive as zeros.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+// L2 eviction priorities, as createpolicy encodes them for the whole access.
+inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+inline constexpr uint64_t kEvictLast = 0x14f0000000000000;
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// The box at coordinates (c0 fastest) to shared memory; its bytes count towards `barrier`.
+__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map,
+                                            uint32_t barrier, uint64_t policy, int c0, int c1,
+                                            int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Orders this thread's earlier ordinary accesses to shared memory before later ones by the async
+// proxy (TMA, wgmma) that a barrier puts after them.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace jax_flash::ptx

@@ -1,0 +1,120 @@
+// A block of work: kRows queries of one head, or of the heads that share a key head, and the key
+// tiles that they see. The producer writes it to shared memory, the consumers read it there.
+//
+// Packed rows: where queries are short, the query heads of one key head are rows of the same tile;
+// row r is position r >> pack_shift of head first_head + r % (1 << pack_shift).
+#pragma once
+
+#include <cuda.h>
+
+#include "host/params.h"
+#include "ptx/cluster.cuh"
+#include "tile/mask.cuh"
+#include "tile/schedule.cuh"
+
+namespace jax_flash::sm90 {
+
+// What a launch adds to MhaFwdParams.
+struct FwdPlan {
+  CUtensorMap query;  // dims: width, head, row, two batch dims
+  CUtensorMap key;
+  CUtensorMap value;
+  int32_t pack_shift;  // log2 of the heads in a tile
+  int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
+
+  // Order of the blocks, see block_at.
+  int32_t ids;
+  int32_t row_blocks;
+  int32_t whole_sections;
+  FastDivisor section_ids;
+  FastDivisor section_heads;
+  FastDivisor last_heads;   // of the smaller last section
+  FastDivisor head_groups;  // packs of heads in a batch
+};
+
+template <typename Config>
+struct FwdBlock {
+  int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
+  int last_tile;   // number of the tile that is visited first
+  int value_rows;  // rows of that tile whose values exist; the others may hold anything
+  int first_row;   // packed
+  int head;        // first query head
+  int batch;
+  RowMask mask;
+  // Per warpgroup: tiles [first, end) are seen in full by all its rows, each of which has seen
+  // some key of a tile visited before. They take no mask and no maximum.
+  int clean_first[Config::kWarpgroups];
+  int clean_end[Config::kWarpgroups];
+};
+
+__device__ __forceinline__ int sequence_length(const LengthsView& lengths, int batch, int longest,
+                                               const MhaFwdParams& params) {
+  if (lengths.data == nullptr) return longest;
+  return max(0, min(longest, lengths.data[batch_offset(lengths.batch_strides, batch, params)]));
+}
+
+// Which rows of which head block `id` is; a negative batch where a section is padded. Sections of
+// heads follow each other, the last one being smaller; inside a section the row block is the slow
+// index, from the last rows to the first.
+__device__ __forceinline__ BlockCoordinate block_at(const FwdPlan& plan, int id) {
+  const int section = plan.section_ids.divide(id);
+  const int in_section = id - section * static_cast<int>(plan.section_ids.divisor);
+  const FastDivisor& heads =
+      section < plan.whole_sections ? plan.section_heads : plan.last_heads;
+  const int row_block = heads.divide(in_section);
+  if (row_block >= plan.row_blocks) return {0, 0, -1};
+  const int flat_head = section * static_cast<int>(plan.section_heads.divisor) + in_section -
+                        row_block * static_cast<int>(heads.divisor);
+  const int batch = plan.head_groups.divide(flat_head);
+  return {plan.row_blocks - 1 - row_block,
+          flat_head - batch * static_cast<int>(plan.head_groups.divisor), batch};
+}
+
+// The block at `at`; false if it sees no keys. Its `tiles` are those of this thread block among
+// `splits`, and may be none.
+template <typename Config>
+__device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
+                                           const BlockCoordinate& at, int split,
+                                           FwdBlock<Config>& block) {
+  const int pack_shift = plan.pack_shift;
+  const RowMask mask = RowMask::make(
+      sequence_length(params.query_lengths, at.batch, params.query_length, params),
+      sequence_length(params.key_lengths, at.batch, params.key_length, params), params.window_left,
+      params.window_right, params.bottom_right);
+  const int first_row = at.row_block * Config::kRows;
+  const int first_position = first_row >> pack_shift;
+  const KeyInterval keys =
+      mask.hull(first_position, (first_row + Config::kRows - 1 >> pack_shift) + 1);
+  const bool any = keys.first < keys.end;
+  int first_tile = keys.first / Config::kKeys;
+  int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
+  if (plan.splits > 1) {
+    const int share = (end_tile - first_tile + plan.splits - 1) / plan.splits;
+    end_tile = min(end_tile, first_tile + (split + 1) * share);
+    first_tile = min(end_tile, first_tile + split * share);
+  }
+  block.tiles = end_tile - first_tile;
+  block.last_tile = end_tile - 1;
+  block.value_rows = min(Config::kKeys, mask.key_length - block.last_tile * Config::kKeys);
+  block.first_row = first_row;
+  block.head = at.head << pack_shift;
+  block.batch = at.batch;
+  block.mask = mask;
+  // With one stage of queries, the last tile must not need them after its product.
+  const int lowest = first_tile + (Config::kQueryStages == 1 ? 1 : 0);
+#pragma unroll
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    const int begin = first_row + 64 * w >> pack_shift;
+    KeyInterval core = mask.core(begin, (first_row + 64 * w + 63 >> pack_shift) + 1);
+    if (begin >= mask.query_length) core = keys;  // only padding rows, whose results are dropped
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = core.first >= core.end || params.scale.first != 1.0f;
+    // The first row's last key lies in the tile after `end`, or that tile was seen in full.
+    const int end = none ? 0 : (core.end + Config::kKeys - 1) / Config::kKeys - 1;
+    block.clean_end[w] = min(end, end_tile - 1);
+    block.clean_first[w] = max((core.first + Config::kKeys - 1) / Config::kKeys, lowest);
+  }
+  return any;
+}
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,102 @@
+// Tile sizes of the sm_90 forward kernel and what they use of a multiprocessor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "host/dispatch.h"
+#include "host/params.h"
+
+namespace jax_flash::sm90 {
+
+// A consumer warpgroup owns 64 queries. Keys and values have rings of their own; with two query
+// stages the next block's queries arrive while this block's are in use.
+struct FwdTiles {
+  int warpgroups;  // consumers of a thread block
+  int keys;        // of a tile
+  int query_stages;
+  int key_stages;
+  int value_stages;
+};
+
+// Chosen by measurement: docs/design/fwd_sm90.md has the table.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr FwdTiles kFwdTiles{};
+template <>
+inline constexpr FwdTiles kFwdTiles<64, 64>{3, 128, 2, 4, 4};
+template <>
+inline constexpr FwdTiles kFwdTiles<96, 96>{2, 128, 2, 3, 2};
+template <>
+inline constexpr FwdTiles kFwdTiles<128, 128>{2, 128, 2, 3, 2};
+template <>
+inline constexpr FwdTiles kFwdTiles<192, 128>{2, 128, 1, 2, 2};
+template <>
+inline constexpr FwdTiles kFwdTiles<192, 192>{2, 112, 1, 2, 2};
+template <>
+inline constexpr FwdTiles kFwdTiles<256, 256>{2, 64, 1, 3, 2};
+
+template <ElementType kType>
+struct ElementOf;
+template <>
+struct ElementOf<ElementType::kBf16> {
+  using Type = __nv_bfloat16;
+  // How far a tile's exponentials may pass the reference point before a row moves it: sums and
+  // products stay far from the f32 limit.
+  static constexpr float kRange = 4294967296.0f;  // 2^32
+};
+template <>
+struct ElementOf<ElementType::kF16> {
+  using Type = __half;
+  static constexpr float kRange = 8192.0f;  // probabilities stay below f16's 65504
+};
+
+// A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
+// bytes, 16-byte chunks of a row XORed with the row's low three bits.
+template <int kRows, int kWidth>
+struct SlabLayout {
+  static constexpr int kSlabs = (kWidth + 63) / 64;
+  static constexpr int kSlabBytes = kRows * 128;
+  static constexpr int kBytes = kSlabs * kSlabBytes;
+
+  // Byte offset of a 16-byte chunk.
+  static constexpr __host__ __device__ uint32_t offset(uint32_t row, uint32_t chunk) {
+    return chunk / 8 * kSlabBytes + row * 128 + (((chunk ^ row) & 7) << 4);
+  }
+};
+
+template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles>
+struct FwdConfig {
+  static constexpr ElementType kType = kTypeArg;
+  using Element = typename ElementOf<kType>::Type;
+  static constexpr float kRange = ElementOf<kType>::kRange;
+  static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
+  static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr int kWarpgroups = kTiles.warpgroups;
+  static constexpr int kKeys = kTiles.keys;
+  static constexpr int kQueryStages = kTiles.query_stages;
+  static constexpr int kKeyStages = kTiles.key_stages;
+  static constexpr int kValueStages = kTiles.value_stages;
+  static constexpr int kRows = 64 * kWarpgroups;  // queries of a thread block
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
+
+  // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+
+  using QueryLayout = SlabLayout<64, kHeadDim>;  // of one warpgroup
+  using KeyLayout = SlabLayout<kKeys, kHeadDim>;
+  using ValueLayout = SlabLayout<kKeys, kHeadDimV>;
+
+  // Shared memory in bytes from the start: queries, keys, values, then FwdShared.
+  static constexpr int kQueryStageBytes = kWarpgroups * QueryLayout::kBytes;
+  static constexpr int kKeyOffset = kQueryStages * kQueryStageBytes;
+  static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyLayout::kBytes;
+  static constexpr int kStateOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
+
+  static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
+  static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
+  static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
+};
+
+}  // namespace jax_flash::sm90

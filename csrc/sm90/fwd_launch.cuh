@@ -1,0 +1,125 @@
+// Launch of the sm_90 forward kernel; instantiated in inst/, one file per pair of widths.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "host/device.h"
+#include "sm90/fwd.h"
+#include "sm90/fwd_kernel.cuh"
+#include "sm90/tensor_map.h"
+
+namespace jax_flash::sm90 {
+
+// How many heads, as a power of two, are rows of one tile: those that share a key head, where that
+// makes fewer blocks.
+inline int pack_shift(const MhaFwdParams& params, int rows) {
+  const int group = params.heads / params.kv_heads;
+  int shift = 0;
+  while (shift < 6 && group % (2 << shift) == 0) ++shift;
+  const int64_t length = params.query_length;
+  const int64_t apart = ((length + rows - 1) / rows) << shift;
+  const int64_t packed = ((length << shift) + rows - 1) / rows;
+  return packed < apart ? shift : 0;
+}
+
+// What the number of ids in a section is rounded up to.
+inline int64_t section_multiple(const MhaFwdParams& params, const DeviceInfo& device) {
+  return params.window_right == kUnbounded ? 1 : 2 * int64_t{device.multiprocessors};
+}
+
+// Heads (or packs of them) whose blocks run side by side. With equal rows, those that share their
+// keys. Where later rows are longer, a section runs from its longest blocks to its shortest, so it
+// should fill an even number of rounds of all multiprocessors: then long and short blocks cancel. A
+// round that is not full wastes less the more rounds there are, because the last ones are short;
+// but a section with more keys than the L2 holds reads them again and again.
+inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
+                             const DeviceInfo& device) {
+  const int64_t all = params.batch * head_groups;
+  if (params.window_right == kUnbounded) {
+    return std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
+  }
+  const int64_t two_rounds = section_multiple(params, device);
+  const auto wasted = [&](int64_t heads) {
+    const int64_t blocks = heads * row_blocks;
+    const int64_t pairs = (blocks + two_rounds - 1) / two_rounds;
+    return pairs == 0 ? 0.0 : static_cast<double>(pairs * two_rounds - blocks) / pairs;
+  };
+  const double head_bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v) *
+                            params.kv_heads / head_groups;
+  int64_t best = 1;
+  double least = 1e30;
+  for (int64_t heads = 1; heads <= std::min(all, two_rounds); ++heads) {
+    double cost = (wasted(heads) * (all / heads) + wasted(all % heads)) / (all * row_blocks);
+    if (heads * head_bytes > 0.6 * device.l2_bytes) {
+      cost += std::max(0.0, 3.0 * heads / two_rounds - 0.3);
+    }
+    if (cost < least) {
+      best = heads;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+template <typename Config>
+cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
+  FwdPlan plan{};
+  plan.pack_shift = pack_shift(params, Config::kRows);
+  const int packed = 1 << plan.pack_shift;
+  const int64_t rows = int64_t{params.query_length} * packed;
+  const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
+  const int64_t head_groups = params.heads / packed;
+  plan.splits = 1;
+
+  const int64_t all = params.batch * head_groups;
+  const int64_t section = section_heads(params, head_groups, row_blocks, device);
+  const int64_t multiple = section_multiple(params, device);
+  const int64_t section_ids = (section * row_blocks + multiple - 1) / multiple * multiple;
+  const int64_t ids = all / section * section_ids + all % section * row_blocks;
+  if (ids > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidConfiguration;
+  plan.ids = static_cast<int32_t>(ids);
+  plan.whole_sections = static_cast<int32_t>(all / section);
+  plan.section_ids = FastDivisor::make(static_cast<uint32_t>(section_ids));
+  plan.section_heads = FastDivisor::make(static_cast<uint32_t>(section));
+  plan.last_heads = FastDivisor::make(static_cast<uint32_t>(std::max<int64_t>(1, all % section)));
+  plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
+  plan.row_blocks = static_cast<int32_t>(row_blocks);
+  params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
+
+  cudaError_t error = make_tensor_map(
+      params, params.query,
+      {params.head_dim, params.heads, params.query.head_stride, params.query_length,
+       params.query.row_stride, static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
+      &plan.query);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map(params, params.key,
+                          {params.head_dim, params.key_length, params.key.row_stride,
+                           params.kv_heads, params.key.head_stride, Config::kKeys, 1},
+                          &plan.key);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map(params, params.value,
+                          {params.head_dim_v, params.key_length, params.value.row_stride,
+                           params.kv_heads, params.value.head_stride, Config::kKeys, 1},
+                          &plan.value);
+  if (error != cudaSuccess) return error;
+
+  const auto kernel = mha_fwd_kernel<Config>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kFwdSharedBytes<Config>);
+  if (error != cudaSuccess) return error;
+  const int64_t grid = std::min<int64_t>(ids, device.multiprocessors);
+  kernel<<<static_cast<unsigned>(grid), Config::kThreads, kFwdSharedBytes<Config>, stream>>>(params,
+                                                                                            plan);
+  return cudaGetLastError();
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream) {
+  using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdTiles<kHeadDim, kHeadDimV>>;
+  return launch<Config>(params, device, stream);
+}
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,197 @@
+// Online softmax of one warpgroup's rows in base 2, on wgmma accumulators.
+//
+// The reference point of a row need not be its maximum: f32 sums and bf16 (f16) probabilities keep
+// their relative precision as long as exponentials stay in range. So:
+//   careful step  masks, takes row maxima, moves the reference point where one passes it by more
+//                 than SoftmaxScale::slack; for tiles on the mask's border and a row's first tile;
+//   clean step    exponentials at once, from the reference point there is. A row whose sum over the
+//                 tile leaves the range (an overflow to infinity included) is computed again from
+//                 its queries and keys, with its true maximum, by `recompute`.
+// Which rows move, and by how much, depends on that row's scores alone. Rows that have seen no key
+// have reference point -inf and sum 0 and finish as output 0 and lse -inf.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "ptx/mma.cuh"
+#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm90 {
+
+// Scores s[4 j + 2 h + e]: row half h, column 8 j + 2 (lane % 4) + e.
+template <typename Config>
+struct RowSoftmax {
+  using Element = typename Config::Element;
+  static constexpr int kKeys = Config::kKeys;
+  static constexpr int kScores = kKeys / 2;
+
+  float reference[2];  // in units of scores
+  float sum[2];        // this lane's part of the row's sum of exponentials
+
+  __device__ __forceinline__ void init() {
+    reference[0] = reference[1] = kMinusInfinity;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // Keys outside a row's interval get a score of -inf. `position` is this lane's first row's.
+  static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
+                                                    int row, int pack_shift, int first_key) {
+    const int first_column = first_key + fragment_column();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const KeyInterval keys = mask.interval((row + 8 * h) >> pack_shift);
+      const int begin = keys.first - first_column;
+      const int end = keys.end - first_column;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * j + e;
+          if (column < begin || column >= end) s[4 * j + 2 * h + e] = kMinusInfinity;
+        }
+      }
+    }
+  }
+
+  // Scores become exponentials; true if some row of the warp moved, by `factor`.
+  __device__ __forceinline__ bool careful(float (&s)[kScores], const SoftmaxScale& scale,
+                                          float (&factor)[2]) {
+    float largest[2] = {kMinusInfinity, kMinusInfinity};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+    factor[0] = factor[1] = 1.0f;
+    const bool leaves = largest[0] > reference[0] + scale.slack ||
+                        largest[1] > reference[1] + scale.slack;
+    const bool moved = __any_sync(0xffffffffu, leaves);
+    if (moved) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float row_max = quad_max(largest[h]);
+        move(h, row_max, row_max > reference[h] + scale.slack, scale, factor[h]);
+      }
+    }
+    float tile_sum[2];
+    exponentials(s, reference[0] == kMinusInfinity ? 0.0f : reference[0] * scale.log2,
+                 reference[1] == kMinusInfinity ? 0.0f : reference[1] * scale.log2, scale.log2,
+                 tile_sum);
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
+    return moved;
+  }
+
+  // Scores become exponentials; true if a row of the warp left the range, and then nothing else is
+  // valid until `recompute`. Adding the sums is left to the caller.
+  __device__ __forceinline__ bool clean(float (&s)[kScores], const SoftmaxScale& scale,
+                                        float (&tile_sum)[2]) const {
+    // A row that has seen nothing but scores of -inf leaves the range with any other.
+    constexpr float kLowest = -1e30f;
+    exponentials(s, fmaxf(reference[0], kLowest) * scale.log2,
+                 fmaxf(reference[1], kLowest) * scale.log2, scale.log2, tile_sum);
+    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
+  }
+
+  // Rows that left the range get their exponentials from scores computed again, by mma.sync: this
+  // warp alone does it. `query` and `key` are the tiles in shared memory.
+
+  __device__ __forceinline__ void recompute(float (&s)[kScores], float (&tile_sum)[2],
+                                            float (&factor)[2], uint32_t query, uint32_t key,
+                                            int warp_row, const SoftmaxScale& scale) {
+    bool left[2];
+    float largest[2] = {kMinusInfinity, kMinusInfinity};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) left[h] = quad_max(tile_sum[h]) > Config::kRange;
+#pragma unroll 1
+    for (int j = 0; j < kKeys / 16; ++j) {
+      float c[2][4];
+      multiply(c, query, key, warp_row, j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        largest[h] = fmaxf(fmaxf(fmaxf(c[0][2 * h], c[0][2 * h + 1]), largest[h]),
+                           fmaxf(c[1][2 * h], c[1][2 * h + 1]));
+      }
+    }
+    float shift[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      factor[h] = 1.0f;
+      move(h, quad_max(largest[h]), left[h], scale, factor[h]);
+      shift[h] = reference[h] * scale.log2;
+      if (left[h]) tile_sum[h] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 16; ++j) {
+      float c[2][4];
+      multiply(c, query, key, warp_row, j);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int h = e / 2;
+          if (left[h]) {
+            const float p = ptx::ex2_approx_ftz(fmaf(c[n][e], scale.log2, -shift[h]));
+            s[4 * (2 * j + n) + e] = p;
+            tile_sum[h] += p;
+          }
+        }
+      }
+    }
+  }
+
+  // Reduces the sums across lanes; returns 1 / sum (0 for an empty row) for the outputs.
+  __device__ __forceinline__ float finish(int half) {
+    sum[half] = quad_sum(sum[half]);
+    return sum[half] == 0.0f ? 0.0f : __fdividef(1.0f, sum[half]);
+  }
+
+  // Natural logarithm of the sum of exponentials; call finish first.
+  __device__ __forceinline__ float lse(int half, const SoftmaxScale& scale) const {
+    if (sum[half] == 0.0f) return kMinusInfinity;
+    const float m = reference[half] == kMinusInfinity ? 0.0f : reference[half];
+    return fmaf(m, scale.second, logf(sum[half]));
+  }
+
+ private:
+  static __device__ __forceinline__ void exponentials(float (&s)[kScores], float shift0,
+                                                      float shift1, float log2,
+                                                      float (&tile_sum)[2]) {
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = ptx::ex2_approx_ftz(fmaf(s[i], log2, i / 2 % 2 == 0 ? -shift0 : -shift1));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+  }
+
+  __device__ __forceinline__ void move(int h, float row_max, bool moves, const SoftmaxScale& scale,
+                                       float& factor) {
+    const float old = reference[h];
+    if (moves) factor = ptx::ex2_approx_ftz((old - row_max) * scale.log2);
+    reference[h] = moves ? row_max : old;
+    sum[h] *= factor;
+  }
+
+  // Scores of this warp's 16 rows with keys 16 j.. of the tile, as two 8-column fragments.
+  static __device__ __forceinline__ void multiply(float (&c)[2][4], uint32_t query, uint32_t key,
+                                                  int warp_row, int j) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+#pragma unroll 1
+    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+      uint32_t a[4];
+      uint32_t b[4];
+      ptx::ldmatrix_x4(a, query + Config::QueryLayout::offset(warp_row + lane % 16,
+                                                              2 * step + lane / 16));
+      ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
+                                                          2 * step + lane / 8 % 2));
+      ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);
+      ptx::mma_m16n8k16<Element>(c[1], a, b[2], b[3]);
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90
