@@ -11,12 +11,18 @@ __device__ __forceinline__ int cluster_ctarank() {
   return rank;
 }
 
-// Every thread of the cluster arrives; writes before it are visible after the wait.
+// Every thread of the cluster that has not exited arrives; writes before it are visible after the
+// wait.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Into this thread block's memory.
+__device__ __forceinline__ void st_shared_v2(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
 // Address in thread block `rank` of what lies at `shared` in this one.

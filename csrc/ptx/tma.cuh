@@ -27,6 +27,25 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// The box at coordinates (c0 fastest) from shared memory; elements outside the tensor are dropped.
+__device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0, int c1,
+                                             int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
+          "l"(map),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_store_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until this thread's stores have read shared memory.
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // Orders this thread's earlier ordinary accesses to shared memory before later ones by the async
 // proxy (TMA, wgmma) that a barrier puts after them.
 __device__ __forceinline__ void fence_proxy_async_shared() {

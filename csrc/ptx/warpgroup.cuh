@@ -15,6 +15,9 @@ __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Nothing at run time: the compiler forgets what it knows of memory, and reads it again.
+__device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
+
 // All warps of a warpgroup take or give back registers: kCount each from here on.
 template <int kCount>
 __device__ __forceinline__ void setmaxnreg_inc() {

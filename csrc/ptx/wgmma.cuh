@@ -97,13 +97,13 @@ struct Wgmma;
                    : "l"(a), "l"(b), "r"(accumulate));                                          \
     }                                                                                           \
     static __device__ __forceinline__ void rs(float (&d)[kN / 2], const uint32_t* a,            \
-                                              uint64_t b) {                                     \
-      asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                   \
+                                              uint64_t b, int accumulate) {                     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #kI5 ", 0;\n"                           \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType           \
                    " {" JAX_FLASH_LIST_##kRegs "}, {%" #kI0 ", %" #kI1 ", %" #kI2 ", %" #kI3    \
                    "}, %" #kI4 ", p, 1, 1, 1;\n}"                                               \
                    : JAX_FLASH_REGS_##kRegs                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));      \
     }                                                                                           \
   };
 #define JAX_FLASH_WGMMA_BOTH(...)                     \

@@ -9,6 +9,8 @@
 
 #include "host/params.h"
 #include "ptx/cluster.cuh"
+#include "ptx/warpgroup.cuh"
+#include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 
@@ -17,10 +19,13 @@ namespace jax_flash::sm90 {
 // What a launch adds to MhaFwdParams.
 struct FwdPlan {
   CUtensorMap query;  // dims: width, head, row, two batch dims
-  CUtensorMap key;
+  CUtensorMap key;    // dims: width, row, head, two batch dims
   CUtensorMap value;
+  CUtensorMap out;  // dims: width, head, row, batch, 1
   int32_t pack_shift;  // log2 of the heads in a tile
   int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
+
+  FastDivisor inner_batch;  // size of the inner of two batch dims
 
   // Order of the blocks, see block_at.
   int32_t ids;
@@ -38,6 +43,7 @@ struct FwdBlock {
   int last_tile;   // number of the tile that is visited first
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
   int first_row;   // packed
+  int rows;        // of which exist in the sequence; the others are padding
   int head;        // first query head
   int batch;
   RowMask mask;
@@ -45,6 +51,11 @@ struct FwdBlock {
   // some key of a tile visited before. They take no mask and no maximum.
   int clean_first[Config::kWarpgroups];
   int clean_end[Config::kWarpgroups];
+  // Tiles [first, end) are seen in full by all its rows.
+  int full_first[Config::kWarpgroups];
+  int full_end[Config::kWarpgroups];
+  float* lse;       // of position 0 of the first query head
+  Element16* out;
 };
 
 __device__ __forceinline__ int sequence_length(const LengthsView& lengths, int batch, int longest,
@@ -70,21 +81,30 @@ __device__ __forceinline__ BlockCoordinate block_at(const FwdPlan& plan, int id)
           flat_head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
-// The block at `at`; false if it sees no keys. Its `tiles` are those of this thread block among
-// `splits`, and may be none.
+// Describes the block at `at`; false if it sees no keys. Its `tiles` are those of this thread block
+// among `splits`, and may be none.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,
                                            FwdBlock<Config>& block) {
   const int pack_shift = plan.pack_shift;
-  const RowMask mask = RowMask::make(
+  const int first_row = at.row_block * Config::kRows;
+  block.first_row = first_row;
+  block.head = at.head << pack_shift;
+  block.batch = at.batch;
+  const int64_t head = int64_t{at.batch} * params.heads + block.head;
+  block.lse = params.lse + head * params.query_length;
+  block.out = static_cast<Element16*>(params.out) +
+              (int64_t{at.batch} * params.query_length * params.heads + block.head) *
+                  params.head_dim_v;
+  block.mask = RowMask::make(
       sequence_length(params.query_lengths, at.batch, params.query_length, params),
       sequence_length(params.key_lengths, at.batch, params.key_length, params), params.window_left,
       params.window_right, params.bottom_right);
-  const int first_row = at.row_block * Config::kRows;
-  const int first_position = first_row >> pack_shift;
-  const KeyInterval keys =
-      mask.hull(first_position, (first_row + Config::kRows - 1 >> pack_shift) + 1);
+  block.rows = (block.mask.query_length << pack_shift) - first_row;
+  ptx::forget_memory();  // the planner has few registers
+  const KeyInterval keys = block.mask.hull(
+      first_row >> pack_shift, ((first_row + Config::kRows - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
@@ -95,24 +115,25 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   }
   block.tiles = end_tile - first_tile;
   block.last_tile = end_tile - 1;
-  block.value_rows = min(Config::kKeys, mask.key_length - block.last_tile * Config::kKeys);
-  block.first_row = first_row;
-  block.head = at.head << pack_shift;
-  block.batch = at.batch;
-  block.mask = mask;
-  // With one stage of queries, the last tile must not need them after its product.
-  const int lowest = first_tile + (Config::kQueryStages == 1 ? 1 : 0);
-#pragma unroll
+  block.value_rows = min(Config::kKeys, block.mask.key_length - (end_tile - 1) * Config::kKeys);
+#pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
-    const int begin = first_row + 64 * w >> pack_shift;
-    KeyInterval core = mask.core(begin, (first_row + 64 * w + 63 >> pack_shift) + 1);
-    if (begin >= mask.query_length) core = keys;  // only padding rows, whose results are dropped
+    ptx::forget_memory();
+    const int row = block.first_row + 64 * w;
+    KeyInterval core = block.mask.core(row >> pack_shift, ((row + 63) >> pack_shift) + 1);
+    // Only padding rows, whose results are dropped.
+    if (row >> pack_shift >= block.mask.query_length) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
     const bool none = core.first >= core.end || params.scale.first != 1.0f;
+    const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
+    block.full_first[w] = full_first;
+    block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;
     // The first row's last key lies in the tile after `end`, or that tile was seen in full.
     const int end = none ? 0 : (core.end + Config::kKeys - 1) / Config::kKeys - 1;
-    block.clean_end[w] = min(end, end_tile - 1);
-    block.clean_first[w] = max((core.first + Config::kKeys - 1) / Config::kKeys, lowest);
+    block.clean_end[w] = min(end, block.last_tile);
+    // With one stage of queries, the last tile must not need them after its product.
+    block.clean_first[w] =
+        max(full_first, block.last_tile - block.tiles + (Config::kQueryStages == 1 ? 2 : 1));
   }
   return any;
 }

@@ -84,6 +84,13 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
+  // One loop for all key tiles instead of one for those that need neither mask nor maximum, which is
+  // faster by a little and takes registers.
+  static constexpr bool kOneBody = kHeadDimV > 192;
+
+  // Outputs leave through the queries' memory where there is another stage to go on with.
+  static constexpr bool kStaged = kQueryStages > 1;
+
   using QueryLayout = SlabLayout<64, kHeadDim>;  // of one warpgroup
   using KeyLayout = SlabLayout<kKeys, kHeadDim>;
   using ValueLayout = SlabLayout<kKeys, kHeadDimV>;
@@ -97,6 +104,7 @@ struct FwdConfig {
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
+  static_assert(kHeadDimV <= kHeadDim, "outputs may go through the queries' memory");
 };
 
 }  // namespace jax_flash::sm90

@@ -8,6 +8,7 @@
 #include "host/device.h"
 #include "sm90/fwd.h"
 #include "sm90/fwd_kernel.cuh"
+#include "sm90/fwd_splits.h"
 #include "sm90/tensor_map.h"
 
 namespace jax_flash::sm90 {
@@ -71,14 +72,16 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t rows = int64_t{params.query_length} * packed;
   const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t head_groups = params.heads / packed;
-  plan.splits = 1;
+  plan.splits = fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
 
   const int64_t all = params.batch * head_groups;
-  const int64_t section = section_heads(params, head_groups, row_blocks, device);
-  const int64_t multiple = section_multiple(params, device);
+  // With splits there is one block for each cluster, in any order.
+  const int64_t section =
+      plan.splits > 1 ? all : section_heads(params, head_groups, row_blocks, device);
+  const int64_t multiple = plan.splits > 1 ? 1 : section_multiple(params, device);
   const int64_t section_ids = (section * row_blocks + multiple - 1) / multiple * multiple;
   const int64_t ids = all / section * section_ids + all % section * row_blocks;
-  if (ids > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidConfiguration;
+  if (ids > std::numeric_limits<int32_t>::max() / 8) return cudaErrorInvalidConfiguration;
   plan.ids = static_cast<int32_t>(ids);
   plan.whole_sections = static_cast<int32_t>(all / section);
   plan.section_ids = FastDivisor::make(static_cast<uint32_t>(section_ids));
@@ -86,6 +89,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   plan.last_heads = FastDivisor::make(static_cast<uint32_t>(std::max<int64_t>(1, all % section)));
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
   plan.row_blocks = static_cast<int32_t>(row_blocks);
+  plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
 
   cudaError_t error = make_tensor_map(
@@ -105,14 +109,37 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
                           &plan.value);
   if (error != cudaSuccess) return error;
 
+  TensorView out{};
+  out.data = params.out;
+  out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
+  MhaFwdParams flat{};  // the outputs' batch dims are one
+  flat.batch_dims = 1;
+  flat.batch_sizes[0] = params.batch;
+  error = make_tensor_map(
+      flat, out,
+      {params.head_dim_v, params.heads, params.head_dim_v, params.query_length,
+       int64_t{params.heads} * params.head_dim_v, static_cast<uint32_t>(packed),
+       static_cast<uint32_t>(64 / packed)},
+      &plan.out);
+  if (error != cudaSuccess) return error;
+
   const auto kernel = mha_fwd_kernel<Config>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int64_t grid = std::min<int64_t>(ids, device.multiprocessors);
-  kernel<<<static_cast<unsigned>(grid), Config::kThreads, kFwdSharedBytes<Config>, stream>>>(params,
-                                                                                            plan);
-  return cudaGetLastError();
+  const int64_t grid =
+      plan.splits > 1 ? ids * plan.splits : std::min<int64_t>(ids, device.multiprocessors);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = kFwdSharedBytes<Config>;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = plan.splits > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params, plan);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

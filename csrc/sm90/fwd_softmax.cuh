@@ -1,12 +1,11 @@
 // Online softmax of one warpgroup's rows in base 2, on wgmma accumulators.
 //
 // The reference point of a row need not be its maximum: f32 sums and bf16 (f16) probabilities keep
-// their relative precision as long as exponentials stay in range. So:
-//   careful step  masks, takes row maxima, moves the reference point where one passes it by more
-//                 than SoftmaxScale::slack; for tiles on the mask's border and a row's first tile;
-//   clean step    exponentials at once, from the reference point there is. A row whose sum over the
-//                 tile leaves the range (an overflow to infinity included) is computed again from
-//                 its queries and keys, with its true maximum, by `recompute`.
+// their relative precision as long as exponentials stay in range. So maxima are taken, and reference
+// points moved, only in a row's first tile and in tiles on the mask's border (`follow_maximum`). In
+// all others the row's sum of exponentials over the tile tells whether it left the range, an
+// overflow to infinity included; such a row is computed again from its queries and keys, with its
+// true maximum (`recompute`).
 // Which rows move, and by how much, depends on that row's scores alone. Rows that have seen no key
 // have reference point -inf and sum 0 and finish as output 0 and lse -inf.
 #pragma once
@@ -57,40 +56,44 @@ struct RowSoftmax {
     }
   }
 
-  // Scores become exponentials; true if some row of the warp moved, by `factor`.
-  __device__ __forceinline__ bool careful(float (&s)[kScores], const SoftmaxScale& scale,
-                                          float (&factor)[2]) {
-    float largest[2] = {kMinusInfinity, kMinusInfinity};
+  // Moves the reference points of rows whose maximum in this tile passes theirs by more than the
+  // slack; true if some row of the warp did, by `factor`.
+  __device__ __forceinline__ bool follow_maximum(const float (&s)[kScores],
+                                                 const SoftmaxScale& scale, float (&factor)[2]) {
+    float largest[2][2] = {{s[0], s[2]}, {s[1], s[3]}};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
-    factor[0] = factor[1] = 1.0f;
-    const bool leaves = largest[0] > reference[0] + scale.slack ||
-                        largest[1] > reference[1] + scale.slack;
+    for (int i = 4; i < kScores; ++i) {
+      largest[i % 2][i / 2 % 2] = fmaxf(largest[i % 2][i / 2 % 2], s[i]);
+    }
+    const float lane_max[2] = {fmaxf(largest[0][0], largest[1][0]),
+                               fmaxf(largest[0][1], largest[1][1])};
+    const bool leaves =
+        lane_max[0] > reference[0] + scale.slack || lane_max[1] > reference[1] + scale.slack;
     const bool moved = __any_sync(0xffffffffu, leaves);
     if (moved) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float row_max = quad_max(largest[h]);
+        const float row_max = quad_max(lane_max[h]);
         move(h, row_max, row_max > reference[h] + scale.slack, scale, factor[h]);
       }
     }
-    float tile_sum[2];
-    exponentials(s, reference[0] == kMinusInfinity ? 0.0f : reference[0] * scale.log2,
-                 reference[1] == kMinusInfinity ? 0.0f : reference[1] * scale.log2, scale.log2,
-                 tile_sum);
-    sum[0] += tile_sum[0];
-    sum[1] += tile_sum[1];
     return moved;
   }
 
   // Scores become exponentials; true if a row of the warp left the range, and then nothing else is
   // valid until `recompute`. Adding the sums is left to the caller.
-  __device__ __forceinline__ bool clean(float (&s)[kScores], const SoftmaxScale& scale,
-                                        float (&tile_sum)[2]) const {
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
+                                               float (&tile_sum)[2]) const {
     // A row that has seen nothing but scores of -inf leaves the range with any other.
-    constexpr float kLowest = -1e30f;
-    exponentials(s, fmaxf(reference[0], kLowest) * scale.log2,
-                 fmaxf(reference[1], kLowest) * scale.log2, scale.log2, tile_sum);
+    constexpr float kLowest = -3e38f;
+    const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
+                            fmaxf(reference[1] * scale.log2, kLowest)};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = ptx::ex2_approx_ftz(fmaf(s[i], scale.log2, -shift[i / 2 % 2]));
+      tile_sum[i / 2 % 2] += s[i];
+    }
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
@@ -147,25 +150,7 @@ struct RowSoftmax {
     return sum[half] == 0.0f ? 0.0f : __fdividef(1.0f, sum[half]);
   }
 
-  // Natural logarithm of the sum of exponentials; call finish first.
-  __device__ __forceinline__ float lse(int half, const SoftmaxScale& scale) const {
-    if (sum[half] == 0.0f) return kMinusInfinity;
-    const float m = reference[half] == kMinusInfinity ? 0.0f : reference[half];
-    return fmaf(m, scale.second, logf(sum[half]));
-  }
-
  private:
-  static __device__ __forceinline__ void exponentials(float (&s)[kScores], float shift0,
-                                                      float shift1, float log2,
-                                                      float (&tile_sum)[2]) {
-    tile_sum[0] = tile_sum[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      s[i] = ptx::ex2_approx_ftz(fmaf(s[i], log2, i / 2 % 2 == 0 ? -shift0 : -shift1));
-      tile_sum[i / 2 % 2] += s[i];
-    }
-  }
-
   __device__ __forceinline__ void move(int h, float row_max, bool moves, const SoftmaxScale& scale,
                                        float& factor) {
     const float old = reference[h];
