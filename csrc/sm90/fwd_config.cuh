@@ -25,9 +25,9 @@ inline constexpr FwdTiles kFwdTiles{};
 template <>
 inline constexpr FwdTiles kFwdTiles<64, 64>{3, 128, 2, 4, 4};
 template <>
-inline constexpr FwdTiles kFwdTiles<96, 96>{2, 128, 2, 3, 2};
+inline constexpr FwdTiles kFwdTiles<96, 96>{2, 128, 2, 2, 2};
 template <>
-inline constexpr FwdTiles kFwdTiles<128, 128>{2, 128, 2, 3, 2};
+inline constexpr FwdTiles kFwdTiles<128, 128>{2, 128, 2, 2, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<192, 128>{2, 128, 1, 2, 2};
 template <>
@@ -40,14 +40,10 @@ struct ElementOf;
 template <>
 struct ElementOf<ElementType::kBf16> {
   using Type = __nv_bfloat16;
-  // How far a tile's exponentials may pass the reference point before a row moves it: sums and
-  // products stay far from the f32 limit.
-  static constexpr float kRange = 4294967296.0f;  // 2^32
 };
 template <>
 struct ElementOf<ElementType::kF16> {
   using Type = __half;
-  static constexpr float kRange = 8192.0f;  // probabilities stay below f16's 65504
 };
 
 // A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
@@ -68,7 +64,10 @@ template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTil
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
-  static constexpr float kRange = ElementOf<kType>::kRange;
+  // How large the sum of a row's exponentials over a lane's share of a tile may get before the row
+  // moves its reference point: far from f16's 65504, and a key that outweighs all others by more
+  // than that has a probability of exactly 1, as if all maxima were taken.
+  static constexpr float kRange = 256.0f;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
   static constexpr int kWarpgroups = kTiles.warpgroups;
@@ -88,23 +87,24 @@ struct FwdConfig {
   // faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
-  // Outputs leave through the queries' memory where there is another stage to go on with.
+  // Outputs leave through shared memory where that has room.
   static constexpr bool kStaged = kQueryStages > 1;
 
   using QueryLayout = SlabLayout<64, kHeadDim>;  // of one warpgroup
   using KeyLayout = SlabLayout<kKeys, kHeadDim>;
   using ValueLayout = SlabLayout<kKeys, kHeadDimV>;
+  using OutLayout = SlabLayout<64, kHeadDimV>;  // of one warpgroup
 
-  // Shared memory in bytes from the start: queries, keys, values, then FwdShared.
+  // Shared memory in bytes from the start: queries, keys, values, outputs, then FwdShared.
   static constexpr int kQueryStageBytes = kWarpgroups * QueryLayout::kBytes;
   static constexpr int kKeyOffset = kQueryStages * kQueryStageBytes;
   static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyLayout::kBytes;
-  static constexpr int kStateOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
+  static constexpr int kOutOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
+  static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
-  static_assert(kHeadDimV <= kHeadDim, "outputs may go through the queries' memory");
 };
 
 }  // namespace jax_flash::sm90

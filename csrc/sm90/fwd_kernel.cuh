@@ -62,14 +62,11 @@ struct FwdShared {
   // A block is read until its outputs are stored, when the next one is already at work.
   static constexpr int kBlockSlots = 4;
   static_assert(Config::kQueryStages + 2 <= kBlockSlots);
-  // Finished rows wait for the storer warp; staged outputs are in their queries' memory.
-  static constexpr int kRowStages = 2;
-  static_assert(!Config::kStaged || Config::kQueryStages == kRowStages);
 
   uint64_t query_full[Config::kQueryStages][Config::kWarpgroups];
   uint64_t query_empty[Config::kQueryStages][Config::kWarpgroups];
-  uint64_t rows_full[kRowStages][Config::kWarpgroups];
-  uint64_t rows_empty[kRowStages][Config::kWarpgroups];
+  uint64_t rows_full[Config::kWarpgroups];  // finished rows, and their outputs where these are staged
+  uint64_t rows_empty[Config::kWarpgroups];
   uint64_t key_full[Config::kKeyStages];
   uint64_t key_empty[Config::kKeyStages];
   uint64_t value_full[Config::kValueStages];
@@ -77,7 +74,7 @@ struct FwdShared {
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];
   FwdBlock<Config> blocks[kBlockSlots];
-  float2 rows[kRowStages][Config::kRows];  // reference point and sum of finished rows
+  float2 rows[Config::kRows];  // reference point and sum of finished rows
 };
 
 template <typename Config>
@@ -297,7 +294,7 @@ struct FwdProducer {
   }
 };
 
-// The storer warp: writes lse, and outputs that lie in the queries' memory, which it gives back.
+// The storer warp: writes lse, and outputs where they are staged in shared memory.
 template <typename Config>
 struct FwdStorer {
   using Shared = FwdShared<Config>;
@@ -324,10 +321,10 @@ struct FwdStorer {
 
   __device__ __forceinline__ void store_out(const FwdBlock<Config>& block, int w,
                                             uint32_t tile) const {
-    using Layout = typename Config::QueryLayout;
+    using Layout = typename Config::OutLayout;
     const int position = (block.first_row + 64 * w) >> plan.pack_shift;
 #pragma unroll
-    for (int slab = 0; slab < Config::ValueLayout::kSlabs; ++slab) {
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
       ptx::tma_store_5d(&plan.out, tile + slab * Layout::kSlabBytes, 64 * slab, block.head,
                         position, block.batch, 0);
     }
@@ -336,7 +333,7 @@ struct FwdStorer {
 
   __device__ __forceinline__ void run() {
     RingIndex<Shared::kBlockSlots> block_ring;
-    RingIndex<Shared::kRowStages> ring;
+    RingIndex<1> ring;
     while (true) {
       const int slot = block_ring.stage();
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_ring.parity());
@@ -344,20 +341,15 @@ struct FwdStorer {
       if (block.tiles < 0) break;
 #pragma unroll 1
       for (int w = 0; w < Config::kWarpgroups; ++w) {
-        const int stage = ring.stage();
-        ptx::mbarrier_wait(ptx::shared_address(&shared.rows_full[stage][w]), ring.parity());
+        ptx::mbarrier_wait(ptx::shared_address(&shared.rows_full[w]), ring.parity());
         if (Config::kStaged && lane_id() == 0) {
-          store_out(block, w,
-                    tiles + stage * Config::kQueryStageBytes + w * Config::QueryLayout::kBytes);
+          store_out(block, w, tiles + Config::kOutOffset + w * Config::OutLayout::kBytes);
         }
-        store_lse(block, 64 * w, shared.rows[stage]);
+        store_lse(block, 64 * w, shared.rows);
         __syncwarp();
         if (lane_id() == 0) {
-          if (Config::kStaged) {
-            ptx::tma_store_wait_read();
-            ptx::mbarrier_arrive(ptx::shared_address(&shared.query_empty[stage][w]));
-          }
-          ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_empty[stage][w]));
+          if (Config::kStaged) ptx::tma_store_wait_read();
+          ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_empty[w]));
         }
       }
       if (lane_id() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
@@ -474,11 +466,8 @@ struct FwdConsumer {
     warp_arrive(shared.value_empty[value_ring.stage()]);
     value_ring.next();
   }
-  // Where outputs go through the queries' memory, the storer warp does it.
   __device__ __forceinline__ void release_query() {
-    if (!Config::kStaged) {
-      warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
-    }
+    warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
   }
 
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
@@ -488,9 +477,10 @@ struct FwdConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
-    if (tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup]) {
+    const bool left = tile < block.full_first[warpgroup];
+    if (left || tile >= block.full_end[warpgroup]) {
       const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
-      softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys);
+      softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
     }
     return softmax.follow_maximum(s, params.scale, factor);
   }
@@ -525,7 +515,7 @@ struct FwdConsumer {
       if (row + 8 >= block.rows) softmax.reference[1] = 0.0f;
     } else {
       if (!careful && left_range) [[unlikely]] {
-        softmax.recompute(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
+        softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
         moved = true;
       }
       if (moved) scale_out(factor);
@@ -558,15 +548,13 @@ struct FwdConsumer {
   __device__ __forceinline__ void finish_rows(int number) {
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
     const int row = 64 * warpgroup + warp_row() + fragment_row();
-    const int stage = number % Shared::kRowStages;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[stage][warpgroup]),
-                       (number / Shared::kRowStages + 1) % 2);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
       if (row + 8 * h >= block.rows) inverse[h] = 0.0f;
       if (lane_id() % 4 == 0) {
-        shared.rows[stage][row + 8 * h] = make_float2(softmax.reference[h], softmax.sum[h]);
+        shared.rows[row + 8 * h] = make_float2(softmax.reference[h], softmax.sum[h]);
       }
     }
   }
@@ -579,24 +567,23 @@ struct FwdConsumer {
     return inverse[h] == 0.0f ? 0 : word;
   }
 
-  // Outputs of block `number`: through the memory of its queries, from where the storer warp takes
-  // them, or straight to global memory.
+  // Outputs of block `number`: through shared memory, from where the storer warp takes them, or
+  // straight to global memory.
   __device__ __forceinline__ void store_out(int number) {
     const int slot = number % Shared::kBlockSlots;
-    const int stage = number % Shared::kRowStages;
     if constexpr (Config::kStaged) {
-      stage_out(stage);
+      stage_out();
     } else {
       store_direct(shared.blocks[slot]);
     }
     __syncwarp();
-    warp_arrive(shared.rows_full[stage][warpgroup]);
+    warp_arrive(shared.rows_full[warpgroup]);
     warp_arrive(shared.block_empty[slot]);
   }
 
-  __device__ __forceinline__ void stage_out(int stage) const {
-    using Layout = typename Config::QueryLayout;
-    const uint32_t tile = tiles + stage * Config::kQueryStageBytes + warpgroup * Layout::kBytes;
+  __device__ __forceinline__ void stage_out() const {
+    using Layout = typename Config::OutLayout;
+    const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Layout::kBytes;
     const int row = warp_row() + lane_id() % 16;
 #pragma unroll
     for (int j = 0; j < Config::kHeadDimV / 8; j += 2) {
@@ -696,9 +683,8 @@ struct FwdConsumer {
       if (block.tiles > 0) {
         run_block(block, fresh);
         pending = true;
-      } else if (Config::kQueryStages == 1) {
-        release_query();
       }
+      if (Config::kQueryStages > 1 || block.tiles == 0) release_query();
       ++blocks;
     }
     if (pending) {
@@ -732,15 +718,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (auto& stage : shared.query_full) {
       for (uint64_t& barrier : stage) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     }
-    for (auto& stage : shared.rows_full) {
-      for (uint64_t& barrier : stage) ptx::mbarrier_init(ptx::shared_address(&barrier), 4);
-    }
-    for (auto& stage : shared.rows_empty) {
-      for (uint64_t& barrier : stage) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-    }
     for (auto& stage : shared.query_empty) {
       for (uint64_t& barrier : stage) {
-        ptx::mbarrier_init(ptx::shared_address(&barrier), Config::kStaged ? 1 : 4);
+        ptx::mbarrier_init(ptx::shared_address(&barrier), 4);
       }
     }
     const auto init = [](auto& barriers, int arrivals) {
@@ -750,6 +730,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.value_full, 1);
     init(shared.key_empty, Config::kConsumerWarps);
     init(shared.value_empty, Config::kConsumerWarps);
+    init(shared.rows_full, 4);
+    init(shared.rows_empty, 1);
     init(shared.block_full, 1);
     init(shared.block_empty, Config::kConsumerWarps + 1);
     ptx::fence_mbarrier_init();

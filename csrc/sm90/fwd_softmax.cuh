@@ -4,8 +4,8 @@
 // their relative precision as long as exponentials stay in range. So maxima are taken, and reference
 // points moved, only in a row's first tile and in tiles on the mask's border (`follow_maximum`). In
 // all others the row's sum of exponentials over the tile tells whether it left the range, an
-// overflow to infinity included; such a row is computed again from its queries and keys, with its
-// true maximum (`recompute`).
+// overflow to infinity included; such a row takes its true maximum as the reference point, if need
+// be from scores that are computed again (`recover`).
 // Which rows move, and by how much, depends on that row's scores alone. Rows that have seen no key
 // have reference point -inf and sum 0 and finish as output 0 and lse -inf.
 #pragma once
@@ -36,22 +36,22 @@ struct RowSoftmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Keys outside a row's interval get a score of -inf. `position` is this lane's first row's.
+  // Keys outside a row's interval get a score of -inf. `row` is this lane's first; `left`: also
+  // those before the interval, which only few tiles hold.
   static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
-                                                    int row, int pack_shift, int first_key) {
+                                                    int row, int pack_shift, int first_key,
+                                                    bool left) {
     const int first_column = first_key + fragment_column();
+    const KeyInterval keys[2] = {mask.interval(row >> pack_shift),
+                                 mask.interval((row + 8) >> pack_shift)};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const KeyInterval keys = mask.interval((row + 8 * h) >> pack_shift);
-      const int begin = keys.first - first_column;
-      const int end = keys.end - first_column;
+    for (int i = 0; i < kScores; ++i) {
+      if (i / 4 * 8 + i % 2 >= keys[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;
+    }
+    if (left) {
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * j + e;
-          if (column < begin || column >= end) s[4 * j + 2 * h + e] = kMinusInfinity;
-        }
+      for (int i = 0; i < kScores; ++i) {
+        if (i / 4 * 8 + i % 2 < keys[i / 2 % 2].first - first_column) s[i] = kMinusInfinity;
       }
     }
   }
@@ -81,7 +81,7 @@ struct RowSoftmax {
   }
 
   // Scores become exponentials; true if a row of the warp left the range, and then nothing else is
-  // valid until `recompute`. Adding the sums is left to the caller.
+  // valid until `recover`. Adding the sums is left to the caller.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
                                                float (&tile_sum)[2]) const {
     // A row that has seen nothing but scores of -inf leaves the range with any other.
@@ -97,16 +97,52 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
-  // Rows that left the range get their exponentials from scores computed again, by mma.sync: this
-  // warp alone does it. `query` and `key` are the tiles in shared memory.
-
-  __device__ __forceinline__ void recompute(float (&s)[kScores], float (&tile_sum)[2],
-                                            float (&factor)[2], uint32_t query, uint32_t key,
-                                            int warp_row, const SoftmaxScale& scale) {
-    bool left[2];
-    float largest[2] = {kMinusInfinity, kMinusInfinity};
+  // Brings rows that left the range back: their largest exponential becomes 1, so that it is exact
+  // as in a softmax that takes all maxima. Where exponentials have overflowed, scores are computed
+  // again. `query` and `key` are the tiles in shared memory.
+  __device__ __forceinline__ void recover(float (&s)[kScores], float (&tile_sum)[2],
+                                          float (&factor)[2], uint32_t query, uint32_t key,
+                                          int warp_row, const SoftmaxScale& scale) {
+    constexpr float kFinite = 1e36f;
+    float largest[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) left[h] = quad_max(tile_sum[h]) > Config::kRange;
+    for (int i = 0; i < kScores; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+    bool lost[2];
+    float back[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float row_max = quad_max(largest[h]);
+      const bool left = quad_max(tile_sum[h]) > Config::kRange;
+      lost[h] = left && !(row_max < kFinite);
+      if (left && !lost[h]) {
+        back[h] = __fdividef(1.0f, row_max);
+        reference[h] += __log2f(row_max) / scale.log2;
+        factor[h] = back[h];
+        sum[h] *= back[h];
+        tile_sum[h] *= back[h];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] *= back[i / 2 % 2];
+    if (__any_sync(0xffffffffu, lost[0] || lost[1])) {
+      recompute(s, tile_sum, factor, lost, query, key, warp_row, scale);
+    }
+  }
+
+  // Reduces the sums across lanes; returns 1 / sum (0 for an empty row) for the outputs.
+  __device__ __forceinline__ float finish(int half) {
+    sum[half] = quad_sum(sum[half]);
+    return sum[half] == 0.0f ? 0.0f : __fdividef(1.0f, sum[half]);
+  }
+
+ private:
+  // Exponentials of the rows in `lost` from scores computed again by mma.sync, which a warp can do
+  // alone, and twice, because there are no registers for a second tile of scores.
+  __device__ __forceinline__ void recompute(float (&s)[kScores], float (&tile_sum)[2],
+                                            float (&factor)[2], const bool (&lost)[2],
+                                            uint32_t query, uint32_t key, int warp_row,
+                                            const SoftmaxScale& scale) {
+    float largest[2] = {kMinusInfinity, kMinusInfinity};
 #pragma unroll 1
     for (int j = 0; j < kKeys / 16; ++j) {
       float c[2][4];
@@ -120,10 +156,9 @@ struct RowSoftmax {
     float shift[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      factor[h] = 1.0f;
-      move(h, quad_max(largest[h]), left[h], scale, factor[h]);
+      move(h, quad_max(largest[h]), lost[h], scale, factor[h]);
       shift[h] = reference[h] * scale.log2;
-      if (left[h]) tile_sum[h] = 0.0f;
+      if (lost[h]) tile_sum[h] = 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < kKeys / 16; ++j) {
@@ -134,7 +169,7 @@ struct RowSoftmax {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int h = e / 2;
-          if (left[h]) {
+          if (lost[h]) {
             const float p = ptx::ex2_approx_ftz(fmaf(c[n][e], scale.log2, -shift[h]));
             s[4 * (2 * j + n) + e] = p;
             tile_sum[h] += p;
@@ -144,13 +179,6 @@ struct RowSoftmax {
     }
   }
 
-  // Reduces the sums across lanes; returns 1 / sum (0 for an empty row) for the outputs.
-  __device__ __forceinline__ float finish(int half) {
-    sum[half] = quad_sum(sum[half]);
-    return sum[half] == 0.0f ? 0.0f : __fdividef(1.0f, sum[half]);
-  }
-
- private:
   __device__ __forceinline__ void move(int h, float row_max, bool moves, const SoftmaxScale& scale,
                                        float& factor) {
     const float old = reference[h];
