@@ -482,7 +482,7 @@ struct FwdConsumer {
       const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
       softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
     }
-    return softmax.follow_maximum(s, params.scale, factor);
+    return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
@@ -502,7 +502,11 @@ struct FwdConsumer {
     if (Config::kQueryStages == 1 && tile == block.last_tile - block.tiles + 1) release_query();
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
-    if (careful) moved = prepare(block, tile, factor);
+    if (careful) {
+      moved = prepare(block, tile, factor);
+    } else if (softmax.watching) [[unlikely]] {
+      moved = softmax.template follow_maximum<false>(s, params.scale, factor);
+    }
     float tile_sum[2];
     const bool left_range = softmax.exponentials(s, params.scale, tile_sum);
     ptx::wgmma_wait_group<0>();
@@ -518,6 +522,7 @@ struct FwdConsumer {
         softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
         moved = true;
       }
+      if (!careful && (left_range || softmax.watching)) [[unlikely]] softmax.keep_watching();
       if (moved) scale_out(factor);
     }
     release_key();

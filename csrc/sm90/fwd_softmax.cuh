@@ -5,7 +5,8 @@
 // points moved, only in a row's first tile and in tiles on the mask's border (`follow_maximum`). In
 // all others the row's sum of exponentials over the tile tells whether it left the range, an
 // overflow to infinity included; such a row takes its true maximum as the reference point, if need
-// be from scores that are computed again (`recover`).
+// be from scores that are computed again (`recover`). In the next tile the maximum of such a row is
+// taken beforehand: where scores grow from tile to tile, only the first jump is a surprise.
 // Which rows move, and by how much, depends on that row's scores alone. Rows that have seen no key
 // have reference point -inf and sum 0 and finish as output 0 and lse -inf.
 #pragma once
@@ -30,10 +31,13 @@ struct RowSoftmax {
 
   float reference[2];  // in units of scores
   float sum[2];        // this lane's part of the row's sum of exponentials
+  bool watched[2];     // the row moved in the last tile, and may be about to move again
+  bool watching;       // whether any row of the warp is watched
 
   __device__ __forceinline__ void init() {
     reference[0] = reference[1] = kMinusInfinity;
     sum[0] = sum[1] = 0.0f;
+    watched[0] = watched[1] = watching = false;
   }
 
   // Keys outside a row's interval get a score of -inf. `row` is this lane's first; `left`: also
@@ -56,8 +60,9 @@ struct RowSoftmax {
     }
   }
 
-  // Moves the reference points of rows whose maximum in this tile passes theirs by more than the
-  // slack; true if some row of the warp did, by `factor`.
+  // Moves the reference points of rows (all of them, or those that are watched) whose maximum in
+  // this tile passes theirs by more than the slack; true if some row of the warp did, by `factor`.
+  template <bool kAll>
   __device__ __forceinline__ bool follow_maximum(const float (&s)[kScores],
                                                  const SoftmaxScale& scale, float (&factor)[2]) {
     float largest[2][2] = {{s[0], s[2]}, {s[1], s[3]}};
@@ -67,15 +72,22 @@ struct RowSoftmax {
     }
     const float lane_max[2] = {fmaxf(largest[0][0], largest[1][0]),
                                fmaxf(largest[0][1], largest[1][1])};
-    const bool leaves =
-        lane_max[0] > reference[0] + scale.slack || lane_max[1] > reference[1] + scale.slack;
+    bool leaves = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      leaves |= (kAll || watched[h]) && lane_max[h] > reference[h] + scale.slack;
+    }
     const bool moved = __any_sync(0xffffffffu, leaves);
     if (moved) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float row_max = quad_max(lane_max[h]);
-        move(h, row_max, row_max > reference[h] + scale.slack, scale, factor[h]);
+        const bool moves = (kAll || watched[h]) && row_max > reference[h] + scale.slack;
+        move(h, row_max, moves, scale, factor[h]);
+        if (!kAll) watched[h] = moves;
       }
+    } else if (!kAll) {
+      watched[0] = watched[1] = false;
     }
     return moved;
   }
@@ -97,6 +109,11 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
+  // Watching goes on as long as rows move.
+  __device__ __forceinline__ void keep_watching() {
+    watching = __any_sync(0xffffffffu, watched[0] || watched[1]);
+  }
+
   // Brings rows that left the range back: their largest exponential becomes 1, so that it is exact
   // as in a softmax that takes all maxima. Where exponentials have overflowed, scores are computed
   // again. `query` and `key` are the tiles in shared memory.
@@ -114,10 +131,11 @@ struct RowSoftmax {
       const float row_max = quad_max(largest[h]);
       const bool left = quad_max(tile_sum[h]) > Config::kRange;
       lost[h] = left && !(row_max < kFinite);
+      watched[h] = watched[h] || left;
       if (left && !lost[h]) {
         back[h] = __fdividef(1.0f, row_max);
         reference[h] += __log2f(row_max) / scale.log2;
-        factor[h] = back[h];
+        factor[h] *= back[h];
         sum[h] *= back[h];
         tile_sum[h] *= back[h];
       }
@@ -182,9 +200,10 @@ struct RowSoftmax {
   __device__ __forceinline__ void move(int h, float row_max, bool moves, const SoftmaxScale& scale,
                                        float& factor) {
     const float old = reference[h];
-    if (moves) factor = ptx::ex2_approx_ftz((old - row_max) * scale.log2);
+    const float change = moves ? ptx::ex2_approx_ftz((old - row_max) * scale.log2) : 1.0f;
     reference[h] = moves ? row_max : old;
-    sum[h] *= factor;
+    sum[h] *= change;
+    factor *= change;
   }
 
   // Scores of this warp's 16 rows with keys 16 j.. of the tile, as two 8-column fragments.
