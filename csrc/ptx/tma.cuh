@@ -12,10 +12,6 @@ namespace jax_flash::ptx {
 inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
 inline constexpr uint64_t kEvictLast = 0x14f0000000000000;
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // The box at coordinates (c0 fastest) to shared memory; its bytes count towards `barrier`.
 __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map,
                                             uint32_t barrier, uint64_t policy, int c0, int c1,
@@ -28,8 +24,8 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* 
 }
 
 // The box at coordinates (c0 fastest) from shared memory; elements outside the tensor are dropped.
-__device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0, int c1,
-                                             int c2, int c3, int c4) {
+__device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0,
+                                             int c1, int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
           "l"(map),

@@ -16,6 +16,7 @@
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
 
 namespace jax_flash::sm80 {
@@ -188,18 +189,6 @@ __device__ __forceinline__ const Element16* operand(const TensorView& view, int 
                                                     const MhaFwdParams& params) {
   return static_cast<const Element16*>(view.data) +
          batch_offset(view.batch_strides, batch, params) + head * view.head_stride;
-}
-
-__device__ __forceinline__ int sequence_length(const LengthsView& lengths, int batch, int longest,
-                                               const MhaFwdParams& params) {
-  if (lengths.data == nullptr) return longest;
-  return max(0, min(longest, lengths.data[batch_offset(lengths.batch_strides, batch, params)]));
-}
-
-__device__ __forceinline__ RowMask row_mask(const MhaFwdParams& params, int batch) {
-  return RowMask::make(sequence_length(params.query_lengths, batch, params.query_length, params),
-                       sequence_length(params.key_lengths, batch, params.key_length, params),
-                       params.window_left, params.window_right, params.bottom_right);
 }
 
 // Keys that some row of a warp sees, and those that all its rows see.

@@ -8,11 +8,11 @@
 #include <cuda.h>
 
 #include "host/params.h"
-#include "ptx/cluster.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -21,7 +21,7 @@ struct FwdPlan {
   CUtensorMap query;  // dims: width, head, row, two batch dims
   CUtensorMap key;    // dims: width, row, head, two batch dims
   CUtensorMap value;
-  CUtensorMap out;  // dims: width, head, row, batch, 1
+  CUtensorMap out;     // dims: width, head, row, batch, 1
   int32_t pack_shift;  // log2 of the heads in a tile
   int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
 
@@ -54,15 +54,9 @@ struct FwdBlock {
   // Tiles [first, end) are seen in full by all its rows.
   int full_first[Config::kWarpgroups];
   int full_end[Config::kWarpgroups];
-  float* lse;       // of position 0 of the first query head
+  float* lse;  // of position 0 of the first query head
   Element16* out;
 };
-
-__device__ __forceinline__ int sequence_length(const LengthsView& lengths, int batch, int longest,
-                                               const MhaFwdParams& params) {
-  if (lengths.data == nullptr) return longest;
-  return max(0, min(longest, lengths.data[batch_offset(lengths.batch_strides, batch, params)]));
-}
 
 // Which rows of which head block `id` is; a negative batch where a section is padded. Sections of
 // heads follow each other, the last one being smaller; inside a section the row block is the slow
@@ -70,8 +64,7 @@ __device__ __forceinline__ int sequence_length(const LengthsView& lengths, int b
 __device__ __forceinline__ BlockCoordinate block_at(const FwdPlan& plan, int id) {
   const int section = plan.section_ids.divide(id);
   const int in_section = id - section * static_cast<int>(plan.section_ids.divisor);
-  const FastDivisor& heads =
-      section < plan.whole_sections ? plan.section_heads : plan.last_heads;
+  const FastDivisor& heads = section < plan.whole_sections ? plan.section_heads : plan.last_heads;
   const int row_block = heads.divide(in_section);
   if (row_block >= plan.row_blocks) return {0, 0, -1};
   const int flat_head = section * static_cast<int>(plan.section_heads.divisor) + in_section -
@@ -94,17 +87,14 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   block.batch = at.batch;
   const int64_t head = int64_t{at.batch} * params.heads + block.head;
   block.lse = params.lse + head * params.query_length;
-  block.out = static_cast<Element16*>(params.out) +
-              (int64_t{at.batch} * params.query_length * params.heads + block.head) *
-                  params.head_dim_v;
-  block.mask = RowMask::make(
-      sequence_length(params.query_lengths, at.batch, params.query_length, params),
-      sequence_length(params.key_lengths, at.batch, params.key_length, params), params.window_left,
-      params.window_right, params.bottom_right);
+  block.out =
+      static_cast<Element16*>(params.out) +
+      (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
+  block.mask = row_mask(params, at.batch);
   block.rows = (block.mask.query_length << pack_shift) - first_row;
   ptx::forget_memory();  // the planner has few registers
-  const KeyInterval keys = block.mask.hull(
-      first_row >> pack_shift, ((first_row + Config::kRows - 1) >> pack_shift) + 1);
+  const KeyInterval keys =
+      block.mask.hull(first_row >> pack_shift, ((first_row + Config::kRows - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;

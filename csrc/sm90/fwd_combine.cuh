@@ -141,8 +141,7 @@ __device__ __forceinline__ void combine_splits(const MhaFwdParams& params, const
                                                const float (&out)[Config::kHeadDimV / 2],
                                                const RowSoftmax<Config>& softmax, int warpgroup) {
   // Short queries fill few rows of a tile; the others neither travel nor count in the shares.
-  const int rows =
-      min(Config::kRows, (params.query_length << plan.pack_shift) - block.first_row);
+  const int rows = min(Config::kRows, (params.query_length << plan.pack_shift) - block.first_row);
   ptx::bar_sync(8, 128 * Config::kWarpgroups);  // no warpgroup reads keys or values any more
   store_partial<Config>(tiles, rows, out, softmax, warpgroup);
   ptx::cluster_arrive();

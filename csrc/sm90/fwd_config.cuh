@@ -83,8 +83,8 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
-  // One loop for all key tiles instead of one for those that need neither mask nor maximum, which is
-  // faster by a little and takes registers.
+  // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
+  // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
   // Outputs leave through shared memory where that has room.

@@ -115,12 +115,11 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   MhaFwdParams flat{};  // the outputs' batch dims are one
   flat.batch_dims = 1;
   flat.batch_sizes[0] = params.batch;
-  error = make_tensor_map(
-      flat, out,
-      {params.head_dim_v, params.heads, params.head_dim_v, params.query_length,
-       int64_t{params.heads} * params.head_dim_v, static_cast<uint32_t>(packed),
-       static_cast<uint32_t>(64 / packed)},
-      &plan.out);
+  error = make_tensor_map(flat, out,
+                          {params.head_dim_v, params.heads, params.head_dim_v, params.query_length,
+                           int64_t{params.heads} * params.head_dim_v, static_cast<uint32_t>(packed),
+                           static_cast<uint32_t>(64 / packed)},
+                          &plan.out);
   if (error != cudaSuccess) return error;
 
   const auto kernel = mha_fwd_kernel<Config>;

@@ -1,14 +1,14 @@
 // Online softmax of one warpgroup's rows in base 2, on wgmma accumulators.
 //
 // The reference point of a row need not be its maximum: f32 sums and bf16 (f16) probabilities keep
-// their relative precision as long as exponentials stay in range. So maxima are taken, and reference
-// points moved, only in a row's first tile and in tiles on the mask's border (`follow_maximum`). In
-// all others the row's sum of exponentials over the tile tells whether it left the range, an
-// overflow to infinity included; such a row takes its true maximum as the reference point, if need
-// be from scores that are computed again (`recover`). In the next tile the maximum of such a row is
-// taken beforehand: where scores grow from tile to tile, only the first jump is a surprise.
-// Which rows move, and by how much, depends on that row's scores alone. Rows that have seen no key
-// have reference point -inf and sum 0 and finish as output 0 and lse -inf.
+// their relative precision as long as exponentials stay in range. So maxima are taken, and
+// reference points moved, only in a row's first tile and in tiles on the mask's border
+// (`follow_maximum`). In all others the row's sum of exponentials over the tile tells whether it
+// left the range, an overflow to infinity included; such a row takes its true maximum as the
+// reference point, if need be from scores that are computed again (`recover`). In the next tile the
+// maximum of such a row is taken beforehand: where scores grow from tile to tile, only the first
+// jump is a surprise. Which rows move, and by how much, depends on that row's scores alone. Rows
+// that have seen no key have reference point -inf and sum 0 and finish as output 0 and lse -inf.
 #pragma once
 
 #include <cstdint>
@@ -216,8 +216,8 @@ struct RowSoftmax {
     for (int step = 0; step < Config::kHeadDim / 16; ++step) {
       uint32_t a[4];
       uint32_t b[4];
-      ptx::ldmatrix_x4(a, query + Config::QueryLayout::offset(warp_row + lane % 16,
-                                                              2 * step + lane / 16));
+      ptx::ldmatrix_x4(
+          a, query + Config::QueryLayout::offset(warp_row + lane % 16, 2 * step + lane / 16));
       ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
                                                           2 * step + lane / 8 % 2));
       ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);

@@ -25,8 +25,8 @@ inline cudaError_t make_tensor_map(const MhaFwdParams& params, const TensorView&
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
     const bool there = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
     return there ? reinterpret_cast<Encode>(function) : nullptr;
   }();

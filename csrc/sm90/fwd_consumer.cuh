@@ -1,0 +1,377 @@
+// The role of a consumer warpgroup: products, softmax, outputs.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/fwd_block.cuh"
+#include "sm90/fwd_combine.cuh"
+#include "sm90/fwd_config.cuh"
+#include "sm90/fwd_shared.cuh"
+#include "sm90/fwd_softmax.cuh"
+#include "tile/copy.cuh"
+
+namespace jax_flash::sm90 {
+
+// One consumer warpgroup.
+template <typename Config>
+struct FwdConsumer {
+  using Element = typename Config::Element;
+  using Shared = FwdShared<Config>;
+  static constexpr int kScores = Config::kKeys / 2;
+  static constexpr int kOuts = Config::kHeadDimV / 2;
+
+  const MhaFwdParams& params;
+  const FwdPlan& plan;
+  Shared& shared;
+  uint32_t tiles;  // shared address of the first query stage
+  int warpgroup;
+  RingIndex<Config::kKeyStages> key_ring;
+  RingIndex<Config::kValueStages> value_ring;
+  int blocks = 0;  // before the one at work: the position in the rings of blocks and queries
+
+  float s[kScores];
+  uint32_t p[kScores / 2];
+  float out[kOuts];
+  RowSoftmax<Config> softmax;
+  float inverse[2];  // of the sums of the block that is finished but not stored
+
+  __device__ __forceinline__ int warp_row() const {
+    return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+  }
+  __device__ __forceinline__ uint32_t query_tile() const {
+    return tiles + blocks % Config::kQueryStages * Config::kQueryStageBytes +
+           warpgroup * Config::QueryLayout::kBytes;
+  }
+  __device__ __forceinline__ uint32_t key_tile() const {
+    return tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes;
+  }
+  __device__ __forceinline__ uint32_t value_tile() const {
+    return tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes;
+  }
+
+  static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
+    if (lane_id() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+  }
+
+  // Turns: warpgroup w issues when all 256 threads of it and its predecessor are at barrier 1 + w.
+  __device__ __forceinline__ void take_turn() const { ptx::bar_sync(1 + warpgroup, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::bar_arrive(warpgroup + 1 == Config::kWarpgroups ? 1 : 2 + warpgroup, 256);
+  }
+
+  // s = Q K^T
+  __device__ __forceinline__ void issue_scores() {
+    const uint64_t query = ptx::wgmma_descriptor(query_tile(), 0);
+    const uint64_t key = ptx::wgmma_descriptor(key_tile(), 0);
+#pragma unroll
+    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
+      ptx::Wgmma<Element, Config::kKeys>::ss(
+          s, query + (Config::QueryLayout::offset(0, 2 * k) >> 4),
+          key + (Config::KeyLayout::offset(0, 2 * k) >> 4), k != 0);
+    }
+  }
+
+  // out = P V, or out += P V
+  __device__ __forceinline__ void issue_values(bool accumulate) {
+    const uint64_t value = ptx::wgmma_descriptor(value_tile(), Config::ValueLayout::kSlabBytes);
+#pragma unroll
+    for (int k = 0; k < Config::kKeys / 16; ++k) {
+      ptx::Wgmma<Element, Config::kHeadDimV>::rs(out, p + 4 * k, value + (16 * 128 >> 4) * k,
+                                                 accumulate || k > 0);
+    }
+  }
+
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kOuts; ++i) out[i] *= factor[i / 2 % 2];
+  }
+
+  // Issues both products, the second one into fresh accumulators or not. `previous` is false in the
+  // very first step: its second product multiplies zeros with whatever memory holds, and is
+  // dropped.
+  __device__ __forceinline__ void issue(bool previous, bool fresh) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.key_full[key_ring.stage()]), key_ring.parity());
+    take_turn();
+    ptx::wgmma_fence();
+    issue_scores();
+    ptx::wgmma_commit_group();
+    if (previous) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
+    }
+    ptx::wgmma_fence();
+    issue_values(!fresh);
+    ptx::wgmma_commit_group();
+    pass_turn();
+  }
+
+  __device__ __forceinline__ void release_key() {
+    warp_arrive(shared.key_empty[key_ring.stage()]);
+    key_ring.next();
+  }
+  __device__ __forceinline__ void release_value() {
+    warp_arrive(shared.value_empty[value_ring.stage()]);
+    value_ring.next();
+  }
+  __device__ __forceinline__ void release_query() {
+    warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
+  }
+
+  // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
+  __device__ __forceinline__ bool prepare(const FwdBlock<Config>& block, int tile,
+                                          float (&factor)[2]) {
+    if (params.scale.first != 1.0f) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
+    }
+    const bool left = tile < block.full_first[warpgroup];
+    if (left || tile >= block.full_end[warpgroup]) {
+      const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+      softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
+    }
+    return softmax.template follow_maximum<true>(s, params.scale, factor);
+  }
+
+  // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
+  // compile time or not.
+  // Beside the first tile of a block runs the last product of the block before, whose outputs are
+  // stored then. fresh: the second tile, whose product starts new accumulators.
+  template <typename Careful>
+  __device__ __forceinline__ void step(const FwdBlock<Config>& block, int tile, Careful careful,
+                                       bool first, bool fresh) {
+    const bool previous = !first || blocks > 0;
+    issue(previous, fresh);
+    if (first) {
+      if (previous) finish_rows(blocks - 1);
+      softmax.init();
+    }
+    ptx::wgmma_wait_group<1>();
+    if (Config::kQueryStages == 1 && tile == block.last_tile - block.tiles + 1) release_query();
+    float factor[2] = {1.0f, 1.0f};
+    bool moved = false;
+    if (careful) {
+      moved = prepare(block, tile, factor);
+    } else if (softmax.watching) [[unlikely]] {
+      moved = softmax.template follow_maximum<false>(s, params.scale, factor);
+    }
+    float tile_sum[2];
+    const bool left_range = softmax.exponentials(s, params.scale, tile_sum);
+    ptx::wgmma_wait_group<0>();
+    if (previous) release_value();
+    if (first) {
+      if (previous) store_out(blocks - 1);
+      // Padding rows are dropped; they should not look as if they left the range.
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
+      if (row >= block.rows) softmax.reference[0] = 0.0f;
+      if (row + 8 >= block.rows) softmax.reference[1] = 0.0f;
+    } else {
+      if (!careful && left_range) [[unlikely]] {
+        softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
+        moved = true;
+      }
+      if (!careful && (left_range || softmax.watching)) [[unlikely]]
+        softmax.keep_watching();
+      if (moved) scale_out(factor);
+    }
+    release_key();
+    softmax.sum[0] += tile_sum[0];
+    softmax.sum[1] += tile_sum[1];
+    pack();
+    if (first && block.value_rows < Config::kKeys) [[unlikely]]
+      clear_values(block.value_rows);
+  }
+
+  // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
+  __device__ __forceinline__ void clear_values(int rows) {
+    using Layout = typename Config::ValueLayout;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                       value_ring.parity());
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    const int thread = threadIdx.x % 128;
+    for (int i = thread; i < (Config::kKeys - rows) * 8; i += 128) {
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::st_shared_v4(value_tile() + slab * Layout::kSlabBytes + rows * 128 + 16 * i, zeros);
+      }
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(5 + warpgroup, 128);
+  }
+
+  // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
+  // needs.
+  __device__ __forceinline__ void finish_rows(int number) {
+    const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
+    const int row = 64 * warpgroup + warp_row() + fragment_row();
+    ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      inverse[h] = softmax.finish(h);
+      if (row + 8 * h >= block.rows) inverse[h] = 0.0f;
+      if (lane_id() % 4 == 0) {
+        shared.rows[row + 8 * h] = make_float2(softmax.reference[h], softmax.sum[h]);
+      }
+    }
+  }
+
+  // Two neighbouring outputs, normalised and packed. A row without keys gives 0, even if its
+  // accumulators hold 0 * infinity.
+  __device__ __forceinline__ uint32_t out_word(int i) const {
+    const int h = i / 2 % 2;
+    const uint32_t word = ptx::cvt_rn_x2<Element>(out[i] * inverse[h], out[i + 1] * inverse[h]);
+    return inverse[h] == 0.0f ? 0 : word;
+  }
+
+  // Outputs of block `number`: through shared memory, from where the storer warp takes them, or
+  // straight to global memory.
+  __device__ __forceinline__ void store_out(int number) {
+    const int slot = number % Shared::kBlockSlots;
+    if constexpr (Config::kStaged) {
+      stage_out();
+    } else {
+      store_direct(shared.blocks[slot]);
+    }
+    __syncwarp();
+    warp_arrive(shared.rows_full[warpgroup]);
+    warp_arrive(shared.block_empty[slot]);
+  }
+
+  __device__ __forceinline__ void stage_out() const {
+    using Layout = typename Config::OutLayout;
+    const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Layout::kBytes;
+    const int row = warp_row() + lane_id() % 16;
+#pragma unroll
+    for (int j = 0; j < Config::kHeadDimV / 8; j += 2) {
+      const uint32_t words[4] = {out_word(4 * j), out_word(4 * j + 2), out_word(4 * j + 4),
+                                 out_word(4 * j + 6)};
+      ptx::stmatrix_x4(tile + Layout::offset(row, j + lane_id() / 16), words);
+    }
+    ptx::fence_proxy_async_shared();
+  }
+
+  // Straight from the accumulators: four lanes that share a row exchange words so that each holds
+  // eight neighbouring columns, 16 bytes, of every 32.
+  __device__ __forceinline__ void store_direct(const FwdBlock<Config>& block) const {
+    const int lane = lane_id() % 4;
+    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+    const int heads = (1 << plan.pack_shift) - 1;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int position = (row + 8 * h) >> plan.pack_shift;
+      Element16* const target =
+          block.out +
+          (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
+          8 * lane;
+      const bool exists = position < params.query_length;
+#pragma unroll
+      for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[j] = out_word(16 * group + 4 * j + 2 * h);
+        transpose_quad(words, lane);
+        if (exists && 32 * group + 8 * lane < params.head_dim_v) {
+          *reinterpret_cast<uint4*>(target + 32 * group) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+    }
+  }
+
+  // words[j] of lane t becomes words[t] of lane j, among four lanes.
+  static __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = lane & bit;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j & bit) continue;
+        const uint32_t given = upper ? words[j] : words[j + bit];
+        const uint32_t taken = __shfl_xor_sync(0xffffffffu, given, bit);
+        if (upper) {
+          words[j] = taken;
+        } else {
+          words[j + bit] = taken;
+        }
+      }
+    }
+  }
+
+  // All key tiles of a block, from the last to the first.
+  __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
+    int tile = block.last_tile;
+    const int lowest = tile - block.tiles + 1;
+    const int clean_first = block.clean_first[warpgroup];
+    const int clean_end = block.clean_end[warpgroup];
+    bool first = true;
+    while (tile >= lowest) {
+      if constexpr (!Config::kOneBody) {
+#pragma unroll 1
+        for (; tile < clean_end && tile >= clean_first; --tile) {
+          step(block, tile, std::false_type(), false, fresh);
+          fresh = false;
+        }
+        if (tile < lowest) break;
+        step(block, tile, std::true_type(), first, fresh);
+      } else {
+        step(block, tile, tile >= clean_end || tile < clean_first, first, fresh);
+      }
+      fresh = first;
+      first = false;
+      --tile;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    bool fresh = true;
+    bool pending = false;  // the product of the last tile
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = 0;
+#pragma unroll
+    for (int i = 0; i < kOuts; ++i) out[i] = 0.0f;
+    softmax.init();
+    if (warpgroup == Config::kWarpgroups - 1) pass_turn();
+    while (true) {
+      ptx::mbarrier_wait(
+          ptx::shared_address(&shared.query_full[blocks % Config::kQueryStages][warpgroup]),
+          blocks / Config::kQueryStages % 2);
+      const FwdBlock<Config>& block = shared.blocks[blocks % Shared::kBlockSlots];
+      if (block.tiles < 0) break;
+      if (block.tiles > 0) {
+        run_block(block, fresh);
+        pending = true;
+      }
+      if (Config::kQueryStages > 1 || block.tiles == 0) release_query();
+      ++blocks;
+    }
+    if (pending) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
+      ptx::wgmma_fence();
+      issue_values(!fresh);
+      ptx::wgmma_commit_group();
+      if (plan.splits == 1) finish_rows(blocks - 1);
+      ptx::wgmma_wait_group<0>();
+      if (plan.splits == 1) store_out(blocks - 1);
+    }
+    if (warpgroup == 0) take_turn();  // the last arrival needs its partner
+    if (plan.splits > 1 && blocks > 0) {
+      combine_splits(params, plan, tiles, shared.blocks[0], out, softmax, warpgroup);
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,280 @@
+// The roles of the producer warpgroup, one warp each: planner, producer, storer.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/fwd_block.cuh"
+#include "sm90/fwd_config.cuh"
+#include "sm90/fwd_shared.cuh"
+#include "tile/copy.cuh"
+#include "tile/fragment.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm90 {
+
+// The planner warp: finds this thread block's work, and finishes rows that see no keys.
+template <typename Config>
+struct FwdPlanner {
+  using Shared = FwdShared<Config>;
+  const MhaFwdParams& params;
+  const FwdPlan& plan;
+  Shared& shared;
+
+  // Outputs 0 and lse -inf for the rows of a block that sees no keys.
+  __device__ __forceinline__ void store_empty(const BlockCoordinate& at) const {
+    const int first_row = at.row_block * Config::kRows;
+    const int rows = min(Config::kRows, (params.query_length << plan.pack_shift) - first_row);
+    const int chunks = params.head_dim_v / 8;
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) {
+      const int position = (first_row + r) >> plan.pack_shift;
+      const int head =
+          (at.head << plan.pack_shift) + ((first_row + r) & ((1 << plan.pack_shift) - 1));
+      const int64_t row = int64_t{at.batch} * params.query_length + position;
+      uint4* const out = reinterpret_cast<uint4*>(static_cast<Element16*>(params.out) +
+                                                  (row * params.heads + head) * params.head_dim_v);
+      for (int chunk = lane_id(); chunk < chunks; chunk += 32) out[chunk] = make_uint4(0, 0, 0, 0);
+      if (lane_id() == 0) {
+        params.lse[(int64_t{at.batch} * params.heads + head) * params.query_length + position] =
+            kMinusInfinity;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int groups = gridDim.x / plan.splits;
+    const int group = blockIdx.x / plan.splits;
+    RingIndex<Shared::kBlockSlots> ring;
+    // Ids in rounds of one for each thread block, every other round in reverse: with the longest
+    // blocks first that evens out the sums.
+#pragma unroll 1
+    for (int round = 0; round * groups < plan.ids; ++round) {
+      const int id = round * groups + (round % 2 == 0 ? group : groups - 1 - group);
+      if (id >= plan.ids) continue;
+      const BlockCoordinate at = block_at(plan, id);
+      if (at.batch < 0) continue;
+      ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
+      bool sees_keys = false;
+      if (lane_id() == 0) {
+        sees_keys = make_block(params, plan, at, blockIdx.x - group * plan.splits,
+                               shared.blocks[ring.stage()]);
+        if (sees_keys) {
+          ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
+        }
+      }
+      if (__any_sync(0xffffffffu, sees_keys)) {
+        ring.next();
+      } else if (plan.splits == 1 || blockIdx.x == group * plan.splits) {
+        store_empty(at);
+      }
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
+    if (lane_id() == 0) {
+      shared.blocks[ring.stage()].tiles = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
+    }
+  }
+};
+
+// The producer warp: copies tiles.
+template <typename Config>
+struct FwdProducer {
+  using Shared = FwdShared<Config>;
+  const MhaFwdParams& params;
+  const FwdPlan& plan;
+  Shared& shared;
+  uint32_t tiles;  // shared address of the first query stage
+  RingIndex<Config::kKeyStages> key_ring;
+  RingIndex<Config::kValueStages> value_ring;
+  RingIndex<Config::kQueryStages> query_ring;
+  RingIndex<Shared::kBlockSlots> block_ring;
+
+  // The lane that issues copies. Asked again each time: registers are few here.
+  static __device__ __forceinline__ bool elected() { return lane_id() == 0; }
+
+  // All slabs of one tile of keys or values.
+  template <int kRows, int kWidth>
+  __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map,
+                                            const TensorView& view, uint32_t barrier, int row,
+                                            int head, int flat_batch) const {
+    using Layout = SlabLayout<kRows, kWidth>;
+    const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan);
+    ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
+#pragma unroll
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+      ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, ptx::kEvictLast, 64 * slab,
+                       row, head, batch.inner, batch.outer);
+    }
+  }
+
+  __device__ __forceinline__ void copy_keys(int tile, int head, int batch) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[key_ring.stage()]),
+                       key_ring.parity() ^ 1);
+    if (elected()) {
+      copy_tile<Config::kKeys, Config::kHeadDim>(
+          tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes, &plan.key,
+          params.key, ptx::shared_address(&shared.key_full[key_ring.stage()]), tile * Config::kKeys,
+          head, batch);
+    }
+    key_ring.next();
+  }
+
+  __device__ __forceinline__ void copy_values(int tile, int head, int batch) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_empty[value_ring.stage()]),
+                       value_ring.parity() ^ 1);
+    if (elected()) {
+      copy_tile<Config::kKeys, Config::kHeadDimV>(
+          tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes,
+          &plan.value, params.value, ptx::shared_address(&shared.value_full[value_ring.stage()]),
+          tile * Config::kKeys, head, batch);
+    }
+    value_ring.next();
+  }
+
+  // Also tells the consumers that there is a block.
+  __device__ __forceinline__ void copy_queries(const FwdBlock<Config>& block) {
+    using Layout = typename Config::QueryLayout;
+#pragma unroll 1
+    for (int w = 0; w < Config::kWarpgroups; ++w) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[query_ring.stage()][w]),
+                         query_ring.parity() ^ 1);
+      if (elected()) {
+        const uint32_t barrier = ptx::shared_address(&shared.query_full[query_ring.stage()][w]);
+        const uint32_t target =
+            tiles + query_ring.stage() * Config::kQueryStageBytes + w * Layout::kBytes;
+        const int position = (block.first_row + 64 * w) >> plan.pack_shift;
+        const BatchCoordinate batch = batch_coordinate(params.query, block.batch, params, plan);
+        if (block.tiles <= 0) {
+          ptx::mbarrier_arrive(barrier);
+          continue;
+        }
+        ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
+#pragma unroll
+        for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+          ptx::tma_load_5d(target + slab * Layout::kSlabBytes, &plan.query, barrier,
+                           ptx::kEvictFirst, 64 * slab, block.head, position, batch.inner,
+                           batch.outer);
+        }
+      }
+    }
+    query_ring.next();
+  }
+
+  // Waits for the planner's next block.
+  __device__ __forceinline__ const FwdBlock<Config>& next_block() {
+    const int slot = block_ring.stage();
+    ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_ring.parity());
+    block_ring.next();
+    return shared.blocks[slot];
+  }
+
+  // Copies run a tile ahead of the block: the values of a block's last tile are asked for after the
+  // first keys of the next. With two query stages, the next block's queries are asked for early,
+  // though not before the copies that are waited for sooner.
+  __device__ __forceinline__ void run() {
+    constexpr bool kEarly = Config::kQueryStages > 1;
+    constexpr int kTilesBefore = 2;
+    bool pending = false;  // there is a block at work
+    int early_tile = 0;    // after which the next block's queries are asked for
+    int tile = 0;          // whose keys were copied last
+    int lowest = 0;
+    int head = 0;
+    int batch = 0;
+    const FwdBlock<Config>* next = nullptr;
+    while (true) {
+#pragma unroll 1
+      while (true) {
+        if (tile == early_tile) {
+          next = &next_block();
+          if (kEarly) copy_queries(*next);
+        }
+        if (tile == lowest) break;
+        --tile;
+        copy_keys(tile, head, batch);
+        copy_values(tile + 1, head, batch);
+      }
+      const int next_head = params.group_divisor.divide(next->head);
+      if (next->tiles > 0) copy_keys(next->last_tile, next_head, next->batch);
+      if (pending) copy_values(tile, head, batch);
+      if (!kEarly) copy_queries(*next);
+      if (next->tiles < 0) break;
+      pending = next->tiles > 0;
+      tile = next->last_tile;
+      lowest = pending ? tile - next->tiles + 1 : tile;
+      early_tile = max(lowest, tile - kTilesBefore);
+      head = next_head;
+      batch = next->batch;
+    }
+  }
+};
+
+// The storer warp: writes lse, and outputs where they are staged in shared memory.
+template <typename Config>
+struct FwdStorer {
+  using Shared = FwdShared<Config>;
+  const MhaFwdParams& params;
+  const FwdPlan& plan;
+  Shared& shared;
+  uint32_t tiles;  // shared address of the first query stage
+
+  __device__ __forceinline__ void store_lse(const FwdBlock<Config>& block, int first,
+                                            const float2* rows) const {
+    const int heads = (1 << plan.pack_shift) - 1;
+#pragma unroll 1
+    for (int r = first + lane_id(); r < first + 64; r += 32) {
+      const int row = block.first_row + r;
+      const int position = row >> plan.pack_shift;
+      if (position >= params.query_length) continue;
+      const float2 state = rows[r];
+      const float m = state.x == kMinusInfinity ? 0.0f : state.x;
+      block.lse[int64_t{row & heads} * params.query_length + position] =
+          state.y == 0.0f || r >= block.rows ? kMinusInfinity
+                                             : fmaf(m, params.scale.second, logf(state.y));
+    }
+  }
+
+  __device__ __forceinline__ void store_out(const FwdBlock<Config>& block, int w,
+                                            uint32_t tile) const {
+    using Layout = typename Config::OutLayout;
+    const int position = (block.first_row + 64 * w) >> plan.pack_shift;
+#pragma unroll
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+      ptx::tma_store_5d(&plan.out, tile + slab * Layout::kSlabBytes, 64 * slab, block.head,
+                        position, block.batch, 0);
+    }
+    ptx::tma_store_commit_group();
+  }
+
+  __device__ __forceinline__ void run() {
+    RingIndex<Shared::kBlockSlots> block_ring;
+    RingIndex<1> ring;
+    while (true) {
+      const int slot = block_ring.stage();
+      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_ring.parity());
+      const FwdBlock<Config>& block = shared.blocks[slot];
+      if (block.tiles < 0) break;
+#pragma unroll 1
+      for (int w = 0; w < Config::kWarpgroups; ++w) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared.rows_full[w]), ring.parity());
+        if (Config::kStaged && lane_id() == 0) {
+          store_out(block, w, tiles + Config::kOutOffset + w * Config::OutLayout::kBytes);
+        }
+        store_lse(block, 64 * w, shared.rows);
+        __syncwarp();
+        if (lane_id() == 0) {
+          if (Config::kStaged) ptx::tma_store_wait_read();
+          ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_empty[w]));
+        }
+      }
+      if (lane_id() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
+      block_ring.next();
+      ring.next();
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90
