@@ -40,6 +40,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
 template <typename T, int kN>
 struct Wgmma;
 
+// clang-format off: it never settles on these macros
 // Comma-separated lists of 10 k + c operands, numbered from 0.
 #define JAX_FLASH_TEN(t)                                                                           \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
@@ -118,5 +119,6 @@ JAX_FLASH_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
 JAX_FLASH_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
 JAX_FLASH_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
 JAX_FLASH_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
+// clang-format on
 
 }  // namespace jax_flash::ptx
