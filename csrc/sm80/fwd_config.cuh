@@ -1,10 +1,8 @@
 // Tile sizes of the sm_80 forward kernel and what they use of a multiprocessor.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "host/dispatch.h"
+#include "tile/element.cuh"
 #include "tile/swizzle.cuh"
 
 namespace jax_flash::sm80 {
@@ -48,17 +46,6 @@ constexpr FwdTiles narrow_tiles(FwdTiles tiles) {
   tiles.keys = 32;
   return tiles;
 }
-
-template <ElementType kType>
-struct ElementOf;
-template <>
-struct ElementOf<ElementType::kBf16> {
-  using Type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<ElementType::kF16> {
-  using Type = __half;
-};
 
 // kWideArg: the rows of all operands start at multiples of 16 bytes.
 template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, FwdTiles kTiles>

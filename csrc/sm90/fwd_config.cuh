@@ -1,11 +1,8 @@
 // Tile sizes of the sm_90 forward kernel and what they use of a multiprocessor.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "host/dispatch.h"
-#include "host/params.h"
+#include "tile/element.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -34,17 +31,6 @@ template <>
 inline constexpr FwdTiles kFwdTiles<192, 192>{2, 112, 1, 2, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<256, 256>{2, 64, 1, 3, 2};
-
-template <ElementType kType>
-struct ElementOf;
-template <>
-struct ElementOf<ElementType::kBf16> {
-  using Type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<ElementType::kF16> {
-  using Type = __half;
-};
 
 // A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
 // bytes, 16-byte chunks of a row XORed with the row's low three bits.
