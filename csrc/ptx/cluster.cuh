@@ -20,11 +20,6 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Into this thread block's memory.
-__device__ __forceinline__ void st_shared_v2(uint32_t address, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
 // Address in thread block `rank` of what lies at `shared` in this one.
 __device__ __forceinline__ uint32_t mapa(uint32_t shared, int rank) {
   uint32_t address;

@@ -285,7 +285,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
   constexpr int kStages = Config::kStages;
   const int warp_id = threadIdx.x / 32;
   const int warp_offset = warp_id * Config::kWarpRows;
-  const BlockCoordinate at = block_coordinate(params, blockIdx.x);
+  const BlockCoordinate at = block_coordinate(params);
   if (at.batch < 0) return false;
   const int block_row = at.row_block * Config::kRows;
   const int warp_row = block_row + warp_offset;

@@ -1,5 +1,5 @@
 // A block of work: kRows queries of one head, or of the heads that share a key head, and the key
-// tiles that they see. The producer writes it to shared memory, the consumers read it there.
+// tiles that they see. The planner writes it to shared memory, the other roles read it there.
 //
 // Packed rows: where queries are short, the query heads of one key head are rows of the same tile;
 // row r is position r >> pack_shift of head first_head + r % (1 << pack_shift).

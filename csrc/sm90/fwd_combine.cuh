@@ -10,6 +10,7 @@
 #include "host/params.h"
 #include "ptx/cluster.cuh"
 #include "ptx/math.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
@@ -118,7 +119,7 @@ __device__ __forceinline__ void add_partials(const MhaFwdParams& params, const F
     const bool empty = sum == 0.0f || position >= block.mask.query_length;
     if (piece == 0) {
       block.lse[head * params.query_length + position] =
-          empty ? kMinusInfinity : fmaf(reference, params.scale.second, logf(sum));
+          empty ? kMinusInfinity : natural_lse(reference, sum, params.scale);
     }
     uint2 words = make_uint2(0, 0);
     if (!empty) {

@@ -232,8 +232,7 @@ struct FwdStorer {
       const float2 state = rows[r];
       const float m = state.x == kMinusInfinity ? 0.0f : state.x;
       block.lse[int64_t{row & heads} * params.query_length + position] =
-          state.y == 0.0f || r >= block.rows ? kMinusInfinity
-                                             : fmaf(m, params.scale.second, logf(state.y));
+          r >= block.rows ? kMinusInfinity : natural_lse(m, state.y, params.scale);
     }
   }
 

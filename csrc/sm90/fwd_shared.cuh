@@ -49,8 +49,8 @@ struct FwdShared {
 
   uint64_t query_full[Config::kQueryStages][Config::kWarpgroups];
   uint64_t query_empty[Config::kQueryStages][Config::kWarpgroups];
-  uint64_t
-      rows_full[Config::kWarpgroups];  // finished rows, and their outputs where these are staged
+  // Finished rows, and their outputs where these are staged.
+  uint64_t rows_full[Config::kWarpgroups];
   uint64_t rows_empty[Config::kWarpgroups];
   uint64_t key_full[Config::kKeyStages];
   uint64_t key_empty[Config::kKeyStages];

@@ -35,12 +35,10 @@ inline int64_t most_keys_seen(const MhaFwdParams& params, int rows) {
 // 1, 2, 4 or 8 thread blocks (a cluster) for each block of `rows` queries and tiles of `keys` keys.
 // A function of one batch element's shapes: results do not depend on the size of the batch, nor on
 // values of lengths. So a large batch is split as well, and that must not cost it much.
-inline int fwd_splits(const MhaFwdParams& params, int64_t blocks_of_one_batch, int rows, int keys,
-                      int multiprocessors = kSplitMultiprocessors) {
+inline int fwd_splits(const MhaFwdParams& params, int64_t blocks_of_one_batch, int rows, int keys) {
   // Less is not worth the exchange of partial results and, in a large batch, the start of a thread
   // block.
   constexpr int64_t kTilesPerSplit = 4;
-  if (blocks_of_one_batch <= 0) return 1;
   // Prefill and training have batches, and unequal causal blocks, which persistent thread blocks
   // even out and clusters do not. Short queries on long contexts split.
   if (params.query_length > params.key_length / 4) return 1;
@@ -50,7 +48,7 @@ inline int fwd_splits(const MhaFwdParams& params, int64_t blocks_of_one_batch, i
   for (int more = 2; more <= kMaxSplits; more *= 2) {
     // A cluster lies within a processing cluster (GPC), mostly of 16 or 18 multiprocessors: larger
     // clusters than pairs leave some unused.
-    const int64_t usable = more > 2 ? multiprocessors / 16 * 16 : multiprocessors;
+    const int64_t usable = more > 2 ? kSplitMultiprocessors / 16 * 16 : kSplitMultiprocessors;
     if (blocks_of_one_batch * more > usable || tiles < kTilesPerSplit * more) break;
     splits = more;
   }

@@ -16,18 +16,18 @@ struct BlockCoordinate {
   int batch;  // flat index over all batch dims; negative where there is no work
 };
 
-__device__ __forceinline__ BlockCoordinate block_coordinate(const MhaFwdParams& params, int id) {
+__device__ __forceinline__ BlockCoordinate block_coordinate(const MhaFwdParams& params) {
   // id = (section * row_blocks + row_block) * section_heads + head in section
-  const int upper = params.section_divisor.divide(id);
+  const int upper = params.section_divisor.divide(blockIdx.x);
   const int section = params.row_blocks.divide(upper);
   const int row_block = upper - section * static_cast<int>(params.row_blocks.divisor);
   const int section_heads = params.section_divisor.divisor;
   // The heads that the last section lacks are left out of the first: the tail should be full.
-  const int flat_head = (section - upper) * section_heads + id - params.missing_heads;
+  const int flat_head = (section - upper) * section_heads + blockIdx.x - params.missing_heads;
   if (flat_head < 0) return {0, 0, -1};
   const int batch = params.head_divisor.divide(flat_head);
   return {static_cast<int>(params.row_blocks.divisor) - 1 - row_block,
-          flat_head - batch * static_cast<int>(params.head_divisor.divisor), batch};
+          flat_head - batch * params.heads, batch};
 }
 
 // Offset in elements of flat batch index `batch`, of which the last dim varies fastest.

@@ -32,6 +32,13 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Natural logarithm of a row's sum of exponentials, `sum` being relative to `reference`.
+__device__ __forceinline__ float natural_lse(float reference, float sum,
+                                             const SoftmaxScale& scale) {
+  if (sum == 0.0f) return kMinusInfinity;
+  return fmaf(reference, scale.second, logf(sum));
+}
+
 // State of 16 * kBlocks rows: per thread two rows a block (fragment_row() and + 8).
 template <int kBlocks>
 struct OnlineSoftmax {
@@ -97,9 +104,7 @@ struct OnlineSoftmax {
 
   // Natural logarithm of the sum of exponentials; call finish first.
   __device__ __forceinline__ float lse(int block, int half, const SoftmaxScale& scale) const {
-    const float total = sum[block][half];
-    if (total == 0.0f) return kMinusInfinity;
-    return fmaf(reference[block][half], scale.second, logf(total));
+    return natural_lse(reference[block][half], sum[block][half], scale);
   }
 
  private:
