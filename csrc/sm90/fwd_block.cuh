@@ -31,6 +31,7 @@ struct FwdPlan {
   int32_t ids;
   int32_t row_blocks;
   int32_t whole_sections;
+  int32_t section_turn;  // how far the thread blocks are turned from section to section
   FastDivisor section_ids;
   FastDivisor section_heads;
   FastDivisor last_heads;   // of the smaller last section
@@ -47,6 +48,8 @@ struct FwdBlock {
   int head;        // first query head
   int batch;
   RowMask mask;
+  // Per warpgroup: the tile that it visits first; it passes over those after it.
+  int start[Config::kWarpgroups];
   // Per warpgroup: tiles [first, end) are seen in full by all its rows, each of which has seen
   // some key of a tile visited before. They take no mask and no maximum.
   int clean_first[Config::kWarpgroups];
@@ -120,7 +123,15 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;
     // The first row's last key lies in the tile after `end`, or that tile was seen in full.
     const int end = none ? 0 : (core.end + Config::kKeys - 1) / Config::kKeys - 1;
-    block.clean_end[w] = min(end, block.last_tile);
+    int start = block.last_tile;
+    if constexpr (Config::kSkips) {
+      // Meanwhile the values of the block before, and of the tiles, stay.
+      const KeyInterval seen = block.mask.hull(row >> pack_shift, ((row + 63) >> pack_shift) + 1);
+      start = max(max(first_tile, end_tile - Config::kValueStages),
+                  min(start, (seen.end + Config::kKeys - 1) / Config::kKeys - 1));
+    }
+    block.start[w] = start;
+    block.clean_end[w] = min(end, start);
     // With one stage of queries, the last tile must not need them after its product.
     block.clean_first[w] =
         max(full_first, block.last_tile - block.tiles + (Config::kQueryStages == 1 ? 2 : 1));

@@ -73,6 +73,10 @@ struct FwdConfig {
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
+  // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
+  // rows of a thread block.
+  static constexpr bool kSkips = kKeys < 64 * kWarpgroups;
+
   // Outputs leave through shared memory where that has room.
   static constexpr bool kStaged = kQueryStages > 1;
 

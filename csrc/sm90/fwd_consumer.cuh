@@ -146,6 +146,25 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
+  // Lets the keys of a tile pass.
+  __device__ __forceinline__ void skip_keys() {
+    take_turn();
+    pass_turn();
+    // What was there before was released by all.
+    ptx::mbarrier_wait(ptx::shared_address(&shared.key_full[key_ring.stage()]), key_ring.parity());
+    release_key();
+  }
+
+  // Lets the values of `tiles` tiles pass.
+  __device__ __forceinline__ void skip_values(int tiles) {
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
+      release_value();
+    }
+  }
+
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
   // compile time or not.
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
@@ -173,6 +192,7 @@ struct FwdConsumer {
     ptx::wgmma_wait_group<0>();
     if (previous) release_value();
     if (first) {
+      if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
       const int row = 64 * warpgroup + warp_row() + fragment_row();
@@ -191,8 +211,9 @@ struct FwdConsumer {
     softmax.sum[0] += tile_sum[0];
     softmax.sum[1] += tile_sum[1];
     pack();
-    if (first && block.value_rows < Config::kKeys) [[unlikely]]
+    if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
       clear_values(block.value_rows);
+    }
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
@@ -245,8 +266,8 @@ struct FwdConsumer {
     } else {
       store_direct(shared.blocks[slot]);
     }
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[warpgroup]));
     __syncwarp();
-    warp_arrive(shared.rows_full[warpgroup]);
     warp_arrive(shared.block_empty[slot]);
   }
 
@@ -314,6 +335,10 @@ struct FwdConsumer {
   __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
     int tile = block.last_tile;
     const int lowest = tile - block.tiles + 1;
+    if constexpr (Config::kSkips) {
+#pragma unroll 1
+      for (const int start = block.start[warpgroup]; tile > start; --tile) skip_keys();
+    }
     const int clean_first = block.clean_first[warpgroup];
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;

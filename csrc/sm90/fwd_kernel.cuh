@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.value_full, 1);
     init(shared.key_empty, Config::kConsumerWarps);
     init(shared.value_empty, Config::kConsumerWarps);
-    init(shared.rows_full, 4);
-    init(shared.rows_empty, 1);
+    init(shared.rows_full, 128);
+    init(shared.rows_empty, 32);
     init(shared.block_full, 1);
-    init(shared.block_empty, Config::kConsumerWarps + 1);
+    init(shared.block_empty, Config::kConsumerWarps + 32 + 32);  // and the lanes of two warps
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -8,6 +8,7 @@
 #include "host/device.h"
 #include "sm90/fwd.h"
 #include "sm90/fwd_kernel.cuh"
+#include "sm90/fwd_order.h"
 #include "sm90/fwd_splits.h"
 #include "sm90/tensor_map.h"
 
@@ -25,45 +26,6 @@ inline int pack_shift(const MhaFwdParams& params, int rows) {
   return packed < apart ? shift : 0;
 }
 
-// What the number of ids in a section is rounded up to.
-inline int64_t section_multiple(const MhaFwdParams& params, const DeviceInfo& device) {
-  return params.window_right == kUnbounded ? 1 : 2 * int64_t{device.multiprocessors};
-}
-
-// Heads (or packs of them) whose blocks run side by side. With equal rows, those that share their
-// keys. Where later rows are longer, a section runs from its longest blocks to its shortest, so it
-// should fill an even number of rounds of all multiprocessors: then long and short blocks cancel. A
-// round that is not full wastes less the more rounds there are, because the last ones are short;
-// but a section with more keys than the L2 holds reads them again and again.
-inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
-                             const DeviceInfo& device) {
-  const int64_t all = params.batch * head_groups;
-  if (params.window_right == kUnbounded) {
-    return std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
-  }
-  const int64_t two_rounds = section_multiple(params, device);
-  const auto wasted = [&](int64_t heads) {
-    const int64_t blocks = heads * row_blocks;
-    const int64_t pairs = (blocks + two_rounds - 1) / two_rounds;
-    return pairs == 0 ? 0.0 : static_cast<double>(pairs * two_rounds - blocks) / pairs;
-  };
-  const double head_bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v) *
-                            params.kv_heads / head_groups;
-  int64_t best = 1;
-  double least = 1e30;
-  for (int64_t heads = 1; heads <= std::min(all, two_rounds); ++heads) {
-    double cost = (wasted(heads) * (all / heads) + wasted(all % heads)) / (all * row_blocks);
-    if (heads * head_bytes > 0.6 * device.l2_bytes) {
-      cost += std::max(0.0, 3.0 * heads / two_rounds - 0.3);
-    }
-    if (cost < least) {
-      best = heads;
-      least = cost;
-    }
-  }
-  return best;
-}
-
 template <typename Config>
 cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   FwdPlan plan{};
@@ -75,10 +37,18 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   plan.splits = fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
 
   const int64_t all = params.batch * head_groups;
-  // With splits there is one block for each cluster, in any order.
-  const int64_t section =
-      plan.splits > 1 ? all : section_heads(params, head_groups, row_blocks, device);
-  const int64_t multiple = plan.splits > 1 ? 1 : section_multiple(params, device);
+  const int64_t multiprocessors = device.multiprocessors;
+  int64_t section = all;  // with splits there is one block for each cluster, in any order
+  int64_t multiple = 1;
+  if (plan.splits == 1 && params.window_right == kUnbounded) {
+    // Equal row blocks: those that share their keys follow each other.
+    section = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
+  } else if (plan.splits == 1) {
+    section = section_heads(params, head_groups, row_blocks, Config::kRows, Config::kKeys,
+                            multiprocessors, device.l2_bytes);
+    multiple = 2 * multiprocessors;
+    plan.section_turn = static_cast<int32_t>(section_turn(multiprocessors));
+  }
   const int64_t section_ids = (section * row_blocks + multiple - 1) / multiple * multiple;
   const int64_t ids = all / section * section_ids + all % section * row_blocks;
   if (ids > std::numeric_limits<int32_t>::max() / 8) return cudaErrorInvalidConfiguration;
@@ -126,8 +96,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int64_t grid =
-      plan.splits > 1 ? ids * plan.splits : std::min<int64_t>(ids, device.multiprocessors);
+  const int64_t grid = plan.splits > 1 ? ids * plan.splits : std::min(ids, multiprocessors);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};

@@ -53,7 +53,10 @@ struct FwdPlanner {
     // blocks first that evens out the sums.
 #pragma unroll 1
     for (int round = 0; round * groups < plan.ids; ++round) {
-      const int id = round * groups + (round % 2 == 0 ? group : groups - 1 - group);
+      // A section that is turned starts a round.
+      const int turn = plan.section_ids.divide(round * groups) * plan.section_turn;
+      const int place = (group + turn) % groups;
+      const int id = round * groups + (round % 2 == 0 ? place : groups - 1 - place);
       if (id >= plan.ids) continue;
       const BlockCoordinate at = block_at(plan, id);
       if (at.batch < 0) continue;
@@ -208,6 +211,8 @@ struct FwdProducer {
       early_tile = max(lowest, tile - kTilesBefore);
       head = next_head;
       batch = next->batch;
+      // By all lanes, which have all read it: what racecheck understands.
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[next - shared.blocks]));
     }
   }
 };
@@ -263,13 +268,10 @@ struct FwdStorer {
           store_out(block, w, tiles + Config::kOutOffset + w * Config::OutLayout::kBytes);
         }
         store_lse(block, 64 * w, shared.rows);
-        __syncwarp();
-        if (lane_id() == 0) {
-          if (Config::kStaged) ptx::tma_store_wait_read();
-          ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_empty[w]));
-        }
+        if (Config::kStaged && lane_id() == 0) ptx::tma_store_wait_read();
+        ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_empty[w]));
       }
-      if (lane_id() == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
       block_ring.next();
       ring.next();
     }
