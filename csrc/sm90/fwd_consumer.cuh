@@ -165,13 +165,17 @@ struct FwdConsumer {
     }
   }
 
+  // What keeps a tile that was taken for clean from being finished at once.
+  enum class Left { kNothing, kWatchedRows, kRange };
+
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
   // compile time or not.
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
   // stored then. fresh: the second tile, whose product starts new accumulators.
+  // What is rarely needed is left to finish_rare, outside the loop.
   template <typename Careful>
-  __device__ __forceinline__ void step(const FwdBlock<Config>& block, int tile, Careful careful,
-                                       bool first, bool fresh) {
+  __device__ __forceinline__ Left step(const FwdBlock<Config>& block, int tile, Careful careful,
+                                       bool first, bool fresh, float (&tile_sum)[2]) {
     const bool previous = !first || blocks > 0;
     issue(previous, fresh);
     if (first) {
@@ -185,10 +189,18 @@ struct FwdConsumer {
     if (careful) {
       moved = prepare(block, tile, factor);
     } else if (softmax.watching) [[unlikely]] {
-      moved = softmax.template follow_maximum<false>(s, params.scale, factor);
+      ptx::wgmma_wait_group<0>();  // ptxas wants no product in flight where the loop is left
+      release_value();
+      return Left::kWatchedRows;
     }
-    float tile_sum[2];
     const bool left_range = softmax.exponentials(s, params.scale, tile_sum);
+    // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
+    // where they begin.
+    if (!careful && left_range) [[unlikely]] {
+      ptx::wgmma_wait_group<0>();
+      release_value();
+      return Left::kRange;
+    }
     ptx::wgmma_wait_group<0>();
     if (previous) release_value();
     if (first) {
@@ -198,22 +210,38 @@ struct FwdConsumer {
       const int row = 64 * warpgroup + warp_row() + fragment_row();
       if (row >= block.rows) softmax.reference[0] = 0.0f;
       if (row + 8 >= block.rows) softmax.reference[1] = 0.0f;
-    } else {
-      if (!careful && left_range) [[unlikely]] {
-        softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
-        moved = true;
-      }
-      if (!careful && (left_range || softmax.watching)) [[unlikely]]
-        softmax.keep_watching();
-      if (moved) scale_out(factor);
+    } else if (moved) {
+      scale_out(factor);
     }
+    finish_step(tile_sum);
+    if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
+      clear_values(block.value_rows);
+    }
+    return Left::kNothing;
+  }
+
+  __device__ __forceinline__ void finish_step(const float (&tile_sum)[2]) {
     release_key();
     softmax.sum[0] += tile_sum[0];
     softmax.sum[1] += tile_sum[1];
     pack();
-    if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
-      clear_values(block.value_rows);
+  }
+
+  // The rest of a step for a warp with rows that are watched, or that left the range.
+  __device__ __forceinline__ void finish_rare(Left left, float (&tile_sum)[2]) {
+    float factor[2] = {1.0f, 1.0f};
+    bool moved = false;
+    if (left == Left::kWatchedRows) {
+      moved = softmax.follow_maximum<false>(s, params.scale, factor);
+      if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
+    if (left == Left::kRange) {
+      softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale);
+      moved = true;
+    }
+    softmax.keep_watching();
+    if (moved) scale_out(factor);
+    finish_step(tile_sum);
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
@@ -342,20 +370,30 @@ struct FwdConsumer {
     const int clean_first = block.clean_first[warpgroup];
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
+    float tile_sum[2];
     while (tile >= lowest) {
-      if constexpr (!Config::kOneBody) {
+      Left left = Left::kNothing;
+      if constexpr (Config::kOneBody) {
+        left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
+        fresh = first;
+        first = false;
+      } else {
 #pragma unroll 1
         for (; tile < clean_end && tile >= clean_first; --tile) {
-          step(block, tile, std::false_type(), false, fresh);
+          left = step(block, tile, std::false_type(), false, fresh, tile_sum);
           fresh = false;
+          if (left != Left::kNothing) [[unlikely]]
+            break;
         }
-        if (tile < lowest) break;
-        step(block, tile, std::true_type(), first, fresh);
-      } else {
-        step(block, tile, tile >= clean_end || tile < clean_first, first, fresh);
+        if (left == Left::kNothing) {
+          if (tile < lowest) break;
+          step(block, tile, std::true_type(), first, fresh, tile_sum);
+          fresh = first;
+          first = false;
+        }
       }
-      fresh = first;
-      first = false;
+      if (left != Left::kNothing) [[unlikely]]
+        finish_rare(left, tile_sum);
       --tile;
     }
   }
