@@ -20,6 +20,18 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same where `arrives` holds, without a branch.
+__device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.u32 arrives, %0, 0;\n"
+      "@arrives mbarrier.arrive.shared.b64 _, [%1];\n"
+      "}" ::"r"(static_cast<uint32_t>(arrives)),
+      "r"(barrier)
+      : "memory");
+}
+
 // Arrives and adds `bytes` to what the phase waits for.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -77,6 +77,10 @@ struct FwdConfig {
   // rows of a thread block.
   static constexpr bool kSkips = kKeys < 64 * kWarpgroups;
 
+  // A warpgroup's softmax runs beside its own second product; with three warpgroups, only beside
+  // those of the others.
+  static constexpr bool kOverlaps = kWarpgroups == 2;
+
   // Outputs leave through shared memory where that has room.
   static constexpr bool kStaged = kQueryStages > 1;
 

@@ -59,7 +59,7 @@ struct FwdConsumer {
   }
 
   static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
-    if (lane_id() == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+    ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
   }
 
   // Turns: warpgroup w issues when all 256 threads of it and its predecessor are at barrier 1 + w.
@@ -182,27 +182,31 @@ struct FwdConsumer {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
     }
-    ptx::wgmma_wait_group<1>();
+    // Uniform over the warp, and known to be.
+    const bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
+    if constexpr (Config::kOverlaps) {
+      ptx::wgmma_wait_group<1>();
+    } else {
+      finish_products(previous);
+    }
     if (Config::kQueryStages == 1 && tile == block.last_tile - block.tiles + 1) release_query();
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (careful) {
       moved = prepare(block, tile, factor);
-    } else if (softmax.watching) [[unlikely]] {
-      ptx::wgmma_wait_group<0>();  // ptxas wants no product in flight where the loop is left
-      release_value();
+    } else if (watching) [[unlikely]] {
+      // ptxas wants no product in flight where the loop is left.
+      if constexpr (Config::kOverlaps) finish_products(previous);
       return Left::kWatchedRows;
     }
     const bool left_range = softmax.exponentials(s, params.scale, tile_sum);
     // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
     // where they begin.
     if (!careful && left_range) [[unlikely]] {
-      ptx::wgmma_wait_group<0>();
-      release_value();
+      if constexpr (Config::kOverlaps) finish_products(previous);
       return Left::kRange;
     }
-    ptx::wgmma_wait_group<0>();
-    if (previous) release_value();
+    if constexpr (Config::kOverlaps) finish_products(previous);
     if (first) {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
@@ -218,6 +222,12 @@ struct FwdConsumer {
       clear_values(block.value_rows);
     }
     return Left::kNothing;
+  }
+
+  // Waits for both products. previous: the second one was that of a tile.
+  __device__ __forceinline__ void finish_products(bool previous) {
+    ptx::wgmma_wait_group<0>();
+    if (previous) release_value();
   }
 
   __device__ __forceinline__ void finish_step(const float (&tile_sum)[2]) {

@@ -1,6 +1,6 @@
 """Everything here needs an NVIDIA GPU and the compiled kernels.
 
-PYTHONPATH=.gpu pytest tests/gpu -n 12 --dist worksteal
+PYTHONPATH=.gpu pytest tests/gpu -n 6 --dist worksteal
 JAX_FLASH_FORCE_SM80=1 PYTHONPATH=.gpu pytest tests/gpu   # the other family on Hopper
 """
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 # and the cores.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
