@@ -75,7 +75,12 @@ def mha(
         keys, clamped to [0, S].
       dropout_rate: only 0.0 for now.
       dropout_key: unused while dropout_rate is 0.0.
-      deterministic: ask for bitwise reproducible gradients.
+      deterministic: ask for bitwise reproducible gradients from the kernels.
+        XLA's `--xla_gpu_deterministic_ops=true` or
+        `--xla_gpu_exclude_nondeterministic_ops=true` in the environment variable
+        XLA_FLAGS does the same for every call lowered while it is set; options given to
+        one compilation (`jax.jit(compiler_options=...)`) are not seen. The jnp path has
+        one way to compute gradients, as reproducible as XLA's matrix products.
       precision: None, or "highest" for float32-faithful products.
       return_lse: also return the log-sum-exp of the logits.
       implementation: None for the first backend that supports the call on the platform

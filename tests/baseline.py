@@ -3,6 +3,7 @@
 `attention` is what XLA makes of attention with 16-bit inputs: products of the inputs
 accumulated in float32, softmax in float32, weights rounded to the dtype of the inputs.
 A result is accurate enough if its error against float64 is at most twice this one's.
+`gradients` is the same for the backward.
 """
 
 from typing import Any
@@ -44,6 +45,55 @@ def attention(
         p = jax.nn.softmax(jnp.where(ok, s, -1e30), axis=-1)
         p = jnp.where(ok, p, 0).astype(query.dtype)
         return jnp.einsum("bnts,bsnh->btnh", p, values, precision=precision)
+
+
+def gradients(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    dout: np.ndarray,
+    dlse: np.ndarray | None = None,
+    **given: Any,
+) -> dict[str, np.ndarray]:
+    """The textbook backward from the output, in NumPy: no program for each shape.
+
+    Sums and exponentials in float32; output, weights and `dout @ value^T` rounded to
+    the dtype of the inputs, as products of 16-bit operands are. Without padding.
+    """
+    groups, dtype = query.shape[2] // key.shape[2], query.dtype
+    ok = oracle.allowed(
+        (query.shape[0], query.shape[2], query.shape[1], key.shape[1]), given
+    )
+    scale = given.get("scale")
+    scale = np.float32(query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(np.float32)
+
+    def by_head(x: np.ndarray) -> np.ndarray:  # [B, N, T or S, width]
+        x = x.astype(np.float32).transpose(0, 2, 1, 3)
+        return np.repeat(x, query.shape[2] // x.shape[1], axis=1)
+
+    def by_group(x: np.ndarray) -> np.ndarray:
+        batch, heads, *rest = x.shape
+        x = x.reshape(batch, heads // groups, groups, *rest).sum(2)
+        return x.transpose(0, 2, 1, 3).astype(dtype)
+
+    q, k, v, do = map(by_head, (query, key, value, dout))
+    s = np.where(ok, q @ k.swapaxes(2, 3) * scale, -np.inf)
+    top = s.max(-1, keepdims=True, initial=-np.inf)
+    e = np.exp(s - np.where(np.isfinite(top), top, 0))
+    total = e.sum(-1, keepdims=True)
+    p = e / np.where(total == 0, 1, total)
+    delta = (rounded(rounded(p) @ v) * do).sum(-1, keepdims=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None]
+    ds = scale * (p * (rounded(do @ v.swapaxes(2, 3)) - delta))
+    return {
+        "query": (ds @ k).transpose(0, 2, 1, 3).astype(dtype),
+        "key": by_group(ds.swapaxes(2, 3) @ q),
+        "value": by_group(rounded(p).swapaxes(2, 3) @ do),
+    }
 
 
 def assert_accurate(

@@ -123,6 +123,18 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
     assert fault.endswith("['HGMMA.64x112x16.F32.BF16', 'HGMMA.64x128x16.F32.BF16']")
 
 
+def test_matrix_instructions_of_the_backward() -> None:
+    name = (
+        "_ZN9jax_flash4sm9014mha_bwd_kernelINS0_9BwdConfigILNS_11ElementTypeE1ELi128E"
+        "Lb0EEEEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
+    )
+    right = {"HGMMA.64x64x16.F32", "HGMMA.64x128x16.F32"}
+    others = check_build.judge_hgmma({})
+    assert set(check_build.judge_hgmma({name: right})) < set(others)
+    fault = check_build.judge_hgmma({name: right | {"HGMMA.64x32x16.F32"}})[0]
+    assert fault.startswith("bwd_f16_128x128: ['HGMMA.64x128x16.F32', 'HGMMA.64x32x16")
+
+
 def test_missing_matrix_instructions() -> None:
     faults = check_build.judge_hgmma({name(0, 64, 64, 128): set()})
     assert "fwd_bf16_64x64: [], expected" in faults[0]

@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jax_flash._src import registry
 
-KERNEL_CHECK = export.DisabledSafetyCheck.custom_call(registry.FORWARD_TARGET)
+KERNEL_CHECKS = [
+    export.DisabledSafetyCheck.custom_call(target)
+    for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET)
+]
 
 
 def train_step(f):
@@ -38,7 +41,7 @@ def test_train_step_round_trip() -> None:
 def test_for_cpu_and_cuda(kernels: None) -> None:
     args = [x.astype(jnp.bfloat16) for x in qkv()]
     exported = export.export(
-        jax.jit(flash), platforms=("cpu", "cuda"), disabled_checks=[KERNEL_CHECK]
+        jax.jit(flash), platforms=("cpu", "cuda"), disabled_checks=KERNEL_CHECKS
     )(*args)
     assert registry.FORWARD_TARGET in exported.mlir_module()
     loaded = export.deserialize(exported.serialize())
@@ -60,7 +63,7 @@ def test_symbolic_batch(kernels: None, platforms: tuple[str, ...]) -> None:
     exported = export.export(
         jax.jit(lambda *a: flash(*a, is_causal=True)),
         platforms=platforms,
-        disabled_checks=[KERNEL_CHECK],
+        disabled_checks=KERNEL_CHECKS,
     )(*shapes)
     loaded = export.deserialize(exported.serialize())
     for count in (1, 4):
@@ -74,6 +77,30 @@ def test_symbolic_gradient() -> None:
     exported = export.export(jax.jit(jax.grad(loss(flash), (0, 1, 2))))(*shapes)
     loaded = export.deserialize(exported.serialize())
     assert_close(loaded.call(*qkv()), jax.grad(loss(dense), (0, 1, 2))(*qkv()))
+
+
+def test_symbolic_gradient_for_cpu_and_cuda(kernels: None) -> None:
+    """The workspace and the sums over examples have symbolic sizes, too."""
+    batch, rows = export.symbolic_shape("b, t")
+    args = [x.astype(jnp.bfloat16) for x in qkv()]
+    shapes = [
+        jax.ShapeDtypeStruct((batch, 4, rows, *args[0].shape[2:]), jnp.bfloat16),
+        *(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in args[1:]),
+    ]
+
+    def total(query, key, value):
+        out, _ = jax.vmap(flash, (0, None, None))(query, key, value)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    exported = export.export(
+        jax.jit(jax.grad(total, (0, 1, 2))),
+        platforms=("cpu", "cuda"),
+        disabled_checks=KERNEL_CHECKS,
+    )(*shapes)
+    assert registry.BACKWARD_TARGET in exported.mlir_module()
+    loaded = export.deserialize(exported.serialize())
+    some = jnp.stack([args[0], -args[0]])[:, :, :5], *args[1:]
+    assert_close(loaded.call(*some), jax.grad(total, (0, 1, 2))(*some), 1e-2)
 
 
 def test_symbolic_lengths() -> None:

@@ -1,19 +1,26 @@
-"""A CPU stand-in for the kernel, to see what XLA compiles around the call.
+"""CPU stand-ins for the kernels, to see what XLA makes of all around their calls.
 
 XLA assigns layouts in the same way on every platform, so a program compiled for the CPU
 with the kernel's custom call in it shows whether query, key and value reach the kernel
-without a transpose or copy. The stand-in computes nothing; it is compiled, not run.
+without a transpose or copy. That stand-in computes nothing; it is compiled, not run.
+
+`emulated_backward` runs: in place of the call it puts jnp operations, which know no
+more than operands, results and attributes of the call.
 """
 
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flash._src import inner, registry
+from jax_flash._src import inner, reference_grad, registry
+from jax_flash._src.config import OPERANDS, AttentionConfig, Backward
 
 METADATA_EXTENSION = 1
 OLDEST_MINOR_VERSION = 3
@@ -63,18 +70,87 @@ def _handler(frame: "ctypes._Pointer[_CallFrame]") -> None:
 @functools.cache
 def _register() -> None:
     capsule = jax.ffi.pycapsule(_handler)
-    jax.ffi.register_ffi_target(registry.FORWARD_TARGET, capsule, platform="cpu")
+    for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET):
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+
+
+@contextlib.contextmanager
+def _lowered_as_on_cuda() -> Iterator[None]:
+    jax.clear_caches()
+    mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
+    mlir.register_lowering(inner.backward_i, inner._backward_cuda, platform="cpu")
+    try:
+        with registry.assume_kernels():
+            yield
+    finally:
+        mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
+        mlir.register_lowering(
+            inner.backward_i, inner._backward_default, platform="cpu"
+        )
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to the stand-in."""
     _register()
-    jax.clear_caches()
-    mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
-    try:
-        with registry.assume_kernels():
-            yield
-    finally:
+    with _lowered_as_on_cuda():
+        yield
+
+
+@contextlib.contextmanager
+def emulated_backward() -> Iterator[None]:
+    """The CPU lowers the backward as CUDA does, to jnp operations for the call."""
+    with (
+        _lowered_as_on_cuda(),
+        mock.patch.object(jax.ffi, "ffi_call", _emulation),
+    ):
         mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
-        jax.clear_caches()
+        yield
+
+
+def _emulation(
+    target: str, results: Sequence[jax.ShapeDtypeStruct], *, input_layouts: Any
+) -> Callable:
+    """`jax.ffi.ffi_call` for the backward's target."""
+    assert target == registry.BACKWARD_TARGET
+
+    def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
+        lengths = tuple(
+            name
+            for name, given in (
+                ("query_seq_lengths", attributes["has_query_lengths"]),
+                ("key_value_seq_lengths", attributes["has_kv_lengths"]),
+            )
+            if given
+        )
+        cotangents = ("dout", "dlse") if attributes["has_dlse"] else ("dout",)
+        names = (*OPERANDS[:3], "out", "lse", *cotangents, *lengths)
+        given = dict(zip(names, operands, strict=True))
+        assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
+        batch = results[0].shape[:-3]
+        for name in ("out", "lse", *cotangents):
+            assert given[name].shape[: len(batch)] == batch, name
+        config = AttentionConfig(
+            scale=float(attributes["scale"]),
+            window_left=int(attributes["window_left"]),
+            window_right=int(attributes["window_right"]),
+            bottom_right=attributes["bottom_right"],
+            present=OPERANDS[:3] + lengths,
+        )
+        wide = {
+            name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for name, x in given.items()
+        }
+        gradients = reference_grad.backward(
+            *(wide[name] for name in (*config.present, "out", "lse", *cotangents)),
+            config=config,
+            backward=Backward(OPERANDS[:3], ((),) * 3, attributes["has_dlse"]),
+        )
+        workspace = jnp.full(results[3].shape, jnp.nan, results[3].dtype)
+        return [
+            *(x.astype(r.dtype) for x, r in zip(gradients, results, strict=False)),
+            workspace,
+        ]
+
+    return run

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import baseline
 import chex
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,46 @@ def test_table_against_float64(spec: specs.Spec) -> None:
         largest = max(1.0, np.abs(expected[name]).max(initial=0))
         error = np.abs(np.asarray(x, np.float64) - expected[name]).max(initial=0)
         assert error <= tolerance * largest, name
+
+
+WITH_ERRORS = [s for s in specs.CPU_TABLE if s.dtype != "float32"]
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("spec", WITH_ERRORS, ids=str)
+def test_sixteen_bits_against_the_baseline(spec: specs.Spec, with_lse: bool) -> None:
+    """The bound that the kernels are held to, and that it is one."""
+    arrays = spec.arrays()
+    dtype = arrays[0].dtype
+    step = float(jnp.finfo(dtype).eps)
+    lse = jax_flash.mha(*map(jnp.asarray, arrays), **spec.options, return_lse=True)[1]
+    empty = np.isneginf(lse)
+    dout = np.asarray(normal(*spec.shapes[0][:-1], spec.widths[1])).astype(dtype)
+    np.moveaxis(dout, 1, 2)[empty] = 0
+    dlse = np.where(empty, np.float32(0), normal(*lse.shape)) if with_lse else None
+
+    def f(*arrays):
+        out, lse = jax_flash.mha(*arrays, **spec.options, return_lse=True)
+        return (out, lse) if with_lse else out
+
+    cotangents = jax.tree.map(jnp.asarray, (dout, dlse) if with_lse else dout)
+    got = jax.vjp(f, *map(jnp.asarray, arrays))[1](cotangents)
+    query, key, value = (x.astype(np.float64) for x in arrays)
+    query, key, value = (
+        x.astype(dtype) for x in oracle.without_padding(query, key, value, spec.options)
+    )
+    expected = oracle.gradients(query, key, value, dout, dlse, **spec.options)
+    plain = baseline.gradients(query, key, value, dout, dlse, **spec.options)
+    for name, x in zip(("query", "key", "value"), got, strict=True):
+        chex.assert_type(plain[name], dtype)
+        baseline.assert_within(x, plain[name], expected[name], step=step, extra=1e-4)
+        # The baseline is right to a few roundings, and what is off by more is found.
+        largest = np.abs(expected[name]).max()
+        error = np.abs(plain[name].astype(np.float64) - expected[name]).max()
+        assert error <= 4 * step * largest, name
+        wrong = (1 + 8 * step) * expected[name]
+        with pytest.raises(AssertionError):
+            baseline.assert_within(wrong, plain[name], expected[name], step=step)
 
 
 def test_float64_gradients() -> None:

@@ -128,6 +128,12 @@ def cuda_text(f: Callable, *args: Any) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def call_of(target: str, text: str) -> str:
+    """The one line of StableHLO that calls an FFI target."""
+    (line,) = (line for line in text.splitlines() if f"@{target}(" in line)
+    return line
+
+
 def kernel_calls(f: Callable, *args: Any, target: str = "jax_flash_mha_fwd") -> int:
     """How often a kernel is called when f, lowered for CUDA, runs.
 
@@ -146,6 +152,28 @@ def kernel_calls(f: Callable, *args: Any, target: str = "jax_flash_mha_fwd") -> 
         return text.count(f"@{target}(") + sum(map(count, called))
 
     return count("main")
+
+
+def moved_data(text: str | None) -> list[str]:
+    """Lines of compiled HLO that move data: copies, and transposes that are no bitcast.
+
+    A transpose is a bitcast if the elements lie in the same order before and after,
+    which the layouts (dimensions minor to major, in braces) tell.
+    """
+    assert text is not None
+    shape = r"%([\w.-]+) = \w+\[[\d,]*\]\{([\d,]*)\}"
+    layouts = {
+        name: [int(n) for n in layout.split(",") if n]
+        for name, layout in re.findall(shape, text)
+    }
+    moved = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line)]
+    pattern = rf"{shape} transpose\(%([\w.-]+)\), dimensions=\{{([\d,]*)\}}"
+    for match in re.finditer(pattern, text):
+        name, _, source, dimensions = match.groups()
+        dims = [int(n) for n in dimensions.split(",")]
+        if [dims[n] for n in layouts[name]] != layouts[source]:
+            moved.append(match.group(0))
+    return moved
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KEY_LENGTHS, QUERY_LENGTHS, cuda_text, flash, kernel_calls, normal
+from helpers import (
+    KEY_LENGTHS,
+    QUERY_LENGTHS,
+    call_of,
+    cuda_text,
+    flash,
+    kernel_calls,
+    moved_data,
+    normal,
+)
 
 import jax_flash
 from jax_flash._src import plan, registry
@@ -21,10 +30,7 @@ def inputs(dtype: str = "bfloat16") -> list[jax.Array]:
 
 
 def the_call(text: str) -> str:
-    (line,) = (
-        line for line in text.splitlines() if f"@{registry.FORWARD_TARGET}(" in line
-    )
-    return line
+    return call_of(registry.FORWARD_TARGET, text)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -119,28 +125,6 @@ def test_layout_of_a_mapped_axis(kernels: None, axis: int) -> None:
     assert layouts.group(1).startswith(f"dense<{order[::-1]}>")
 
 
-def moved_data(text: str | None) -> list[str]:
-    """Lines of compiled HLO that move data: copies, and transposes that are no bitcast.
-
-    A transpose is a bitcast if the elements lie in the same order before and after,
-    which the layouts (dimensions minor to major, in braces) tell.
-    """
-    assert text is not None
-    shape = r"%([\w.-]+) = \w+\[[\d,]*\]\{([\d,]*)\}"
-    layouts = {
-        name: [int(n) for n in layout.split(",") if n]
-        for name, layout in re.findall(shape, text)
-    }
-    moved = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line)]
-    pattern = rf"{shape} transpose\(%([\w.-]+)\), dimensions=\{{([\d,]*)\}}"
-    for match in re.finditer(pattern, text):
-        name, _, source, dimensions = match.groups()
-        dims = [int(n) for n in dimensions.split(",")]
-        if [dims[n] for n in layouts[name]] != layouts[source]:
-            moved.append(match.group(0))
-    return moved
-
-
 AXES = [a for a in itertools.product((None, 0, 1, 2, 3), repeat=2) if a != (None, None)]
 
 
@@ -220,10 +204,3 @@ def test_too_many_batch_dimensions(kernels: None) -> None:
         strict = jax.vmap(strict, (0, None, None))
     with pytest.raises(NotImplementedError, match="at most 8 batch dimensions"):
         cuda_text(strict, query, *args[1:])
-
-
-def test_backward_lowers_for_cuda(kernels: None) -> None:
-    def f(*a):
-        return flash(*a, is_causal=True)[0].astype(jnp.float32).sum()
-
-    assert kernel_calls(jax.value_and_grad(f, (0, 1, 2)), *inputs()) == 1

@@ -44,7 +44,11 @@ def test_no_duplicates() -> None:
 def test_instantiation_files() -> None:
     files = {path.relative_to(SOURCES) for path in SOURCES.glob("*/inst/*.cu")}
     names = {
-        pathlib.Path(k.family, "inst", f"fwd_{k.dtype}_{k.head_dim}x{k.head_dim_v}.cu")
+        pathlib.Path(
+            k.family,
+            "inst",
+            f"{k.op.removeprefix('mha_')}_{k.dtype}_{k.head_dim}x{k.head_dim_v}.cu",
+        )
         for k in plan.KERNELS
     }
     assert files == names
@@ -55,7 +59,8 @@ def test_extension(built: Any) -> None:
     assert len(built.kernels()) == len(rows())
 
 
-def test_extension_chooses_alike(built: Any) -> None:
+@pytest.mark.parametrize("op", plan.HEAD_DIMS)
+def test_extension_chooses_alike(op: str, built: Any) -> None:
     widths = (1, 8, 30, 32, 33, 64, 65, 72, 80, 96, 120, 128, 136, 192, 200, 256, 257)
     for (
         head_dim,
@@ -67,7 +72,8 @@ def test_extension_chooses_alike(built: Any) -> None:
     ) in itertools.product(
         widths, widths, plan.DTYPES, (75, HOPPER, *OTHERS), (1, 2, 3), (False, True)
     ):
-        want = plan.forward_kernel(
+        want = plan.choose(
+            op,
             dtype,
             head_dim,
             head_dim_v,
@@ -76,6 +82,7 @@ def test_extension_chooses_alike(built: Any) -> None:
             force_sm80=forced,
         )
         got = built.choose_kernel(
+            op,
             plan.DTYPES[dtype],
             head_dim,
             head_dim_v,
@@ -110,8 +117,20 @@ def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> N
         "compute_capability": HOPPER,
         "force_sm80": False,
     }
-    kernel = built.choose_kernel("bf16", 128, 128, **facts | change)
+    kernel = built.choose_kernel("mha_fwd", "bf16", 128, 128, **facts | change)
     assert kernel == ("mha_fwd", family, "bf16", 128, 128)
+    kernel = built.choose_kernel("mha_bwd", "bf16", 128, 128, **facts | change)
+    available = family if family in plan.HEAD_DIMS["mha_bwd"] else "sm80"
+    assert kernel == ("mha_bwd", available, "bf16", 128, 128)
+
+
+def test_extension_knows_its_operations(built: Any) -> None:
+    """Every target is registered, and nothing is chosen for another name."""
+    targets = {registry.FORWARD_TARGET, registry.BACKWARD_TARGET}
+    assert set(built.registrations()) == targets
+    facts = {"key_length": 1, "batch_dims": 1, "alignment": 16}
+    facts |= {"compute_capability": 80, "force_sm80": False}
+    assert built.choose_kernel("mha", "bf16", 64, 64, **facts) is None
 
 
 @pytest.mark.parametrize(
@@ -153,6 +172,95 @@ def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> No
         assert widths_of(kernel) == expected
     assert plan.forward_kernel("float32", *widths, 80) is None
     assert plan.forward_kernel("bfloat16", *widths, 75) is None
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ((1, 1), (64, 64)),
+        ((64, 64), (64, 64)),
+        ((65, 8), (96, 96)),
+        ((8, 65), (96, 96)),
+        ((97, 97), (128, 128)),
+        ((192, 128), (192, 192)),
+        ((129, 192), (192, 192)),
+        ((8, 193), (256, 256)),
+        ((256, 256), (256, 256)),
+        ((257, 8), None),
+        ((8, 257), None),
+    ],
+)
+def test_choice_of_the_backward(
+    widths: tuple[int, int], expected: tuple[int, int] | None
+) -> None:
+    for dtype, capability in itertools.product(plan.DTYPES, OTHERS):
+        kernel = plan.backward_kernel(dtype, *widths, capability)
+        assert widths_of(kernel) == expected
+    assert plan.backward_kernel("float32", *widths, 80) is None
+    assert plan.backward_kernel("bfloat16", *widths, 75) is None
+
+
+@pytest.mark.parametrize("op", plan.HEAD_DIMS)
+def test_missing_kernel(op: str) -> None:
+    def missing(
+        head_dim: int, head_dim_v: int, built: Any = plan.KERNELS
+    ) -> str | None:
+        return plan.missing_kernel(op, "bfloat16", head_dim, head_dim_v, built)
+
+    for widths in itertools.product((1, 64, 72, 128, 200, 256), repeat=2):
+        assert missing(*widths) is None
+    assert missing(257, 8) == (
+        "H=257 and Hv=8 of query and value: the kernels take widths of at most 256"
+    )
+    for kernel in plan.KERNELS:
+        widths = kernel.head_dim, kernel.head_dim_v
+        rest = [k for k in plan.KERNELS if k != kernel]
+        needed = kernel in (plan.choose(op, "bfloat16", *widths, c) for c in (80, 90))
+        assert (missing(*widths, built=rest) is not None) == needed
+    # A kernel of the other operation is none.
+    others = [k for k in plan.KERNELS if k.op != op]
+    assert "is not among the kernels that were built" in str(
+        missing(64, 64, built=others)
+    )
+
+
+def workspace_of(kernel: plan.Kernel, batch: int, heads: int, query_length: int) -> int:
+    """What `csrc/host/params.h` lists: a sum, two rows and turns, all padded."""
+    rows = -(-query_length // 128) * 128
+    sums = batch * heads * rows * kernel.head_dim
+    return sums + 2 * batch * heads * rows + batch * heads * (rows // 64)
+
+
+@pytest.mark.parametrize("query_length", [1, 127, 128, 129, 4097])
+@pytest.mark.parametrize("widths", [(1, 1), (64, 64), (72, 40), (128, 36), (192, 250)])
+def test_workspace_suffices_everywhere(
+    query_length: int, widths: tuple[int, int]
+) -> None:
+    sizes = [
+        workspace_of(kernel, 3, 5, query_length)
+        for capability, batch_dims, forced in itertools.product(
+            (HOPPER, *OTHERS), (1, 3), (False, True)
+        )
+        if (
+            kernel := plan.backward_kernel(
+                "bfloat16",
+                *widths,
+                capability,
+                batch_dims=batch_dims,
+                force_sm80=forced,
+            )
+        )
+    ]
+    got = plan.backward_workspace(3, 5, query_length, "bfloat16", *widths)
+    assert got == max(sizes)
+
+
+def test_workspace_of_a_wider_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family with fewer widths pads to wider ones, which the size must allow for."""
+    wide = plan.Kernel("mha_bwd", "sm90", "bf16", 128, 128)
+    monkeypatch.setattr(plan, "KERNELS", (wide, *plan.KERNELS))
+    got = plan.backward_workspace(2, 3, 100, "bfloat16", 32, 32)
+    assert got == workspace_of(wide, 2, 3, 100)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +316,8 @@ def test_merged_batch_dims(batches: list[tuple[int, ...]], expected: int) -> Non
 
 def test_the_shape_table_reaches_every_kernel() -> None:
     reached = {
-        plan.forward_kernel(s.dtype, *s.widths, capability)
+        plan.choose(op, s.dtype, *s.widths, capability)
+        for op in plan.HEAD_DIMS
         for s in specs.GPU_TABLE
         for capability in (80, HOPPER)
     }

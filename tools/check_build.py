@@ -45,6 +45,13 @@ SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi\d+ELi(?P<keys>\d+)E"
 )
+# sm90::mha_bwd_kernel<BwdConfig<type, head_dim, deterministic>>.
+SM90_BACKWARD = re.compile(
+    r"4sm90\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE(?P<type>\d)E"
+    r"Li(?P<head_dim>\d+)E"
+)
+BACKWARD_TILES = {64: {64, 128}, 128: {64, 128}}
+"""Head width -> widths of instructions: queries of a tile, head width, dQ's 64."""
 TYPES = ("bf16", "f16")
 """Names of the values of ElementType."""
 MINIMUM_KEYS = 64
@@ -171,6 +178,13 @@ def read_sass(lines: Iterable[str]) -> dict[str, set[str]]:
     return instructions
 
 
+def differences(kernel: str, dtype: str, got: set[str], widths: set[int]) -> list[str]:
+    """The fault of a kernel whose instructions are not of these widths, or none."""
+    suffix = ".BF16" if dtype == "bf16" else ""
+    want = {f"HGMMA.64x{width}x16.F32{suffix}" for width in widths}
+    return [] if got == want else [f"{kernel}: {sorted(got)}, expected {sorted(want)}"]
+
+
 def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     """Kernels whose matrix instructions are not those their tiles ask for.
 
@@ -180,6 +194,12 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     faults = []
     seen = set()
     for name, got in instructions.items():
+        if match := SM90_BACKWARD.search(name):
+            dtype, width = TYPES[int(match["type"])], int(match["head_dim"])
+            kernel = f"bwd_{dtype}_{width}x{width}"
+            seen.add(kernel)
+            faults += differences(kernel, dtype, got, BACKWARD_TILES[width])
+            continue
         match = SM90_FORWARD.search(name)
         if match is None:
             if got:
@@ -188,10 +208,7 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
         dtype, keys = TYPES[int(match["type"])], int(match["keys"])
         kernel = f"fwd_{dtype}_{match['head_dim']}x{match['head_dim_v']}"
         seen.add(kernel)
-        suffix = ".BF16" if dtype == "bf16" else ""
-        want = {f"HGMMA.64x{n}x16.F32{suffix}" for n in (keys, match["head_dim_v"])}
-        if got != want:
-            faults.append(f"{kernel}: {sorted(got)}, expected {sorted(want)}")
+        faults += differences(kernel, dtype, got, {keys, int(match["head_dim_v"])})
         if keys < MINIMUM_KEYS:
             faults.append(f"{kernel}: tiles of {keys} keys, fewer than {MINIMUM_KEYS}")
     for path in sorted(ROOT.glob("csrc/sm90/inst/*.cu")):

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 
+#include "host/device.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_flash {
@@ -34,8 +35,30 @@ inline ffi::Error cuda_failure(const char* what, cudaError_t error) {
 
 }  // namespace jax_flash
 
+// Returns from the enclosing function with the error, if it is one.
+#define JAX_FLASH_RETURN_IF_ERROR(...)                     \
+  do {                                                     \
+    ffi::Error jax_flash_error = (__VA_ARGS__);            \
+    if (jax_flash_error.failure()) return jax_flash_error; \
+  } while (false)
+
 // Returns from the enclosing handler with the parts of the message, streamed, unless it holds.
 #define JAX_FLASH_CHECK(condition, ...)                     \
   do {                                                      \
     if (!(condition)) return invalid_argument(__VA_ARGS__); \
   } while (false)
+
+namespace jax_flash {
+
+// Facts about the current device, which must be one that kernels run on.
+inline ffi::Error supported_device(DeviceInfo* device) {
+  const cudaError_t error = current_device_info(device);
+  if (error != cudaSuccess) return cuda_failure("asking for the device", error);
+  const int capability = device->compute_capability;
+  JAX_FLASH_CHECK(capability >= 80,
+                  "the kernels need compute capability 8.0 or newer, this device has ",
+                  capability / 10, ".", capability % 10);
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_flash

@@ -6,5 +6,6 @@
 namespace jax_flash {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kMhaFwd);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kMhaBwd);
 
 }  // namespace jax_flash

@@ -46,6 +46,7 @@ class BatchDims {
   explicit BatchDims(size_t rank) : sizes_(rank, 1) {}
 
   size_t rank() const { return sizes_.size(); }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
 
   // Takes an operand's leading dims into account; false if they do not fit the others.
   bool join(ffi::Span<const int64_t> dims) {

@@ -24,6 +24,7 @@ nb::capsule encapsulate(Handler* handler) {
 nb::dict registrations() {
   nb::dict targets;
   targets["jax_flash_mha_fwd"] = encapsulate(kMhaFwd);
+  targets["jax_flash_mha_bwd"] = encapsulate(kMhaBwd);
   return targets;
 }
 
@@ -35,27 +36,39 @@ nb::dict build_info() {
   return info;
 }
 
-nb::tuple describe(const MhaFwdKernel& kernel) {
+constexpr const char* kForward = "mha_fwd";
+constexpr const char* kBackward = "mha_bwd";
+
+template <typename Params>
+nb::tuple describe(const char* op, const Kernel<Params>& kernel) {
   const char* const family = kernel.family == Family::kSm90 ? "sm90" : "sm80";
   const char* const type = kernel.type == ElementType::kBf16 ? "bf16" : "f16";
-  return nb::make_tuple("mha_fwd", family, type, kernel.head_dim, kernel.head_dim_v);
+  return nb::make_tuple(op, family, type, kernel.head_dim, kernel.head_dim_v);
+}
+
+template <typename Params>
+nb::object describe(const char* op, const Kernel<Params>* kernel) {
+  if (kernel == nullptr) return nb::none();
+  return describe(op, *kernel);
 }
 
 nb::list kernels() {
   nb::list rows;
-  for (const MhaFwdKernel& kernel : mha_fwd_kernels()) rows.append(describe(kernel));
+  for (const MhaFwdKernel& kernel : mha_fwd_kernels()) rows.append(describe(kForward, kernel));
+  for (const MhaBwdKernel& kernel : mha_bwd_kernels()) rows.append(describe(kBackward, kernel));
   return rows;
 }
 
-nb::object choose_kernel(const std::string& dtype, int head_dim, int head_dim_v, int key_length,
-                         int batch_dims, int alignment, int compute_capability, bool force_sm80) {
+nb::object choose_kernel(const std::string& op, const std::string& dtype, int head_dim,
+                         int head_dim_v, int key_length, int batch_dims, int alignment,
+                         int compute_capability, bool force_sm80) {
   if (dtype != "bf16" && dtype != "f16") return nb::none();
   const ElementType type = dtype == "bf16" ? ElementType::kBf16 : ElementType::kF16;
-  const MhaFwdKernel* const kernel =
-      choose_mha_fwd_kernel({type, head_dim, head_dim_v, key_length, batch_dims, alignment,
-                             compute_capability, force_sm80});
-  if (kernel == nullptr) return nb::none();
-  return describe(*kernel);
+  const MhaFacts facts = {type,       head_dim,  head_dim_v,         key_length,
+                          batch_dims, alignment, compute_capability, force_sm80};
+  if (op == kForward) return describe(kForward, choose_mha_fwd_kernel(facts));
+  if (op == kBackward) return describe(kBackward, choose_mha_bwd_kernel(facts));
+  return nb::none();
 }
 
 nb::tuple key_interval(int row, int query_length, int key_length, int window_left, int window_right,
@@ -73,7 +86,7 @@ NB_MODULE(_kernels, m) {
   m.def("build_info", &build_info, "What the kernels were compiled with and for.");
   m.def("kernels", &kernels,
         "Every kernel: (operation, family, dtype, head_dim, head_dim_v), widths as padded.");
-  m.def("choose_kernel", &choose_kernel, nb::arg("dtype"), nb::arg("head_dim"),
+  m.def("choose_kernel", &choose_kernel, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::kw_only(), nb::arg("key_length"), nb::arg("batch_dims"),
         nb::arg("alignment"), nb::arg("compute_capability"), nb::arg("force_sm80"),
         "The row of kernels() that runs a call with these properties, or None.");

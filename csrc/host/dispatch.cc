@@ -3,67 +3,100 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "sm80/bwd.h"
 #include "sm80/fwd.h"
+#include "sm90/bwd.h"
 #include "sm90/fwd.h"
 
 namespace jax_flash {
 namespace {
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-constexpr MhaFwdKernel sm80_entry() {
+constexpr MhaFwdKernel sm80_fwd() {
   return {Family::kSm80, kType, kHeadDim, kHeadDimV,
           sm80::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-constexpr MhaFwdKernel sm90_entry() {
+constexpr MhaFwdKernel sm90_fwd() {
   return {Family::kSm90, kType, kHeadDim, kHeadDimV,
           sm90::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaBwdKernel sm80_bwd() {
+  return {Family::kSm80, kType, kHeadDim, kHeadDimV,
+          sm80::launch_mha_bwd<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaBwdKernel sm90_bwd() {
+  return {Family::kSm90, kType, kHeadDim, kHeadDimV,
+          sm90::launch_mha_bwd<kType, kHeadDim, kHeadDimV>};
 }
 
 constexpr auto kBf16 = ElementType::kBf16;
 constexpr auto kF16 = ElementType::kF16;
 
 constexpr MhaFwdKernel kMhaFwdKernels[] = {
-    sm90_entry<kBf16, 64, 64>(),   sm90_entry<kF16, 64, 64>(),    //
-    sm90_entry<kBf16, 96, 96>(),   sm90_entry<kF16, 96, 96>(),    //
-    sm90_entry<kBf16, 128, 128>(), sm90_entry<kF16, 128, 128>(),  //
-    sm90_entry<kBf16, 192, 128>(), sm90_entry<kF16, 192, 128>(),  //
-    sm90_entry<kBf16, 192, 192>(), sm90_entry<kF16, 192, 192>(),  //
-    sm90_entry<kBf16, 256, 256>(), sm90_entry<kF16, 256, 256>(),  //
-    sm80_entry<kBf16, 32, 32>(),   sm80_entry<kF16, 32, 32>(),    //
-    sm80_entry<kBf16, 64, 64>(),   sm80_entry<kF16, 64, 64>(),    //
-    sm80_entry<kBf16, 80, 80>(),   sm80_entry<kF16, 80, 80>(),    //
-    sm80_entry<kBf16, 96, 96>(),   sm80_entry<kF16, 96, 96>(),    //
-    sm80_entry<kBf16, 128, 128>(), sm80_entry<kF16, 128, 128>(),  //
-    sm80_entry<kBf16, 192, 128>(), sm80_entry<kF16, 192, 128>(),  //
-    sm80_entry<kBf16, 192, 192>(), sm80_entry<kF16, 192, 192>(),  //
-    sm80_entry<kBf16, 256, 256>(), sm80_entry<kF16, 256, 256>(),
+    sm90_fwd<kBf16, 64, 64>(),   sm90_fwd<kF16, 64, 64>(),    //
+    sm90_fwd<kBf16, 96, 96>(),   sm90_fwd<kF16, 96, 96>(),    //
+    sm90_fwd<kBf16, 128, 128>(), sm90_fwd<kF16, 128, 128>(),  //
+    sm90_fwd<kBf16, 192, 128>(), sm90_fwd<kF16, 192, 128>(),  //
+    sm90_fwd<kBf16, 192, 192>(), sm90_fwd<kF16, 192, 192>(),  //
+    sm90_fwd<kBf16, 256, 256>(), sm90_fwd<kF16, 256, 256>(),  //
+    sm80_fwd<kBf16, 32, 32>(),   sm80_fwd<kF16, 32, 32>(),    //
+    sm80_fwd<kBf16, 64, 64>(),   sm80_fwd<kF16, 64, 64>(),    //
+    sm80_fwd<kBf16, 80, 80>(),   sm80_fwd<kF16, 80, 80>(),    //
+    sm80_fwd<kBf16, 96, 96>(),   sm80_fwd<kF16, 96, 96>(),    //
+    sm80_fwd<kBf16, 128, 128>(), sm80_fwd<kF16, 128, 128>(),  //
+    sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),  //
+    sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),  //
+    sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),
+};
+
+constexpr MhaBwdKernel kMhaBwdKernels[] = {
+    sm90_bwd<kBf16, 64, 64>(),   sm90_bwd<kF16, 64, 64>(),    //
+    sm90_bwd<kBf16, 128, 128>(), sm90_bwd<kF16, 128, 128>(),  //
+    sm80_bwd<kBf16, 64, 64>(),   sm80_bwd<kF16, 64, 64>(),    //
+    sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
+    sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //
+    sm80_bwd<kBf16, 192, 192>(), sm80_bwd<kF16, 192, 192>(),  //
+    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),
 };
 
 // The code is for sm_90a alone, and its operands are read by TMA: rows at multiples of 16 bytes, no
 // empty dim, and two of at most five dims for the batch.
-bool sm90_runs(const MhaFwdFacts& facts) {
+bool sm90_runs(const MhaFacts& facts) {
   return facts.compute_capability == 90 && !facts.force_sm80 && facts.alignment == 16 &&
          facts.head_dim % 8 == 0 && facts.head_dim_v % 8 == 0 && facts.head_dim > 0 &&
          facts.key_length > 0 && facts.batch_dims <= 2;
 }
 
-bool sm80_runs(const MhaFwdFacts& facts) { return facts.compute_capability >= 80; }
+bool sm80_runs(const MhaFacts& facts) { return facts.compute_capability >= 80; }
 
-}  // namespace
-
-std::span<const MhaFwdKernel> mha_fwd_kernels() { return kMhaFwdKernels; }
-
-const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFwdFacts& facts) {
+template <typename Params>
+const Kernel<Params>* choose(std::span<const Kernel<Params>> kernels, const MhaFacts& facts) {
   const bool runs[] = {sm80_runs(facts), sm90_runs(facts)};  // by Family
-  for (const MhaFwdKernel& kernel : kMhaFwdKernels) {
+  for (const Kernel<Params>& kernel : kernels) {
     if (runs[static_cast<int>(kernel.family)] && kernel.type == facts.type &&
         kernel.head_dim >= facts.head_dim && kernel.head_dim_v >= facts.head_dim_v) {
       return &kernel;
     }
   }
   return nullptr;
+}
+
+}  // namespace
+
+std::span<const MhaFwdKernel> mha_fwd_kernels() { return kMhaFwdKernels; }
+std::span<const MhaBwdKernel> mha_bwd_kernels() { return kMhaBwdKernels; }
+
+const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFacts& facts) {
+  return choose(mha_fwd_kernels(), facts);
+}
+const MhaBwdKernel* choose_mha_bwd_kernel(const MhaFacts& facts) {
+  return choose(mha_bwd_kernels(), facts);
 }
 
 bool force_sm80() {

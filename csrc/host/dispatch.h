@@ -14,19 +14,23 @@ enum class ElementType { kBf16, kF16 };
 enum class Family { kSm80, kSm90 };
 
 // One instantiation. Widths are what it pads to.
-struct MhaFwdKernel {
+template <typename Params>
+struct Kernel {
   Family family;
   ElementType type;
   int head_dim;
   int head_dim_v;
-  cudaError_t (*launch)(const MhaFwdParams&, const DeviceInfo&, cudaStream_t);
+  cudaError_t (*launch)(const Params&, const DeviceInfo&, cudaStream_t);
 };
+using MhaFwdKernel = Kernel<MhaFwdParams>;
+using MhaBwdKernel = Kernel<MhaBwdParams>;
 
 // Every instantiation, in the order of preference; plan.py in jax_flash/_src mirrors it.
 std::span<const MhaFwdKernel> mha_fwd_kernels();
+std::span<const MhaBwdKernel> mha_bwd_kernels();
 
 // All that the choice of a kernel depends on.
-struct MhaFwdFacts {
+struct MhaFacts {
   ElementType type;
   int head_dim;  // as called
   int head_dim_v;
@@ -38,7 +42,8 @@ struct MhaFwdFacts {
 };
 
 // The first kernel that can run the call, or null.
-const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFwdFacts& facts);
+const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFacts& facts);
+const MhaBwdKernel* choose_mha_bwd_kernel(const MhaFacts& facts);
 
 // Whether JAX_FLASH_FORCE_SM80=1 is in the environment, which is read once.
 bool force_sm80();

@@ -45,14 +45,13 @@ struct SoftmaxScale {
   }
 };
 
-struct MhaFwdParams {
+// What forward and backward have in common: the operands of attention and its mask.
+struct MhaParams {
   TensorView query;           // [batch, query_length, heads, head_dim]
   TensorView key;             // [batch, key_length, kv_heads, head_dim]
   TensorView value;           // [batch, key_length, kv_heads, head_dim_v]
   LengthsView query_lengths;  // valid queries of each sequence
   LengthsView key_lengths;    // valid keys of each sequence
-  void* out;                  // [batch, query_length, heads, head_dim_v], row-major
-  float* lse;                 // [batch, heads, query_length], row-major
 
   int32_t batch_dims;
   int32_t batch_sizes[kMaxBatchDims];
@@ -68,6 +67,11 @@ struct MhaFwdParams {
   int32_t window_left;   // -1: unbounded
   int32_t window_right;  // -1: unbounded
   bool bottom_right;     // align the last valid query with the last valid key
+};
+
+struct MhaFwdParams : MhaParams {
+  void* out;   // [batch, query_length, heads, head_dim_v], row-major
+  float* lse;  // [batch, heads, query_length], row-major
 
   // Set by the launch, for tile/schedule.cuh.
   FastDivisor head_divisor;     // heads
@@ -75,6 +79,36 @@ struct MhaFwdParams {
   FastDivisor section_divisor;  // (batch, head) pairs whose keys and values share the L2 at a time
   FastDivisor row_blocks;       // row blocks of a head
   int32_t missing_heads;        // by which batch * heads is short of whole sections
+};
+
+// Queries of a sequence are padded to whole blocks of this many in the workspace of the backward.
+inline constexpr int kBwdRowPadding = 128;
+
+struct MhaBwdParams : MhaParams {
+  float factor;  // of the logits, as called: natural logits = factor * q.k
+
+  // Row-major over the full batch: out and dout [batch, query_length, heads, head_dim_v],
+  // lse and dlse f32 [batch, heads, query_length]. dlse may be null: 0.
+  const void* out;
+  const void* dout;
+  const float* lse;
+  const float* dlse;
+
+  // Row-major over the full batch, each in the operands' type, or f32 if its flag says so.
+  void* dquery;  // [batch, query_length, heads, head_dim]
+  void* dkey;    // [batch, key_length, kv_heads, head_dim]
+  void* dvalue;  // [batch, key_length, kv_heads, head_dim_v]
+  bool f32_dquery;
+  bool f32_dkey;
+  bool f32_dvalue;
+  bool deterministic;
+
+  // Workspace, written by the kernel that runs first. Rows are padded to a multiple of
+  // kBwdRowPadding, widths to those of the kernel.
+  float* dquery_sum;  // [batch, heads, padded rows, padded width], in the order the kernel likes
+  float* row_lse;     // [batch, heads, padded rows]: log2(e) * lse; +inf in rows without keys
+  float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows
+  int32_t* turns;     // [batch, heads, padded rows / 64]: whose turn to add it is; zeroed
 };
 
 }  // namespace jax_flash

@@ -33,4 +33,19 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<__half>(float low, float high) {
   return r;
 }
 
+// The two f32 of a packed 16-bit pair.
+template <typename T>
+__device__ __forceinline__ float2 unpack_x2(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack_x2<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack_x2<__half>(uint32_t pair) {
+  return __half22float2(__halves2half2(__ushort_as_half(static_cast<unsigned short>(pair)),
+                                       __ushort_as_half(static_cast<unsigned short>(pair >> 16))));
+}
+
 }  // namespace jax_flash::ptx

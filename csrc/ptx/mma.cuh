@@ -31,6 +31,14 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&r)
                : "memory");
 }
 
+// The same with each 8x8 matrix transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
 // d += a * b, a 16x16 row-major, b 16x8 column-major, f32 accumulation.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,

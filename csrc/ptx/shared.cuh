@@ -28,4 +28,10 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ float ld_shared_f32(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 }  // namespace jax_flash::ptx

@@ -23,6 +23,16 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// Contiguous bytes, a multiple of 16, to shared memory; they count towards `barrier`.
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // The box at coordinates (c0 fastest) from shared memory; elements outside the tensor are dropped.
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0,
                                              int c1, int c2, int c3, int c4) {

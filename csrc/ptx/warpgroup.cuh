@@ -15,6 +15,18 @@ __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same where `arrives` holds for the whole warp, without a branch.
+__device__ __forceinline__ void bar_arrive_if(bool arrives, int id, int threads) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.u32 arrives, %0, 0;\n"
+      "@arrives bar.arrive %1, %2;\n"
+      "}" ::"r"(static_cast<uint32_t>(arrives)),
+      "r"(id), "r"(threads)
+      : "memory");
+}
+
 // Nothing at run time: the compiler forgets what it knows of memory, and reads it again.
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 

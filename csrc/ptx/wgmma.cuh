@@ -35,8 +35,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
   return kSwizzle128 | kRowGroup | uint64_t{leading_bytes >> 4} << 16 | (shared & 0x3ffff) >> 4;
 }
 
-// d += A B. `ss`: A from shared memory, both K-major; d is overwritten where `accumulate` is 0.
-// `rs`: A from registers, B transposed (N-major).
+// d += A B; d is overwritten where `accumulate` is 0. `ss`: A from shared memory, B K-major, A too
+// or, with kTransposed, M-major. `rs`: A from registers, B transposed (N-major).
 template <typename T, int kN>
 struct Wgmma;
 
@@ -89,14 +89,15 @@ struct Wgmma;
 #define JAX_FLASH_WGMMA(T, kType, kN, kRegs, kI0, kI1, kI2, kI3, kI4, kI5)                       \
   template <>                                                                                    \
   struct Wgmma<T, kN> {                                                                          \
+    template <int kTransposed = 0>                                                               \
     static __device__ __forceinline__ void ss(float (&d)[kN / 2], uint64_t a, uint64_t b,        \
                                               int accumulate) {                                  \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #kI2                                     \
                    ", 0;\n"                                                                      \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType            \
-                   " {" JAX_FLASH_LIST_##kRegs "}, %" #kI0 ", %" #kI1 ", p, 1, 1, 0, 0;\n}"      \
+                   " {" JAX_FLASH_LIST_##kRegs "}, %" #kI0 ", %" #kI1 ", p, 1, 1, %" #kI3 ", 0;\n}" \
                    : JAX_FLASH_REGS_##kRegs                                                      \
-                   : "l"(a), "l"(b), "r"(accumulate));                                           \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed));                         \
     }                                                                                            \
     static __device__ __forceinline__ void rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b, \
                                               int accumulate) {                                  \

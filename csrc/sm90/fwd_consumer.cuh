@@ -18,6 +18,7 @@
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
+#include "tile/quad.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -242,7 +243,7 @@ struct FwdConsumer {
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
-      moved = softmax.follow_maximum<false>(s, params.scale, factor);
+      moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
     if (left == Left::kRange) {
@@ -345,25 +346,6 @@ struct FwdConsumer {
         if (exists && 32 * group + 8 * lane < params.head_dim_v) {
           *reinterpret_cast<uint4*>(target + 32 * group) =
               make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
-  }
-
-  // words[j] of lane t becomes words[t] of lane j, among four lanes.
-  static __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j & bit) continue;
-        const uint32_t given = upper ? words[j] : words[j + bit];
-        const uint32_t taken = __shfl_xor_sync(0xffffffffu, given, bit);
-        if (upper) {
-          words[j] = taken;
-        } else {
-          words[j + bit] = taken;
         }
       }
     }

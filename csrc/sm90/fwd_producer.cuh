@@ -7,6 +7,7 @@
 #include "ptx/address.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
+#include "sm90/batch_coordinate.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_shared.cuh"
@@ -105,7 +106,7 @@ struct FwdProducer {
                                             const TensorView& view, uint32_t barrier, int row,
                                             int head, int flat_batch) const {
     using Layout = SlabLayout<kRows, kWidth>;
-    const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan);
+    const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan.inner_batch);
     ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
 #pragma unroll
     for (int slab = 0; slab < Layout::kSlabs; ++slab) {
@@ -150,7 +151,8 @@ struct FwdProducer {
         const uint32_t target =
             tiles + query_ring.stage() * Config::kQueryStageBytes + w * Layout::kBytes;
         const int position = (block.first_row + 64 * w) >> plan.pack_shift;
-        const BatchCoordinate batch = batch_coordinate(params.query, block.batch, params, plan);
+        const BatchCoordinate batch =
+            batch_coordinate(params.query, block.batch, params, plan.inner_batch);
         if (block.tiles <= 0) {
           ptx::mbarrier_arrive(barrier);
           continue;

@@ -19,7 +19,7 @@ struct TensorMapDims {
   uint32_t box_1, box_2;
 };
 
-inline cudaError_t make_tensor_map(const MhaFwdParams& params, const TensorView& view,
+inline cudaError_t make_tensor_map(const MhaParams& params, const TensorView& view,
                                    const TensorMapDims& dims, CUtensorMap* map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {

@@ -22,6 +22,12 @@ struct KeyInterval {
   int end;
 };
 
+// Query rows [first, end), of which there may be none.
+struct RowInterval {
+  int first;
+  int end;
+};
+
 inline constexpr int kUnbounded = -1;
 // Sequences are shorter than this. Also what an unbounded or larger window is cut to: it reaches
 // every key from every position, and all sums below stay within 32 bits.
@@ -51,6 +57,23 @@ struct RowMask {
     const int position = row + shift;
     const int first = min_int(max_int(position - window_left, 0), key_length);
     const int end = min_int(position + window_right + 1, key_length);
+    return {first, max_int(end, first)};
+  }
+
+  // The rows that see every key of [key_begin, key_end), which is not empty.
+  JAX_FLASH_HOST_DEVICE RowInterval rows_of_all(int key_begin, int key_end) const {
+    if (key_end > key_length) return {0, 0};
+    const int first = max_int(key_end - 1 - window_right - shift, 0);
+    const int end = min_int(key_begin - shift, query_length - 1 - window_left) + window_left + 1;
+    return {first, max_int(end, first)};
+  }
+
+  // The rows that see some key of [key_begin, key_end).
+  JAX_FLASH_HOST_DEVICE RowInterval rows(int key_begin, int key_end) const {
+    const int last = min_int(key_end, key_length) - 1;
+    if (key_begin > last) return {0, 0};
+    const int first = min_int(max_int(key_begin - window_right - shift, 0), query_length);
+    const int end = min_int(last - shift, query_length - 1 - window_left) + window_left + 1;
     return {first, max_int(end, first)};
   }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ BlockCoordinate block_coordinate(const MhaFwdParams& 
 
 // Offset in elements of flat batch index `batch`, of which the last dim varies fastest.
 __device__ __forceinline__ int64_t batch_offset(const int64_t (&strides)[kMaxBatchDims], int batch,
-                                                const MhaFwdParams& params) {
+                                                const MhaParams& params) {
   if (params.batch_dims == 1) return batch * strides[0];
   int64_t offset = 0;
 #pragma unroll 1

@@ -8,12 +8,12 @@
 namespace jax_flash {
 
 __device__ __forceinline__ int sequence_length(const LengthsView& lengths, int batch, int longest,
-                                               const MhaFwdParams& params) {
+                                               const MhaParams& params) {
   if (lengths.data == nullptr) return longest;
   return max(0, min(longest, lengths.data[batch_offset(lengths.batch_strides, batch, params)]));
 }
 
-__device__ __forceinline__ RowMask row_mask(const MhaFwdParams& params, int batch) {
+__device__ __forceinline__ RowMask row_mask(const MhaParams& params, int batch) {
   return RowMask::make(sequence_length(params.query_lengths, batch, params.query_length, params),
                        sequence_length(params.key_lengths, batch, params.key_length, params),
                        params.window_left, params.window_right, params.bottom_right);

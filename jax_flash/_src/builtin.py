@@ -21,9 +21,6 @@ KERNEL_OPERANDS = (
     "key_value_seq_lengths",
 )
 
-# Compute capabilities that choose differently; 80 stands for all but 90.
-HOPPER, OTHER = 90, 80
-
 
 def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
     """The static argument of the primitive for a call."""
@@ -38,6 +35,7 @@ def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
         bottom_right=call.causal_alignment == "bottom_right",
         softcap=call.softcap,
         precision=call.precision,
+        deterministic=call.deterministic,
         present=call.present,
         orders=(order,) * 3,
         implementations=implementations,
@@ -71,16 +69,9 @@ def cuda_supports(call: Call) -> str | None:
             f"query has {len(call.batch)} batch dimensions, the kernels take at most "
             f"{plan.MAX_BATCH_DIMS}"
         )
-    widths = f"H={call.head_dim} and Hv={call.value_dim} of query and value"
-    for capability in (HOPPER, OTHER):
-        kernel = plan.forward_kernel(
-            call.dtype, call.head_dim, call.value_dim, capability
-        )
-        if kernel is None:
-            return f"{widths}: the kernels take widths of at most 256"
-        if kernel not in extension.kernels:
-            return f"{widths}: {kernel} is not among the kernels that were built"
-    return None
+    return plan.missing_kernel(
+        "mha_fwd", call.dtype, call.head_dim, call.value_dim, extension.kernels
+    )
 
 
 def cuda_details(call: Call) -> str:
@@ -99,7 +90,7 @@ def cuda_details(call: Call) -> str:
             batch_dims=plan.merged_batch_dims(batches),
             force_sm80=registry.extension().force_sm80,
         )
-        for capability in (HOPPER, OTHER)
+        for capability in (plan.HOPPER, plan.OTHER)
     )
     if hopper == other:
         return str(other)

@@ -4,6 +4,8 @@ Everything here is public JAX today; it is gathered where a future version may d
 """
 
 import functools
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
@@ -13,6 +15,11 @@ from jax import lax
 from jax.extend.core import InconclusiveDimensionOperation
 
 Fun = TypeVar("Fun", bound=Callable)
+
+DETERMINISTIC_FLAGS = (
+    "--xla_gpu_deterministic_ops",
+    "--xla_gpu_exclude_nondeterministic_ops",
+)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -88,3 +95,22 @@ def without_mesh() -> AbstractContextManager:
     """A context in which no mesh is set: what is traced is local to one device."""
     empty = jax.sharding.AbstractMesh((), ())
     return jax.sharding.use_abstract_mesh(empty)
+
+
+def deterministic_ops() -> bool:
+    """Whether the user asked XLA for deterministic operations on GPUs.
+
+    JAX has no setting of its own, and shows a lowering neither XLA's flags nor the
+    `compiler_options` of a `jit`. What is left is the environment: `XLA_FLAGS`, or the
+    file that it names, where the last mention of a flag counts.
+    """
+    text = os.environ.get("XLA_FLAGS", "").strip()
+    if text and not text.startswith("-"):
+        path = pathlib.Path(text)
+        text = path.read_text() if path.is_file() else ""
+    on = dict.fromkeys(DETERMINISTIC_FLAGS, False)
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name in on:
+            on[name] = value.lower() in ("", "1", "true")
+    return any(on.values())

@@ -62,6 +62,8 @@ class AttentionConfig:
       bottom_right: whether the last valid query is aligned with the last valid key.
       softcap: bound of `softcap * tanh(logits / softcap)`, None = no cap.
       precision: None or "highest".
+      deterministic: whether gradients must be bitwise reproducible. The kernels sum in
+        a fixed order then; the jnp path always does, as far as XLA's operations do.
       present: the operands there are, in the order of `OPERANDS`.
       orders: for query, key and value the physical order of the dimensions, major to
         minor. A hint from `vmap`: the kernel reads that layout, so no transpose is run.
@@ -74,6 +76,7 @@ class AttentionConfig:
     bottom_right: bool = True
     softcap: float | None = None
     precision: str | None = None
+    deterministic: bool = False
     present: tuple[str, ...] = OPERANDS[:3]
     orders: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),) * 3
     implementations: tuple[str, ...] = ("xla",)

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_flash._src import avals, plan, reference, reference_grad, registry
-from jax_flash._src.config import AttentionConfig
+from jax_flash._src import avals, compat, plan, reference, reference_grad, registry
+from jax_flash._src.config import TRAILING, AttentionConfig, Backward
 
 
 def new_primitive(name: str, abstract: Callable, lowering: Callable) -> Primitive:
@@ -28,60 +29,171 @@ def new_primitive(name: str, abstract: Callable, lowering: Callable) -> Primitiv
     return primitive
 
 
-_reference_lowering = mlir.lower_fun(reference.forward, multiple_results=True)
+_forward_in_jnp = mlir.lower_fun(reference.forward, multiple_results=True)
+_backward_in_jnp = mlir.lower_fun(reference_grad.backward, multiple_results=True)
 
 
-def _forward_default(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
-    """The specification, unless the caller restricted the call to the kernels."""
+def _only_on_cuda(ctx: Any, config: AttentionConfig) -> None:
+    """Raises if the caller restricted the call to the kernels."""
     if "xla" not in config.implementations:
         raise NotImplementedError(
             f"implementation={config.implementations[0]!r} runs on platform 'cuda' "
             f"only, this computation is lowered for {ctx.module_context.platforms}"
         )
-    return _reference_lowering(ctx, *operands, config=config)
+
+
+def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
+    """Whether a call lowered for CUDA runs the kernel of `op`, or jnp.
+
+    Raises:
+      NotImplementedError: neither may.
+    """
+    query, _, value = ctx.avals_in[:3]
+    shapes = [x.shape for x in (*ctx.avals_in, *ctx.avals_out)]
+    if "cuda" not in config.implementations or any(0 in shape for shape in shapes):
+        return False
+    batch_dims = query.ndim - 3
+    if batch_dims > plan.MAX_BATCH_DIMS:
+        reason = (
+            f"takes at most {plan.MAX_BATCH_DIMS} batch dimensions (vmap adds one "
+            f"each), got {batch_dims}"
+        )
+    else:
+        widths = query.shape[-1], value.shape[-1]
+        built = registry.extension().kernels
+        missing = plan.missing_kernel(op, query.dtype, *widths, built)
+        reason = None if missing is None else f"has no {op} kernel for {missing}"
+    if reason is not None and "xla" not in config.implementations:
+        raise NotImplementedError(f"implementation='cuda' {reason}")
+    return reason is None
+
+
+def _layouts(config: AttentionConfig, names: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Physical order, major to minor, of operands: of query, key, value their own."""
+    batch_dims = len(config.orders[0]) - 3
+    return [*config.orders] + [
+        tuple(range(batch_dims + TRAILING[name])) for name in names[3:]
+    ]
+
+
+def _attributes(config: AttentionConfig) -> dict[str, Any]:
+    """What forward and backward tell the kernel about the mask and the operands."""
+    query_order, key_order, value_order = (
+        np.asarray(order, np.int64) for order in config.orders
+    )
+    # numpy scalars, because a Python float would become an f64 attribute.
+    return {
+        "scale": np.float32(config.scale),
+        "window_left": np.int64(config.window_left),
+        "window_right": np.int64(config.window_right),
+        "bottom_right": config.bottom_right,
+        "has_query_lengths": "query_seq_lengths" in config.present,
+        "has_kv_lengths": "key_value_seq_lengths" in config.present,
+        "query_order": query_order,
+        "key_order": key_order,
+        "value_order": value_order,
+    }
+
+
+def _forward_default(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
+    """The specification, unless the caller restricted the call to the kernels."""
+    _only_on_cuda(ctx, config)
+    return _forward_in_jnp(ctx, *operands, config=config)
 
 
 def _forward_cuda(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
     """One FFI call, reading query, key and value in the layout they have."""
-    query, key, value = ctx.avals_in[:3]
-    batch_dims = query.ndim - 3
-    empty = 0 in query.shape + key.shape + value.shape + ctx.avals_out[0].shape
-    if "cuda" not in config.implementations or empty:
-        return _reference_lowering(ctx, *operands, config=config)
-    if batch_dims > plan.MAX_BATCH_DIMS:
-        if "xla" in config.implementations:
-            return _reference_lowering(ctx, *operands, config=config)
-        raise NotImplementedError(
-            f"implementation='cuda' takes at most {plan.MAX_BATCH_DIMS} batch "
-            f"dimensions (vmap adds one each), got {batch_dims}"
-        )
-    lengths = config.present[3:]
-    # XLA wants layouts minor to major; lengths are row-major.
-    layouts: list[Any] = [order[::-1] for order in config.orders]
-    layouts += [tuple(reversed(range(batch_dims)))] * len(lengths)
+    if not _runs_kernel(ctx, config, "mha_fwd"):
+        return _forward_in_jnp(ctx, *operands, config=config)
+    # XLA wants layouts minor to major.
+    layouts = [order[::-1] for order in _layouts(config, config.present)]
     lower = jax.ffi.ffi_lowering(registry.FORWARD_TARGET, operand_layouts=layouts)
-    # numpy scalars, because a Python float would become an f64 attribute.
-    orders = [np.asarray(order, np.int64) for order in config.orders]
-    return lower(
-        ctx,
-        *operands,
-        scale=np.float32(config.scale),
-        window_left=np.int64(config.window_left),
-        window_right=np.int64(config.window_right),
-        bottom_right=config.bottom_right,
-        has_query_lengths="query_seq_lengths" in lengths,
-        has_kv_lengths="key_value_seq_lengths" in lengths,
-        query_order=orders[0],
-        key_order=orders[1],
-        value_order=orders[2],
-    )
+    return lower(ctx, *operands, **_attributes(config))
 
 
 forward_i = new_primitive("flash_mha_fwd_inner", avals.forward, _forward_default)
 mlir.register_lowering(forward_i, _forward_cuda, platform="cuda")
 
-backward_i = new_primitive(
-    "flash_mha_bwd_inner",
-    avals.backward,
-    mlir.lower_fun(reference_grad.backward, multiple_results=True),
-)
+
+def call_backward(
+    *args: jax.Array, config: AttentionConfig, backward: Backward
+) -> list[jax.Array]:
+    """The gradients of `backward.perturbed` by one FFI call.
+
+    Query, key and value are read in the layout they have. The kernel writes gradients
+    with the full batch: in float32 where XLA then sums over batch dimensions.
+    """
+    names = avals.backward_operands(config, backward)
+    given = dict(zip(names, args, strict=True))
+    batch = jnp.broadcast_shapes(
+        *(x.shape[: x.ndim - TRAILING[name]] for name, x in given.items())
+    )
+    for name in names[len(config.present) :]:
+        trailing = given[name].shape[len(batch) :]
+        given[name] = jnp.broadcast_to(given[name], batch + trailing)
+    lengths = config.present[3:]
+    ordered = tuple(name for name in names if name not in lengths) + lengths
+
+    query, key, value = args[:3]
+    shared = dict(zip(backward.perturbed, backward.shared, strict=True))
+    results = [
+        jax.ShapeDtypeStruct(
+            batch + x.shape[len(batch) :], jnp.float32 if shared.get(name) else x.dtype
+        )
+        for name, x in zip(config.present, (query, key, value), strict=False)
+    ]
+    count = 1
+    for size in batch:
+        count *= size
+    workspace = plan.backward_workspace(
+        count,
+        query.shape[-2],
+        query.shape[-3],
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+    )
+    results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
+    run = jax.ffi.ffi_call(
+        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, ordered)
+    )
+    gradients = run(
+        *(given[name] for name in ordered),
+        **_attributes(config),
+        has_dlse=backward.has_dlse,
+        deterministic=config.deterministic or compat.deterministic_ops(),
+    )
+    by_name = dict(zip(config.present, gradients, strict=False))
+
+    def finished(name: str) -> jax.Array:
+        gradient, axes = by_name[name], shared[name]
+        if axes:
+            gradient = gradient.sum([len(batch) + axis for axis in axes], keepdims=True)
+        return gradient.astype(given[name].dtype)
+
+    return [finished(name) for name in backward.perturbed]
+
+
+_backward_by_kernel = mlir.lower_fun(call_backward, multiple_results=True)
+
+
+def _backward_default(
+    ctx: Any, *operands: Any, config: AttentionConfig, backward: Backward
+) -> Any:
+    """The specification, unless the caller restricted the call to the kernels."""
+    _only_on_cuda(ctx, config)
+    return _backward_in_jnp(ctx, *operands, config=config, backward=backward)
+
+
+def _backward_cuda(
+    ctx: Any, *operands: Any, config: AttentionConfig, backward: Backward
+) -> Any:
+    """The kernel where it is enabled and the call has one, else the specification."""
+    enabled = registry.extension().backward_kernels
+    runs = enabled and _runs_kernel(ctx, config, "mha_bwd")
+    lower = _backward_by_kernel if runs else _backward_in_jnp
+    return lower(ctx, *operands, config=config, backward=backward)
+
+
+backward_i = new_primitive("flash_mha_bwd_inner", avals.backward, _backward_default)
+mlir.register_lowering(backward_i, _backward_cuda, platform="cuda")

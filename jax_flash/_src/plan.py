@@ -1,37 +1,51 @@
 """What the CUDA kernels can run: pure functions of static facts.
 
 Lives here: the table of kernel instantiations (the same as in `csrc/*/inst` and
-`jax_flash._kernels.kernels()`) and the choice of one for a call (the same as
-`jax_flash._kernels.choose_kernel`, which decides at run time); a test holds them
-together. Does not live here: whether kernels were built (`registry`).
+`jax_flash._kernels.kernels()`), the choice of one for a call (the same as
+`jax_flash._kernels.choose_kernel`, which decides at run time), and the size of the
+backward's workspace; a test holds them together. Does not live here: whether kernels
+were built (`registry`).
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 HEAD_DIMS = {
-    "sm90": (
-        (64, 64),
-        (96, 96),
-        (128, 128),
-        (192, 128),
-        (192, 192),
-        (256, 256),
-    ),
-    "sm80": (
-        (32, 32),
-        (64, 64),
-        (80, 80),
-        (96, 96),
-        (128, 128),
-        (192, 128),
-        (192, 192),
-        (256, 256),
-    ),
+    "mha_fwd": {
+        "sm90": (
+            (64, 64),
+            (96, 96),
+            (128, 128),
+            (192, 128),
+            (192, 192),
+            (256, 256),
+        ),
+        "sm80": (
+            (32, 32),
+            (64, 64),
+            (80, 80),
+            (96, 96),
+            (128, 128),
+            (192, 128),
+            (192, 192),
+            (256, 256),
+        ),
+    },
+    "mha_bwd": {
+        "sm90": ((64, 64), (128, 128)),
+        "sm80": (
+            (64, 64),
+            (96, 96),
+            (128, 128),
+            (192, 192),
+            (256, 256),
+        ),
+    },
 }
-"""Kernel family -> (query/key width, value width) of its instantiations.
+"""Operation -> kernel family -> (query/key width, value width) of its instantiations.
 
 Families and widths are in the order in which they are tried.
 """
@@ -58,14 +72,25 @@ class Kernel:
 
 
 KERNELS = tuple(
-    Kernel("mha_fwd", family, dtype, head_dim, head_dim_v)
-    for family, widths in HEAD_DIMS.items()
+    Kernel(op, family, dtype, head_dim, head_dim_v)
+    for op, families in HEAD_DIMS.items()
+    for family, widths in families.items()
     for dtype in DTYPES.values()
     for head_dim, head_dim_v in widths
 )
 
+# Compute capabilities that choose differently; 80 stands for all but 90.
+HOPPER, OTHER = 90, 80
 
-def forward_kernel(
+ROW_PADDING = 128
+"""Queries of a sequence are padded to whole blocks of this many in the workspace."""
+
+TURN_ROWS = 64
+"""Queries that share a turn counter of the deterministic backward."""
+
+
+def choose(
+    op: str,
     dtype: Any,
     head_dim: int,
     head_dim_v: int,
@@ -77,6 +102,7 @@ def forward_kernel(
     """The first instantiation that can run a call, None if there is none.
 
     Args:
+      op: "mha_fwd" or "mha_bwd".
       dtype: of query, key and value.
       head_dim: width of query and key.
       head_dim_v: width of value.
@@ -87,15 +113,64 @@ def forward_kernel(
     # TMA reads rows that start at multiples of 16 bytes. XLA's arrays do.
     readable = head_dim % 8 == 0 and head_dim_v % 8 == 0 and batch_dims <= 2
     runs = {
-        "sm90": capability == 90 and not force_sm80 and readable,
+        "sm90": capability == HOPPER and not force_sm80 and readable,
         "sm80": capability >= 80,
     }
     name = DTYPES.get(str(dtype))
     for kernel in KERNELS:
         fits = kernel.head_dim >= head_dim and kernel.head_dim_v >= head_dim_v
-        if runs[kernel.family] and kernel.dtype == name and fits:
+        if kernel.op == op and runs[kernel.family] and kernel.dtype == name and fits:
             return kernel
     return None
+
+
+forward_kernel = functools.partial(choose, "mha_fwd")
+backward_kernel = functools.partial(choose, "mha_bwd")
+
+
+def missing_kernel(
+    op: str,
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int,
+    built: Collection[Kernel],
+) -> str | None:
+    """Why the kernels in `built` leave calls of these widths without one on some GPU.
+
+    None if they do not: every other property of a call has "sm80" to fall back on.
+    """
+    widths = f"H={head_dim} and Hv={head_dim_v} of query and value"
+    for capability in (HOPPER, OTHER):
+        kernel = choose(op, dtype, head_dim, head_dim_v, capability)
+        if kernel is None:
+            return f"{widths}: the kernels take widths of at most 256"
+        if kernel not in built:
+            return f"{widths}: {kernel} is not among the kernels that were built"
+    return None
+
+
+def backward_workspace(
+    batch: int,
+    heads: int,
+    query_length: int,
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int,
+) -> int:
+    """Floats of workspace with which any kernel that may be chosen can run a backward.
+
+    For each head of each sequence and each padded row: the sum of the gradient of
+    query, as wide as the kernel, and two numbers; and a turn for every `TURN_ROWS`
+    rows. The device is unknown when a program is lowered, so the widest kernel counts.
+    """
+    rows = (query_length + ROW_PADDING - 1) // ROW_PADDING * ROW_PADDING
+    kernels = (
+        backward_kernel(dtype, head_dim, head_dim_v, capability, force_sm80=forced)
+        for capability in (HOPPER, OTHER)
+        for forced in (False, True)
+    )
+    width = max(kernel.head_dim for kernel in kernels if kernel is not None)
+    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS)
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:

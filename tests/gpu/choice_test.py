@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,12 +19,16 @@ sys.path.append(str(pathlib.Path(__file__).parents[2]))
 from benchmarks import timing
 
 
-def kernels(*arrays: jax.Array) -> list[str]:
+def forward(*arrays: jax.Array) -> jax.Array:
+    return mha(*arrays, implementation="cuda")
+
+
+def kernels(f: Callable, *arrays: jax.Array) -> list[str]:
     """Names of the kernels of a call."""
     binding = timing.cupti()
     if binding is None:
         pytest.skip("no CUPTI binding in this jax")
-    call = jax.jit(lambda *x: mha(*x, implementation="cuda")).lower(*arrays).compile()
+    call = jax.jit(f).lower(*arrays).compile()
     one = timing.Call(
         run=lambda: call(*arrays),
         wait=jax.block_until_ready,
@@ -51,6 +56,29 @@ def test_the_planned_kernel_runs_alone(
         force_sm80=registry.extension().force_sm80,
     )
     assert planned is not None
-    (name,) = kernels(query, key, value)
+    (name,) = kernels(forward, query, key, value)
     assert "mha_fwd_kernel" in name
+    assert planned.family in name
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (36, 36), (7, 9)])
+def test_the_planned_backward_runs_after_the_forward(widths: tuple[int, int]) -> None:
+    """Four kernels: the forward, row sums, the gradients, the rounding of one."""
+    query = jnp.ones((2, 200, 4, widths[0]), jnp.bfloat16)
+    key, value = (jnp.ones((2, 300, 2, width), jnp.bfloat16) for width in widths)
+    planned = plan.backward_kernel(
+        "bfloat16",
+        *widths,
+        int(jax.devices()[0].compute_capability.replace(".", "")),
+        force_sm80=registry.extension().force_sm80,
+    )
+    assert planned is not None
+
+    def gradients(*arrays: jax.Array) -> Any:
+        out, vjp = jax.vjp(forward, *arrays)
+        return vjp(out)
+
+    names = kernels(gradients, query, key, value)
+    assert len(names) == 4, names
+    (name,) = (name for name in names if "mha_bwd_kernel" in name)
     assert planned.family in name

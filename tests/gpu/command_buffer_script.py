@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import specs
 from gpu_helpers import assert_result
+from gradient_helpers import Problem, assert_gradients, problem_of
 
 from jax_flash import mha
 
@@ -23,8 +24,8 @@ SPEC = specs.Spec(3, 200, 1000, 8, 2, 128)
 SHORT = 5  # queries of a second call, which splits its keys
 
 
-def program(query: Any, key: Any, value: Any, lengths: Any) -> Any:
-    """Two calls with operations around them."""
+def program(query: Any, key: Any, value: Any, dout: Any, lengths: Any) -> Any:
+    """Two calls and a gradient with operations around them."""
     options: dict[str, Any] = {
         "key_value_seq_lengths": lengths,
         "is_causal": True,
@@ -32,8 +33,9 @@ def program(query: Any, key: Any, value: Any, lengths: Any) -> Any:
         "implementation": "cuda",
     }
     doubled = query + query
-    first = mha(doubled, key, value, **options)
-    return first, mha(doubled[:, :SHORT], key, value, **options)
+    first, vjp = jax.vjp(lambda *x: mha(*x, **options), doubled, key, value)
+    gradients = vjp((dout, jax.numpy.zeros_like(first[1])))
+    return first, mha(doubled[:, :SHORT], key, value, **options), gradients
 
 
 def main() -> None:
@@ -47,8 +49,8 @@ def main() -> None:
     for i in range(CALLS):
         values = rng.integers(0, SPEC.key_length + 1, SPEC.batch, dtype=np.int32)
         if i % 4 == 0 or device is None or lengths is None:
-            arrays = SPEC.arrays(i)
-            device = jax.device_put(arrays)
+            problem = problem_of(SPEC, i)
+            device = jax.device_put((*problem.arrays, problem.dout))
             lengths = jax.device_put(values)
             kept.append((device, lengths))  # so that the next ones lie elsewhere
         else:
@@ -59,10 +61,12 @@ def main() -> None:
         print(f"call {i} begins", file=sys.stderr, flush=True)
         results = jax.block_until_ready(compiled(*device, lengths))
         print(f"call {i} ends", file=sys.stderr, flush=True)
-        query, key, value = (np.asarray(x) for x in device)
+        query, key, value, dout = (np.asarray(x) for x in device)
         query = query + query
         given = {"key_value_seq_lengths": values, "is_causal": True}
-        for rows, result in zip((query, query[:, :SHORT]), results, strict=True):
+        gradients = tuple(np.asarray(x) for x in results[2])
+        assert_gradients(gradients, Problem((query, key, value), given, dout))
+        for rows, result in zip((query, query[:, :SHORT]), results[:2], strict=True):
             out, lse = (np.asarray(x) for x in result)
             assert_result((out, lse), ((rows, key, value), given))
         del results

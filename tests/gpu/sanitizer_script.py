@@ -1,5 +1,9 @@
-"""Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask."""
+"""Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask.
 
+python tests/gpu/sanitizer_script.py mha_fwd    # or mha_bwd
+"""
+
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,14 +14,18 @@ from jax_flash import mha
 from jax_flash._src import plan
 
 # Every instantiation of both families, then widths that only the other loads can read.
-WIDTHS = (
-    *sorted({widths for family in plan.HEAD_DIMS.values() for widths in family}),
-    (33, 17),
-    (6, 250),
-    (100, 36),
-    (31, 8),
-    (72, 40),
-)
+WIDTHS = {
+    op: (
+        *sorted({widths for family in families.values() for widths in family}),
+        (33, 17),
+        (6, 250),
+        (100, 36),
+        (31, 8),
+        (72, 40),
+    )
+    for op, families in plan.HEAD_DIMS.items()
+}
+DTYPES = (jax.numpy.bfloat16, jax.numpy.float16)
 
 Call = tuple[tuple[np.ndarray, ...], dict[str, Any]]
 
@@ -35,11 +43,11 @@ def arrays(
     return query_, key, value
 
 
-def calls() -> Iterator[Call]:
+def forward_calls() -> Iterator[Call]:
     """Arrays and options."""
     lengths = np.array([131, 3], np.int32)
-    for dtype in (jax.numpy.bfloat16, jax.numpy.float16):
-        for widths in WIDTHS:
+    for dtype in DTYPES:
+        for widths in WIDTHS["mha_fwd"]:
             problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
             yield problem, {"is_causal": True, "key_value_seq_lengths": lengths}
             yield problem, {"window_size": (40, 20), "query_seq_lengths": lengths}
@@ -63,15 +71,52 @@ def calls() -> Iterator[Call]:
         yield arrays(dtype, (9, 140, 16), (150, 4), *widths), {"is_causal": True}
 
 
-def main() -> None:
+def backward_calls() -> Iterator[Call]:
+    """Arrays and options, half of them with `deterministic`."""
+    lengths = np.array([131, 3], np.int32)
+    for dtype in DTYPES:
+        for i, widths in enumerate(WIDTHS["mha_bwd"]):
+            problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
+            options = {"is_causal": True, "key_value_seq_lengths": lengths}
+            yield problem, options | {"deterministic": i % 2 == 0}
+            options = {"window_size": (40, 20), "query_seq_lengths": lengths}
+            yield problem, options | {"deterministic": i % 2 == 1}
+    for widths in ((64,), (128,)):
+        problem = arrays(jax.numpy.bfloat16, (1, 300, 8), (400, 2), *widths)
+        for deterministic in (False, True):
+            yield problem, {"deterministic": deterministic}
+            yield problem, {"is_causal": True, "deterministic": deterministic}
+
+
+CALLS = {"mha_fwd": forward_calls, "mha_bwd": backward_calls}
+
+
+def run_forward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
+    """Out and lse."""
+    return mha(*problem, **options, implementation="cuda", return_lse=True)
+
+
+def run_backward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
+    """Gradients through out and lse."""
+
+    def f(*problem: Any) -> Any:
+        return run_forward(problem, options)
+
+    results, vjp = jax.vjp(f, *map(jax.numpy.asarray, problem))
+    return vjp(tuple(results))
+
+
+RUN = {"mha_fwd": run_forward, "mha_bwd": run_backward}
+
+
+def main(op: str) -> None:
     """Runs the calls and prints how many there were."""
     count = 0
-    for problem, options in calls():
-        out = mha(*problem, **options, implementation="cuda", return_lse=True)
-        jax.block_until_ready(out)
+    for problem, options in CALLS[op]():
+        jax.block_until_ready(RUN[op](problem, options))
         count += 1
     print("kernel calls:", count)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -12,11 +12,14 @@ import sanitizer_script
 from jax_flash._src import registry
 
 SCRIPT = Path(sanitizer_script.__file__)
+# In the names of the kernels to check. A backward has three, and runs after a forward.
+KERNELS = {"mha_fwd": "mha_fwd_kernel", "mha_bwd": "bwd"}
 
 
 @pytest.mark.parametrize("family", ["chosen", "sm80"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitizer(tool: str, family: str) -> None:
+@pytest.mark.parametrize("op", KERNELS)
+def test_sanitizer(op: str, tool: str, family: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -29,10 +32,11 @@ def test_sanitizer(tool: str, family: str) -> None:
     command = [
         sanitizer,
         f"--tool={tool}",
-        "--kernel-name=kernel_substring=mha_fwd_kernel",
+        f"--kernel-name=kernel_substring={KERNELS[op]}",
         "--error-exitcode=9",
         sys.executable,
         str(SCRIPT),
+        op,
     ]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=500
@@ -42,5 +46,5 @@ def test_sanitizer(tool: str, family: str) -> None:
     report = "\n".join(line for line in lines if "Host Frame" not in line)
     assert result.returncode == 0, report[:6000]
     assert "0 errors" in report or "0 hazards" in report, report[-4000:]
-    count = sum(1 for _ in sanitizer_script.calls())
+    count = sum(1 for _ in sanitizer_script.CALLS[op]())
     assert f"kernel calls: {count}" in report, report[-4000:]

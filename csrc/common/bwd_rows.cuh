@@ -1,0 +1,204 @@
+// The kernels that run before and after the main kernel of the backward, over rows of queries.
+//
+// bwd_prepare: what the main kernel needs of every row (lse in base 2, delta), and zeros where it
+// adds up. bwd_finish: the gradient of the queries from its sum.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "host/launch.h"
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "tile/copy.cuh"
+#include "tile/mask.cuh"
+#include "tile/sequence.cuh"
+
+namespace jax_flash {
+
+inline constexpr int kBwdGroupRows = 64;  // rows of a thread block, and of an entry of `turns`
+inline constexpr int kBwdRowThreads = 256;
+
+// Which rows of which head a thread block works on: heads first, as they lie in memory.
+struct BwdRowGroup {
+  int batch;
+  int head;
+  int64_t flat_head;  // batch * heads + head
+  int row;            // the first
+  int padded_rows;    // of a head
+};
+
+__device__ __forceinline__ BwdRowGroup bwd_row_group(const MhaBwdParams& params) {
+  const int padded_rows =
+      (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+  const int groups = padded_rows / kBwdGroupRows;
+  const int upper = blockIdx.x / params.heads;
+  const int head = blockIdx.x - upper * params.heads;
+  const int batch = upper / groups;
+  return {batch, head, int64_t{batch} * params.heads + head,
+          (upper - batch * groups) * kBwdGroupRows, padded_rows};
+}
+
+// Thread blocks of one launch, or a number that no launch takes.
+inline int64_t bwd_row_blocks(const MhaBwdParams& params) {
+  const int64_t groups = (int64_t{params.query_length} + kBwdRowPadding - 1) / kBwdRowPadding *
+                         kBwdRowPadding / kBwdGroupRows;
+  return groups * params.batch * params.heads;
+}
+
+__device__ __forceinline__ bool aligned_16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// This lane's part of sum(out * dout) over a row that eight lanes share.
+template <typename Element>
+__device__ __forceinline__ float partial_delta(const Element16* out, const Element16* dout,
+                                               int width, bool wide, int lane) {
+  float sum = 0.0f;
+  if (wide) {
+#pragma unroll 2
+    for (int column = 8 * lane; column < width; column += 64) {
+      const uint4 x = *reinterpret_cast<const uint4*>(out + column);
+      const uint4 y = *reinterpret_cast<const uint4*>(dout + column);
+      const uint32_t out_words[4] = {x.x, x.y, x.z, x.w};
+      const uint32_t dout_words[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 a = ptx::unpack_x2<Element>(out_words[i]);
+        const float2 b = ptx::unpack_x2<Element>(dout_words[i]);
+        sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int column = lane; column < width; column += 8) {
+      sum = fmaf(ptx::unpack_x2<Element>(out[column]).x, ptx::unpack_x2<Element>(dout[column]).x,
+                 sum);
+    }
+  }
+  return sum;
+}
+
+// `width`: floats of a row of dquery_sum.
+template <typename Element>
+__global__ void __launch_bounds__(kBwdRowThreads)
+    bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width) {
+  const BwdRowGroup group = bwd_row_group(params);
+  const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
+
+  float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + padded_row * width);
+  for (int i = threadIdx.x; i < kBwdGroupRows * width / 4; i += kBwdRowThreads) {
+    sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  if (threadIdx.x == 0) params.turns[padded_row / kBwdGroupRows] = 0;
+
+  const RowMask mask = row_mask(params, group.batch);
+  const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
+  const int lane = threadIdx.x % 8;
+#pragma unroll 1
+  for (int i = threadIdx.x / 8; i < kBwdGroupRows; i += kBwdRowThreads / 8) {
+    const int row = group.row + i;
+    const int64_t statistic = group.flat_head * params.query_length + row;
+    const KeyInterval keys = mask.interval(row);
+    float lse = -__builtin_huge_valf();
+    if (keys.first < keys.end) lse = params.lse[statistic];
+    // Rows without keys, padding among them, may hold anything.
+    const bool empty = lse == -__builtin_huge_valf();
+    float delta = 0.0f;
+    if (!empty) {
+      const int64_t offset =
+          ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
+          params.head_dim_v;
+      delta = partial_delta<Element>(static_cast<const Element16*>(params.out) + offset,
+                                     static_cast<const Element16*>(params.dout) + offset,
+                                     params.head_dim_v, wide, lane);
+    }
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0) {
+      if (!empty && params.dlse != nullptr) delta -= params.dlse[statistic];
+      params.row_lse[padded_row + i] = empty ? __builtin_huge_valf() : SoftmaxScale::kLog2e * lse;
+      params.row_delta[padded_row + i] = delta;
+    }
+  }
+}
+
+// SumOrder: `kWidth` floats a row, and load(sum of a head, row, chunk, x), which reads columns
+// 8 * chunk.. of a row.
+template <typename Element, typename SumOrder>
+__global__ void __launch_bounds__(kBwdRowThreads)
+    bwd_finish_kernel(const __grid_constant__ MhaBwdParams params) {
+  constexpr int kChunks = SumOrder::kWidth / 8;
+  const BwdRowGroup group = bwd_row_group(params);
+  const float* const sum =
+      params.dquery_sum + group.flat_head * group.padded_rows * SumOrder::kWidth;
+  const int bytes = params.f32_dquery ? 4 : 2;
+  const bool wide = params.head_dim * bytes % 16 == 0 && aligned_16(params.dquery);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kBwdGroupRows * kChunks; i += kBwdRowThreads) {
+    const int row = group.row + i / kChunks;
+    const int column = i % kChunks * 8;
+    if (row >= params.query_length || column >= params.head_dim) continue;
+    float x[8];
+    SumOrder::load(sum, row, column / 8, x);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] *= params.factor;
+    const int64_t offset =
+        ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
+            params.head_dim +
+        column;
+    const int columns = params.head_dim - column;
+    if (params.f32_dquery) {
+      float* const target = static_cast<float*>(params.dquery) + offset;
+      // Of 16-byte rows only half a chunk may be left.
+      if (wide) {
+        *reinterpret_cast<float4*>(target) = make_float4(x[0], x[1], x[2], x[3]);
+        if (columns > 4) {
+          *reinterpret_cast<float4*>(target + 4) = make_float4(x[4], x[5], x[6], x[7]);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (e < columns) target[e] = x[e];
+        }
+      }
+    } else {
+      Element16* const target = static_cast<Element16*>(params.dquery) + offset;
+      uint32_t words[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) words[e] = ptx::cvt_rn_x2<Element>(x[2 * e], x[2 * e + 1]);
+      if (wide) {
+        *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (e < columns) target[e] = static_cast<Element16>(words[e / 2] >> (16 * (e % 2)));
+        }
+      }
+    }
+  }
+}
+
+// Writes row_lse, row_delta, and zeros to dquery_sum and turns.
+template <typename Element>
+cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream) {
+  const int64_t blocks = bwd_row_blocks(params);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  return launch_kernel(bwd_prepare_kernel<Element>, dim3(static_cast<unsigned>(blocks)),
+                       kBwdRowThreads, 0, stream, params, width);
+}
+
+// Writes dquery.
+template <typename Element, typename SumOrder>
+cudaError_t launch_bwd_finish(const MhaBwdParams& params, cudaStream_t stream) {
+  const int64_t blocks = bwd_row_blocks(params);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  return launch_kernel(bwd_finish_kernel<Element, SumOrder>, dim3(static_cast<unsigned>(blocks)),
+                       kBwdRowThreads, 0, stream, params);
+}
+
+}  // namespace jax_flash

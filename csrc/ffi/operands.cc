@@ -1,0 +1,139 @@
+#include "ffi/operands.h"
+
+#include <algorithm>
+
+#include "tile/mask.cuh"
+
+namespace jax_flash {
+namespace {
+
+TensorView tensor_view(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& strides) {
+  TensorView view{};
+  view.data = buffer.untyped_data();
+  view.row_stride = strides[strides.size() - 3];
+  view.head_stride = strides[strides.size() - 2];
+  view.alignment = row_alignment(view.data, std::span(strides).first(strides.size() - 1));
+  return view;
+}
+
+}  // namespace
+
+int32_t row_alignment(const void* data, std::span<const int64_t> strides) {
+  uint64_t bits = reinterpret_cast<uintptr_t>(data);
+  for (const int64_t stride : strides) bits |= static_cast<uint64_t>(2 * stride);
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+}
+
+int32_t dense_row_alignment(const void* data, int64_t width) {
+  return row_alignment(data, std::span(&width, 1));
+}
+
+void MhaOperands::add(Dims dims, std::vector<int64_t> strides, int64_t* merged) {
+  dims_.push_back(dims);
+  strides_.push_back(std::move(strides));
+  merged_.push_back(merged);
+}
+
+ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key,
+                               const ffi::AnyBuffer& value) {
+  const Dims q = query.dimensions();
+  const Dims k = key.dimensions();
+  const Dims v = value.dimensions();
+  const size_t rank = q.size();
+  JAX_FLASH_CHECK(rank >= 4 && k.size() == rank && v.size() == rank,
+                  "query, key and value must be [*batch, length, heads, width] with the same "
+                  "number of batch dims, at least one; got ",
+                  to_string(q), ", ", to_string(k), " and ", to_string(v));
+  const int64_t query_length = q[rank - 3];
+  const int64_t heads = q[rank - 2];
+  const int64_t head_dim = q[rank - 1];
+  const int64_t key_length = k[rank - 3];
+  const int64_t kv_heads = k[rank - 2];
+  const int64_t head_dim_v = v[rank - 1];
+  JAX_FLASH_CHECK(k[rank - 1] == head_dim, "key has width ", k[rank - 1], ", query ", head_dim);
+  JAX_FLASH_CHECK(v[rank - 3] == key_length && v[rank - 2] == kv_heads, "value ", to_string(v),
+                  " must have the length and heads of key ", to_string(k));
+  JAX_FLASH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "query heads ", heads,
+                  " must be a multiple of key heads ", kv_heads);
+  JAX_FLASH_CHECK(query_length < kMaxLength && key_length < kMaxLength, "lengths ", query_length,
+                  " and ", key_length, " must be below ", kMaxLength);
+  const int64_t window_left = attributes_.window_left;
+  const int64_t window_right = attributes_.window_right;
+  JAX_FLASH_CHECK(window_left >= -1 && window_right >= -1,
+                  "windows must be -1 (unbounded) or not negative; got left ", window_left,
+                  ", right ", window_right);
+
+  const ffi::DataType type = query.element_type();
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
+  JAX_FLASH_CHECK(key.element_type() == type && value.element_type() == type,
+                  "key and value must have query's type ", type, ", got ", key.element_type(),
+                  " and ", value.element_type());
+  type_ = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
+
+  batch_ = BatchDims(rank - 3);
+  const Dims orders[] = {attributes_.query_order, attributes_.key_order, attributes_.value_order};
+  const ffi::AnyBuffer* const tensors[] = {&query, &key, &value};
+  TensorView* const views[] = {&params_->query, &params_->key, &params_->value};
+  for (int i = 0; i < 3; ++i) {
+    const Dims dims = tensors[i]->dimensions();
+    JAX_FLASH_CHECK(is_order_with_minor_width(orders[i], rank), "operand ", i, " has dim order ",
+                    to_string(orders[i]), ", which is no permutation that ends with the width");
+    JAX_FLASH_CHECK(join(dims), "batch dims of ", to_string(q), ", ", to_string(k), " and ",
+                    to_string(v), " must be equal or 1");
+    std::vector<int64_t> strides = dense_strides(dims, orders[i]);
+    *views[i] = tensor_view(*tensors[i], strides);
+    add(dims, std::move(strides), views[i]->batch_strides);
+  }
+
+  params_->query_length = static_cast<int32_t>(query_length);
+  params_->key_length = static_cast<int32_t>(key_length);
+  params_->heads = static_cast<int32_t>(heads);
+  params_->kv_heads = static_cast<int32_t>(kv_heads);
+  params_->head_dim = static_cast<int32_t>(head_dim);
+  params_->head_dim_v = static_cast<int32_t>(head_dim_v);
+  params_->scale = SoftmaxScale::make(attributes_.scale);
+  params_->window_left = static_cast<int32_t>(std::min<int64_t>(window_left, kMaxLength));
+  params_->window_right = static_cast<int32_t>(std::min<int64_t>(window_right, kMaxLength));
+  params_->bottom_right = attributes_.bottom_right;
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::decode_lengths(const ffi::RemainingArgs& args, size_t skipped) {
+  LengthsView* const views[] = {attributes_.has_query_lengths ? &params_->query_lengths : nullptr,
+                                attributes_.has_kv_lengths ? &params_->key_lengths : nullptr};
+  const size_t expected =
+      size_t{attributes_.has_query_lengths} + size_t{attributes_.has_kv_lengths};
+  JAX_FLASH_CHECK(args.size() == skipped + expected, "expected ", expected,
+                  " length operands, got ", args.size() - skipped);
+  size_t next = skipped;
+  for (LengthsView* const view : views) {
+    if (view == nullptr) continue;
+    const auto buffer = args.get<ffi::AnyBuffer>(next++);
+    if (!buffer.has_value()) return buffer.error();
+    const Dims dims = buffer->dimensions();
+    JAX_FLASH_CHECK(buffer->element_type() == ffi::S32, "lengths must be int32, got ",
+                    buffer->element_type());
+    JAX_FLASH_CHECK(dims.size() == batch_.rank() && join(dims), "lengths ", to_string(dims),
+                    " do not fit the batch dims of ", to_string(dims_[0]));
+    view->data = static_cast<const int32_t*>(buffer->untyped_data());
+    add(dims, row_major_strides(dims), view->batch_strides);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::finish() {
+  JAX_FLASH_CHECK(batch_size() * params_->heads < kMaxLength, "batch ", batch_size(),
+                  " times heads ", params_->heads, " must be below ", kMaxLength);
+  for (size_t i = 0; i < dims_.size(); ++i) {
+    for (size_t dim = 0; dim < batch_.rank(); ++dim) {
+      if (dims_[i][dim] == 1) strides_[i][dim] = 0;  // shared
+    }
+  }
+  params_->batch_dims = batch_.merge(strides_, params_->batch_sizes, merged_);
+  JAX_FLASH_CHECK(params_->batch_dims > 0, "more than ", kMaxBatchDims,
+                  " batch dims that cannot be merged");
+  params_->batch = static_cast<int32_t>(batch_size());
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,93 @@
+// The operands of attention and its mask, which forward and backward decode alike.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "ffi/check.h"
+#include "ffi/layout.h"
+#include "host/dispatch.h"
+#include "host/params.h"
+
+namespace jax_flash {
+
+using Dims = ffi::Span<const int64_t>;
+
+// The attributes that both have.
+struct MhaAttributes {
+  float scale;
+  int64_t window_left;
+  int64_t window_right;
+  bool bottom_right;
+  bool has_query_lengths;
+  bool has_kv_lengths;
+  Dims query_order;  // dims from major to minor, as they lie in memory
+  Dims key_order;
+  Dims value_order;
+};
+
+// Adds them to the binding of a handler, which gets them in this order.
+template <typename Binding>
+auto bind_mha_attributes(Binding binding) {
+  return std::move(binding)
+      .template Attr<float>("scale")
+      .template Attr<int64_t>("window_left")
+      .template Attr<int64_t>("window_right")
+      .template Attr<bool>("bottom_right")
+      .template Attr<bool>("has_query_lengths")
+      .template Attr<bool>("has_kv_lengths")
+      .template Attr<Dims>("query_order")
+      .template Attr<Dims>("key_order")
+      .template Attr<Dims>("value_order");
+}
+
+// What every row's address is a multiple of, in bytes, out of what the kernels make use of.
+int32_t row_alignment(const void* data, std::span<const int64_t> strides);
+
+// The same for a dense array with rows of `width` elements.
+int32_t dense_row_alignment(const void* data, int64_t width);
+
+// Checks query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv] and int32
+// [*batch] lengths, and fills the parameters from them. Batch dims of an operand are full or 1
+// (shared).
+class MhaOperands {
+ public:
+  MhaOperands(const MhaAttributes& attributes, MhaParams* params)
+      : attributes_(attributes), params_(params), batch_(0) {}
+
+  // Comes first.
+  ffi::Error decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key,
+                    const ffi::AnyBuffer& value);
+
+  // The lengths that there are follow the first `skipped` of `args`.
+  ffi::Error decode_lengths(const ffi::RemainingArgs& args, size_t skipped);
+
+  // Takes the batch dims of another operand [*batch, ...] into account, of which there are as many
+  // as query has; false if they do not fit.
+  bool join(Dims dims) { return batch_.join(dims); }
+
+  // Comes last: merges batch dims and writes what depends on them.
+  ffi::Error finish();
+
+  ElementType type() const { return type_; }
+  ffi::DataType data_type() const { return type_ == ElementType::kBf16 ? ffi::BF16 : ffi::F16; }
+  // The full batch dims of all operands seen so far, and their product.
+  const std::vector<int64_t>& batch_sizes() const { return batch_.sizes(); }
+  int64_t batch_size() const { return batch_.count(); }
+
+ private:
+  void add(Dims dims, std::vector<int64_t> strides, int64_t* merged);
+
+  const MhaAttributes attributes_;
+  MhaParams* const params_;
+  ElementType type_ = ElementType::kBf16;
+  BatchDims batch_;
+  // For each operand.
+  std::vector<Dims> dims_;
+  std::vector<std::vector<int64_t>> strides_;
+  std::vector<int64_t*> merged_;  // where the strides of the merged batch dims go
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,30 @@
+// Additions to global memory and the order among thread blocks (PTX ISA 9.7.13).
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+// Four neighbouring f32, 16-byte aligned. sm_90.
+__device__ __forceinline__ void red_add_v4(float* target, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x), "f"(y),
+               "f"(z), "f"(w)
+               : "memory");
+}
+
+// Adds behind all that this thread has observed and written.
+__device__ __forceinline__ void red_release_add(int32_t* target, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(target), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int32_t ld_acquire(const int32_t* source) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void red_add(float* target, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
+}
+
+}  // namespace jax_flash::ptx

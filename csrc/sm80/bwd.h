@@ -1,0 +1,16 @@
+// The sm_80 backward kernels as the host sees them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "host/dispatch.h"
+
+namespace jax_flash::sm80 {
+
+// Enqueues three kernels and nothing else, so a stream capture holds them. Widths are the padded
+// ones; dquery_sum is [batch, heads, padded rows, kHeadDim].
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream);
+
+}  // namespace jax_flash::sm80

@@ -1,0 +1,153 @@
+// Which keys a thread block of the backward works on, the steps of its walk, and what it copies.
+#pragma once
+
+#include <cstdint>
+
+#include "host/fast_divisor.h"
+#include "host/params.h"
+#include "ptx/cp_async.cuh"
+#include "sm80/bwd_config.cuh"
+#include "tile/copy.cuh"
+#include "tile/copy_part.cuh"
+#include "tile/mask.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+
+namespace jax_flash::sm80 {
+
+// The order of thread blocks, set by the launch. As in tile/schedule.cuh, but key blocks run from
+// the first to the last: with a causal mask the first are seen by the most queries, and with sums
+// in order a block waits only for earlier ones.
+struct BwdPlan {
+  FastDivisor kv_heads;
+  FastDivisor section;  // (batch, kv head) pairs whose queries share the L2 at a time
+  FastDivisor key_blocks;
+  int32_t missing_heads;  // by which batch * kv_heads is short of whole sections
+  int32_t group;          // heads / kv_heads
+};
+
+// What is needed only now and then lives in shared memory; registers hold the accumulators.
+struct BwdBlock {
+  RowMask mask;
+  RowInterval rows;   // that see a key of this block, from the first row of a tile on
+  RowInterval valid;  // that see any key: other rows are not read
+  int key_block;
+  int kv_head;
+  int64_t flat_key;      // batch * key_length + first key
+  int64_t flat_head;     // batch * heads + first head of the group
+  const Element16* key;  // row 0 of the kv head
+  const Element16* value;
+  const Element16* query;  // row 0 of the first head of the group
+  const Element16* dout;
+  const float* row_lse;
+  const float* row_delta;
+};
+
+// A tile of queries of one head of the group.
+struct BwdStep {
+  int head;
+  int row;
+};
+
+__device__ __forceinline__ int padded_rows(const MhaBwdParams& params) {
+  return (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+}
+
+__device__ __forceinline__ const Element16* head_rows(const TensorView& view, int batch, int head,
+                                                      const MhaBwdParams& params) {
+  return static_cast<const Element16*>(view.data) +
+         batch_offset(view.batch_strides, batch, params) + head * view.head_stride;
+}
+
+// False if there is no work.
+template <typename Config>
+__device__ __forceinline__ bool find_block(const MhaBwdParams& params, const BwdPlan& plan,
+                                           BwdBlock& block) {
+  const int upper = plan.section.divide(blockIdx.x);
+  const int section = plan.key_blocks.divide(upper);
+  const int section_heads = plan.section.divisor;
+  const int key_block = upper - section * static_cast<int>(plan.key_blocks.divisor);
+  const int flat = (section - upper) * section_heads + blockIdx.x - plan.missing_heads;
+  if (flat < 0) return false;
+  const int batch = plan.kv_heads.divide(flat);
+  const int kv_head = flat - batch * params.kv_heads;
+  const int head = kv_head * plan.group;
+  const int first_key = key_block * Config::kKeys;
+
+  block.mask = row_mask(params, batch);
+  block.rows = block.mask.rows(first_key, first_key + Config::kKeys);
+  if (block.rows.first < block.rows.end) {
+    block.rows.first = block.rows.first / Config::kRows * Config::kRows;
+  }
+  block.valid = block.mask.rows(0, block.mask.key_length);
+  block.key_block = key_block;
+  block.flat_key = int64_t{batch} * params.key_length + first_key;
+  block.kv_head = kv_head;
+  block.flat_head = int64_t{batch} * params.heads + head;
+  block.query = head_rows(params.query, batch, head, params);
+  block.dout = static_cast<const Element16*>(params.dout) +
+               (int64_t{batch} * params.query_length * params.heads + head) * params.head_dim_v;
+  block.key = head_rows(params.key, batch, kv_head, params);
+  block.value = head_rows(params.value, batch, kv_head, params);
+  block.row_lse = params.row_lse + block.flat_head * padded_rows(params);
+  block.row_delta = params.row_delta + block.flat_head * padded_rows(params);
+  return true;
+}
+
+template <typename Config>
+__device__ __forceinline__ BwdStep next_step(const BwdBlock& block, BwdStep step) {
+  step.row += Config::kRows;
+  if (step.row >= block.rows.end) {
+    step.row = block.rows.first;
+    ++step.head;
+  }
+  return step;
+}
+
+// Keys past the end of the sequence become zeros: padding may hold anything.
+template <typename Config>
+__device__ __forceinline__ void copy_keys(const MhaBwdParams& params, const BwdBlock& block,
+                                          uint32_t tiles) {
+  TileCopy<Config::kKeys, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
+      tiles + Config::kKeyOffset, block.key, params.key.row_stride, block.key_block * Config::kKeys,
+      block.mask.key_length, params.head_dim, params.key.alignment);
+}
+template <typename Config>
+__device__ __forceinline__ void copy_values(const MhaBwdParams& params, const BwdBlock& block,
+                                            uint32_t tiles) {
+  TileCopy<Config::kKeys, Config::kHeadDimV, Config::kThreads, Config::kWide>::copy(
+      tiles + Config::kValueOffset, block.value, params.value.row_stride,
+      block.key_block * Config::kKeys, block.mask.key_length, params.head_dim_v,
+      params.value.alignment);
+}
+
+// Queries, and lse and delta of the same rows.
+template <typename Config>
+__device__ __forceinline__ void copy_queries(const MhaBwdParams& params, const BwdBlock& block,
+                                             uint32_t tiles, int stage, BwdStep step) {
+  copy_valid_rows<Config::kRows, Config::kHeadDim, Config::kThreads, Config::kWide>(
+      tiles + Config::kStageOffset + stage * Config::kStageBytes,
+      block.query + step.head * params.query.head_stride, params.query.row_stride, step.row,
+      block.valid, params.head_dim, params.query.alignment);
+  constexpr int kChunks = Config::kRows / 4;
+  const int chunk = threadIdx.x;
+  if (chunk < 2 * kChunks) {
+    const float* const statistic = chunk < kChunks ? block.row_lse : block.row_delta;
+    ptx::cp_async_16(
+        tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes + 16 * chunk,
+        statistic + int64_t{step.head} * padded_rows(params) + step.row + chunk % kChunks * 4, 16);
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ void copy_douts(const MhaBwdParams& params, const BwdBlock& block,
+                                           uint32_t tiles, int stage, BwdStep step) {
+  const int width = params.head_dim_v;
+  copy_valid_rows<Config::kRows, Config::kHeadDimV, Config::kThreads, Config::kWide>(
+      tiles + Config::kStageOffset + stage * Config::kStageBytes + Config::kQueryBytes,
+      block.dout + step.head * width, static_cast<int64_t>(params.heads) * width, step.row,
+      block.valid, width,
+      width % 2 == 0 && reinterpret_cast<uintptr_t>(params.dout) % 4 == 0 ? 4 : 2);
+}
+
+}  // namespace jax_flash::sm80

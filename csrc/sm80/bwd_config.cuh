@@ -1,0 +1,118 @@
+// Tile sizes of the sm_80 backward kernel and what they use of a multiprocessor.
+#pragma once
+
+#include "host/dispatch.h"
+#include "tile/element.cuh"
+#include "tile/swizzle.cuh"
+
+namespace jax_flash::sm80 {
+
+// A thread block keeps `keys` keys and values and walks over tiles of `rows` queries. Its warps
+// form one grid for scores [rows, keys], one for the gradients of keys and values [keys, width] and
+// one for the gradient of queries [rows, width]; the first number of warps is given, the second is
+// what remains. With two stages a tile of queries and output gradients is copied while the one
+// before is worked on; with one, each as soon as the products that read it are done.
+struct BwdTiles {
+  int rows;              // queries of a tile
+  int keys;              // keys of a thread block
+  int warps;             // of a thread block
+  int stages;            // pairs of a tile of queries and one of output gradients
+  int score_row_warps;   // scores: warps along queries
+  int key_warps;         // gradients of keys and values: warps along keys
+  int dquery_row_warps;  // gradient of queries: warps along queries
+};
+
+// What 163 KB of shared memory hold: compute capabilities 8.0, 8.7, 9.x, 10.x.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr BwdTiles kBwdTiles{};
+template <>
+inline constexpr BwdTiles kBwdTiles<64, 64>{128, 128, 8, 2, 4, 4, 4};
+template <>
+inline constexpr BwdTiles kBwdTiles<96, 96>{64, 128, 8, 2, 2, 4, 4};
+template <>
+inline constexpr BwdTiles kBwdTiles<128, 128>{64, 128, 8, 2, 2, 4, 2};
+template <>
+inline constexpr BwdTiles kBwdTiles<192, 192>{64, 64, 8, 2, 4, 2, 2};
+template <>
+inline constexpr BwdTiles kBwdTiles<256, 256>{64, 64, 8, 1, 4, 2, 2};
+
+// What 99 KB hold: other capabilities. Also for rows that do not start at 16 bytes, because the
+// code that copies them takes registers too.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr BwdTiles kBwdSmallTiles{};
+template <>
+inline constexpr BwdTiles kBwdSmallTiles<64, 64>{64, 128, 8, 2, 2, 4, 4};
+template <>
+inline constexpr BwdTiles kBwdSmallTiles<96, 96>{64, 64, 8, 2, 4, 4, 4};
+template <>
+inline constexpr BwdTiles kBwdSmallTiles<128, 128>{64, 64, 8, 1, 4, 2, 2};
+template <>
+inline constexpr BwdTiles kBwdSmallTiles<192, 192>{64, 32, 8, 1, 4, 2, 2};
+template <>
+inline constexpr BwdTiles kBwdSmallTiles<256, 256>{32, 32, 4, 1, 2, 2, 2};
+
+// kWideArg: the rows of all operands and results start at multiples of 16 bytes.
+template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles>
+struct BwdConfig {
+  using Element = typename ElementOf<kType>::Type;
+  static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
+  static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr bool kWide = kWideArg;
+  static constexpr int kRows = kTiles.rows;
+  static constexpr int kKeys = kTiles.keys;
+  static constexpr int kWarps = kTiles.warps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kStages = kTiles.stages;
+  static constexpr int kTurnRows = kRows > 64 ? kRows : 64;  // rows that share a turn
+
+  // Scores: a warp's rows and keys follow each other.
+  static constexpr int kScoreRowWarps = kTiles.score_row_warps;
+  static constexpr int kScoreRows = kRows / kScoreRowWarps;
+  static constexpr int kScoreKeys = kKeys / (kWarps / kScoreRowWarps);
+
+  // Gradients of keys and values: warps take blocks of 16 keys and of 16 columns in turn.
+  static constexpr int kKeyWarps = kTiles.key_warps;
+  static constexpr int kKeyColumnWarps = kWarps / kKeyWarps;
+
+  // Gradient of queries: a warp's rows follow each other, blocks of 16 columns go round.
+  static constexpr int kDqueryRowWarps = kTiles.dquery_row_warps;
+  static constexpr int kDqueryRows = kRows / kDqueryRowWarps;
+  static constexpr int kDqueryColumnWarps = kWarps / kDqueryRowWarps;
+
+  using QueryLayout = TileLayout<kHeadDim>;
+  using KeyLayout = TileLayout<kHeadDim>;
+  using ValueLayout = TileLayout<kHeadDimV>;
+  using DoutLayout = TileLayout<kHeadDimV>;
+  using ScoreLayout = TileLayout<kKeys>;
+
+  // Shared memory in bytes, from the first tile on: keys and values (later their gradients), the
+  // stages, probabilities and score gradients, each stage's lse and delta.
+  static constexpr int kStateBytes = 256;
+  static constexpr int kQueryBytes = kRows * QueryLayout::kPitch;
+  static constexpr int kScoreBytes = kRows * ScoreLayout::kPitch;
+  static constexpr int kStageBytes = kQueryBytes + kRows * DoutLayout::kPitch;
+  static constexpr int kRowStateBytes = kRows * 2 * 4;
+  static constexpr int kKeyOffset = 0;
+  static constexpr int kValueOffset = kKeyOffset + kKeys * KeyLayout::kPitch;
+  static constexpr int kStageOffset = kValueOffset + kKeys * ValueLayout::kPitch;
+  static constexpr int kProbabilityOffset = kStageOffset + kStages * kStageBytes;
+  static constexpr int kDscoreOffset = kProbabilityOffset + kScoreBytes;
+  static constexpr int kRowStateOffset = kDscoreOffset + kScoreBytes;
+  static constexpr int kSharedBytes = kStateBytes + kRowStateOffset + kStages * kRowStateBytes;
+
+  static_assert(kRows > 0, "kBwdTiles has no entry for these widths");
+  static_assert(128 % kRows == 0, "tiles do not cross the padding of the workspace");
+  static_assert(kStages == 1 || kStages == 2);
+  static_assert(kScoreRows % 16 == 0 && kDqueryRows % 16 == 0 && kKeys % (16 * kKeyWarps) == 0 &&
+                    kHeadDim % (16 * kKeyColumnWarps) == 0 &&
+                    kHeadDimV % (16 * kKeyColumnWarps) == 0 &&
+                    kHeadDim % (16 * kDqueryColumnWarps) == 0,
+                "a warp's part is whole 16x16 blocks");
+  static_assert(kScoreKeys == 16 || kScoreKeys == 32 || kScoreKeys == 64,
+                "chunks of a warp's keys are told apart by address bits of their own");
+  static_assert(kQueryBytes % 128 == 0 && kStageBytes % 128 == 0 && kScoreBytes % 128 == 0 &&
+                    kValueOffset % 128 == 0 && kStageOffset % 128 == 0,
+                "the swizzle needs tiles that start at a line of banks");
+};
+
+}  // namespace jax_flash::sm80

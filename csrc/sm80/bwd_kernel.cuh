@@ -1,0 +1,212 @@
+// FlashAttention-2 backward (Dao 2023, arXiv:2307.08691) with mma.sync, for sm_80 and later.
+//
+// A thread block owns kKeys keys of one kv head and walks over the queries, of all heads that share
+// it, that see them. The gradients of its keys and values stay in registers; those of the queries
+// are added to a sum in global memory (bwd_sum.cuh).
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/reduction.cuh"
+#include "sm80/bwd_block.cuh"
+#include "sm80/bwd_config.cuh"
+#include "sm80/bwd_warp.cuh"
+#include "tile/copy.cuh"
+
+namespace jax_flash::sm80 {
+
+// The order of sums: a block adds to kTurnRows rows when the blocks of earlier keys that reach them
+// have added. Which do follows from the mask alone.
+template <typename Config>
+struct BwdTurn {
+  int* turn;
+  int place;   // of this block among those that reach the rows
+  bool first;  // whether `step` is this block's first tile of these rows
+  bool last;
+
+  __device__ __forceinline__ BwdTurn(const MhaBwdParams& params, const BwdBlock& block,
+                                     BwdStep step) {
+    const int row = step.row / Config::kTurnRows * Config::kTurnRows;
+    const int64_t head = block.flat_head + step.head;
+    turn = params.turns + (head * padded_rows(params) + row) / 64;
+    place = block.key_block - block.mask.hull(row, row + Config::kTurnRows).first / Config::kKeys;
+    first = step.row == row || step.row == block.rows.first;
+    last = step.row + Config::kRows == row + Config::kTurnRows ||
+           step.row + Config::kRows >= block.rows.end;
+  }
+
+  __device__ __forceinline__ void wait() const {
+    if (!first) return;
+    if (threadIdx.x == 0) {
+      while (ptx::ld_acquire(turn) != place) {
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void pass() const {
+    if (!last) return;
+    __syncthreads();  // all threads' additions come before the release
+    if (threadIdx.x == 0) ptx::red_release_add(turn, 1);
+  }
+};
+
+template <typename Config>
+__device__ __forceinline__ void add_dquery(const MhaBwdParams& params, const BwdBlock& block,
+                                           BwdStep step, uint32_t dscore_tile, uint32_t key_tile) {
+  using Warp = BwdWarp<Config>;
+  float dquery[Warp::kDqueryBlocks][Warp::kDqueryTiles][4];
+  Warp::multiply_dscores(dquery, dscore_tile, key_tile);
+  float* const sum =
+      params.dquery_sum + (block.flat_head + step.head) * padded_rows(params) * Config::kHeadDim;
+  if (params.deterministic) [[unlikely]] {
+    const BwdTurn<Config> turn(params, block, step);
+    turn.wait();
+    Warp::add_to_sum(sum, step.row, dquery);
+    turn.pass();
+  } else {
+    Warp::add_to_sum(sum, step.row, dquery);
+  }
+}
+
+// Walks over the tiles of queries. Keys and the first queries, then values and the first output
+// gradients are on their way, as two groups of copies.
+template <typename Config>
+__device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& plan,
+                                     const BwdBlock& block, BwdWarp<Config>& warp, uint32_t tiles,
+                                     BwdStep step) {
+  using Warp = BwdWarp<Config>;
+  constexpr int kStages = Config::kStages;
+  const uint32_t key_tile = tiles + Config::kKeyOffset;
+  const uint32_t probability_tile = tiles + Config::kProbabilityOffset;
+  const uint32_t dscore_tile = tiles + Config::kDscoreOffset;
+  int stage = 0;
+  do {
+    ptx::cp_async_wait_group<kStages == 1 ? 1 : 0>();
+    // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
+    // previous tile, probabilities and score gradients before what overwrites them.
+    __syncthreads();
+    const BwdStep next = next_step<Config>(block, step);
+    const bool more = next.head < plan.group;
+    if constexpr (kStages == 2) {
+      if (more) {
+        copy_queries<Config>(params, block, tiles, stage ^ 1, next);
+        copy_douts<Config>(params, block, tiles, stage ^ 1, next);
+      }
+      ptx::cp_async_commit_group();
+    }
+    const uint32_t query_tile = tiles + Config::kStageOffset + stage * Config::kStageBytes;
+    const uint32_t dout_tile = query_tile + Config::kQueryBytes;
+    const uint32_t lses = tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes;
+
+    typename Warp::Scores scores;
+    Warp::multiply_keys(scores, query_tile, key_tile);
+    Warp::softmax(scores, block.mask, step.row, block.key_block * Config::kKeys, lses,
+                  params.scale);
+    Warp::store_scores(probability_tile, scores);
+    if constexpr (kStages == 1) {
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();  // the output gradients' copies before their reads
+    }
+    typename Warp::Scores dscores;
+    Warp::multiply_values(dscores, dout_tile, tiles + Config::kValueOffset,
+                          lses + 4 * Config::kRows);
+#pragma unroll
+    for (int i = 0; i < Warp::kScoreBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < Warp::kScoreTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dscores[i][j][e] *= scores[i][j][e];
+      }
+    }
+    Warp::store_scores(dscore_tile, dscores);
+    __syncthreads();  // probabilities and score gradients of all warps before their reads
+
+    warp.add_dkey(dscore_tile, query_tile);
+    if constexpr (kStages == 1) {
+      __syncthreads();  // all reads of the queries before the next overwrite them
+      if (more) copy_queries<Config>(params, block, tiles, stage, next);
+      ptx::cp_async_commit_group();
+    }
+    warp.add_dvalue(probability_tile, dout_tile);
+    if constexpr (kStages == 1) {
+      __syncthreads();  // the same for the output gradients
+      if (more) copy_douts<Config>(params, block, tiles, stage, next);
+      ptx::cp_async_commit_group();
+    }
+    add_dquery<Config>(params, block, step, dscore_tile, key_tile);
+    step = next_step<Config>(block, step);  // again: registers are full meanwhile
+    if constexpr (kStages == 2) stage ^= 1;
+  } while (step.head < plan.group);
+}
+
+// A gradient of keys or of values, in the operands' type through the shared tile or in f32.
+template <typename Config, typename Layout, int kWidth, int kTiles>
+__device__ __forceinline__ void store_gradient(
+    const MhaBwdParams& params, const BwdBlock& block, uint32_t tile,
+    const float (&gradient)[BwdWarp<Config>::kKeyBlocks][kTiles][4], float factor, void* target,
+    bool f32, int width) {
+  const int64_t row_stride = int64_t{params.kv_heads} * width;
+  const int64_t offset = block.flat_key * row_stride + block.kv_head * width;
+  const int first_key = block.key_block * Config::kKeys;
+  const int rows = params.key_length - first_key;
+  const int valid_rows = block.mask.key_length - first_key;
+  if (f32) {
+    BwdWarp<Config>::store_gradient(static_cast<float*>(target) + offset, row_stride, gradient,
+                                    factor, valid_rows, rows, width);
+    return;
+  }
+  BwdWarp<Config>::template stage_gradient<Layout>(tile, gradient, factor);
+  __syncthreads();  // all warps' parts before whole rows are read
+  // At least eight rows, after which the swizzle repeats.
+  constexpr int kWarpKeys = Config::kKeys / Config::kWarps < 8 ? 8 : Config::kKeys / Config::kWarps;
+  const int warp_key = BwdWarp<Config>::warp_id() * kWarpKeys;
+  if (warp_key >= Config::kKeys) return;
+  TileStore<kWarpKeys, kWidth, Config::kWide>::store(
+      static_cast<Element16*>(target) + offset + warp_key * row_stride, row_stride,
+      tile + warp_key * Layout::kPitch, valid_rows - warp_key, rows - warp_key, width);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    mha_bwd_kernel(const __grid_constant__ MhaBwdParams params,
+                   const __grid_constant__ BwdPlan plan) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  BwdBlock& block = *reinterpret_cast<BwdBlock*>(shared);
+  static_assert(sizeof(block) <= Config::kStateBytes);
+  const uint32_t tiles = ptx::shared_address(shared) + Config::kStateBytes;
+
+  BwdStep step;
+  bool any_rows;
+  {
+    BwdBlock found;
+    if (!find_block<Config>(params, plan, found)) return;
+    step = {0, found.rows.first};
+    any_rows = found.rows.first < found.rows.end;
+    if (any_rows) {
+      copy_keys<Config>(params, found, tiles);
+      copy_queries<Config>(params, found, tiles, 0, step);
+      ptx::cp_async_commit_group();
+      copy_values<Config>(params, found, tiles);
+      copy_douts<Config>(params, found, tiles, 0, step);
+      ptx::cp_async_commit_group();
+    }
+    if (threadIdx.x == 0) block = found;  // read after the next barrier
+  }
+  BwdWarp<Config> warp;
+  warp.init();
+  if (any_rows) walk(params, plan, block, warp, tiles, step);
+
+  __syncthreads();  // keys and values are read no more; the state where there was no tile
+  store_gradient<Config, typename Config::KeyLayout, Config::kHeadDim>(
+      params, block, tiles + Config::kKeyOffset, warp.dkey, params.factor, params.dkey,
+      params.f32_dkey, params.head_dim);
+  store_gradient<Config, typename Config::ValueLayout, Config::kHeadDimV>(
+      params, block, tiles + Config::kValueOffset, warp.dvalue, 1.0f, params.dvalue,
+      params.f32_dvalue, params.head_dim_v);
+}
+
+}  // namespace jax_flash::sm80

@@ -1,0 +1,94 @@
+// Launch of the sm_80 backward kernels; instantiated in inst/, one file per pair of widths.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/bwd_rows.cuh"
+#include "host/launch.h"
+#include "sm80/bwd.h"
+#include "sm80/bwd_kernel.cuh"
+#include "tile/element.cuh"
+
+namespace jax_flash::sm80 {
+
+// Shared memory that a thread block may ask for.
+constexpr int shared_limit(int compute_capability) {
+  const int major = compute_capability / 10;
+  return compute_capability == 80 || compute_capability == 87 || major == 9 || major == 10
+             ? 163 * 1024
+             : 99 * 1024;
+}
+
+// Kv heads that run side by side. With equal key blocks, one: they share its queries. Where the
+// first are seen by more queries, as many as the L2 holds the queries and their sums of, in equal
+// sections. The same for sums in order: blocks of one head would wait for each other.
+inline int64_t bwd_section_heads(const MhaBwdParams& params, int l2_bytes) {
+  if (params.window_right == kUnbounded && !params.deterministic) return 1;
+  const int64_t all = int64_t{params.batch} * params.kv_heads;
+  const int64_t group = params.heads / params.kv_heads;
+  const int64_t row_bytes = int64_t{params.head_dim} * 6 + int64_t{params.head_dim_v} * 2;
+  const int64_t bytes = std::max<int64_t>(1, group * params.query_length * row_bytes);
+  const int64_t fit = std::max<int64_t>(1, l2_bytes / 2 / bytes);
+  const int64_t sections = std::max<int64_t>(1, all / fit);
+  return (all + sections - 1) / sections;
+}
+
+template <typename Config>
+cudaError_t launch_main(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
+  static_assert(Config::kSharedBytes <= 163 * 1024);
+  const auto kernel = mha_bwd_kernel<Config>;
+  const int64_t all = int64_t{params.batch} * params.kv_heads;
+  const int64_t key_blocks = (params.key_length + int64_t{Config::kKeys} - 1) / Config::kKeys;
+  const int64_t section = bwd_section_heads(params, device.l2_bytes);
+  const int64_t sections = (all + section - 1) / section;
+  const int64_t grid = sections * section * key_blocks;
+  if (grid == 0) return cudaSuccess;
+  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const BwdPlan plan{
+      FastDivisor::make(params.kv_heads), FastDivisor::make(static_cast<uint32_t>(section)),
+      FastDivisor::make(static_cast<uint32_t>(key_blocks)),
+      static_cast<int32_t>(sections * section - all), params.heads / params.kv_heads};
+  // At every launch: the setting belongs to the current device, and costs less than remembering it.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
+                       Config::kSharedBytes, stream, params, plan);
+}
+
+inline bool rows_aligned_16(const void* data, int width) {
+  return width % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream) {
+  constexpr BwdTiles kLarge = kBwdTiles<kHeadDim, kHeadDimV>;
+  constexpr BwdTiles kSmall = kBwdSmallTiles<kHeadDim, kHeadDimV>;
+  using Large = BwdConfig<kType, kHeadDim, kHeadDimV, true, kLarge>;
+  using Small = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall>;
+  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall>;
+  static_assert(Small::kSharedBytes <= 99 * 1024);
+  using Element = typename Large::Element;
+  cudaError_t error = launch_bwd_prepare<Element>(params, kHeadDim, stream);
+  if (error != cudaSuccess) return error;
+
+  const bool wide = params.query.alignment == 16 && params.key.alignment == 16 &&
+                    params.value.alignment == 16 &&
+                    rows_aligned_16(params.dout, params.head_dim_v) &&
+                    rows_aligned_16(params.dkey, params.head_dim) &&
+                    rows_aligned_16(params.dvalue, params.head_dim_v);
+  if (!wide) {
+    error = launch_main<Narrow>(params, device, stream);
+  } else if (shared_limit(device.compute_capability) >= Large::kSharedBytes) {
+    error = launch_main<Large>(params, device, stream);
+  } else {
+    error = launch_main<Small>(params, device, stream);
+  }
+  if (error != cudaSuccess) return error;
+  return launch_bwd_finish<Element, DquerySum<kHeadDim>>(params, stream);
+}
+
+}  // namespace jax_flash::sm80

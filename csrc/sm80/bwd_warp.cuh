@@ -1,0 +1,250 @@
+// One warp of the backward: its registers and the steps that work on them.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "sm80/bwd_products.cuh"
+#include "sm80/bwd_sum.cuh"
+#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm80 {
+
+template <typename Config>
+struct BwdWarp {
+  using Element = typename Config::Element;
+  using ScoreLayout = typename Config::ScoreLayout;
+  static constexpr int kScoreBlocks = Config::kScoreRows / 16;
+  static constexpr int kScoreTiles = Config::kScoreKeys / 8;
+  static constexpr int kKeyBlocks = Config::kKeys / Config::kKeyWarps / 16;
+  static constexpr int kKeyTiles = Config::kHeadDim / Config::kKeyColumnWarps / 8;
+  static constexpr int kValueTiles = Config::kHeadDimV / Config::kKeyColumnWarps / 8;
+  static constexpr int kDqueryBlocks = Config::kDqueryRows / 16;
+  static constexpr int kDqueryTiles = Config::kHeadDim / Config::kDqueryColumnWarps / 8;
+  using Scores = float[kScoreBlocks][kScoreTiles][4];
+
+  float dkey[kKeyBlocks][kKeyTiles][4];
+  float dvalue[kKeyBlocks][kValueTiles][4];
+
+  __device__ __forceinline__ void init() {
+    clear(dkey);
+    clear(dvalue);
+  }
+
+  static __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int score_row() {
+    return warp_id() % Config::kScoreRowWarps * Config::kScoreRows;
+  }
+  static __device__ __forceinline__ int score_key() {
+    return warp_id() / Config::kScoreRowWarps * Config::kScoreKeys;
+  }
+  static __device__ __forceinline__ int key_warp() { return warp_id() % Config::kKeyWarps; }
+  static __device__ __forceinline__ int column_warp() { return warp_id() / Config::kKeyWarps; }
+
+  // scores = Q K^T
+  static __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t query_tile,
+                                                       uint32_t key_tile) {
+    using Layout = typename Config::QueryLayout;
+    clear(scores);
+    multiply<Element, Config::kHeadDim / 16>(
+        scores, RowBlocks<Layout>{a_operand_address<Layout>(query_tile, score_row())},
+        RowBlocks<Layout>{b_operand_address<Layout>(key_tile, score_key())});
+  }
+
+  // dscores = dO V^T - delta
+  static __device__ __forceinline__ void multiply_values(Scores& dscores, uint32_t dout_tile,
+                                                         uint32_t value_tile, uint32_t deltas) {
+    using Layout = typename Config::DoutLayout;
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float delta = row_state(deltas, i, h);
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+          dscores[i][j][2 * h] = dscores[i][j][2 * h + 1] = -delta;
+        }
+      }
+    }
+    multiply<Element, Config::kHeadDimV / 16>(
+        dscores, RowBlocks<Layout>{a_operand_address<Layout>(dout_tile, score_row())},
+        RowBlocks<Layout>{b_operand_address<Layout>(value_tile, score_key())});
+  }
+
+  // Scores (in place) become probabilities. `row` and `key` are the first of the tile.
+  static __device__ __forceinline__ void softmax(Scores& scores, const RowMask& mask, int row,
+                                                 int key, uint32_t lses,
+                                                 const SoftmaxScale& scale) {
+    if (scale.first != 1.0f) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[i][j][e] *= scale.first;
+        }
+      }
+    }
+    const int first_row = row + score_row();
+    const int first_key = key + score_key();
+    const KeyInterval unmasked = mask.core(first_row, first_row + Config::kScoreRows);
+    if (first_key < unmasked.first || first_key + Config::kScoreKeys > unmasked.end) {
+      apply_mask(scores, mask, first_row + fragment_row(), first_key + fragment_column());
+    }
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float lse = row_state(lses, i, h);
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            scores[i][j][e] = ptx::ex2_approx_ftz(fmaf(scores[i][j][e], scale.log2, -lse));
+          }
+        }
+      }
+    }
+  }
+
+  // Rounded to 16 bits, to a tile [row][key].
+  static __device__ __forceinline__ void store_scores(uint32_t tile, const Scores& scores) {
+    const uint32_t address = tile +
+                             ScoreLayout::offset(score_row() + fragment_row(), score_key() / 8) +
+                             2 * fragment_column();
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+          // The bits of j are zero in the warp's first chunk.
+          ptx::st_shared((address ^ (j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch,
+                         ptx::cvt_rn_x2<Element>(scores[i][j][2 * h], scores[i][j][2 * h + 1]));
+        }
+      }
+    }
+  }
+
+  // dvalue += P^T dO
+  __device__ __forceinline__ void add_dvalue(uint32_t probability_tile, uint32_t dout_tile) {
+    multiply<Element, Config::kRows / 16>(
+        dvalue, a_columns<ScoreLayout, Config::kKeyWarps>(probability_tile, key_warp()),
+        b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(dout_tile, column_warp()));
+  }
+
+  // dkey += dS^T Q
+  __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile) {
+    multiply<Element, Config::kRows / 16>(
+        dkey, a_columns<ScoreLayout, Config::kKeyWarps>(dscore_tile, key_warp()),
+        b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(query_tile,
+                                                                         column_warp()));
+  }
+
+  // dquery = dS K
+  static __device__ __forceinline__ void multiply_dscores(
+      float (&dquery)[kDqueryBlocks][kDqueryTiles][4], uint32_t dscore_tile, uint32_t key_tile) {
+    const int row = warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
+    clear(dquery);
+    multiply<Element, Config::kKeys / 16>(
+        dquery, RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
+        b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(
+            key_tile, warp_id() / Config::kDqueryRowWarps));
+  }
+
+  // `sum`: of the head; `row`: the first of the tile.
+  static __device__ __forceinline__ void add_to_sum(
+      float* sum, int row, const float (&dquery)[kDqueryBlocks][kDqueryTiles][4]) {
+    using Sum = DquerySum<Config::kHeadDim>;
+    const int column_warp = warp_id() / Config::kDqueryRowWarps;
+    row += warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
+    float* const target = sum + Sum::tile(row, 2 * column_warp);
+    const int lane = lane_id();
+#pragma unroll
+    for (int i = 0; i < kDqueryBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kDqueryTiles; ++j) {
+        const int column_tile = j / 2 * 2 * Config::kDqueryColumnWarps + j % 2;
+        Sum::add(target + Sum::tile(16 * i, column_tile), lane, dquery[i][j]);
+      }
+    }
+  }
+
+  // A gradient of keys or of values to a tile of 16 bits in shared memory.
+  template <typename Layout, int kTiles>
+  static __device__ __forceinline__ void stage_gradient(
+      uint32_t tile, const float (&gradient)[kKeyBlocks][kTiles][4], float factor) {
+    visit_rows<kTiles>([&](int i, int j, int h, int row, int chunk) {
+      ptx::st_shared(tile + Layout::offset(row, chunk) + 2 * fragment_column(),
+                     ptx::cvt_rn_x2<Element>(factor * gradient[i][j][2 * h],
+                                             factor * gradient[i][j][2 * h + 1]));
+    });
+  }
+
+  // The same in f32, to global memory: `rows` rows, those from valid_rows on being zeros.
+  template <int kTiles>
+  static __device__ __forceinline__ void store_gradient(
+      float* target, int64_t row_stride, const float (&gradient)[kKeyBlocks][kTiles][4],
+      float factor, int valid_rows, int rows, int width) {
+    visit_rows<kTiles>([&](int i, int j, int h, int row, int chunk) {
+      const int column = 8 * chunk + fragment_column();
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (row < rows && column + e < width) {
+          target[row * row_stride + column + e] =
+              row < valid_rows ? factor * gradient[i][j][2 * h + e] : 0.0f;
+        }
+      }
+    });
+  }
+
+ private:
+  // lse or delta of this lane's row 16 * block + 8 * half.
+  static __device__ __forceinline__ float row_state(uint32_t states, int block, int half) {
+    return ptx::ld_shared_f32(states + 4 * (score_row() + fragment_row() + 16 * block + 8 * half));
+  }
+
+  // Keys outside a row's interval get a score of -inf. `row` and `key` are this lane's first.
+  static __device__ __forceinline__ void apply_mask(Scores& scores, const RowMask& mask, int row,
+                                                    int key) {
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const KeyInterval keys = mask.interval(row + 16 * i + 8 * h);
+        const int begin = keys.first - key;
+        const int end = keys.end - key;
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = 8 * j + e;
+            if (column < begin || column >= end) scores[i][j][2 * h + e] = kMinusInfinity;
+          }
+        }
+      }
+    }
+  }
+
+  // Calls f(block, tile, half, row, chunk) for this lane's pairs of a gradient of keys or values.
+  template <int kTiles, typename F>
+  static __device__ __forceinline__ void visit_rows(F f) {
+#pragma unroll
+    for (int i = 0; i < kKeyBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * (i * Config::kKeyWarps + key_warp()) + 8 * h + fragment_row();
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          f(i, j, h, row, 2 * (j / 2 * Config::kKeyColumnWarps + column_warp()) + j % 2);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash::sm80

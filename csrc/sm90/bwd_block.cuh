@@ -1,0 +1,95 @@
+// A block of work of the backward: kKeys keys of one key head, and the queries that see them.
+#pragma once
+
+#include <cuda.h>
+
+#include "host/params.h"
+#include "sm90/bwd_config.cuh"
+#include "tile/mask.cuh"
+#include "tile/sequence.cuh"
+
+namespace jax_flash::sm90 {
+
+// What a launch adds to MhaBwdParams.
+struct BwdPlan {
+  CUtensorMap query;  // dims: width, row, head, two batch dims
+  CUtensorMap key;
+  CUtensorMap value;
+  CUtensorMap dout;  // dims: width, row, head, batch, 1
+
+  FastDivisor inner_batch;  // size of the inner of two batch dims
+  FastDivisor kv_heads;
+
+  // Order of the blocks: sections of heads; inside one the key block is the slow index.
+  int32_t ids;
+  int32_t key_blocks;
+  bool first_to_last;  // order of the key blocks
+  int32_t whole_sections;
+  int32_t section_turn;  // how far the thread blocks are turned from section to section
+  FastDivisor section_ids;
+  FastDivisor section_heads;
+  FastDivisor last_heads;  // of the smaller last section
+};
+
+// The producer writes it to shared memory, the consumers read it there.
+template <typename Config>
+struct BwdBlock {
+  int tiles;       // of queries, for each query head; negative: there are no more blocks
+  int first_tile;  // of them
+  int steps;       // of all query heads together
+  int in_sum;      // number of the first tile of the first head in the sum for dQ
+  int next_head;   // from the last tile of a head to the first of the next, there
+  int first_key;
+  int keys;  // of which exist in the sequence; the others are padding
+  int head;  // key head
+  int batch;
+  RowMask mask;
+  RowInterval live;  // rows that see any key; the others may hold anything
+  // Per warpgroup: tiles [first, end) whose queries, those that exist, see all of its keys, and
+  // whose rows are all live.
+  int clean_first[Config::kWarpgroups];
+  int clean_end[Config::kWarpgroups];
+};
+
+// Block `id`; false where a section is padded.
+template <typename Config>
+__device__ __forceinline__ bool make_block(const MhaBwdParams& params, const BwdPlan& plan, int id,
+                                           BwdBlock<Config>& block) {
+  constexpr int kRows = Config::kRows;
+  const int section = plan.section_ids.divide(id);
+  const int in_section = id - section * static_cast<int>(plan.section_ids.divisor);
+  const FastDivisor& heads = section < plan.whole_sections ? plan.section_heads : plan.last_heads;
+  const int rank = heads.divide(in_section);
+  if (rank >= plan.key_blocks) return false;
+  const int flat_head = section * static_cast<int>(plan.section_heads.divisor) + in_section -
+                        rank * static_cast<int>(heads.divisor);
+  block.first_key = (plan.first_to_last ? rank : plan.key_blocks - 1 - rank) * Config::kKeys;
+  block.batch = plan.kv_heads.divide(flat_head);
+  block.head = flat_head - block.batch * params.kv_heads;
+  block.mask = row_mask(params, block.batch);
+  block.keys = block.mask.key_length - block.first_key;
+  block.live = block.mask.rows(0, block.mask.key_length);
+  const RowInterval rows = block.mask.rows(block.first_key, block.first_key + Config::kKeys);
+  block.first_tile = rows.first / kRows;
+  block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
+  const int group = params.heads / params.kv_heads;
+  const int tiles_of_head =
+      (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * (kBwdRowPadding / kRows);
+  block.steps = group * block.tiles;
+  block.in_sum =
+      (block.batch * params.heads + block.head * group) * tiles_of_head + block.first_tile;
+  block.next_head = tiles_of_head - block.tiles + 1;
+#pragma unroll 1
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    const int first_key = block.first_key + 64 * w;
+    const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = all.first >= all.end || params.scale.first != 1.0f;
+    const bool to_end = all.end == params.query_length;
+    block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
+    block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
+  }
+  return true;
+}
+
+}  // namespace jax_flash::sm90

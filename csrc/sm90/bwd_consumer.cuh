@@ -1,0 +1,420 @@
+// The role of a consumer warpgroup of the backward: products and gradients.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/reduction.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/bwd_block.cuh"
+#include "sm90/bwd_config.cuh"
+#include "sm90/bwd_shared.cuh"
+#include "sm90/ring.cuh"
+#include "tile/copy.cuh"
+#include "tile/fragment.cuh"
+#include "tile/quad.cuh"
+
+namespace jax_flash::sm90 {
+
+// One consumer warpgroup: 64 keys of a block. Scores are held as S^T, keys by queries, so that P^T
+// and dS^T are first operands of the products for dV and dK as they are. dQ needs dS of both
+// warpgroups; it goes through shared memory, and its product waits for the next step.
+template <typename Config>
+struct BwdConsumer {
+  using Element = typename Config::Element;
+  using QueryLayout = typename Config::QueryLayout;
+  using KeyLayout = typename Config::KeyLayout;
+  using ScoreLayout = typename Config::ScoreLayout;
+  static constexpr int kRows = Config::kRows;
+  static constexpr int kScores = kRows / 2;
+  static constexpr int kGrads = Config::kHeadDim / 2;
+
+  const MhaBwdParams& params;
+  const BwdPlan& plan;
+  BwdShared<Config>& shared;
+  uint32_t tiles;  // shared address of the keys
+  int warpgroup;
+  uint32_t steps = 0;   // before the one at work: the position in the rings of queries and scores
+  uint32_t blocks = 0;  // that have tiles, before the one at work: the position in that of keys
+
+  float dkey[kGrads];
+  float dvalue[kGrads];
+
+  __device__ __forceinline__ int stage() const { return steps % Config::kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return steps / Config::kStages % 2; }
+  __device__ __forceinline__ uint32_t query_tile() const {
+    return tiles + Config::kQueryOffset + stage() * QueryLayout::kBytes;
+  }
+  __device__ __forceinline__ uint32_t dout_tile() const {
+    return tiles + Config::kDoutOffset + stage() * QueryLayout::kBytes;
+  }
+  __device__ __forceinline__ uint32_t score_tile(uint32_t step) const {
+    return tiles + Config::kScoreOffset + step % 2 * ScoreLayout::kBytes;
+  }
+
+  static __device__ __forceinline__ void wait(const uint64_t& barrier, uint32_t parity) {
+    ptx::mbarrier_wait(ptx::shared_address(&barrier), parity);
+  }
+  static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
+    __syncwarp();
+    ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
+  }
+
+  __device__ __forceinline__ uint32_t key_tile() const {
+    return tiles + Config::kKeyOffset + blocks % Config::kKeyStages * Config::kKeyStageBytes;
+  }
+  // The same, computed anew: descriptors that are kept through the loop cost more registers than
+  // there are.
+  __device__ __forceinline__ uint32_t fresh_key_tile() const {
+    uint32_t address = key_tile();
+    asm volatile("" : "+r"(address));
+    return address;
+  }
+
+  // d = A B^T over the head dim: 64 rows of `a` (keys or values) by the rows of `b`.
+  static __device__ __forceinline__ void issue_scores(float (&d)[kScores], uint32_t a, uint32_t b) {
+    const uint64_t keys = ptx::wgmma_descriptor(a, 0);
+    const uint64_t queries = ptx::wgmma_descriptor(b, 0);
+#pragma unroll
+    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
+      ptx::Wgmma<Element, kRows>::ss(d, keys + (KeyLayout::offset(0, 2 * k) >> 4),
+                                     queries + (QueryLayout::offset(0, 2 * k) >> 4), k != 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // d += A B: A, keys by queries, from registers, B the queries or their output gradients.
+  static __device__ __forceinline__ void issue_gradient(float (&d)[kGrads],
+                                                        const uint32_t (&a)[kScores / 2],
+                                                        uint32_t b) {
+    const uint64_t rows = ptx::wgmma_descriptor(b, QueryLayout::kSlabBytes);
+#pragma unroll
+    for (int k = 0; k < kRows / 16; ++k) {
+      ptx::Wgmma<Element, Config::kHeadDim>::rs(d, a + 4 * k, rows + (16 * 128 >> 4) * k, 1);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // d = K^T dS^T for 64 columns of the width and 64 queries of step `step`.
+  __device__ __forceinline__ void issue_dquery(float (&d)[32], uint32_t step) const {
+    const int columns = Config::kSplitsColumns ? warpgroup : 0;
+    const int rows = Config::kSplitsColumns ? 0 : 64 * warpgroup;
+    const uint64_t keys =
+        ptx::wgmma_descriptor(fresh_key_tile() + columns * KeyLayout::kSlabBytes, 0);
+    const uint64_t scores = ptx::wgmma_descriptor(score_tile(step) + rows * 128, 0);
+#pragma unroll
+    for (int k = 0; k < Config::kKeys / 16; ++k) {
+      ptx::Wgmma<Element, 64>::template ss<1>(
+          d, keys + (16 * 128 >> 4) * k, scores + (ScoreLayout::offset(0, 2 * k) >> 4), k != 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // Turns at the products for dQ and dK: each warpgroup has its own after the other has asked for
+  // its next scores. Whole in each block of work: the last turns of a block do not wait for the
+  // first scores of the next, whose keys come when this one is done.
+  __device__ __forceinline__ void pass_turn(bool passes) const {
+    ptx::bar_arrive_if(passes, 2 - warpgroup, 256);
+  }
+  __device__ __forceinline__ void take_turn() const { ptx::bar_sync(1 + warpgroup, 256); }
+
+  // Zeroes rows [first, end) of a tile, which hold what may not be read: 0 * NaN would reach a sum.
+  template <typename Layout>
+  __device__ __forceinline__ void clear_rows(uint32_t tile, int first, int end) const {
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    for (int i = threadIdx.x % 128; i < (end - first) * 8; i += 128) {
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + first * 128 + 16 * i, zeros);
+      }
+    }
+  }
+  // Makes that visible to this warpgroup's products; the other one does the same for itself.
+  __device__ __forceinline__ void end_clearing() const {
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(3 + warpgroup, 128);
+  }
+
+  // Probabilities of 0 where a query, from `first_row` on, does not see a key. A key is seen by
+  // the queries of an interval.
+  __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
+                                             int first_key, int first_row) const {
+    const int key =
+        first_key + 64 * warpgroup + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
+    const int column = first_row + fragment_column();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const RowInterval rows = mask.rows(key + 8 * h, key + 8 * h + 1);
+      const int first = rows.first - column;
+      const int end = rows.end - column;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (i / 2 % 2 != h) continue;
+        const int at = i / 4 * 8 + i % 2;
+        if (at < first || at >= end) s[i] = 0.0f;
+      }
+    }
+  }
+
+  // A tile of queries: its number in the head, and in the sum for dQ.
+  struct Place {
+    int tile;
+    int in_sum;
+  };
+
+  // Adds a product for dQ to the sum, in the order of its registers (bwd_finish.cuh).
+  __device__ __forceinline__ void add_dquery(const float (&d)[32], const BwdBlock<Config>& block,
+                                             const Place& place) const {
+    const int64_t chunk = int64_t{place.in_sum} * Config::kWarpgroups + warpgroup;
+    float* const target = params.dquery_sum + chunk * 4096 + threadIdx.x % 128 * 4;
+    int32_t* turn = nullptr;
+    if constexpr (Config::kDeterministic) {
+      turn = params.turns + (Config::kSplitsColumns ? chunk / 2 : chunk);
+      wait_for_turn(turn, block, place.tile);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      ptx::red_add_v4(target + 512 * i, d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+    }
+    if constexpr (Config::kDeterministic) {
+      __threadfence();
+      ptx::bar_sync(3 + warpgroup, 128);
+      if (threadIdx.x % 128 == 0) ptx::red_release_add(turn, 1);
+    }
+  }
+
+  // Key blocks add to a tile from the last that it sees to the first. At width 128 the two
+  // warpgroups add to different columns under one count.
+  __device__ __forceinline__ void wait_for_turn(const int32_t* turn, const BwdBlock<Config>& block,
+                                                int tile) const {
+    const KeyInterval keys = block.mask.hull(tile * kRows, (tile + 1) * kRows);
+    const int last = (keys.end - 1) / Config::kKeys;
+    const int before = (last - block.first_key / Config::kKeys) * (Config::kSplitsColumns ? 2 : 1);
+    if (threadIdx.x % 128 == 0) {
+      while (ptx::ld_acquire(turn) < before) {
+      }
+    }
+    ptx::bar_sync(3 + warpgroup, 128);
+  }
+
+  // Zeroes the rows of queries and output gradients that may hold anything.
+  __device__ __forceinline__ void clear_dead_rows(const BwdBlock<Config>& block,
+                                                  int first_row) const {
+    const RowInterval live = block.live;
+    if (live.first <= first_row && min(first_row + kRows, params.query_length) <= live.end) return;
+    const int begin = min(max(live.first - first_row, 0), kRows);
+    const int end = min(max(live.end - first_row, begin), kRows);
+    clear_rows<QueryLayout>(query_tile(), 0, begin);
+    clear_rows<QueryLayout>(query_tile(), end, kRows);
+    clear_rows<QueryLayout>(dout_tile(), 0, begin);
+    clear_rows<QueryLayout>(dout_tile(), end, kRows);
+    end_clearing();
+  }
+
+  // One tile of queries of one head. kClean: see BwdBlock. previous: where the product for dQ of
+  // the step before belongs; the first step of a block has none.
+  template <bool kClean>
+  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first,
+                                       const Place& previous) {
+    const int first_row = tile * kRows;
+    wait(shared.query_full[stage()], parity());
+    wait(shared.dout_full[stage()], parity());
+    if constexpr (!kClean) clear_dead_rows(block, first_row);
+    const int own = 64 * warpgroup;  // first key
+    float s[kScores];
+    float dp[kScores];
+    uint32_t p[kScores / 2];
+    uint32_t ds[kScores / 2];
+    ptx::wgmma_fence();
+    issue_scores(s, fresh_key_tile() + own * 128, query_tile());
+    issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
+    pass_turn(warpgroup == 1 || !first);
+
+    ptx::wgmma_wait_group<1>();
+    if constexpr (!kClean) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
+    }
+    const float* const lse = shared.row_lse[stage()] + fragment_column();
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = *reinterpret_cast<const float2*>(lse + 8 * j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& score = s[4 * j + e];
+        score = ptx::ex2_approx_ftz(fmaf(score, params.scale.log2, e % 2 == 0 ? -x.x : -x.y));
+      }
+    }
+    if constexpr (!kClean) apply_mask(s, block.mask, block.first_key, first_row);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
+    }
+    ptx::wgmma_fence();
+    issue_gradient(dvalue, p, dout_tile());
+
+    ptx::wgmma_wait_group<1>();
+    const float* const delta = shared.row_delta[stage()] + fragment_column();
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
+        ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
+                                                probability.y * (dp[4 * j + 2 * h + 1] - x.y));
+      }
+    }
+    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
+    store_scores(ds);
+    ptx::fence_proxy_async_shared();
+    warp_arrive(shared.score_full[steps % 2]);
+
+    take_turn();
+    wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
+    float dquery[32];
+    ptx::wgmma_fence();
+    // In the first step of a block of what lies there from the block before: dropped.
+    issue_dquery(dquery, steps + 1);
+    issue_gradient(dkey, ds, query_tile());
+    ptx::wgmma_wait_group<1>();
+    warp_arrive(shared.score_empty[(steps + 1) % 2]);
+    warp_arrive(shared.dout_empty[stage()]);
+    if (!first) add_dquery(dquery, block, previous);
+    ptx::wgmma_wait_group<0>();
+    warp_arrive(shared.query_empty[stage()]);
+    ++steps;
+  }
+
+  // dS^T to shared memory as dS, a row for each query.
+  __device__ __forceinline__ void store_scores(const uint32_t (&ds)[kScores / 2]) const {
+    const int lane = lane_id();
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const uint32_t target =
+        score_tile(steps) +
+        ScoreLayout::offset(lane / 16 * 8 + lane % 8, 8 * warpgroup + 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < kRows / 16; ++k) {
+      const uint32_t words[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
+      ptx::stmatrix_x4_trans(target + 16 * 128 * k, words);
+    }
+  }
+
+  // One gradient, keys by width, to its place in global memory.
+  __device__ __forceinline__ void store_gradient(const float (&grad)[kGrads], float factor,
+                                                 void* out, bool f32, int width,
+                                                 const BwdBlock<Config>& block) const {
+    const int lane = lane_id() % 4;
+    const int first = block.first_key + 64 * warpgroup +
+                      static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = first + 8 * h;
+      const bool exists = key < params.key_length;
+      const int64_t row =
+          ((int64_t{block.batch} * params.key_length + key) * params.kv_heads + block.head) * width;
+      if (f32) {
+        float* const target = static_cast<float*>(out) + row + 2 * lane;
+#pragma unroll
+        for (int j = 0; j < Config::kHeadDim / 8; ++j) {
+          if (exists && 8 * j < width) {
+            *reinterpret_cast<float2*>(target + 8 * j) =
+                make_float2(factor * grad[4 * j + 2 * h], factor * grad[4 * j + 2 * h + 1]);
+          }
+        }
+        continue;
+      }
+      Element16* const target = static_cast<Element16*>(out) + row + 8 * lane;
+#pragma unroll
+      for (int group = 0; group < Config::kHeadDim / 32; ++group) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 16 * group + 4 * j + 2 * h;
+          words[j] = ptx::cvt_rn_x2<Element>(factor * grad[i], factor * grad[i + 1]);
+        }
+        transpose_quad(words, lane);
+        if (exists && 32 * group + 8 * lane < width) {
+          *reinterpret_cast<uint4*>(target + 32 * group) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
+    const int key_stage = blocks % Config::kKeyStages;
+    wait(shared.kv_full[key_stage], blocks / Config::kKeyStages % 2);
+    if (block.keys < Config::kKeys) {
+      clear_rows<KeyLayout>(key_tile(), block.keys, Config::kKeys);
+      clear_rows<KeyLayout>(key_tile() + Config::kValueOffset, block.keys, Config::kKeys);
+      end_clearing();
+    }
+    const int first_tile = block.first_tile;
+    const int end_tile = first_tile + block.tiles;
+    const int clean_first = block.clean_first[warpgroup];
+    const int clean_end = block.clean_end[warpgroup];
+    Place place{first_tile, block.in_sum};
+    Place previous = place;
+    bool first = true;
+    const auto advance = [&] {
+      first = false;
+      previous = place;
+      ++place.tile;
+      ++place.in_sum;
+      if (place.tile == end_tile) {
+        place.tile = first_tile;
+        place.in_sum += block.next_head - 1;
+      }
+    };
+    int left = block.steps;
+    while (left > 0) {
+#pragma unroll 1
+      for (; left > 0 && place.tile >= clean_first && place.tile < clean_end; --left) {
+        step<true>(block, place.tile, first, previous);
+        advance();
+      }
+      if (left == 0) break;
+      step<false>(block, place.tile, first, previous);
+      advance();
+      --left;
+    }
+    pass_turn(warpgroup == 0);
+    wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
+    float dquery[32];
+    ptx::wgmma_fence();
+    issue_dquery(dquery, steps + 1);
+    ptx::wgmma_wait_group<0>();
+    warp_arrive(shared.kv_empty[key_stage]);
+    add_dquery(dquery, block, previous);
+    ++blocks;
+  }
+
+  __device__ __forceinline__ void run() {
+    warp_arrive(shared.score_full[1]);  // of the step before the first
+    RingIndex<BwdShared<Config>::kBlockSlots> slots;
+#pragma unroll 1
+    while (true) {
+      wait(shared.block_full[slots.stage()], slots.parity());
+      const BwdBlock<Config>& block = shared.blocks[slots.stage()];
+      if (block.tiles < 0) break;
+#pragma unroll
+      for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
+      if (block.tiles > 0) run_block(block);
+      store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
+      store_gradient(dvalue, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v, block);
+      // By all threads, which have all read it: what racecheck understands.
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
+      slots.next();
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,65 @@
+// FlashAttention backward for Hopper (sm_90a): TMA, wgmma, warp specialisation.
+//
+// Thread blocks stay and work off blocks of keys (bwd_block.cuh). One thread plans and copies; two
+// consumer warpgroups own 64 keys each and go through the queries that see them, of all query heads
+// that share the key head, so dK and dV are summed in registers. dQ is added to a sum in global
+// memory, which bwd_finish.cuh turns into the result. docs/design/bwd_sm90.md has limits, barriers
+// and measurements.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/bwd_consumer.cuh"
+#include "sm90/bwd_producer.cuh"
+#include "sm90/bwd_shared.cuh"
+
+namespace jax_flash::sm90 {
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    mha_bwd_kernel(const __grid_constant__ MhaBwdParams params,
+                   const __grid_constant__ BwdPlan plan) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  using Shared = BwdShared<Config>;
+  Shared& shared = *reinterpret_cast<Shared*>(memory + Config::kStateOffset);
+  const uint32_t tiles = ptx::shared_address(memory);
+  // Uniform over the warp, and known to be.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    const auto init = [](uint64_t& barrier, int arrivals) {
+      ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
+    };
+    for (int i = 0; i < 2; ++i) {
+      init(shared.kv_full[i], 1);
+      init(shared.kv_empty[i], Config::kConsumerWarps);
+      init(shared.query_full[i], 1);
+      init(shared.query_empty[i], Config::kConsumerWarps);
+      init(shared.dout_full[i], 1);
+      init(shared.dout_empty[i], Config::kConsumerWarps);
+      init(shared.score_full[i], Config::kConsumerWarps);
+      init(shared.score_empty[i], Config::kConsumerWarps);
+      init(shared.block_full[i], 1);
+      init(shared.block_empty[i], 128 * Config::kWarpgroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == Config::kWarpgroups) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0) {
+      BwdProducer<Config> producer{params, plan, shared, tiles};
+      producer.run();
+    }
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    BwdConsumer<Config> consumer{params, plan, shared, tiles, warpgroup};
+    consumer.run();
+  }
+}
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,123 @@
+// The producer of the backward: finds this thread block's work, copies tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/batch_coordinate.cuh"
+#include "sm90/bwd_block.cuh"
+#include "sm90/bwd_config.cuh"
+#include "sm90/bwd_shared.cuh"
+#include "sm90/ring.cuh"
+
+namespace jax_flash::sm90 {
+
+// Run by one lane.
+template <typename Config>
+struct BwdProducer {
+  const MhaBwdParams& params;
+  const BwdPlan& plan;
+  BwdShared<Config>& shared;
+  uint32_t tiles;  // shared address of the keys
+  RingIndex<Config::kStages> ring;
+  RingIndex<Config::kKeyStages> key_ring;
+
+  // All slabs of a tile.
+  template <typename Layout>
+  __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map,
+                                            uint32_t barrier, uint64_t policy, int row, int head,
+                                            const BatchCoordinate& batch) const {
+#pragma unroll
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+      ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, policy, 64 * slab, row,
+                       head, batch.inner, batch.outer);
+    }
+  }
+
+  __device__ __forceinline__ void copy_keys(const BwdBlock<Config>& block) {
+    const int stage = key_ring.stage();
+    const uint32_t keys = tiles + Config::kKeyOffset + stage * Config::kKeyStageBytes;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.kv_empty[stage]), key_ring.parity() ^ 1);
+    const uint32_t barrier = ptx::shared_address(&shared.kv_full[stage]);
+    ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyStageBytes);
+    copy_tile<typename Config::KeyLayout>(
+        keys, &plan.key, barrier, ptx::kEvictFirst, block.first_key, block.head,
+        batch_coordinate(params.key, block.batch, params, plan.inner_batch));
+    copy_tile<typename Config::KeyLayout>(
+        keys + Config::kValueOffset, &plan.value, barrier, ptx::kEvictFirst, block.first_key,
+        block.head, batch_coordinate(params.value, block.batch, params, plan.inner_batch));
+    key_ring.next();
+  }
+
+  // Queries `row`.. of a head with their lse, and their output gradients with their delta.
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
+                                               int padded_rows) {
+    using Layout = typename Config::QueryLayout;
+    constexpr int kStateBytes = 4 * Config::kRows;
+    const int stage = ring.stage();
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[stage]), ring.parity() ^ 1);
+    uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
+    ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
+    copy_tile<Layout>(tiles + Config::kQueryOffset + stage * Layout::kBytes, &plan.query, barrier,
+                      ptx::kEvictLast, row, head,
+                      batch_coordinate(params.query, block.batch, params, plan.inner_batch));
+    ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state, kStateBytes,
+                   barrier);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.dout_empty[stage]), ring.parity() ^ 1);
+    barrier = ptx::shared_address(&shared.dout_full[stage]);
+    ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
+    copy_tile<Layout>(tiles + Config::kDoutOffset + stage * Layout::kBytes, &plan.dout, barrier,
+                      ptx::kEvictLast, row, head, {block.batch, 0});
+    ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
+                   kStateBytes, barrier);
+    ring.next();
+  }
+
+  // Ids in rounds of one for each thread block, every other round in reverse.
+  __device__ __forceinline__ int id_of(int round) const {
+    const int groups = gridDim.x;
+    // A section that is turned starts a round.
+    const int turn = plan.section_ids.divide(round * groups) * plan.section_turn;
+    const int place = (static_cast<int>(blockIdx.x) + turn) % groups;
+    return round * groups + (round % 2 == 0 ? place : groups - 1 - place);
+  }
+
+  __device__ __forceinline__ BwdBlock<Config>& empty_slot(
+      const RingIndex<BwdShared<Config>::kBlockSlots>& slots) const {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[slots.stage()]), slots.parity() ^ 1);
+    return shared.blocks[slots.stage()];
+  }
+
+  __device__ __forceinline__ void run() {
+    const int group = params.heads / params.kv_heads;
+    const int padded_rows =
+        (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+    RingIndex<BwdShared<Config>::kBlockSlots> slots;
+#pragma unroll 1
+    for (int round = 0; round * static_cast<int>(gridDim.x) < plan.ids; ++round) {
+      const int id = id_of(round);
+      if (id >= plan.ids) continue;
+      BwdBlock<Config>& block = empty_slot(slots);
+      if (!make_block(params, plan, id, block)) continue;
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+      slots.next();
+      if (block.tiles == 0) continue;
+      copy_keys(block);
+#pragma unroll 1
+      for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
+#pragma unroll 1
+        for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
+          copy_queries(block, head, tile * Config::kRows, padded_rows);
+        }
+      }
+    }
+    empty_slot(slots).tiles = -1;
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+  }
+};
+
+}  // namespace jax_flash::sm90

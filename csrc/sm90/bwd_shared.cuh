@@ -1,0 +1,40 @@
+// What the roles of a thread block of the backward share.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/bwd_block.cuh"
+#include "sm90/bwd_config.cuh"
+
+namespace jax_flash::sm90 {
+
+// What follows the tiles in shared memory. "full" barriers: it has arrived. "empty": all consumers
+// are done.
+template <typename Config>
+struct BwdShared {
+  float row_lse[Config::kStages][Config::kRows];    // comes with the queries
+  float row_delta[Config::kStages][Config::kRows];  // comes with the output gradients
+  // Of blocks, one at work and the next.
+  static constexpr int kBlockSlots = 2;
+
+  uint64_t kv_full[Config::kKeyStages];  // keys and values of a block
+  uint64_t kv_empty[Config::kKeyStages];
+  uint64_t query_full[Config::kStages];
+  uint64_t query_empty[Config::kStages];
+  uint64_t dout_full[Config::kStages];
+  uint64_t dout_empty[Config::kStages];
+  uint64_t score_full[2];  // dS of both warpgroups
+  uint64_t score_empty[2];
+  uint64_t block_full[kBlockSlots];
+  uint64_t block_empty[kBlockSlots];
+  BwdBlock<Config> blocks[kBlockSlots];
+};
+
+template <typename Config>
+inline constexpr int kBwdSharedBytes = [] {
+  constexpr int kBytes = Config::kStateOffset + sizeof(BwdShared<Config>);
+  static_assert(kBytes <= 227 * 1024, "what a thread block may have");
+  return kBytes;
+}();
+
+}  // namespace jax_flash::sm90
