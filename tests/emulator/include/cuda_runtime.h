@@ -1,0 +1,115 @@
+// What device code and launches use of the CUDA runtime, for the emulator.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "emulator.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// `extern __shared__ unsigned char memory[]` is a global array; kernels have no other.
+#define __shared__
+
+using emulator::blockIdx;
+using emulator::gridDim;
+using emulator::threadIdx;
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+inline constexpr cudaError_t cudaSuccess = 0;
+inline constexpr cudaError_t cudaErrorInvalidValue = 1;
+inline constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
+inline constexpr cudaError_t cudaErrorNotSupported = 801;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+// Runs the kernel at once. `emulated_shared_memory` is that array of the kernel's namespace.
+extern unsigned char* emulated_shared_memory;
+template <typename... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Params&... params) {
+  if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
+  if (config->numAttrs != 0) emulator::fail("clusters are not emulated");
+  emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
+                   static_cast<int>(config->blockDim.x), emulated_shared_memory,
+                   [&] { kernel(params...); });
+  return cudaSuccess;
+}
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulator::barrier(0, emulator::current->block->threads, true); }
+inline void __syncwarp(unsigned = 0xffffffffu) {
+  const uint64_t none = 0;
+  emulator::exchange(&none, 1);
+}
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  const uint64_t bits = emulator::bits_of(value);
+  return emulator::bit_cast<T>(emulator::exchange(&bits, 1)[source % 32][0]);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bit) {
+  return __shfl_sync(mask, value, emulator::lane() ^ bit);
+}
+inline bool __any_sync(unsigned, bool value) {
+  const uint64_t bits = value;
+  auto& all = emulator::exchange(&bits, 1);
+  return std::any_of(all, all + 32, [](const uint64_t* lane) { return lane[0] != 0; });
+}
+
+inline float __uint_as_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __log2f(float x) { return std::log2(x); }

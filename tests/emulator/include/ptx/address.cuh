@@ -1,0 +1,13 @@
+// csrc/ptx/address.cuh for the emulator: an address is an offset in the shared memory.
+#pragma once
+
+#include "emulator.h"
+
+namespace jax_flash::ptx {
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) -
+                               emulator::shared_memory);
+}
+
+}  // namespace jax_flash::ptx

@@ -1,0 +1,24 @@
+// csrc/ptx/math.cuh for the emulator.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+namespace jax_flash::ptx {
+
+inline float ex2_approx_ftz(float x) { return std::exp2(x); }
+
+template <typename T>
+uint32_t cvt_rn_x2(float low, float high) {
+  return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);
+}
+template <typename T>
+float2 unpack_x2(uint32_t pair) {
+  return make_float2(static_cast<float>(emulator::bit_cast<T>(pair & 0xffff)),
+                     static_cast<float>(emulator::bit_cast<T>(pair >> 16)));
+}
+
+}  // namespace jax_flash::ptx

@@ -1,0 +1,26 @@
+// csrc/ptx/reduction.cuh for the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include "emulator.h"
+
+namespace jax_flash::ptx {
+
+inline void red_add_v4(float* target, float x, float y, float z, float w) {
+  if (reinterpret_cast<uintptr_t>(target) % 16 != 0) emulator::fail("a red.v4 is not aligned");
+  target[0] += x;
+  target[1] += y;
+  target[2] += z;
+  target[3] += w;
+}
+inline void red_add(float* target, float x) { *target += x; }
+inline void red_release_add(int32_t* target, int32_t value) { *target += value; }
+// Thread blocks run one after another: what one waits for must have been done.
+inline int32_t ld_acquire(const int32_t* source) {
+  static long asked = 0;
+  if (++asked > 100'000'000) emulator::fail("a thread block waits for one that comes later");
+  return *source;
+}
+
+}  // namespace jax_flash::ptx

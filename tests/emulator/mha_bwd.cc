@@ -1,0 +1,75 @@
+// The backward's host code and kernels on the CPU.
+#include <cuda_runtime.h>
+
+#include "problem.h"
+#include "sm80/bwd_launch.cuh"
+#include "sm90/bwd_launch.cuh"
+
+// What `extern __shared__ unsigned char ...[]` of the kernels means here.
+namespace jax_flash::sm80 {
+alignas(1024) unsigned char shared[227 * 1024];
+}  // namespace jax_flash::sm80
+namespace jax_flash::sm90 {
+alignas(1024) unsigned char memory[227 * 1024];
+}  // namespace jax_flash::sm90
+unsigned char* emulated_shared_memory;
+
+namespace {
+
+using namespace jax_flash;
+
+MhaBwdParams make_params(const Arguments& from, int width) {
+  MhaBwdParams to{};
+  describe(from, to);
+  to.factor = from.scale;
+  to.out = from.out;
+  to.dout = from.dout;
+  to.lse = from.lse;
+  to.dlse = from.dlse;
+  to.dquery = from.dquery;
+  to.dkey = from.dkey;
+  to.dvalue = from.dvalue;
+  to.f32_dquery = to.f32_dkey = to.f32_dvalue = from.f32_results != 0;
+  to.deterministic = from.deterministic != 0;
+  const int64_t rows = int64_t{from.batch} * from.heads *
+                       ((from.query_length + kBwdRowPadding - 1) / kBwdRowPadding) * kBwdRowPadding;
+  to.dquery_sum = from.workspace;
+  to.row_lse = to.dquery_sum + rows * width;
+  to.row_delta = to.row_lse + rows;
+  to.turns = reinterpret_cast<int32_t*>(to.row_delta + rows);
+  return to;
+}
+
+// Few widths, because they take the C++ compiler longer than the tests take.
+cudaError_t launch_sm80(const Arguments& arguments, const DeviceInfo& device) {
+  const int width = std::max(arguments.head_dim, arguments.head_dim_v);
+  constexpr auto kBf16 = ElementType::kBf16;
+  constexpr auto kF16 = ElementType::kF16;
+  if (arguments.f16 != 0) {
+    return sm80::launch_mha_bwd<kF16, 128, 128>(make_params(arguments, 128), device, nullptr);
+  }
+  return width <= 64
+             ? sm80::launch_mha_bwd<kBf16, 64, 64>(make_params(arguments, 64), device, nullptr)
+             : sm80::launch_mha_bwd<kBf16, 256, 256>(make_params(arguments, 256), device, nullptr);
+}
+
+template <ElementType kType>
+cudaError_t launch_sm90(const Arguments& arguments, const DeviceInfo& device) {
+  return arguments.head_dim <= 64 && arguments.head_dim_v <= 64
+             ? sm90::launch_mha_bwd<kType, 64, 64>(make_params(arguments, 64), device, nullptr)
+             : sm90::launch_mha_bwd<kType, 128, 128>(make_params(arguments, 128), device, nullptr);
+}
+
+}  // namespace
+
+extern "C" int mha_bwd_sm90(const jax_flash::Arguments* arguments) {
+  emulated_shared_memory = jax_flash::sm90::memory;
+  const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
+  return arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(*arguments, device)
+                             : launch_sm90<ElementType::kBf16>(*arguments, device);
+}
+
+extern "C" int mha_bwd_sm80(const jax_flash::Arguments* arguments) {
+  emulated_shared_memory = jax_flash::sm80::shared;
+  return launch_sm80(*arguments, {80, 40 << 20, arguments->multiprocessors});
+}

@@ -1,0 +1,73 @@
+// A call as tests/emulator_test.py describes it.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+
+namespace jax_flash {
+
+// As `Arguments` there. Batches share an operand whose batch stride is 0.
+struct Arguments {
+  const void* query;
+  const void* key;
+  const void* value;
+  void* out;
+  const void* dout;
+  float* lse;
+  const float* dlse;
+  const int32_t* query_lengths;
+  const int32_t* key_lengths;
+  void* dquery;
+  void* dkey;
+  void* dvalue;
+  float* workspace;
+  int64_t batch_strides[3];
+  int32_t batch;
+  int32_t query_length;
+  int32_t key_length;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t head_dim_v;
+  int32_t window_left;
+  int32_t window_right;
+  int32_t bottom_right;
+  int32_t f16;
+  int32_t f32_results;
+  int32_t deterministic;
+  int32_t multiprocessors;
+  float scale;
+};
+
+inline TensorView view(const void* data, int64_t batch_stride, int heads, int width) {
+  TensorView result{};
+  result.data = data;
+  result.batch_strides[0] = batch_stride;
+  result.row_stride = int64_t{heads} * width;
+  result.head_stride = width;
+  result.alignment = width % 8 == 0 ? 16 : width % 2 == 0 ? 4 : 2;
+  return result;
+}
+
+inline void describe(const Arguments& from, MhaParams& to) {
+  to.query = view(from.query, from.batch_strides[0], from.heads, from.head_dim);
+  to.key = view(from.key, from.batch_strides[1], from.kv_heads, from.head_dim);
+  to.value = view(from.value, from.batch_strides[2], from.kv_heads, from.head_dim_v);
+  to.query_lengths = {from.query_lengths, {1}};
+  to.key_lengths = {from.key_lengths, {1}};
+  to.batch_dims = 1;
+  to.batch_sizes[0] = to.batch = from.batch;
+  to.query_length = from.query_length;
+  to.key_length = from.key_length;
+  to.heads = from.heads;
+  to.kv_heads = from.kv_heads;
+  to.head_dim = from.head_dim;
+  to.head_dim_v = from.head_dim_v;
+  to.scale = SoftmaxScale::make(from.scale);
+  to.window_left = from.window_left;
+  to.window_right = from.window_right;
+  to.bottom_right = from.bottom_right != 0;
+}
+
+}  // namespace jax_flash

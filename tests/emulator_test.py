@@ -1,0 +1,313 @@
+"""The kernels' own source code, run on the CPU thread for thread, against float64.
+
+`emulator/` stands in for CUDA. What it cannot see (races, asynchrony, speed) is for
+`tests/gpu`; wrong indices, masks and barriers fail here, on any machine that has g++.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW_PADDING = 128  # kBwdRowPadding
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+# fmt: off
+_POINTERS = (
+    "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
+    "key_lengths", "dquery", "dkey", "dvalue", "workspace",
+)
+_INTS = (
+    "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
+    "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
+    "deterministic", "multiprocessors",
+)
+# fmt: on
+
+
+class Arguments(ctypes.Structure):
+    """As in emulator/problem.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("batch_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int32) for name in _INTS),
+        ("scale", ctypes.c_float),
+    )
+
+
+def build(name: str, folder: Path) -> ctypes.CDLL:
+    """Compiles `emulator/<name>.cc` with the kernels it includes."""
+    here = ROOT / "tests" / "emulator"
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wno-psabi"]
+    command += ["-D__CUDACC__", f"-I{here}", f"-I{here / 'include'}"]
+    command += [f"-I{ROOT / 'csrc'}", "-o", str(folder / f"{name}.so")]
+    subprocess.run([*command, str(here / f"{name}.cc")], check=True)
+    return ctypes.CDLL(str(folder / f"{name}.so"))
+
+
+@pytest.fixture(scope="module")
+def forward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build("mha_fwd", tmp_path_factory.mktemp("forward"))
+
+
+@pytest.fixture(scope="module")
+def backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build("mha_bwd", tmp_path_factory.mktemp("backward"))
+
+
+def aligned(shape: tuple[int, ...], dtype: Any, fill: float = np.nan) -> np.ndarray:
+    """An array at a multiple of 16 bytes, as XLA's are, full of `fill`."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 16, np.uint8)
+    start = -raw.ctypes.data % 16
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    array[...] = fill
+    return array
+
+
+def call(
+    function: Any,
+    given: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    results: dict[str, np.ndarray],
+    **ways: Any,
+) -> None:
+    """Calls a function of the library: `given` are options of `mha`."""
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    lengths = {
+        ours: np.asarray(given[theirs], np.int32)
+        for ours, theirs in (
+            ("query_lengths", "query_seq_lengths"),
+            ("key_lengths", "key_value_seq_lengths"),
+        )
+        if theirs in given
+    }
+    held = {}
+    for name, x in (arrays | lengths).items():
+        held[name] = aligned(x.shape, x.dtype, 0)
+        held[name][...] = x
+    left, right = given.get("window_size") or (None, None)
+    right = 0 if given.get("is_causal") else right
+    batch, rows, heads, width = query.shape
+    arguments = Arguments(
+        **{name: x.ctypes.data for name, x in (held | results).items()},
+        **ways,
+        batch_strides=(ctypes.c_int64 * 3)(*(x[0].size for x in (query, key, value))),
+        batch=batch,
+        query_length=rows,
+        key_length=key.shape[1],
+        heads=heads,
+        kv_heads=key.shape[2],
+        head_dim=width,
+        head_dim_v=value.shape[-1],
+        window_left=-1 if left is None else left,
+        window_right=-1 if right is None else right,
+        bottom_right=given.get("causal_alignment") != "top_left",
+        f16=query.dtype == np.float16,
+        scale=given.get("scale", width**-0.5),
+    )
+    assert function(ctypes.byref(arguments)) == 0
+
+
+def spoil_keys(arrays: dict[str, np.ndarray], given: dict[str, Any]) -> None:
+    """NaN in the keys and values that may not be read."""
+    for b, length in enumerate(given.get("key_value_seq_lengths", ())):
+        arrays["key"][b, length:] = arrays["value"][b, length:] = np.nan
+
+
+CASES = {
+    "whole tiles": ((1, 128, 256, 2, 2), {}),
+    "ragged": ((1, 200, 300, 2, 1), {}),
+    "causal": ((1, 300, 300, 2, 2), {"is_causal": True}),
+    "one row and key": ((1, 1, 1, 1, 1), {}),
+    "packed heads": ((1, 100, 300, 8, 2), {"is_causal": True}),
+    "more rows than keys": ((1, 277, 150, 1, 1), {"is_causal": True}),
+    "top left": (
+        (1, 200, 150, 1, 1),
+        {"is_causal": True, "causal_alignment": "top_left", "window_size": (30, None)},
+    ),
+    "window": ((1, 270, 290, 1, 1), {"window_size": (100, 20)}),
+    "lengths": (
+        (3, 150, 177, 2, 1),
+        {
+            "is_causal": True,
+            "query_seq_lengths": (150, 70, 0),
+            "key_value_seq_lengths": (100, 177, 9),
+        },
+    ),
+    "no keys": ((2, 70, 80, 1, 1), {"key_value_seq_lengths": (0, 80)}),
+    "scale": ((1, 70, 80, 1, 1), {"scale": -0.3}),
+}
+
+
+def problem(
+    shape: tuple[int, ...], width: int, value_width: int, dtype: str
+) -> dict[str, np.ndarray]:
+    batch, rows, keys, heads, kv_heads = shape
+    rng = np.random.default_rng(0)
+    shapes = {
+        "query": (batch, rows, heads, width),
+        "key": (batch, keys, kv_heads, width),
+        "value": (batch, keys, kv_heads, value_width),
+    }
+    return {
+        name: rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+        for name, shape in shapes.items()
+    }
+
+
+def growing(keys: int, jump: float) -> np.ndarray:
+    """Shifts of logits that grow by `jump` from tile to tile of 128 keys."""
+    return jump * (np.arange(keys) // 128)[::-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (40, 56)])
+def test_forward_sm90(forward: ctypes.CDLL, widths: tuple[int, int], case: str) -> None:
+    shape, given = CASES[case]
+    number = list(CASES).index(case) + widths[0]
+    dtype = ("bfloat16", "float16")[number % 2]
+    check_forward(forward, problem(shape, *widths, dtype), given, 1 + number % 3)
+
+
+@pytest.mark.parametrize("jump", [5, 30, 100])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_forward_sm90_of_growing_scores(
+    forward: ctypes.CDLL, width: int, jump: float
+) -> None:
+    """Scores that leave the range of the first tile's maximum, and overflow."""
+    arrays = problem((1, 170, 600, 1, 1), width, width, "bfloat16")
+    arrays["query"][..., 0] = 32
+    shift = growing(600, jump) * width**0.5 / 32
+    arrays["key"][..., 0] = shift[None, :, None]
+    check_forward(forward, arrays, {}, 1)
+
+
+def check_forward(
+    library: ctypes.CDLL,
+    arrays: dict[str, np.ndarray],
+    given: dict[str, Any],
+    multiprocessors: int,
+) -> None:
+    query, value = arrays["query"], arrays["value"]
+    expected = oracle.attention(query, arrays["key"], value, **given)
+    spoil_keys(arrays, given)
+    batch, rows, heads, _ = query.shape
+    out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
+    lse = aligned((batch, heads, rows), np.float32)
+    call(
+        library.mha_fwd_sm90,
+        given,
+        arrays,
+        {"out": out, "lse": lse},
+        multiprocessors=multiprocessors,
+    )
+    dead = np.isneginf(expected.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    lse_error = np.abs(np.where(dead, 0, lse) - np.where(dead, 0, expected.lse))
+    assert lse_error.max() <= 2e-6 * max(1, np.abs(expected.lse[~dead]).max(initial=0))
+    step = 2.0**-8 if query.dtype != np.float16 else 2.0**-11
+    error = np.abs(out.astype(np.float64) - expected.out)
+    assert error.max() <= 2 * step * np.abs(expected.out).max(initial=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (40, 56), (72, 120)])
+def test_backward_sm90(
+    backward: ctypes.CDLL, widths: tuple[int, int], case: str
+) -> None:
+    number = list(CASES).index(case) + widths[0]
+    tile = 64 if max(widths) <= 64 else 128
+    check_backward(backward.mha_bwd_sm90, widths, case, number, number % 2 == 1, tile)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("widths", "f16", "tile"),
+    [((64, 64), False, 64), ((128, 120), True, 128), ((33, 17), False, 64)],
+)
+def test_backward_sm80(
+    backward: ctypes.CDLL, widths: tuple[int, int], f16: bool, tile: int, case: str
+) -> None:
+    number = list(CASES).index(case)
+    check_backward(backward.mha_bwd_sm80, widths, case, number, f16, tile)
+
+
+@pytest.mark.parametrize("case", ["causal", "lengths"])
+def test_wide_backward_sm80(backward: ctypes.CDLL, case: str) -> None:
+    check_backward(backward.mha_bwd_sm80, (256, 256), case, 3, False, 256)
+
+
+def check_backward(
+    function: Any,
+    widths: tuple[int, int],
+    case: str,
+    number: int,
+    f16: bool,
+    tile: int,
+) -> None:
+    """One case, run in one of several ways by its number."""
+    shape, given = CASES[case]
+    dtype = "float16" if f16 else "bfloat16"
+    ways = list(itertools.product((False, True), repeat=3))
+    with_dlse, f32_results, deterministic = ways[number % len(ways)]
+    arrays = problem(shape, *widths, dtype)
+    query, key, value = arrays.values()
+    batch, rows, heads, _ = query.shape
+    rng = np.random.default_rng(1)
+    exact = oracle.attention(query, key, value, **given)
+    arrays["lse"] = exact.lse.astype(np.float32)
+    arrays["out"] = exact.out.astype(query.dtype)
+    dout = rng.standard_normal(exact.out.shape, np.float32)
+    arrays["dout"] = dout.astype(query.dtype)
+    if with_dlse:
+        arrays["dlse"] = rng.standard_normal(exact.lse.shape, np.float32)
+    dead = np.isneginf(exact.lse)
+    dead_rows = np.moveaxis(dead, 1, 2)
+    expected = oracle.gradients(
+        query,
+        key,
+        value,
+        np.where(dead_rows[..., None], 0, arrays["dout"]),
+        np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
+        **given,
+    )
+    for name in ("query", "out", "dout"):
+        arrays[name][dead_rows] = np.nan
+    if with_dlse:
+        arrays["dlse"][dead] = np.nan
+    spoil_keys(arrays, given)
+
+    gradient_dtype = np.dtype(np.float32) if f32_results else query.dtype
+    results = {
+        f"d{name}": aligned(arrays[name].shape, gradient_dtype)
+        for name in ("query", "key", "value")
+    }
+    padded = -(-rows // ROW_PADDING) * ROW_PADDING * batch * heads
+    workspace = aligned((padded * (tile + 2) + padded // 64,), np.float32)
+    call(
+        function,
+        given,
+        arrays,
+        results | {"workspace": workspace},
+        f32_results=f32_results,
+        deterministic=deterministic,
+        # Thread blocks run one after another: none may wait for a later one.
+        multiprocessors=1 if deterministic else 1 + number % 3,
+    )
+    for name, x in expected.items():
+        result = results[f"d{name}"].astype(np.float64)
+        assert np.isfinite(result).all(), name
+        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
+        assert np.linalg.norm(result - x) <= bound + 1e-6, name
