@@ -73,9 +73,7 @@ struct BwdConsumer {
   // The same, computed anew: descriptors that are kept through the loop cost more registers than
   // there are.
   __device__ __forceinline__ uint32_t fresh_key_tile() const {
-    uint32_t address = key_tile();
-    asm volatile("" : "+r"(address));
-    return address;
+    return ptx::fresh_address(key_tile());
   }
 
   // d = A B^T over the head dim: 64 rows of `a` (keys or values) by the rows of `b`.

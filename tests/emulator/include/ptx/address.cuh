@@ -10,4 +10,6 @@ inline uint32_t shared_address(const void* pointer) {
                                emulator::shared_memory);
 }
 
+inline uint32_t fresh_address(uint32_t address) { return address; }
+
 }  // namespace jax_flash::ptx
