@@ -5,6 +5,7 @@
 
 #include "host/params.h"
 #include "sm90/bwd_config.cuh"
+#include "sm90/section_order.h"
 #include "tile/mask.cuh"
 #include "tile/sequence.cuh"
 
@@ -20,15 +21,8 @@ struct BwdPlan {
   FastDivisor inner_batch;  // size of the inner of two batch dims
   FastDivisor kv_heads;
 
-  // Order of the blocks: sections of heads; inside one the key block is the slow index.
-  int32_t ids;
-  int32_t key_blocks;
-  bool first_to_last;  // order of the key blocks
-  int32_t whole_sections;
-  int32_t section_turn;  // how far the thread blocks are turned from section to section
-  FastDivisor section_ids;
-  FastDivisor section_heads;
-  FastDivisor last_heads;  // of the smaller last section
+  SectionOrder order;  // of blocks of keys
+  bool first_to_last;  // which it starts with
 };
 
 // The producer writes it to shared memory, the consumers read it there.
@@ -56,14 +50,9 @@ template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const BwdPlan& plan, int id,
                                            BwdBlock<Config>& block) {
   constexpr int kRows = Config::kRows;
-  const int section = plan.section_ids.divide(id);
-  const int in_section = id - section * static_cast<int>(plan.section_ids.divisor);
-  const FastDivisor& heads = section < plan.whole_sections ? plan.section_heads : plan.last_heads;
-  const int rank = heads.divide(in_section);
-  if (rank >= plan.key_blocks) return false;
-  const int flat_head = section * static_cast<int>(plan.section_heads.divisor) + in_section -
-                        rank * static_cast<int>(heads.divisor);
-  block.first_key = (plan.first_to_last ? rank : plan.key_blocks - 1 - rank) * Config::kKeys;
+  const auto [rank, flat_head] = plan.order.place_of(id);
+  if (rank >= plan.order.blocks) return false;
+  block.first_key = (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kKeys;
   block.batch = plan.kv_heads.divide(flat_head);
   block.head = flat_head - block.batch * params.kv_heads;
   block.mask = row_mask(params, block.batch);

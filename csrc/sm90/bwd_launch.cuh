@@ -46,24 +46,19 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
+  int64_t turn = 0;
   if (params.window_right != kUnbounded) {
     section = bwd_section_heads(params, key_blocks, Config::kRows, Config::kKeys, multiprocessors,
                                 device.l2_bytes);
     multiple = 2 * multiprocessors;
-    plan->section_turn = static_cast<int32_t>(section_turn(multiprocessors));
+    turn = section_turn(multiprocessors);
   }
-  const int64_t section_ids = (section * key_blocks + multiple - 1) / multiple * multiple;
-  const int64_t ids = all / section * section_ids + all % section * key_blocks;
-  if (ids > std::numeric_limits<int32_t>::max() / 8) return cudaErrorInvalidConfiguration;
-  plan->ids = static_cast<int32_t>(ids);
-  plan->key_blocks = static_cast<int32_t>(key_blocks);
+  if (!SectionOrder::make(all, section, key_blocks, multiple, turn, &plan->order)) {
+    return cudaErrorInvalidConfiguration;
+  }
   // With a causal mask the first keys are seen by the most queries. Where sums have an order it is
   // the other one, in which blocks wait for blocks that started before.
   plan->first_to_last = !params.deterministic;
-  plan->whole_sections = static_cast<int32_t>(all / section);
-  plan->section_ids = FastDivisor::make(static_cast<uint32_t>(section_ids));
-  plan->section_heads = FastDivisor::make(static_cast<uint32_t>(section));
-  plan->last_heads = FastDivisor::make(static_cast<uint32_t>(std::max<int64_t>(1, all % section)));
   plan->kv_heads = FastDivisor::make(params.kv_heads);
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
@@ -110,7 +105,7 @@ cudaError_t launch_bwd(const MhaBwdParams& params, const DeviceInfo& device, cud
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int grid = std::min(plan.ids, device.multiprocessors);
+  const int grid = std::min(plan.order.ids, device.multiprocessors);
   error = launch_kernel(kernel, dim3(grid), Config::kThreads, kBwdSharedBytes<Config>, stream,
                         params, plan);
   if (error != cudaSuccess) return error;

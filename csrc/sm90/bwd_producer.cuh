@@ -77,15 +77,6 @@ struct BwdProducer {
     ring.next();
   }
 
-  // Ids in rounds of one for each thread block, every other round in reverse.
-  __device__ __forceinline__ int id_of(int round) const {
-    const int groups = gridDim.x;
-    // A section that is turned starts a round.
-    const int turn = plan.section_ids.divide(round * groups) * plan.section_turn;
-    const int place = (static_cast<int>(blockIdx.x) + turn) % groups;
-    return round * groups + (round % 2 == 0 ? place : groups - 1 - place);
-  }
-
   __device__ __forceinline__ BwdBlock<Config>& empty_slot(
       const RingIndex<BwdShared<Config>::kBlockSlots>& slots) const {
     ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[slots.stage()]), slots.parity() ^ 1);
@@ -94,13 +85,14 @@ struct BwdProducer {
 
   __device__ __forceinline__ void run() {
     const int group = params.heads / params.kv_heads;
+    const int groups = gridDim.x;
     const int padded_rows =
         (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
-    for (int round = 0; round * static_cast<int>(gridDim.x) < plan.ids; ++round) {
-      const int id = id_of(round);
-      if (id >= plan.ids) continue;
+    for (int round = 0; round * groups < plan.order.ids; ++round) {
+      const int id = plan.order.id_of(round, blockIdx.x, groups);
+      if (id >= plan.order.ids) continue;
       BwdBlock<Config>& block = empty_slot(slots);
       if (!make_block(params, plan, id, block)) continue;
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));

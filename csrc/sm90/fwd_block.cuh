@@ -9,6 +9,7 @@
 
 #include "host/params.h"
 #include "ptx/warpgroup.cuh"
+#include "sm90/section_order.h"
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
@@ -27,14 +28,7 @@ struct FwdPlan {
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
 
-  // Order of the blocks, see block_at.
-  int32_t ids;
-  int32_t row_blocks;
-  int32_t whole_sections;
-  int32_t section_turn;  // how far the thread blocks are turned from section to section
-  FastDivisor section_ids;
-  FastDivisor section_heads;
-  FastDivisor last_heads;   // of the smaller last section
+  SectionOrder order;       // of blocks of rows, from the last to the first
   FastDivisor head_groups;  // packs of heads in a batch
 };
 
@@ -61,20 +55,13 @@ struct FwdBlock {
   Element16* out;
 };
 
-// Which rows of which head block `id` is; a negative batch where a section is padded. Sections of
-// heads follow each other, the last one being smaller; inside a section the row block is the slow
-// index, from the last rows to the first.
+// Which rows of which head block `id` is; a negative batch where a section is padded.
 __device__ __forceinline__ BlockCoordinate block_at(const FwdPlan& plan, int id) {
-  const int section = plan.section_ids.divide(id);
-  const int in_section = id - section * static_cast<int>(plan.section_ids.divisor);
-  const FastDivisor& heads = section < plan.whole_sections ? plan.section_heads : plan.last_heads;
-  const int row_block = heads.divide(in_section);
-  if (row_block >= plan.row_blocks) return {0, 0, -1};
-  const int flat_head = section * static_cast<int>(plan.section_heads.divisor) + in_section -
-                        row_block * static_cast<int>(heads.divisor);
-  const int batch = plan.head_groups.divide(flat_head);
-  return {plan.row_blocks - 1 - row_block,
-          flat_head - batch * static_cast<int>(plan.head_groups.divisor), batch};
+  const SectionOrder::Place place = plan.order.place_of(id);
+  if (place.block >= plan.order.blocks) return {0, 0, -1};
+  const int batch = plan.head_groups.divide(place.head);
+  return {plan.order.blocks - 1 - place.block,
+          place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
 // Describes the block at `at`; false if it sees no keys. Its `tiles` are those of this thread block

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "host/device.h"
 #include "sm90/fwd.h"
@@ -40,6 +39,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t multiprocessors = device.multiprocessors;
   int64_t section = all;  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
+  int64_t turn = 0;
   if (plan.splits == 1 && params.window_right == kUnbounded) {
     // Equal row blocks: those that share their keys follow each other.
     section = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
@@ -47,18 +47,12 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     section = section_heads(params, head_groups, row_blocks, Config::kRows, Config::kKeys,
                             multiprocessors, device.l2_bytes);
     multiple = 2 * multiprocessors;
-    plan.section_turn = static_cast<int32_t>(section_turn(multiprocessors));
+    turn = section_turn(multiprocessors);
   }
-  const int64_t section_ids = (section * row_blocks + multiple - 1) / multiple * multiple;
-  const int64_t ids = all / section * section_ids + all % section * row_blocks;
-  if (ids > std::numeric_limits<int32_t>::max() / 8) return cudaErrorInvalidConfiguration;
-  plan.ids = static_cast<int32_t>(ids);
-  plan.whole_sections = static_cast<int32_t>(all / section);
-  plan.section_ids = FastDivisor::make(static_cast<uint32_t>(section_ids));
-  plan.section_heads = FastDivisor::make(static_cast<uint32_t>(section));
-  plan.last_heads = FastDivisor::make(static_cast<uint32_t>(std::max<int64_t>(1, all % section)));
+  if (!SectionOrder::make(all, section, row_blocks, multiple, turn, &plan.order)) {
+    return cudaErrorInvalidConfiguration;
+  }
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
-  plan.row_blocks = static_cast<int32_t>(row_blocks);
   plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
 
@@ -96,7 +90,8 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int64_t grid = plan.splits > 1 ? ids * plan.splits : std::min(ids, multiprocessors);
+  const int64_t grid = plan.splits > 1 ? int64_t{plan.order.ids} * plan.splits
+                                       : std::min<int64_t>(plan.order.ids, multiprocessors);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};

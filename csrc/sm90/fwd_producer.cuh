@@ -53,12 +53,9 @@ struct FwdPlanner {
     // Ids in rounds of one for each thread block, every other round in reverse: with the longest
     // blocks first that evens out the sums.
 #pragma unroll 1
-    for (int round = 0; round * groups < plan.ids; ++round) {
-      // A section that is turned starts a round.
-      const int turn = plan.section_ids.divide(round * groups) * plan.section_turn;
-      const int place = (group + turn) % groups;
-      const int id = round * groups + (round % 2 == 0 ? place : groups - 1 - place);
-      if (id >= plan.ids) continue;
+    for (int round = 0; round * groups < plan.order.ids; ++round) {
+      const int id = plan.order.id_of(round, group, groups);
+      if (id >= plan.order.ids) continue;
       const BlockCoordinate at = block_at(plan, id);
       if (at.batch < 0) continue;
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
