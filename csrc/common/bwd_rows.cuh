@@ -18,7 +18,6 @@
 
 namespace jax_flash {
 
-inline constexpr int kBwdGroupRows = 64;  // rows of a thread block, and of an entry of `turns`
 inline constexpr int kBwdRowThreads = 256;
 
 // Which rows of which head a thread block works on: heads first, as they lie in memory.
@@ -31,20 +30,18 @@ struct BwdRowGroup {
 };
 
 __device__ __forceinline__ BwdRowGroup bwd_row_group(const MhaBwdParams& params) {
-  const int padded_rows =
-      (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
-  const int groups = padded_rows / kBwdGroupRows;
+  const int padded_rows = bwd_padded_rows(params.query_length);
+  const int groups = padded_rows / kBwdTurnRows;
   const int upper = blockIdx.x / params.heads;
   const int head = blockIdx.x - upper * params.heads;
   const int batch = upper / groups;
   return {batch, head, int64_t{batch} * params.heads + head,
-          (upper - batch * groups) * kBwdGroupRows, padded_rows};
+          (upper - batch * groups) * kBwdTurnRows, padded_rows};
 }
 
 // Thread blocks of one launch, or a number that no launch takes.
 inline int64_t bwd_row_blocks(const MhaBwdParams& params) {
-  const int64_t groups = (int64_t{params.query_length} + kBwdRowPadding - 1) / kBwdRowPadding *
-                         kBwdRowPadding / kBwdGroupRows;
+  const int64_t groups = bwd_padded_rows(params.query_length) / kBwdTurnRows;
   return groups * params.batch * params.heads;
 }
 
@@ -89,16 +86,16 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
 
   float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + padded_row * width);
-  for (int i = threadIdx.x; i < kBwdGroupRows * width / 4; i += kBwdRowThreads) {
+  for (int i = threadIdx.x; i < kBwdTurnRows * width / 4; i += kBwdRowThreads) {
     sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  if (threadIdx.x == 0) params.turns[padded_row / kBwdGroupRows] = 0;
+  if (threadIdx.x == 0) params.turns[padded_row / kBwdTurnRows] = 0;
 
   const RowMask mask = row_mask(params, group.batch);
   const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
 #pragma unroll 1
-  for (int i = threadIdx.x / 8; i < kBwdGroupRows; i += kBwdRowThreads / 8) {
+  for (int i = threadIdx.x / 8; i < kBwdTurnRows; i += kBwdRowThreads / 8) {
     const int row = group.row + i;
     const int64_t statistic = group.flat_head * params.query_length + row;
     const KeyInterval keys = mask.interval(row);
@@ -137,7 +134,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const int bytes = params.f32_dquery ? 4 : 2;
   const bool wide = params.head_dim * bytes % 16 == 0 && aligned_16(params.dquery);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kBwdGroupRows * kChunks; i += kBwdRowThreads) {
+  for (int i = threadIdx.x; i < kBwdTurnRows * kChunks; i += kBwdRowThreads) {
     const int row = group.row + i / kChunks;
     const int column = i % kChunks * 8;
     if (row >= params.query_length || column >= params.head_dim) continue;

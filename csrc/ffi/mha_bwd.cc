@@ -59,16 +59,12 @@ ffi::Error decode_gradient(const Gradient& gradient, const MhaOperands& operands
                     {gradient.length, gradient.heads, gradient.width});
 }
 
-constexpr int kTurnRows = 64;  // that share a turn counter
-static_assert(kBwdRowPadding % kTurnRows == 0);
-
 // Cuts the workspace into its parts, each of which begins at a multiple of 16 bytes because rows
 // are padded to many more than four.
 ffi::Error divide_workspace(const ffi::AnyBuffer& workspace, int width, MhaBwdParams* params) {
-  const int64_t padded_rows =
-      (int64_t{params->query_length} + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
-  const int64_t rows = int64_t{params->batch} * params->heads * padded_rows;
-  const int64_t floats = rows * (width + 2) + rows / kTurnRows;
+  const int64_t rows =
+      int64_t{params->batch} * params->heads * bwd_padded_rows(params->query_length);
+  const int64_t floats = rows * (width + 2) + rows / kBwdTurnRows;
   JAX_FLASH_CHECK(static_cast<int64_t>(workspace.element_count()) >= floats,
                   "the workspace must have ", floats, " floats, got ", workspace.element_count());
   params->dquery_sum = static_cast<float*>(workspace.untyped_data());

@@ -83,6 +83,12 @@ struct MhaFwdParams : MhaParams {
 
 // Queries of a sequence are padded to whole blocks of this many in the workspace of the backward.
 inline constexpr int kBwdRowPadding = 128;
+inline constexpr int kBwdTurnRows =
+    64;  // that share an entry of `turns`, and a thread block in bwd_rows.cuh
+
+constexpr int bwd_padded_rows(int query_length) {
+  return (query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+}
 
 struct MhaBwdParams : MhaParams {
   float factor;  // of the logits, as called: natural logits = factor * q.k

@@ -49,10 +49,6 @@ struct BwdStep {
   int row;
 };
 
-__device__ __forceinline__ int padded_rows(const MhaBwdParams& params) {
-  return (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
-}
-
 __device__ __forceinline__ const Element16* head_rows(const TensorView& view, int batch, int head,
                                                       const MhaBwdParams& params) {
   return static_cast<const Element16*>(view.data) +
@@ -89,8 +85,8 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
                (int64_t{batch} * params.query_length * params.heads + head) * params.head_dim_v;
   block.key = head_rows(params.key, batch, kv_head, params);
   block.value = head_rows(params.value, batch, kv_head, params);
-  block.row_lse = params.row_lse + block.flat_head * padded_rows(params);
-  block.row_delta = params.row_delta + block.flat_head * padded_rows(params);
+  block.row_lse = params.row_lse + block.flat_head * bwd_padded_rows(params.query_length);
+  block.row_delta = params.row_delta + block.flat_head * bwd_padded_rows(params.query_length);
   return true;
 }
 
@@ -133,9 +129,10 @@ __device__ __forceinline__ void copy_queries(const MhaBwdParams& params, const B
   const int chunk = threadIdx.x;
   if (chunk < 2 * kChunks) {
     const float* const statistic = chunk < kChunks ? block.row_lse : block.row_delta;
-    ptx::cp_async_16(
-        tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes + 16 * chunk,
-        statistic + int64_t{step.head} * padded_rows(params) + step.row + chunk % kChunks * 4, 16);
+    ptx::cp_async_16(tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes + 16 * chunk,
+                     statistic + int64_t{step.head} * bwd_padded_rows(params.query_length) +
+                         step.row + chunk % kChunks * 4,
+                     16);
   }
 }
 

@@ -31,7 +31,7 @@ struct BwdTurn {
                                      BwdStep step) {
     const int row = step.row / Config::kTurnRows * Config::kTurnRows;
     const int64_t head = block.flat_head + step.head;
-    turn = params.turns + (head * padded_rows(params) + row) / 64;
+    turn = params.turns + (head * bwd_padded_rows(params.query_length) + row) / 64;
     place = block.key_block - block.mask.hull(row, row + Config::kTurnRows).first / Config::kKeys;
     first = step.row == row || step.row == block.rows.first;
     last = step.row + Config::kRows == row + Config::kTurnRows ||
@@ -60,8 +60,9 @@ __device__ __forceinline__ void add_dquery(const MhaBwdParams& params, const Bwd
   using Warp = BwdWarp<Config>;
   float dquery[Warp::kDqueryBlocks][Warp::kDqueryTiles][4];
   Warp::multiply_dscores(dquery, dscore_tile, key_tile);
-  float* const sum =
-      params.dquery_sum + (block.flat_head + step.head) * padded_rows(params) * Config::kHeadDim;
+  float* const sum = params.dquery_sum + (block.flat_head + step.head) *
+                                             bwd_padded_rows(params.query_length) *
+                                             Config::kHeadDim;
   if (params.deterministic) [[unlikely]] {
     const BwdTurn<Config> turn(params, block, step);
     turn.wait();

@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   constexpr int kPitch = kBwdFinishPitch;
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
-  const int row_chunks =
-      (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * (kBwdRowPadding / 64);
+  const int row_chunks = bwd_padded_rows(params.query_length) / 64;
   const int row_head = blockIdx.x / row_chunks;
   const int first_row = (blockIdx.x - row_head * row_chunks) * 64;
   const int first_column = blockIdx.y * 64;

@@ -110,8 +110,7 @@ cudaError_t launch_bwd(const MhaBwdParams& params, const DeviceInfo& device, cud
                         params, plan);
   if (error != cudaSuccess) return error;
 
-  const int64_t row_chunks =
-      (int64_t{params.query_length} + kBwdRowPadding - 1) / kBwdRowPadding * (kBwdRowPadding / 64);
+  const int64_t row_chunks = bwd_padded_rows(params.query_length) / 64;
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
   if (chunks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kHeadDim / 64);

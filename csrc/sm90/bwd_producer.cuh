@@ -86,8 +86,7 @@ struct BwdProducer {
   __device__ __forceinline__ void run() {
     const int group = params.heads / params.kv_heads;
     const int groups = gridDim.x;
-    const int padded_rows =
-        (params.query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+    const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
     for (int round = 0; round * groups < plan.order.ids; ++round) {
