@@ -193,21 +193,20 @@ struct FwdConsumer {
     if (Config::kQueryStages == 1 && tile == block.last_tile - block.tiles + 1) release_query();
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
-    if (careful) {
-      moved = prepare(block, tile, factor);
-    } else if (watching) [[unlikely]] {
-      // ptxas wants no product in flight where the loop is left.
-      if constexpr (Config::kOverlaps) finish_products(previous);
-      return Left::kWatchedRows;
+    Left left = Left::kNothing;
+    if (careful) moved = prepare(block, tile, factor);
+    if (!careful && watching) [[unlikely]] {
+      left = Left::kWatchedRows;
+    } else if (softmax.exponentials(s, params.scale, tile_sum) && !careful) [[unlikely]] {
+      // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
+      // where they begin.
+      left = Left::kRange;
+      __syncwarp();
     }
-    const bool left_range = softmax.exponentials(s, params.scale, tile_sum);
-    // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
-    // where they begin.
-    if (!careful && left_range) [[unlikely]] {
-      if constexpr (Config::kOverlaps) finish_products(previous);
-      return Left::kRange;
-    }
+    // One instruction for all warps of the warpgroup, on whichever path they come.
     if constexpr (Config::kOverlaps) finish_products(previous);
+    if (left != Left::kNothing) [[unlikely]]
+      return left;
     if (first) {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
