@@ -34,6 +34,12 @@ struct BwdConfig {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
+  // Named barriers, one for each stage, at which the consumers give queries and output gradients
+  // back to the producer's warp. The ones before: turns and warpgroups (bwd_consumer.cuh).
+  static constexpr int kQueryReleased = 5;
+  static constexpr int kDoutReleased = kQueryReleased + kStages;
+  static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
+
   // A product for dQ covers 64 columns by 64 queries: at width 128 each warpgroup has its columns
   // of all queries, at width 64 its queries.
   static constexpr bool kSplitsColumns = kHeadDim == 128;

@@ -67,6 +67,11 @@ struct BwdConsumer {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
   }
 
+  // Gives this step's queries or output gradients back. All lanes read what comes with them.
+  __device__ __forceinline__ void release(int barrier) const {
+    ptx::bar_arrive(barrier + stage(), Config::kReleaseThreads);
+  }
+
   __device__ __forceinline__ uint32_t key_tile() const {
     return tiles + Config::kKeyOffset + blocks % Config::kKeyStages * Config::kKeyStageBytes;
   }
@@ -284,10 +289,10 @@ struct BwdConsumer {
     issue_gradient(dkey, ds, query_tile());
     ptx::wgmma_wait_group<1>();
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
-    warp_arrive(shared.dout_empty[stage()]);
+    release(Config::kDoutReleased);
     if (!first) add_dquery(dquery, block, previous);
     ptx::wgmma_wait_group<0>();
-    warp_arrive(shared.query_empty[stage()]);
+    release(Config::kQueryReleased);
     ++steps;
   }
 

@@ -1,6 +1,6 @@
 // FlashAttention backward for Hopper (sm_90a): TMA, wgmma, warp specialisation.
 //
-// Thread blocks stay and work off blocks of keys (bwd_block.cuh). One thread plans and copies; two
+// Thread blocks stay and work off blocks of keys (bwd_block.cuh). One warp plans and copies; two
 // consumer warpgroups own 64 keys each and go through the queries that see them, of all query heads
 // that share the key head, so dK and dV are summed in registers. dQ is added to a sum in global
 // memory, which bwd_finish.cuh turns into the result. docs/design/bwd_sm90.md has limits, barriers
@@ -37,9 +37,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       init(shared.kv_full[i], 1);
       init(shared.kv_empty[i], Config::kConsumerWarps);
       init(shared.query_full[i], 1);
-      init(shared.query_empty[i], Config::kConsumerWarps);
       init(shared.dout_full[i], 1);
-      init(shared.dout_empty[i], Config::kConsumerWarps);
       init(shared.score_full[i], Config::kConsumerWarps);
       init(shared.score_empty[i], Config::kConsumerWarps);
       init(shared.block_full[i], 1);
@@ -51,7 +49,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == Config::kWarpgroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) {
+    if (threadIdx.x % 128 < 32) {
       BwdProducer<Config> producer{params, plan, shared, tiles};
       producer.run();
     }

@@ -7,23 +7,25 @@
 #include "ptx/address.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
 #include "sm90/batch_coordinate.cuh"
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/ring.cuh"
+#include "tile/fragment.cuh"
 
 namespace jax_flash::sm90 {
 
-// Run by one lane.
+// Run by one warp, whose first lane does the work; the others are there for named barriers.
 template <typename Config>
 struct BwdProducer {
   const MhaBwdParams& params;
   const BwdPlan& plan;
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
-  RingIndex<Config::kStages> ring;
   RingIndex<Config::kKeyStages> key_ring;
+  int copied = 0;  // tiles of queries
 
   // All slabs of a tile.
   template <typename Layout>
@@ -52,29 +54,38 @@ struct BwdProducer {
     key_ring.next();
   }
 
+  // Waits until all consumers are done with what stage `stage` of a ring held before.
+  __device__ __forceinline__ void wait_released(int barrier, int stage) const {
+    if (copied >= Config::kStages) ptx::bar_sync(barrier + stage, Config::kReleaseThreads);
+  }
+
   // Queries `row`.. of a head with their lse, and their output gradients with their delta.
   __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
                                                int padded_rows) {
     using Layout = typename Config::QueryLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int stage = ring.stage();
+    const int stage = copied % Config::kStages;
     const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[stage]), ring.parity() ^ 1);
-    uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
-    copy_tile<Layout>(tiles + Config::kQueryOffset + stage * Layout::kBytes, &plan.query, barrier,
-                      ptx::kEvictLast, row, head,
-                      batch_coordinate(params.query, block.batch, params, plan.inner_batch));
-    ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state, kStateBytes,
-                   barrier);
-    ptx::mbarrier_wait(ptx::shared_address(&shared.dout_empty[stage]), ring.parity() ^ 1);
-    barrier = ptx::shared_address(&shared.dout_full[stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
-    copy_tile<Layout>(tiles + Config::kDoutOffset + stage * Layout::kBytes, &plan.dout, barrier,
-                      ptx::kEvictLast, row, head, {block.batch, 0});
-    ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
-                   kStateBytes, barrier);
-    ring.next();
+    wait_released(Config::kQueryReleased, stage);
+    if (lane_id() == 0) {
+      const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
+      ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
+      copy_tile<Layout>(tiles + Config::kQueryOffset + stage * Layout::kBytes, &plan.query, barrier,
+                        ptx::kEvictLast, row, head,
+                        batch_coordinate(params.query, block.batch, params, plan.inner_batch));
+      ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
+                     kStateBytes, barrier);
+    }
+    wait_released(Config::kDoutReleased, stage);
+    if (lane_id() == 0) {
+      const uint32_t barrier = ptx::shared_address(&shared.dout_full[stage]);
+      ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
+      copy_tile<Layout>(tiles + Config::kDoutOffset + stage * Layout::kBytes, &plan.dout, barrier,
+                        ptx::kEvictLast, row, head, {block.batch, 0});
+      ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
+                     kStateBytes, barrier);
+    }
+    ++copied;
   }
 
   __device__ __forceinline__ BwdBlock<Config>& empty_slot(
@@ -93,11 +104,16 @@ struct BwdProducer {
       const int id = plan.order.id_of(round, blockIdx.x, groups);
       if (id >= plan.order.ids) continue;
       BwdBlock<Config>& block = empty_slot(slots);
-      if (!make_block(params, plan, id, block)) continue;
-      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+      bool made = false;
+      if (lane_id() == 0) made = make_block(params, plan, id, block);
+      __syncwarp();
+      if (!__any_sync(0xffffffffu, made)) continue;
+      if (lane_id() == 0) {
+        ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+      }
       slots.next();
       if (block.tiles == 0) continue;
-      copy_keys(block);
+      if (lane_id() == 0) copy_keys(block);
 #pragma unroll 1
       for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
 #pragma unroll 1
@@ -106,8 +122,16 @@ struct BwdProducer {
         }
       }
     }
-    empty_slot(slots).tiles = -1;
-    ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+    BwdBlock<Config>& end = empty_slot(slots);
+    if (lane_id() == 0) {
+      end.tiles = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+    }
+    // No arrival stays without its partner.
+    for (int stage = 0; stage < min(copied, Config::kStages); ++stage) {
+      ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
+      ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
+    }
   }
 };
 

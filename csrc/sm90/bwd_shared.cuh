@@ -20,9 +20,7 @@ struct BwdShared {
   uint64_t kv_full[Config::kKeyStages];  // keys and values of a block
   uint64_t kv_empty[Config::kKeyStages];
   uint64_t query_full[Config::kStages];
-  uint64_t query_empty[Config::kStages];
   uint64_t dout_full[Config::kStages];
-  uint64_t dout_empty[Config::kStages];
   uint64_t score_full[2];  // dS of both warpgroups
   uint64_t score_empty[2];
   uint64_t block_full[kBlockSlots];

@@ -188,9 +188,8 @@ def _backward_default(
 def _backward_cuda(
     ctx: Any, *operands: Any, config: AttentionConfig, backward: Backward
 ) -> Any:
-    """The kernel where it is enabled and the call has one, else the specification."""
-    enabled = registry.extension().backward_kernels
-    runs = enabled and _runs_kernel(ctx, config, "mha_bwd")
+    """The kernel where the call has one, else the specification."""
+    runs = _runs_kernel(ctx, config, "mha_bwd")
     lower = _backward_by_kernel if runs else _backward_in_jnp
     return lower(ctx, *operands, config=config, backward=backward)
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -28,14 +27,12 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
-      backward_kernels: whether gradients may use its backward kernels.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
-    backward_kernels: bool = True
     missing: str | None = None
 
 
@@ -52,9 +49,7 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    # Until the backward kernels have passed on a GPU.
-    backward = os.environ.get("JAX_FLASH_BACKWARD_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), backward)
+    return Extension(table, info, kernels.force_sm80())
 
 
 _assumed: list[Extension] = []

@@ -14,7 +14,6 @@ HERE = Path(__file__).parent
 # Read when JAX starts, and when NumPy is imported. Workers (`pytest -n`) share the GPU
 # and the cores.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("JAX_FLASH_BACKWARD_KERNELS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 
