@@ -16,8 +16,9 @@ import numpy as np
 import oracle
 import pytest
 
+from jax_flash._src import plan
+
 ROOT = Path(__file__).parent.parent
-ROW_PADDING = 128  # kBwdRowPadding
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -294,7 +295,7 @@ def check_backward(
         f"d{name}": aligned(arrays[name].shape, gradient_dtype)
         for name in ("query", "key", "value")
     }
-    padded = -(-rows // ROW_PADDING) * ROW_PADDING * batch * heads
+    padded = plan.padded_rows(rows) * batch * heads
     workspace = aligned((padded * (tile + 2) + padded // 64,), np.float32)
     call(
         function,

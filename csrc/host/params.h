@@ -81,13 +81,15 @@ struct MhaFwdParams : MhaParams {
   int32_t missing_heads;        // by which batch * heads is short of whole sections
 };
 
-// Queries of a sequence are padded to whole blocks of this many in the workspace of the backward.
-inline constexpr int kBwdRowPadding = 128;
-inline constexpr int kBwdTurnRows =
-    64;  // that share an entry of `turns`, and a thread block in bwd_rows.cuh
+// Rows that share an entry of `turns`, and a thread block in bwd_rows.cuh.
+inline constexpr int kBwdTurnRows = 64;
 
+// Rows that the workspace of the backward has for the queries of a sequence: whole tiles of 80 and
+// of 128, whichever the kernel has (64 fit with the latter).
 constexpr int bwd_padded_rows(int query_length) {
-  return (query_length + kBwdRowPadding - 1) / kBwdRowPadding * kBwdRowPadding;
+  const int small = (query_length + 79) / 80 * 80;
+  const int large = (query_length + 127) / 128 * 128;
+  return ((small > large ? small : large) + kBwdTurnRows - 1) / kBwdTurnRows * kBwdTurnRows;
 }
 
 struct MhaBwdParams : MhaParams {
@@ -109,8 +111,8 @@ struct MhaBwdParams : MhaParams {
   bool f32_dvalue;
   bool deterministic;
 
-  // Workspace, written by the kernel that runs first. Rows are padded to a multiple of
-  // kBwdRowPadding, widths to those of the kernel.
+  // Workspace, written by the kernel that runs first. Rows are padded to bwd_padded_rows, widths
+  // to those of the kernel.
   float* dquery_sum;  // [batch, heads, padded rows, padded width], in the order the kernel likes
   float* row_lse;     // [batch, heads, padded rows]: log2(e) * lse; +inf in rows without keys
   float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows

@@ -52,6 +52,25 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// Waits until this thread's stores and additions are done.
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Adds contiguous f32, a multiple of 16 bytes, from shared memory to global memory. Belongs to a
+// group as stores do.
+__device__ __forceinline__ void bulk_add_f32(float* global, uint32_t shared, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+      "r"(shared), "r"(bytes)
+      : "memory");
+}
+
+// Orders accesses to global memory by the async proxy and ordinary ones.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Orders this thread's earlier ordinary accesses to shared memory before later ones by the async
 // proxy (TMA, wgmma) that a barrier puts after them.
 __device__ __forceinline__ void fence_proxy_async_shared() {

@@ -62,7 +62,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
   const int group = params.heads / params.kv_heads;
-  const int tiles_of_head = bwd_padded_rows(params.query_length) / kRows;
+  const int tiles_of_head = (params.query_length + kRows - 1) / kRows;
   block.steps = group * block.tiles;
   block.in_sum =
       (block.batch * params.heads + block.head * group) * tiles_of_head + block.first_tile;

@@ -13,7 +13,7 @@ inline constexpr int kBwdRows = 0;
 template <>
 inline constexpr int kBwdRows<64> = 128;
 template <>
-inline constexpr int kBwdRows<128> = 64;
+inline constexpr int kBwdRows<128> = 80;
 
 // kDeterministicArg: thread blocks add to dQ in an order.
 template <ElementType kTypeArg, int kHeadDimArg, bool kDeterministicArg>
@@ -25,8 +25,9 @@ struct BwdConfig {
   static constexpr int kRows = kBwdRows<kHeadDim>;
   static constexpr int kWarpgroups = 2;  // consumers of a thread block
   static constexpr int kKeys = 64 * kWarpgroups;
-  static constexpr int kStages = 2;     // of queries, and of output gradients
-  static constexpr int kKeyStages = 2;  // of keys and values: those of the next block come early
+  static constexpr int kStages = 2;  // of queries, and of output gradients
+  // Of keys and values: where there is room, those of the next block come early.
+  static constexpr int kKeyStages = kHeadDim == 64 ? 2 : 1;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
@@ -40,9 +41,15 @@ struct BwdConfig {
   static constexpr int kDoutReleased = kQueryReleased + kStages;
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
 
-  // A product for dQ covers 64 columns by 64 queries: at width 128 each warpgroup has its columns
-  // of all queries, at width 64 its queries.
+  // Named barriers between a consumer warpgroup and the warp that adds its part of dQ.
+  static constexpr int kSumFree = kDoutReleased + kStages;
+  static constexpr int kSumReady = kSumFree + kWarpgroups;
+  static constexpr int kSumThreads = 128 + 32;
+
+  // At width 128 each warpgroup has half of the columns of dQ, at width 64 half of the queries.
   static constexpr bool kSplitsColumns = kHeadDim == 128;
+  static constexpr int kSumRows = kSplitsColumns ? kRows : kRows / kWarpgroups;
+  static constexpr int kSumFloats = 64 * kSumRows;  // of a warpgroup's part of a tile
 
   using KeyLayout = SlabLayout<kKeys, kHeadDim>;    // of keys, and of values
   using QueryLayout = SlabLayout<kRows, kHeadDim>;  // of queries, and of output gradients
@@ -55,13 +62,12 @@ struct BwdConfig {
   static constexpr int kQueryOffset = kKeyStages * kKeyStageBytes;
   static constexpr int kDoutOffset = kQueryOffset + kStages * QueryLayout::kBytes;
   static constexpr int kScoreOffset = kDoutOffset + kStages * QueryLayout::kBytes;
-  static constexpr int kStateOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
+  static constexpr int kSumOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
+  static constexpr int kStateOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
 
   static_assert(kRows > 0, "kBwdRows has no entry for this width");
-  static_assert(kHeadDim == 64 * (kSplitsColumns ? kWarpgroups : 1) &&
-                    kRows == 64 * (kSplitsColumns ? 1 : kWarpgroups),
-                "one 64 x 64 product for dQ for each warpgroup");
-  static_assert(kBwdRowPadding % kRows == 0, "row states are padded to whole tiles");
+  static_assert(kHeadDim == 64 * (kSplitsColumns ? kWarpgroups : 1),
+                "one product for dQ for each warpgroup");
 };
 
 }  // namespace jax_flash::sm90

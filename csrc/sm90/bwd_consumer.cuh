@@ -8,7 +8,6 @@
 #include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
-#include "ptx/reduction.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -35,6 +34,7 @@ struct BwdConsumer {
   static constexpr int kRows = Config::kRows;
   static constexpr int kScores = kRows / 2;
   static constexpr int kGrads = Config::kHeadDim / 2;
+  static constexpr int kSums = Config::kSumRows / 2;
 
   const MhaBwdParams& params;
   const BwdPlan& plan;
@@ -105,16 +105,16 @@ struct BwdConsumer {
     ptx::wgmma_commit_group();
   }
 
-  // d = K^T dS^T for 64 columns of the width and 64 queries of step `step`.
-  __device__ __forceinline__ void issue_dquery(float (&d)[32], uint32_t step) const {
+  // d = K^T dS^T for this warpgroup's part of the sum, of step `step`.
+  __device__ __forceinline__ void issue_dquery(float (&d)[kSums], uint32_t step) const {
     const int columns = Config::kSplitsColumns ? warpgroup : 0;
-    const int rows = Config::kSplitsColumns ? 0 : 64 * warpgroup;
+    const int rows = Config::kSplitsColumns ? 0 : Config::kSumRows * warpgroup;
     const uint64_t keys =
         ptx::wgmma_descriptor(fresh_key_tile() + columns * KeyLayout::kSlabBytes, 0);
     const uint64_t scores = ptx::wgmma_descriptor(score_tile(step) + rows * 128, 0);
 #pragma unroll
     for (int k = 0; k < Config::kKeys / 16; ++k) {
-      ptx::Wgmma<Element, 64>::template ss<1>(
+      ptx::Wgmma<Element, Config::kSumRows>::template ss<1>(
           d, keys + (16 * 128 >> 4) * k, scores + (ScoreLayout::offset(0, 2 * k) >> 4), k != 0);
     }
     ptx::wgmma_commit_group();
@@ -166,45 +166,19 @@ struct BwdConsumer {
     }
   }
 
-  // A tile of queries: its number in the head, and in the sum for dQ.
-  struct Place {
-    int tile;
-    int in_sum;
-  };
-
-  // Adds a product for dQ to the sum, in the order of its registers (bwd_finish.cuh).
-  __device__ __forceinline__ void add_dquery(const float (&d)[32], const BwdBlock<Config>& block,
-                                             const Place& place) const {
-    const int64_t chunk = int64_t{place.in_sum} * Config::kWarpgroups + warpgroup;
-    float* const target = params.dquery_sum + chunk * 4096 + threadIdx.x % 128 * 4;
-    int32_t* turn = nullptr;
-    if constexpr (Config::kDeterministic) {
-      turn = params.turns + (Config::kSplitsColumns ? chunk / 2 : chunk);
-      wait_for_turn(turn, block, place.tile);
-    }
+  // Leaves a product for dQ, in the order of its registers, to the warp that adds it to the sum.
+  __device__ __forceinline__ void hand_over(const float (&d)[kSums]) const {
+    ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
+    const uint32_t target =
+        tiles + Config::kSumOffset + warpgroup * 4 * Config::kSumFloats + threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      ptx::red_add_v4(target + 512 * i, d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+    for (int i = 0; i < kSums / 4; ++i) {
+      const uint32_t words[4] = {__float_as_uint(d[4 * i]), __float_as_uint(d[4 * i + 1]),
+                                 __float_as_uint(d[4 * i + 2]), __float_as_uint(d[4 * i + 3])};
+      ptx::st_shared_v4(target + 2048 * i, words);
     }
-    if constexpr (Config::kDeterministic) {
-      __threadfence();
-      ptx::bar_sync(3 + warpgroup, 128);
-      if (threadIdx.x % 128 == 0) ptx::red_release_add(turn, 1);
-    }
-  }
-
-  // Key blocks add to a tile from the last that it sees to the first. At width 128 the two
-  // warpgroups add to different columns under one count.
-  __device__ __forceinline__ void wait_for_turn(const int32_t* turn, const BwdBlock<Config>& block,
-                                                int tile) const {
-    const KeyInterval keys = block.mask.hull(tile * kRows, (tile + 1) * kRows);
-    const int last = (keys.end - 1) / Config::kKeys;
-    const int before = (last - block.first_key / Config::kKeys) * (Config::kSplitsColumns ? 2 : 1);
-    if (threadIdx.x % 128 == 0) {
-      while (ptx::ld_acquire(turn) < before) {
-      }
-    }
-    ptx::bar_sync(3 + warpgroup, 128);
+    ptx::fence_proxy_async_shared();
+    ptx::bar_arrive(Config::kSumReady + warpgroup, Config::kSumThreads);
   }
 
   // Zeroes the rows of queries and output gradients that may hold anything.
@@ -221,11 +195,10 @@ struct BwdConsumer {
     end_clearing();
   }
 
-  // One tile of queries of one head. kClean: see BwdBlock. previous: where the product for dQ of
-  // the step before belongs; the first step of a block has none.
+  // One tile of queries of one head. kClean: see BwdBlock. first: of the block; there is no
+  // product for dQ of the step before.
   template <bool kClean>
-  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first,
-                                       const Place& previous) {
+  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first) {
     const int first_row = tile * kRows;
     wait(shared.query_full[stage()], parity());
     wait(shared.dout_full[stage()], parity());
@@ -282,7 +255,7 @@ struct BwdConsumer {
 
     take_turn();
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
-    float dquery[32];
+    float dquery[kSums];
     ptx::wgmma_fence();
     // In the first step of a block of what lies there from the block before: dropped.
     issue_dquery(dquery, steps + 1);
@@ -290,7 +263,7 @@ struct BwdConsumer {
     ptx::wgmma_wait_group<1>();
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
     release(Config::kDoutReleased);
-    if (!first) add_dquery(dquery, block, previous);
+    if (!first) hand_over(dquery);
     ptx::wgmma_wait_group<0>();
     release(Config::kQueryReleased);
     ++steps;
@@ -354,7 +327,8 @@ struct BwdConsumer {
 
   __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
     const int key_stage = blocks % Config::kKeyStages;
-    wait(shared.kv_full[key_stage], blocks / Config::kKeyStages % 2);
+    wait(shared.key_full[key_stage], blocks / Config::kKeyStages % 2);
+    wait(shared.value_full[key_stage], blocks / Config::kKeyStages % 2);
     if (block.keys < Config::kKeys) {
       clear_rows<KeyLayout>(key_tile(), block.keys, Config::kKeys);
       clear_rows<KeyLayout>(key_tile() + Config::kValueOffset, block.keys, Config::kKeys);
@@ -364,39 +338,33 @@ struct BwdConsumer {
     const int end_tile = first_tile + block.tiles;
     const int clean_first = block.clean_first[warpgroup];
     const int clean_end = block.clean_end[warpgroup];
-    Place place{first_tile, block.in_sum};
-    Place previous = place;
+    int tile = first_tile;
     bool first = true;
     const auto advance = [&] {
       first = false;
-      previous = place;
-      ++place.tile;
-      ++place.in_sum;
-      if (place.tile == end_tile) {
-        place.tile = first_tile;
-        place.in_sum += block.next_head - 1;
-      }
+      if (++tile == end_tile) tile = first_tile;
     };
     int left = block.steps;
     while (left > 0) {
 #pragma unroll 1
-      for (; left > 0 && place.tile >= clean_first && place.tile < clean_end; --left) {
-        step<true>(block, place.tile, first, previous);
+      for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
+        step<true>(block, tile, first);
         advance();
       }
       if (left == 0) break;
-      step<false>(block, place.tile, first, previous);
+      step<false>(block, tile, first);
       advance();
       --left;
     }
+    warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
-    float dquery[32];
+    float dquery[kSums];
     ptx::wgmma_fence();
     issue_dquery(dquery, steps + 1);
     ptx::wgmma_wait_group<0>();
-    warp_arrive(shared.kv_empty[key_stage]);
-    add_dquery(dquery, block, previous);
+    warp_arrive(shared.key_empty[key_stage]);
+    hand_over(dquery);
     ++blocks;
   }
 
@@ -417,6 +385,7 @@ struct BwdConsumer {
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();
     }
+    ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);  // the last arrival's partner
   }
 };
 

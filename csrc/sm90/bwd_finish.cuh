@@ -1,8 +1,8 @@
 // The last kernel of the backward: dQ from its sum.
 //
-// The sum lies in chunks of 64 queries by 64 columns, as the warpgroups hold them: for thread t and
-// register i of product K^T dS^T, element 512 (i / 4) + 4 t + i % 4 of the chunk is column
-// 16 (t / 32) + t % 32 / 4 + 8 (i % 4 / 2), query 8 (i / 4) + 2 (t % 4) + i % 2. Chunks of one head
+// The sum lies in chunks of kRows queries by 64 columns, as the warpgroups hold them: for thread t
+// and register i of product K^T dS^T, element 512 (i / 4) + 4 t + i % 4 of the chunk is column 16
+// (t / 32) + t % 32 / 4 + 8 (i % 4 / 2), query 8 (i / 4) + 2 (t % 4) + i % 2. Chunks of one head
 // follow each other by rows, then by columns.
 #pragma once
 
@@ -16,24 +16,26 @@ namespace jax_flash::sm90 {
 
 inline constexpr int kBwdFinishThreads = 128;
 inline constexpr int kBwdFinishPitch = 65;  // of a chunk's rows: not a multiple of the banks
-inline constexpr int kBwdFinishSharedBytes = 64 * kBwdFinishPitch * 4;
+template <int kRows>
+inline constexpr int kBwdFinishSharedBytes = kRows * kBwdFinishPitch * 4;
 
 // One thread block for each chunk: blockIdx.x = (head, chunk of rows) flat, y = chunk of columns.
-template <typename Element>
+// kRows: of a chunk.
+template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads)
-    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params) {
+    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks) {
   constexpr int kPitch = kBwdFinishPitch;
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
-  const int row_chunks = bwd_padded_rows(params.query_length) / 64;
   const int row_head = blockIdx.x / row_chunks;
-  const int first_row = (blockIdx.x - row_head * row_chunks) * 64;
+  const int first_row = (blockIdx.x - row_head * row_chunks) * kRows;
   const int first_column = blockIdx.y * 64;
   const int thread = threadIdx.x;
-  const float* const sum =
-      params.dquery_sum + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * 4096 + 4 * thread;
+  const float* const sum = params.dquery_sum +
+                           (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * (64 * kRows) +
+                           4 * thread;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kRows / 8; ++i) {
     const float4 x = *reinterpret_cast<const float4*>(sum + 512 * i);
     const int column = thread / 32 * 16 + thread % 32 / 4;
     float* const row = chunk + (8 * i + thread % 4 * 2) * kPitch + column;
@@ -48,7 +50,7 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   const int head = row_head - batch * params.heads;
   const int column = thread % 8 * 8;
   if (first_column + column >= params.head_dim) return;
-  for (int r = thread / 8; r < 64 && first_row + r < params.query_length;
+  for (int r = thread / 8; r < kRows && first_row + r < params.query_length;
        r += kBwdFinishThreads / 8) {
     const int64_t at =
         ((int64_t{batch} * params.query_length + first_row + r) * params.heads + head) *

@@ -13,6 +13,7 @@
 #include "ptx/address.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
+#include "sm90/bwd_adder.cuh"
 #include "sm90/bwd_consumer.cuh"
 #include "sm90/bwd_producer.cuh"
 #include "sm90/bwd_shared.cuh"
@@ -33,15 +34,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const auto init = [](uint64_t& barrier, int arrivals) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
     };
+    for (int i = 0; i < Config::kKeyStages; ++i) {
+      init(shared.key_full[i], 1);
+      init(shared.key_empty[i], Config::kConsumerWarps);
+      init(shared.value_full[i], 1);
+      init(shared.value_empty[i], Config::kConsumerWarps);
+    }
     for (int i = 0; i < 2; ++i) {
-      init(shared.kv_full[i], 1);
-      init(shared.kv_empty[i], Config::kConsumerWarps);
       init(shared.query_full[i], 1);
       init(shared.dout_full[i], 1);
       init(shared.score_full[i], Config::kConsumerWarps);
       init(shared.score_empty[i], Config::kConsumerWarps);
       init(shared.block_full[i], 1);
-      init(shared.block_empty[i], 128 * Config::kWarpgroups);
+      init(shared.block_empty[i], (128 + 32) * Config::kWarpgroups);
     }
     ptx::fence_mbarrier_init();
   }
@@ -49,9 +54,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == Config::kWarpgroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x % 128 < 32) {
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) % 128 / 32, 0);
+    if (warp == 0) {
       BwdProducer<Config> producer{params, plan, shared, tiles};
       producer.run();
+    } else if (warp <= Config::kWarpgroups) {
+      BwdAdder<Config> adder{params, shared, tiles, warp - 1};
+      adder.run();
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();

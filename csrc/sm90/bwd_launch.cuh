@@ -59,6 +59,8 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
   // With a causal mask the first keys are seen by the most queries. Where sums have an order it is
   // the other one, in which blocks wait for blocks that started before.
   plan->first_to_last = !params.deterministic;
+  // Equal blocks that add in an order keep their distance from round to round.
+  plan->order.reverses = params.window_right != kUnbounded || !params.deterministic;
   plan->kv_heads = FastDivisor::make(params.kv_heads);
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
@@ -92,6 +94,14 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
                          &plan->dout);
 }
 
+// Thread blocks of the main kernel. Where blocks of keys keep their distance, each has its place
+// among those of a head, if that leaves few multiprocessors idle.
+inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
+  if (plan.order.reverses || plan.order.blocks > multiprocessors) return multiprocessors;
+  const int whole = multiprocessors / plan.order.blocks * plan.order.blocks;
+  return whole >= 0.9f * multiprocessors ? whole : multiprocessors;
+}
+
 template <typename Config>
 cudaError_t launch_bwd(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
   using Element = typename Config::Element;
@@ -105,17 +115,19 @@ cudaError_t launch_bwd(const MhaBwdParams& params, const DeviceInfo& device, cud
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int grid = std::min(plan.order.ids, device.multiprocessors);
+  const int grid = std::min(plan.order.ids, bwd_grid(plan, device.multiprocessors));
   error = launch_kernel(kernel, dim3(grid), Config::kThreads, kBwdSharedBytes<Config>, stream,
                         params, plan);
   if (error != cudaSuccess) return error;
 
-  const int64_t row_chunks = bwd_padded_rows(params.query_length) / 64;
+  const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
+  const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
   if (chunks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kHeadDim / 64);
-  return launch_kernel(mha_bwd_finish_kernel<Element>, finish_grid, kBwdFinishThreads,
-                       kBwdFinishSharedBytes, stream, params);
+  return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
+                       kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
+                       static_cast<int>(row_chunks));
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

@@ -42,15 +42,18 @@ struct BwdProducer {
   __device__ __forceinline__ void copy_keys(const BwdBlock<Config>& block) {
     const int stage = key_ring.stage();
     const uint32_t keys = tiles + Config::kKeyOffset + stage * Config::kKeyStageBytes;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.kv_empty[stage]), key_ring.parity() ^ 1);
-    const uint32_t barrier = ptx::shared_address(&shared.kv_full[stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyStageBytes);
-    copy_tile<typename Config::KeyLayout>(
-        keys, &plan.key, barrier, ptx::kEvictFirst, block.first_key, block.head,
-        batch_coordinate(params.key, block.batch, params, plan.inner_batch));
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_empty[stage]), key_ring.parity() ^ 1);
+    uint32_t barrier = ptx::shared_address(&shared.value_full[stage]);
+    ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes);
     copy_tile<typename Config::KeyLayout>(
         keys + Config::kValueOffset, &plan.value, barrier, ptx::kEvictFirst, block.first_key,
         block.head, batch_coordinate(params.value, block.batch, params, plan.inner_batch));
+    ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[stage]), key_ring.parity() ^ 1);
+    barrier = ptx::shared_address(&shared.key_full[stage]);
+    ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes);
+    copy_tile<typename Config::KeyLayout>(
+        keys, &plan.key, barrier, ptx::kEvictFirst, block.first_key, block.head,
+        batch_coordinate(params.key, block.batch, params, plan.inner_batch));
     key_ring.next();
   }
 
@@ -113,12 +116,15 @@ struct BwdProducer {
       }
       slots.next();
       if (block.tiles == 0) continue;
-      if (lane_id() == 0) copy_keys(block);
+      // The first queries do not wait for the block before to give its keys back.
+      bool first = true;
 #pragma unroll 1
       for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
           copy_queries(block, head, tile * Config::kRows, padded_rows);
+          if (first && lane_id() == 0) copy_keys(block);
+          first = false;
         }
       }
     }

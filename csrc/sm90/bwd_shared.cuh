@@ -17,8 +17,10 @@ struct BwdShared {
   // Of blocks, one at work and the next.
   static constexpr int kBlockSlots = 2;
 
-  uint64_t kv_full[Config::kKeyStages];  // keys and values of a block
-  uint64_t kv_empty[Config::kKeyStages];
+  uint64_t key_full[Config::kKeyStages];
+  uint64_t key_empty[Config::kKeyStages];
+  uint64_t value_full[Config::kKeyStages];
+  uint64_t value_empty[Config::kKeyStages];
   uint64_t query_full[Config::kStages];
   uint64_t dout_full[Config::kStages];
   uint64_t score_full[2];  // dS of both warpgroups

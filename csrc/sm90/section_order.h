@@ -16,7 +16,8 @@ struct SectionOrder {
   int32_t ids;
   int32_t blocks;  // of a head
   int32_t whole_sections;
-  int32_t turn;  // how far the thread blocks are turned from section to section
+  int32_t turn;   // how far the thread blocks are turned from section to section
+  bool reverses;  // whether every other round goes the other way
   FastDivisor section_ids;
   FastDivisor section_heads;
   FastDivisor last_heads;  // of the smaller last section
@@ -31,6 +32,7 @@ struct SectionOrder {
     order->blocks = static_cast<int32_t>(blocks);
     order->whole_sections = static_cast<int32_t>(heads / section);
     order->turn = static_cast<int32_t>(turn);
+    order->reverses = true;
     order->section_ids = FastDivisor::make(static_cast<uint32_t>(section_ids));
     order->section_heads = FastDivisor::make(static_cast<uint32_t>(section));
     order->last_heads =
@@ -39,12 +41,12 @@ struct SectionOrder {
   }
 
 #if defined(__CUDACC__)
-  // The id of thread block `group` of `groups` in a round: each round has one for each, every other
-  // round in reverse. May be past the last.
+  // The id of thread block `group` of `groups` in a round: each round has one for each. May be past
+  // the last.
   __device__ __forceinline__ int id_of(int round, int group, int groups) const {
     // A section that is turned starts a round.
     const int place = (group + section_ids.divide(round * groups) * turn) % groups;
-    return round * groups + (round % 2 == 0 ? place : groups - 1 - place);
+    return round * groups + (!reverses || round % 2 == 0 ? place : groups - 1 - place);
   }
 
   // The block of an id in its head, and the head; the block is past the last where a section is

@@ -82,8 +82,8 @@ KERNELS = tuple(
 # Compute capabilities that choose differently; 80 stands for all but 90.
 HOPPER, OTHER = 90, 80
 
-ROW_PADDING = 128
-"""Queries of a sequence are padded to whole blocks of this many in the workspace."""
+ROW_TILES = (80, 128)
+"""Queries of a sequence are padded to whole tiles of either size in the workspace."""
 
 TURN_ROWS = 64
 """Queries that share a turn counter of the deterministic backward."""
@@ -149,6 +149,12 @@ def missing_kernel(
     return None
 
 
+def padded_rows(query_length: int) -> int:
+    """Rows that the workspace has for a sequence: a multiple of `TURN_ROWS`."""
+    rows = max(-(-query_length // tile) * tile for tile in ROW_TILES)
+    return -(-rows // TURN_ROWS) * TURN_ROWS
+
+
 def backward_workspace(
     batch: int,
     heads: int,
@@ -163,7 +169,7 @@ def backward_workspace(
     query, as wide as the kernel, and two numbers; and a turn for every `TURN_ROWS`
     rows. The device is unknown when a program is lowered, so the widest kernel counts.
     """
-    rows = (query_length + ROW_PADDING - 1) // ROW_PADDING * ROW_PADDING
+    rows = padded_rows(query_length)
     kernels = (
         backward_kernel(dtype, head_dim, head_dim_v, capability, force_sm80=forced)
         for capability in (HOPPER, OTHER)

@@ -63,6 +63,16 @@ inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint3
   mbarrier_complete(barrier, bytes);
 }
 
+inline void tma_store_wait() {}
+inline void bulk_add_f32(float* global, uint32_t shared, uint32_t bytes) {
+  if (shared % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    emulator::fail("a bulk addition is not aligned", bytes);
+  }
+  const float* const source = static_cast<const float*>(emulator::shared_pointer(shared));
+  for (uint32_t i = 0; i < bytes / 4; ++i) global[i] += source[i];
+}
+
+inline void fence_proxy_async_global() {}
 inline void fence_proxy_async_shared() {}
 
 }  // namespace jax_flash::ptx
