@@ -296,7 +296,7 @@ def check_backward(
         for name in ("query", "key", "value")
     }
     padded = plan.padded_rows(rows) * batch * heads
-    workspace = aligned((padded * (tile + 2) + padded // 64,), np.float32)
+    workspace = aligned((padded * (tile + 2) + padded // plan.TURN_ROWS,), np.float32)
     call(
         function,
         given,

@@ -31,17 +31,17 @@ struct BwdRowGroup {
 
 __device__ __forceinline__ BwdRowGroup bwd_row_group(const MhaBwdParams& params) {
   const int padded_rows = bwd_padded_rows(params.query_length);
-  const int groups = padded_rows / kBwdTurnRows;
+  const int groups = padded_rows / kBwdRowGroup;
   const int upper = blockIdx.x / params.heads;
   const int head = blockIdx.x - upper * params.heads;
   const int batch = upper / groups;
   return {batch, head, int64_t{batch} * params.heads + head,
-          (upper - batch * groups) * kBwdTurnRows, padded_rows};
+          (upper - batch * groups) * kBwdRowGroup, padded_rows};
 }
 
 // Thread blocks of one launch, or a number that no launch takes.
 inline int64_t bwd_row_blocks(const MhaBwdParams& params) {
-  const int64_t groups = bwd_padded_rows(params.query_length) / kBwdTurnRows;
+  const int64_t groups = bwd_padded_rows(params.query_length) / kBwdRowGroup;
   return groups * params.batch * params.heads;
 }
 
@@ -85,17 +85,21 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const BwdRowGroup group = bwd_row_group(params);
   const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
 
-  float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + padded_row * width);
-  for (int i = threadIdx.x; i < kBwdTurnRows * width / 4; i += kBwdRowThreads) {
-    sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (!params.first_stores) {
+    float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + padded_row * width);
+    for (int i = threadIdx.x; i < kBwdRowGroup * width / 4; i += kBwdRowThreads) {
+      sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
   }
-  if (threadIdx.x == 0) params.turns[padded_row / kBwdTurnRows] = 0;
+  if (threadIdx.x < kBwdRowGroup / kBwdTurnRows) {
+    params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
+  }
 
   const RowMask mask = row_mask(params, group.batch);
   const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
 #pragma unroll 1
-  for (int i = threadIdx.x / 8; i < kBwdTurnRows; i += kBwdRowThreads / 8) {
+  for (int i = threadIdx.x / 8; i < kBwdRowGroup; i += kBwdRowThreads / 8) {
     const int row = group.row + i;
     const int64_t statistic = group.flat_head * params.query_length + row;
     const KeyInterval keys = mask.interval(row);
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const int bytes = params.f32_dquery ? 4 : 2;
   const bool wide = params.head_dim * bytes % 16 == 0 && aligned_16(params.dquery);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kBwdTurnRows * kChunks; i += kBwdRowThreads) {
+  for (int i = threadIdx.x; i < kBwdRowGroup * kChunks; i += kBwdRowThreads) {
     const int row = group.row + i / kChunks;
     const int column = i % kChunks * 8;
     if (row >= params.query_length || column >= params.head_dim) continue;
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   }
 }
 
-// Writes row_lse, row_delta, and zeros to dquery_sum and turns.
+// Writes row_lse, row_delta, and zeros to turns and, unless the first to add stores, dquery_sum.
 template <typename Element>
 cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream) {
   const int64_t blocks = bwd_row_blocks(params);

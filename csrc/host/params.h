@@ -81,15 +81,18 @@ struct MhaFwdParams : MhaParams {
   int32_t missing_heads;        // by which batch * heads is short of whole sections
 };
 
-// Rows that share an entry of `turns`, and a thread block in bwd_rows.cuh.
-inline constexpr int kBwdTurnRows = 64;
+// Rows of queries for which `turns` has an entry.
+inline constexpr int kBwdTurnRows = 32;
+
+// Rows that a thread block of bwd_rows.cuh works on.
+inline constexpr int kBwdRowGroup = 64;
 
 // Rows that the workspace of the backward has for the queries of a sequence: whole tiles of 80 and
 // of 128, whichever the kernel has (64 fit with the latter).
 constexpr int bwd_padded_rows(int query_length) {
   const int small = (query_length + 79) / 80 * 80;
   const int large = (query_length + 127) / 128 * 128;
-  return ((small > large ? small : large) + kBwdTurnRows - 1) / kBwdTurnRows * kBwdTurnRows;
+  return ((small > large ? small : large) + kBwdRowGroup - 1) / kBwdRowGroup * kBwdRowGroup;
 }
 
 struct MhaBwdParams : MhaParams {
@@ -116,7 +119,11 @@ struct MhaBwdParams : MhaParams {
   float* dquery_sum;  // [batch, heads, padded rows, padded width], in the order the kernel likes
   float* row_lse;     // [batch, heads, padded rows]: log2(e) * lse; +inf in rows without keys
   float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows
-  int32_t* turns;     // [batch, heads, padded rows / 64]: whose turn to add it is; zeroed
+  int32_t* turns;     // [batch, heads, padded rows / kBwdTurnRows]: who has added; zeroed
+
+  // Whether the first to add to a part of dquery_sum stores instead, and there are no zeros before;
+  // a part to which nothing was added has an entry of 0 in `turns`.
+  bool first_stores;
 };
 
 }  // namespace jax_flash

@@ -23,6 +23,16 @@ __device__ __forceinline__ int32_t ld_acquire(const int32_t* source) {
   return value;
 }
 
+// Adds, and returns what was there; what follows comes after what others had released there.
+__device__ __forceinline__ int32_t atom_acquire_add(int32_t* target, int32_t value) {
+  int32_t before;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(target), "r"(value)
+               : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void red_add(float* target, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
 }

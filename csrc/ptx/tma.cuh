@@ -57,6 +57,13 @@ __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// Contiguous bytes, a multiple of 16, from shared memory to global memory.
+__device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
 // Adds contiguous f32, a multiple of 16 bytes, from shared memory to global memory. Belongs to a
 // group as stores do.
 __device__ __forceinline__ void bulk_add_f32(float* global, uint32_t shared, uint32_t bytes) {

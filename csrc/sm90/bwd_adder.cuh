@@ -26,38 +26,56 @@ struct BwdAdder {
   uint32_t tiles;  // shared address of the keys
   int warpgroup;
 
-  // Key blocks add to a tile from the last that it sees to the first. At width 128 the two
-  // warpgroups add to different columns under one count.
-  __device__ __forceinline__ void wait_for_turn(const int32_t* turn, const BwdBlock<Config>& block,
+  // What the first to come adds to an entry of `turns` when its store is there to be added to.
+  static constexpr int kStored = 1 << 20;
+
+  // Waits until this block may add to a part of a tile; returns whether it is to store instead.
+  // With an order, key blocks add from the last that the tile sees to the first.
+  __device__ __forceinline__ bool wait_for_turn(int32_t* turn, const BwdBlock<Config>& block,
                                                 int tile) const {
-    const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
-    const int last = (keys.end - 1) / Config::kKeys;
-    const int before = (last - block.first_key / Config::kKeys) * (Config::kSplitsColumns ? 2 : 1);
-    while (ptx::ld_acquire(turn) < before) {
+    int before;
+    if constexpr (Config::kDeterministic) {
+      const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
+      before = (keys.end - 1) / Config::kKeys - block.first_key / Config::kKeys;
+      while (ptx::ld_acquire(turn) < before) {
+      }
+    } else {
+      if (!params.first_stores) return false;
+      before = ptx::atom_acquire_add(turn, 1);
+      if (before > 0 && before < kStored) {
+        while (ptx::ld_acquire(turn) < kStored) {
+        }
+      }
     }
     ptx::fence_proxy_async_global();
+    return before == 0;
   }
 
   // tile: its number in the head; in_sum: in the sum.
   __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int in_sum) const {
     const int64_t part = int64_t{in_sum} * Config::kWarpgroups + warpgroup;
-    int32_t* const turn = params.turns + (Config::kSplitsColumns ? part / 2 : part);
+    int32_t* const turn = params.turns + part;
+    bool stores = false;
     if (lane_id() == 0) {
-      if constexpr (Config::kDeterministic) wait_for_turn(turn, block, tile);
+      stores = wait_for_turn(turn, block, tile);
       constexpr int kBytes = 4 * Config::kSumFloats;
-      ptx::bulk_add_f32(params.dquery_sum + part * Config::kSumFloats,
-                        tiles + Config::kSumOffset + warpgroup * kBytes, kBytes);
+      float* const sum = params.dquery_sum + part * Config::kSumFloats;
+      const uint32_t source = tiles + Config::kSumOffset + warpgroup * kBytes;
+      if (stores) {
+        ptx::bulk_store(sum, source, kBytes);
+      } else {
+        ptx::bulk_add_f32(sum, source, kBytes);
+      }
       ptx::tma_store_commit_group();
       ptx::tma_store_wait_read();
     }
     __syncwarp();
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
-    if constexpr (Config::kDeterministic) {
-      if (lane_id() == 0) {
-        ptx::tma_store_wait();
-        ptx::fence_proxy_async_global();
-        ptx::red_release_add(turn, 1);
-      }
+    // `stores` is only ever set in the lane that adds.
+    if (Config::kDeterministic ? lane_id() == 0 : stores) {
+      ptx::tma_store_wait();
+      ptx::fence_proxy_async_global();
+      ptx::red_release_add(turn, Config::kDeterministic ? 1 : kStored);
     }
   }
 

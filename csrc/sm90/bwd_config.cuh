@@ -7,22 +7,15 @@
 
 namespace jax_flash::sm90 {
 
-// Queries of a tile; two warpgroups own 64 keys each.
-template <int kHeadDim>
-inline constexpr int kBwdRows = 0;
-template <>
-inline constexpr int kBwdRows<64> = 128;
-template <>
-inline constexpr int kBwdRows<128> = 80;
-
-// kDeterministicArg: thread blocks add to dQ in an order.
-template <ElementType kTypeArg, int kHeadDimArg, bool kDeterministicArg>
+// kRowsArg: queries of a tile; two warpgroups own 64 keys each. kDeterministicArg: thread blocks
+// add to dQ in an order.
+template <ElementType kTypeArg, int kHeadDimArg, int kRowsArg, bool kDeterministicArg>
 struct BwdConfig {
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
   static constexpr int kHeadDim = kHeadDimArg;  // of queries, keys and values, after padding
-  static constexpr int kRows = kBwdRows<kHeadDim>;
+  static constexpr int kRows = kRowsArg;
   static constexpr int kWarpgroups = 2;  // consumers of a thread block
   static constexpr int kKeys = 64 * kWarpgroups;
   static constexpr int kStages = 2;  // of queries, and of output gradients
@@ -65,7 +58,6 @@ struct BwdConfig {
   static constexpr int kSumOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
   static constexpr int kStateOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
 
-  static_assert(kRows > 0, "kBwdRows has no entry for this width");
   static_assert(kHeadDim == 64 * (kSplitsColumns ? kWarpgroups : 1),
                 "one product for dQ for each warpgroup");
 };

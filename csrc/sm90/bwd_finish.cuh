@@ -31,12 +31,14 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   const int first_row = (blockIdx.x - row_head * row_chunks) * kRows;
   const int first_column = blockIdx.y * 64;
   const int thread = threadIdx.x;
-  const float* const sum = params.dquery_sum +
-                           (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * (64 * kRows) +
-                           4 * thread;
+  const int64_t number = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+  // Nobody may have been there to store.
+  const bool none = params.first_stores && params.turns[number] == 0;
+  const float* const sum = params.dquery_sum + number * (64 * kRows) + 4 * thread;
 #pragma unroll
   for (int i = 0; i < kRows / 8; ++i) {
-    const float4 x = *reinterpret_cast<const float4*>(sum + 512 * i);
+    const float4 x = none ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
+                          : *reinterpret_cast<const float4*>(sum + 512 * i);
     const int column = thread / 32 * 16 + thread % 32 / 4;
     float* const row = chunk + (8 * i + thread % 4 * 2) * kPitch + column;
     row[0] = params.factor * x.x;

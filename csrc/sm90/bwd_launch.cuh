@@ -103,8 +103,10 @@ inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
 }
 
 template <typename Config>
-cudaError_t launch_bwd(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
+cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaStream_t stream) {
   using Element = typename Config::Element;
+  MhaBwdParams params = call;
+  params.first_stores = true;
   BwdPlan plan{};
   cudaError_t error = make_plan<Config>(params, device, &plan);
   if (error != cudaSuccess) return error;
@@ -134,9 +136,19 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
   static_assert(kHeadDim == kHeadDimV);
-  return params.deterministic
-             ? launch_bwd<BwdConfig<kType, kHeadDim, true>>(params, device, stream)
-             : launch_bwd<BwdConfig<kType, kHeadDim, false>>(params, device, stream);
+  const auto launch = [&]<int kRows>() {
+    return params.deterministic
+               ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)
+               : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, device, stream);
+  };
+  if constexpr (kHeadDim == 64) {
+    return launch.template operator()<128>();
+  } else {
+    // Larger tiles are faster, but of short sequences with a diagonal they waste more.
+    constexpr int kShort = 768;
+    const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
+    return small ? launch.template operator()<64>() : launch.template operator()<80>();
+  }
 }
 
 }  // namespace jax_flash::sm90

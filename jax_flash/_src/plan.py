@@ -85,8 +85,11 @@ HOPPER, OTHER = 90, 80
 ROW_TILES = (80, 128)
 """Queries of a sequence are padded to whole tiles of either size in the workspace."""
 
-TURN_ROWS = 64
-"""Queries that share a turn counter of the deterministic backward."""
+ROW_GROUP = 64
+"""Rows of queries that a thread block before and after the main kernel works on."""
+
+TURN_ROWS = 32
+"""Rows of queries for which the workspace counts who has added to their gradient."""
 
 
 def choose(
@@ -150,9 +153,9 @@ def missing_kernel(
 
 
 def padded_rows(query_length: int) -> int:
-    """Rows that the workspace has for a sequence: a multiple of `TURN_ROWS`."""
+    """Rows that the workspace has for a sequence: a multiple of `ROW_GROUP`."""
     rows = max(-(-query_length // tile) * tile for tile in ROW_TILES)
-    return -(-rows // TURN_ROWS) * TURN_ROWS
+    return -(-rows // ROW_GROUP) * ROW_GROUP
 
 
 def backward_workspace(
@@ -166,7 +169,7 @@ def backward_workspace(
     """Floats of workspace with which any kernel that may be chosen can run a backward.
 
     For each head of each sequence and each padded row: the sum of the gradient of
-    query, as wide as the kernel, and two numbers; and a turn for every `TURN_ROWS`
+    query, as wide as the kernel, and two numbers; and a count for every `TURN_ROWS`
     rows. The device is unknown when a program is lowered, so the widest kernel counts.
     """
     rows = padded_rows(query_length)

@@ -16,6 +16,11 @@ inline void red_add_v4(float* target, float x, float y, float z, float w) {
 }
 inline void red_add(float* target, float x) { *target += x; }
 inline void red_release_add(int32_t* target, int32_t value) { *target += value; }
+inline int32_t atom_acquire_add(int32_t* target, int32_t value) {
+  const int32_t before = *target;
+  *target += value;
+  return before;
+}
 // Thread blocks run one after another: what one waits for must have been done.
 inline int32_t ld_acquire(const int32_t* source) {
   static long asked = 0;

@@ -64,6 +64,12 @@ inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint3
 }
 
 inline void tma_store_wait() {}
+inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  if (shared % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    emulator::fail("a bulk store is not aligned", bytes);
+  }
+  std::memcpy(global, emulator::shared_pointer(shared), bytes);
+}
 inline void bulk_add_f32(float* global, uint32_t shared, uint32_t bytes) {
   if (shared % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     emulator::fail("a bulk addition is not aligned", bytes);
