@@ -12,7 +12,7 @@ from helpers import assert_close, cuda_text, dense, flash, kernel_calls, loss, q
 
 import jax_flash
 from jax_flash import backends, mha
-from jax_flash._src import builtin, registry
+from jax_flash._src import builtin, plan, registry
 
 CUDNN_CALL = {"query": (2, 64, 4, 64), "key": (2, 64, 2, 64), "value": (2, 64, 2, 64)}
 
