@@ -17,7 +17,7 @@ import pytest
 # The benchmarks are no part of the package, so the repository must be on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import baselines, bench, gradients, timing
+from benchmarks import baselines, bench, gradients, memory, timing
 from benchmarks.baselines import Cell
 from benchmarks.timing import Call
 from jax_flash._src import registry
@@ -303,3 +303,34 @@ def test_smoke(cells: str, tmp_path: pathlib.Path) -> None:
     data = json.loads(out.read_text())
     assert {result["set"] for result in data["results"]} == {cells}
     assert data["summary"][cells]["compared"] >= 2
+
+
+def usages(*beyond: int) -> list[memory.Usage]:
+    return [
+        memory.Usage(length, 0, size, None)
+        for length, size in zip(memory.LENGTHS, beyond, strict=True)
+    ]
+
+
+def test_memory_is_judged_by_the_bytes_of_a_token() -> None:
+    assert not memory.failures(usages(300, 500, 1000, 2000))
+    assert not memory.failures(usages(100, 200, 480, 800))
+    quadratic = memory.failures(usages(1, 4, 16, 64))
+    assert len(quadratic) == 3
+    assert "8.00 times the bytes for each token at 131072" in quadratic[-1]
+    large = [int(x * 1e9) for x in (0.5, 1, 2, 4)]
+    assert memory.failures(usages(*large)) == ["4.00 GB beyond the tensors at 131072"]
+    peak = [
+        dataclasses.replace(one, measured=2 * one.planned) for one in usages(*large)
+    ]
+    assert "8.00 GB" in memory.failures(peak)[-1]
+
+
+def test_memory_smoke(capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan of the jnp path; it is linear too."""
+    assert memory.main(["--smoke"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [
+        [str(length), str(round(8 * length * 8 * 128 * 2 / 1e6))]
+        for length in memory.SMOKE_LENGTHS
+    ]
