@@ -16,18 +16,19 @@ Arrays = Sequence[jax.Array] | jax.Array
 
 def _parts(name: str, given: Arrays) -> list[jax.Array]:
     """The parts of a sequence, or of an array along its first axis."""
-    if not isinstance(given, list | tuple) and not hasattr(given, "shape"):
+    if isinstance(given, list | tuple):
+        for i, part in enumerate(given):
+            if not hasattr(part, "shape"):
+                raise ValueError(
+                    f"{name}[{i}] must be an array, got {type(part).__name__} {part!r}"
+                )
+    elif (shape := getattr(given, "shape", None)) is None:
         raise ValueError(
             f"{name} must be a list or tuple of arrays, or an array of them along its "
             f"first axis, got {type(given).__name__}"
         )
-    if hasattr(given, "shape") and not given.shape:
+    elif not shape:
         raise ValueError(f"{name} must have a first axis, got shape ()")
-    for i, part in enumerate(given if isinstance(given, list | tuple) else ()):
-        if not hasattr(part, "shape"):
-            raise ValueError(
-                f"{name}[{i}] must be an array, got {type(part).__name__} {part!r}"
-            )
     parts = [jnp.asarray(part) for part in given]
     if not parts:
         raise ValueError(f"{name} must have at least one part, got none")
