@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flash
+from benchmarks import gradients
 from benchmarks.timing import Call, short
 
 Attention = Callable[..., jax.Array]
-Arrays = tuple[jax.Array, jax.Array, jax.Array]
+Arrays = tuple[jax.Array, ...]
 
 # XLA materialises float32 scores; beyond this it is skipped rather than swapped.
 XLA_SCORE_LIMIT = 10e9
@@ -33,12 +34,16 @@ USUAL_TOKENS = 16384
 class Cell:
     """One attention problem: query [B, T, N, D], key [B, S, K, D], value [B, S, K, Dv].
 
+    A cell is the forward, or the backward alone: gradients of query, key and value from
+    a cotangent [B, T, N, Dv] and what the forward kept.
+
     Attributes:
       batch, query_length, key_length, heads, kv_heads, head_dim, value_dim: the sizes
         B, T, S, N, K, D, Dv; value_dim 0 stands for head_dim.
       is_causal: mask, with the last query at the last key.
       dtype: of query, key and value.
       window_size: keys before and after the aligned one, both inclusive; None: all.
+      backward: whether the cell is the backward.
     """
 
     batch: int
@@ -51,6 +56,7 @@ class Cell:
     dtype: str = "bfloat16"
     value_dim: int = 0
     window_size: tuple[int, int] | None = None
+    backward: bool = False
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -76,6 +82,8 @@ class Cell:
             parts.append("causal")
         if self.dtype == "float16":
             parts.append("f16")
+        if self.backward:
+            parts.append("bwd")
         return " ".join(parts)
 
     @property
@@ -96,32 +104,40 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        """Forward operations; a causal square counts as half, other masks exactly."""
+        """Operations; a causal square counts as half, other masks exactly.
+
+        The forward has a product of width D and one of width Dv for each pair of query
+        and key, the backward three and two.
+        """
         if self.is_causal and self.window_size is None and not self.aligned:
             pairs = 0.5 * self.query_length * self.key_length
         else:
             pairs = float(np.diff(self.visible()).sum())
-        return 2.0 * self.batch * self.heads * pairs * sum(self.widths)
+        width, value_width = self.widths
+        if self.backward:
+            width, value_width = 3 * width, 2 * value_width
+        return 2.0 * self.batch * self.heads * pairs * (width + value_width)
 
     @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Of query, key and value."""
+        """Of query, key and value; for the backward also of the cotangent."""
         width, value_width = self.widths
-        query = (self.batch, self.query_length, self.heads, width)
+        rows = (self.batch, self.query_length, self.heads)
         keys = (self.batch, self.key_length, self.kv_heads)
+        shapes = [(*rows, width), (*keys, width), (*keys, value_width)]
+        if self.backward:
+            shapes.append((*rows, value_width))
         return tuple(
-            jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
-            for shape in (query, (*keys, width), (*keys, value_width))
+            jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)) for shape in shapes
         )
 
     def inputs(self, seed: int = 0) -> Arrays:
-        """Random normal query, key and value: zeros would draw less power."""
-        keys = jax.random.split(jax.random.key(seed), 3)
-        query, key, value = (
+        """Random normal arrays of `shapes`: zeros would draw less power."""
+        keys = jax.random.split(jax.random.key(seed), len(self.shapes))
+        return tuple(
             jax.random.normal(one, shape.shape, shape.dtype)
             for one, shape in zip(keys, self.shapes, strict=True)
         )
-        return query, key, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +166,11 @@ class Arm:
             return None
 
 
-def reference(cell: Cell, inputs: Arrays) -> jax.Array:
-    """The first two heads of the first batch entry in float32, [T, 2, D]."""
+def reference(cell: Cell, inputs: Arrays) -> Arrays:
+    """What `Call.heads` gives of a result of this cell, in float32."""
+    if cell.backward:
+        visible = jnp.asarray(cell.visible())
+        return gradients.reference(inputs, visible)
     query, key, value = (x[0].astype(jnp.float32) for x in inputs)
     group = cell.heads // cell.kv_heads
     pair = jnp.arange(2) // group
@@ -162,7 +181,7 @@ def reference(cell: Cell, inputs: Arrays) -> jax.Array:
     visible = (column >= interval[:, :1]) & (column < interval[:, 1:])
     scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores)
-    return jnp.einsum("nts,snd->tnd", weights, value[:, pair], precision="highest")
+    return (jnp.einsum("nts,snd->tnd", weights, value[:, pair], precision="highest"),)
 
 
 # Arms in JAX
@@ -201,14 +220,17 @@ def jax_arm(
         return why_not(cell)
 
     def compile_ahead(cell: Cell) -> Any:
+        if cell.backward:
+            return gradients.compile_backward(attention(cell), cell.shapes)
         return jax.jit(attention(cell)).lower(*cell.shapes).compile()
 
     def bind(compiled: Any, cell: Cell, inputs: Arrays) -> Call:
-        del cell
+        if cell.backward:
+            return gradients.bind_backward(compiled, inputs)
         return Call(
             run=lambda: compiled(*inputs),
             wait=lambda result: jax.block_until_ready(result),
-            heads=lambda result: result[0, :, :2].astype(jnp.float32),
+            heads=lambda result: (result[0, :, :2].astype(jnp.float32),),
         )
 
     return Arm(name, package, limits, compile_ahead, bind)
@@ -224,13 +246,14 @@ def import_error(module: str) -> str | None:
     return None
 
 
-def ours(implementation: str) -> Callable[[Cell], Attention]:
-    """`jax_flash.mha` by one implementation."""
+def ours(implementation: str, **options: Any) -> Callable[[Cell], Attention]:
+    """`jax_flash.mha` by one implementation, with further options."""
     return lambda cell: functools.partial(
         jax_flash.mha,
         is_causal=cell.is_causal,
         window_size=cell.window_size,
         implementation=implementation,
+        **options,
     )
 
 
@@ -291,6 +314,8 @@ def jax_nn_limits(cell: Cell) -> str | None:
 def score_memory(cell: Cell) -> str | None:
     """Limits of jax.nn when it materialises the scores in float32."""
     size = 4.0 * cell.batch * cell.heads * cell.query_length * cell.key_length
+    # The backward also holds the weights that the forward kept, and their gradients.
+    size *= 3 if cell.backward else 1
     if size > XLA_SCORE_LIMIT:
         return f"would materialise {size / 1e9:.0f} GB of scores"
     return jax_nn_limits(cell)
@@ -324,10 +349,12 @@ def torch_why_not(cell: Cell) -> str | None:
 def bind_torch(compiled: Any, cell: Cell, inputs: Arrays, *, packed: bool) -> Call:
     """The flash backend of torch (FlashAttention-2) on the memory of JAX's arrays.
 
+    A backward keeps the forward's graph and runs torch's autograd through it.
+
     Args:
       compiled: unused, nothing is compiled ahead.
       cell: problem.
-      inputs: arrays [B, T, N, D].
+      inputs: arrays [B, T, N, D], of a backward also the cotangent.
       packed: copy to contiguous [B, N, T, D] first (not timed), else read in place.
     """
     del compiled
@@ -338,17 +365,29 @@ def bind_torch(compiled: Any, cell: Cell, inputs: Arrays, *, packed: bool) -> Ca
     arrays = [torch.from_dlpack(x).transpose(1, 2) for x in inputs]
     if packed:
         arrays = [x.contiguous() for x in arrays]
+    operands = [x.detach().requires_grad_(cell.backward) for x in arrays[:3]]
 
-    def run() -> Any:
+    def forward() -> Any:
         with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
             return functional.scaled_dot_product_attention(
-                *arrays, is_causal=cell.is_causal
+                *operands, is_causal=cell.is_causal
             )
 
-    def heads(result: Any) -> Any:
-        return jnp.asarray(result[0, :2].transpose(0, 1).float().cpu().numpy())
+    def two_heads(x: Any) -> jax.Array:
+        return jnp.asarray(x[0, :2].detach().transpose(0, 1).float().cpu().numpy())
 
-    return Call(run, lambda result: torch.cuda.synchronize(), heads)
+    def wait(result: Any) -> None:
+        del result
+        torch.cuda.synchronize()
+
+    if not cell.backward:
+        return Call(forward, wait, lambda result: (two_heads(result),))
+    out = forward()
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, operands, arrays[3], retain_graph=True)
+
+    return Call(backward, wait, lambda result: tuple(map(two_heads, result)))
 
 
 def torch_arm(name: str, *, packed: bool) -> Arm:
@@ -366,6 +405,11 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         jax_arm("jax_flash", "jax_flash", ours("cuda")),
+        jax_arm(
+            "jax_flash_deterministic",
+            "jax_flash",
+            ours("cuda", deterministic=True),
+        ),
         jax_arm("jax_flash_xla", "jax_flash", ours("xla"), gpu_only=False),
         jax_arm("xla", "jax", jax_nn("xla"), why_not=score_memory, gpu_only=False),
         jax_arm("cudnn", "jax", jax_nn("cudnn"), why_not=jax_nn_limits),
@@ -403,6 +447,15 @@ ARMS: dict[str, Arm] = {
 DEFAULT_ARMS = (
     "jax_flash",
     "xla",
+    "cudnn",
+    "fa3_dew",
+    "fa3_jax",
+    "tokamax",
+    "torch_fa2",
+)
+BACKWARD_ARMS = (
+    "jax_flash",
+    "jax_flash_deterministic",
     "cudnn",
     "fa3_dew",
     "fa3_jax",

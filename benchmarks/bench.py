@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench                  # the 36 main cells, default arms
     python -m benchmarks.bench --set ragged     # small and ragged ones; or all
+    python -m benchmarks.bench --set backward   # the backward alone; backward_ragged
     python -m benchmarks.bench --cells 'd128.*causal' --arms jax_flash,cudnn --check
     python -m benchmarks.bench --smoke          # tiny, on any machine
 
@@ -38,9 +39,15 @@ ROOT = pathlib.Path(__file__).parent
 # Relative error in the Frobenius norm against float32: rounding the output to the
 # dtype gives a third of this, rounding the weights as well about as much.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
+# A backward rounds the weights, their gradients and the output: twice that.
+BACKWARD_FACTOR = 2
 # The arm that a row's ratio is taken to, beside the best of all.
 RATIO_ARM = "torch_fa2"
 COMPILE_THREADS = 8
+# A kernel that only a forward may run; the backward's may name the forward as well.
+FORWARD_KERNEL = re.compile(
+    r"^(?!.*(bwd|bprop|backward)).*(fwd|fprop|forward|flash_attention_sm90)", re.I
+)
 
 
 def cell_of(spec: specs.Spec) -> Cell:
@@ -65,24 +72,43 @@ def cell_of(spec: specs.Spec) -> Cell:
     )
 
 
+def backwards(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """The same problems as backwards."""
+    return tuple(dataclasses.replace(cell, backward=True) for cell in cells)
+
+
 # What --set chooses from.
 CELLS: dict[str, tuple[Cell, ...]] = {
     "main": tuple(map(cell_of, specs.BENCHMARK_CELLS)),
     "ragged": tuple(map(cell_of, specs.RAGGED_CELLS)),
+    "backward": backwards(tuple(map(cell_of, specs.BENCHMARK_CELLS))),
+    "backward_ragged": backwards(tuple(map(cell_of, specs.BACKWARD_RAGGED_CELLS))),
+}
+
+# How a set is measured unless the command line says otherwise.
+PROTOCOLS = {
+    "main": timing.Protocol(),
+    "ragged": timing.Protocol(),
+    "backward": timing.Protocol(rounds=2, seconds=0.04, idle=0.05),
+    "backward_ragged": timing.Protocol(rounds=2, seconds=0.04, idle=0.05),
 }
 
 # The same in small, for any machine.
+_SMOKE_MAIN = (
+    Cell(2, 64, 64, 4, 2, 32, is_causal=False),
+    Cell(2, 64, 64, 4, 2, 32, is_causal=True),
+)
+_SMOKE_RAGGED = (
+    Cell(1, 4, 64, 4, 2, 32, is_causal=True),
+    Cell(1, 4, 64, 4, 2, 32, is_causal=False),
+    Cell(2, 64, 64, 2, 2, 32, is_causal=True, window_size=(16, 0)),
+    Cell(2, 64, 64, 2, 2, 24, is_causal=True, value_dim=16, dtype="float16"),
+)
 SMOKE_CELLS: dict[str, tuple[Cell, ...]] = {
-    "main": (
-        Cell(2, 64, 64, 4, 2, 32, is_causal=False),
-        Cell(2, 64, 64, 4, 2, 32, is_causal=True),
-    ),
-    "ragged": (
-        Cell(1, 4, 64, 4, 2, 32, is_causal=True),
-        Cell(1, 4, 64, 4, 2, 32, is_causal=False),
-        Cell(2, 64, 64, 2, 2, 32, is_causal=True, window_size=(16, 0)),
-        Cell(2, 64, 64, 2, 2, 24, is_causal=True, value_dim=16, dtype="float16"),
-    ),
+    "main": _SMOKE_MAIN,
+    "ragged": _SMOKE_RAGGED,
+    "backward": backwards(_SMOKE_MAIN),
+    "backward_ragged": backwards(_SMOKE_RAGGED),
 }
 
 
@@ -124,11 +150,25 @@ def relative_error(actual: Any, expected: Any) -> float:
     return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
-def check(call: timing.Call, cell: Cell, expected: jax.Array) -> str | None:
+def check(call: timing.Call, cell: Cell, expected: Arrays) -> str | None:
     """Why a call's result is wrong, None if it is right."""
-    error = relative_error(call.heads(call.run()), expected)
-    limit = TOLERANCE[cell.dtype]
-    return None if error <= limit else f"wrong result: relative error {error:.1e}"
+    actual = call.heads(call.run())
+    names = ("dq", "dk", "dv") if cell.backward else ("out",)
+    limit = TOLERANCE[cell.dtype] * (BACKWARD_FACTOR if cell.backward else 1)
+    wrong = []
+    for name, ours, theirs in zip(names, actual, expected, strict=True):
+        error = relative_error(ours, theirs)
+        if not error <= limit:
+            wrong.append(f"relative error {error:.1e} of {name}")
+    return f"wrong result: {', '.join(wrong)}" if wrong else None
+
+
+def forward_kernels(cell: Cell, kernels: list[str]) -> str | None:
+    """Why the kernels of a call are not those of a backward alone, None if they are."""
+    found = [name for name in kernels if FORWARD_KERNEL.match(name)]
+    if cell.backward and found:
+        return f"a forward is among the kernels of the backward: {found[0][:100]}"
+    return None
 
 
 def bind(
@@ -193,6 +233,8 @@ def run_cell(
     for name, one in samples.items():
         if one.errors:
             skipped[name] = one.errors[0]
+        elif reason := forward_kernels(cell, one.kernels):
+            skipped[name] = reason
         else:
             entries[name] = record(cell, one)
     return {
@@ -254,17 +296,48 @@ def summary(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     """The first arm against the best peer over a set of cells."""
     ratios = {result["name"]: best_peer(result, names) for result in results}
     known = {name: best for name, best in ratios.items() if best is not None}
-    logs = [math.log(ratio) for ratio, _ in known.values()]
     return {
-        "geometric_mean": math.exp(sum(logs) / len(logs)) if logs else None,
+        "geometric_mean": geometric_mean([ratio for ratio, _ in known.values()]),
         "compared": len(known),
         "not_compared": [name for name, best in ratios.items() if best is None],
         "below_one": {name: best for name, best in known.items() if best[0] < 1},
+        "own_arms": own_arms(results, names),
     }
+
+
+def geometric_mean(ratios: list[float]) -> float | None:
+    """None of no ratios."""
+    if not ratios:
+        return None
+    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
+
+
+def own_arms(results: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Speed of this package's other arms over the first: mean, least, and where."""
+    found: dict[str, Any] = {}
+    for name in names[1:]:
+        if not name.startswith("jax_flash"):
+            continue
+        ratios = {
+            result["name"]: arms[name]["tflops"] / arms[names[0]]["tflops"]
+            for result in results
+            if {name, names[0]} <= (arms := result["arms"]).keys()
+        }
+        if ratios:
+            worst = min(ratios, key=lambda cell: ratios[cell])
+            mean = geometric_mean(list(ratios.values()))
+            found[name] = {"geometric_mean": mean, "least": (ratios[worst], worst)}
+    return found
 
 
 def print_summary(name: str, overall: dict[str, Any], arm: str) -> None:
     """Geometric mean and the cells that are slower than the best peer."""
+    for other, found in overall["own_arms"].items():
+        least, cell = found["least"]
+        print(
+            f"{name}: {other} over {arm}, geometric mean "
+            f"{found['geometric_mean']:.3f}, least {least:.3f} at {cell}"
+        )
     mean, count = overall["geometric_mean"], overall["compared"]
     if mean is None:
         print(f"{name}: nothing to compare {arm} with")
@@ -315,13 +388,26 @@ def describe(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Any]:
             "jax": jax.__version__,
         },
         "protocol": {
-            "rounds": arguments.rounds,
-            "seconds": arguments.seconds,
-            "idle": arguments.idle,
+            **{
+                name: dataclasses.asdict(protocol_of(arguments, name))
+                for name in chosen_sets(arguments)
+            },
             "kernel_timer": "CUPTI" if timing.cupti() is not None else None,
             "inputs": "random normal",
         },
     }
+
+
+def chosen_sets(arguments: argparse.Namespace) -> list[str]:
+    """The sets of cells that --set names."""
+    return [name for name in CELLS if arguments.set in (name, "all")]
+
+
+def protocol_of(arguments: argparse.Namespace, cells: str) -> timing.Protocol:
+    """How a set is measured: its protocol with what the command line changes."""
+    given = {name: getattr(arguments, name) for name in ("rounds", "seconds", "idle")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(PROTOCOLS[cells], **changes)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -335,13 +421,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="validate before timing")
     parser.add_argument("--smoke", action="store_true", help="tiny cells, any machine")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
-    parser.add_argument("--rounds", type=int, default=timing.Protocol.rounds)
-    parser.add_argument("--seconds", type=float, default=timing.Protocol.seconds)
-    parser.add_argument("--idle", type=float, default=timing.Protocol.idle)
+    parser.add_argument("--rounds", type=int, help="turns of every arm")
+    parser.add_argument("--seconds", type=float, help="length of a turn's measurement")
+    parser.add_argument("--idle", type=float, help="pause before a turn")
     parser.add_argument("--commit", help="where git cannot tell")
     parser.add_argument("--out", type=pathlib.Path, help="file of the results")
     arguments = parser.parse_args(argv)
-    default = baselines.SMOKE_ARMS if arguments.smoke else baselines.DEFAULT_ARMS
+    default = baselines.DEFAULT_ARMS
+    if arguments.smoke:
+        default = baselines.SMOKE_ARMS
+    elif arguments.set.startswith("backward"):
+        default = baselines.BACKWARD_ARMS
     names = arguments.arms.split(",") if arguments.arms else list(default)
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"unknown arms {unknown}; there are {list(ARMS)}")
@@ -358,24 +448,24 @@ def default_out(description: dict[str, Any], cells: str) -> pathlib.Path:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if no arm of any cell ran or an arm gave a wrong result."""
     arguments = parse_arguments(argv)
+    table = SMOKE_CELLS if arguments.smoke else CELLS
     chosen = {
-        name: [cell for cell in cells if re.search(arguments.cells, cell.name)]
-        for name, cells in (SMOKE_CELLS if arguments.smoke else CELLS).items()
-        if arguments.set in (name, "all")
+        name: [cell for cell in table[name] if re.search(arguments.cells, cell.name)]
+        for name in chosen_sets(arguments)
     }
     if arguments.list:
         print("\n".join(cell.name for cells in chosen.values() for cell in cells))
         return 0
     arms = [ARMS[name] for name in arguments.arms]
     description = describe(arguments, arms)
-    protocol = timing.Protocol(arguments.rounds, arguments.seconds, arguments.idle)
     start = time.perf_counter()
     compiled = compile_all(arms, [cell for cells in chosen.values() for cell in cells])
     print(f"{description['device']}, compiled in {time.perf_counter() - start:.0f} s")
     results: list[dict[str, Any]] = []
     with timing.ClockLog() as clocks:
         for name, cells in chosen.items():
-            detailed = name == "ragged"
+            detailed = name.endswith("ragged")
+            protocol = protocol_of(arguments, name)
             print(heading(arguments.arms, detailed), flush=True)
             for cell in cells:
                 result = run_cell(

@@ -17,12 +17,17 @@ Panel = tuple[int, bool]
 
 
 def panels(results: list[dict[str, Any]]) -> dict[Panel, dict[str, dict[int, float]]]:
-    """(head width, causal) -> arm -> query length -> TFLOP/s, of the main cells."""
+    """(head width, causal) -> arm -> query length -> TFLOP/s.
+
+    Of the main cells, or of their backwards where there are no main cells.
+    """
+    sets = {result.get("set", "main") for result in results}
+    chosen = "main" if "main" in sets else "backward"
     found: dict[Panel, dict[str, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for result in results:
-        if result.get("set", "main") != "main":
+        if result.get("set", "main") != chosen:
             continue
         cell = result["cell"]
         panel = found[cell["head_dim"], cell["is_causal"]]

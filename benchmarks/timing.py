@@ -27,8 +27,9 @@ class Call:
     Attributes:
       run: starts the computation and returns its result without waiting.
       wait: waits for a result of `run`.
-      heads: the first two heads of the first batch entry of a result, for the check,
-        as an array [T, 2, D].
+      heads: what the check compares of a result, in float32: the first two heads of
+        the first batch entry of the output, [T, 2, Dv], or of each gradient. Of those
+        of key and value, the heads that belong to these.
     """
 
     run: Callable[[], Any]

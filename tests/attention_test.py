@@ -24,6 +24,7 @@ def test_public_names() -> None:
         "backends",
         "dot_product_attention",
         "explain",
+        "merge_partials",
         "mha",
     ]
 

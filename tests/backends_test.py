@@ -12,7 +12,7 @@ from helpers import assert_close, cuda_text, dense, flash, kernel_calls, loss, q
 
 import jax_flash
 from jax_flash import backends, mha
-from jax_flash._src import builtin, registry
+from jax_flash._src import builtin, plan, registry
 
 CUDNN_CALL = {"query": (2, 64, 4, 64), "key": (2, 64, 2, 64), "value": (2, 64, 2, 64)}
 
@@ -213,16 +213,21 @@ def test_kernels_are_chosen_where_they_are(kernels: None) -> None:
         assert line in text
 
 
+BOTH_64 = "sm90 64x64 on compute capability 9.0, sm80 64x64 on others"
 EXPLAINED_KERNELS = {
     "both": (
         shapes(),
-        "sm90 64x64 on compute capability 9.0, sm80 64x64 on others",
+        f"{BOTH_64}; gradients by {BOTH_64}",
     ),
     "narrow": (
         shapes(query=(2, 64, 4, 32), key=(2, 64, 2, 32), value=(2, 64, 2, 32)),
-        "sm90 64x64 on compute capability 9.0, sm80 32x32 on others",
+        "sm90 64x64 on compute capability 9.0, sm80 32x32 on others; "
+        f"gradients by {BOTH_64}",
     ),
-    "odd width": (shapes(value=(2, 64, 2, 60)), "sm80 64x64"),
+    "odd width": (
+        shapes(value=(2, 64, 2, 60)),
+        "sm80 64x64; gradients by sm80 64x64",
+    ),
     "batch": (
         shapes(
             query=(2, 3, 4, 64, 4, 64),
@@ -230,7 +235,7 @@ EXPLAINED_KERNELS = {
             value=(2, 3, 4, 64, 2, 64),
         )
         | {"query_seq_lengths": np.ones((1, 3, 1), np.int32)},
-        "sm80 64x64",
+        "sm80 64x64; gradients by sm80 64x64",
     ),
 }
 
@@ -245,7 +250,18 @@ def test_explain_names_the_kernels(case: str, kernels: None) -> None:
 
 def test_explain_honours_force_sm80() -> None:
     with registry.assume_kernels(force_sm80=True):
-        assert jax_flash.explain(**shapes()).details == {"cuda": "sm80 64x64"}
+        details = {"cuda": "sm80 64x64; gradients by sm80 64x64"}
+        assert jax_flash.explain(**shapes()).details == details
+
+
+def test_explain_says_why_no_kernel_runs_gradients() -> None:
+    forward = [kernel for kernel in plan.KERNELS if kernel.op == "mha_fwd"]
+    with registry.assume_kernels(forward):
+        details = jax_flash.explain(**shapes()).details["cuda"]
+    assert details == (
+        f"{BOTH_64}; gradients by jnp: no kernel for H=64 and Hv=64 of query and "
+        "value: sm90 64x64 is not among the kernels that were built"
+    )
 
 
 def test_explain_reports_what_mha_would_raise() -> None:

@@ -6,6 +6,7 @@ A result is accurate enough if its error against float64 is at most twice this o
 `gradients` is the same for the backward.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,30 +22,48 @@ def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, **given: Any
 ) -> jax.Array:
     """Attention of [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; arguments as `mha`."""
+    batch, rows, heads, width = query.shape
+    ok = oracle.allowed((batch, heads, rows, key.shape[1]), given)
+    if ok.strides[1] == 0:  # the same for all heads: one copy goes to the device
+        ok = ok[:, :1]
+    scale = given.get("scale")
+    scale = width**-0.5 if scale is None else scale
+    softcap, bias = given.get("softcap"), given.get("bias")
+    with jax.numpy_dtype_promotion("standard"):
+        return _attention(query, key, value, ok, scale, softcap, bias)
+
+
+@jax.jit
+def _attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ok: jax.Array,
+    scale: jax.Array,
+    softcap: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """One program for a shape, whatever the mask and the scale."""
     groups = query.shape[2] // key.shape[2]
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     keys, values = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
     precision = jax.lax.Precision.HIGHEST
-    batch, rows, heads, _ = query.shape
-    ok = oracle.allowed((batch, heads, rows, key.shape[1]), given)
-    scale = given.get("scale")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with jax.numpy_dtype_promotion("standard"):
-        s = jnp.einsum(
-            "btnh,bsnh->bnts",
-            query,
-            keys,
-            precision=precision,
-            preferred_element_type=dtype,
-        )
-        s = s * scale
-        if given.get("softcap") is not None:
-            s = given["softcap"] * jnp.tanh(s / given["softcap"])
-        if given.get("bias") is not None:
-            s = s + given["bias"]
-        p = jax.nn.softmax(jnp.where(ok, s, -1e30), axis=-1)
-        p = jnp.where(ok, p, 0).astype(query.dtype)
-        return jnp.einsum("bnts,bsnh->btnh", p, values, precision=precision)
+    s = jnp.einsum(
+        "btnh,bsnh->bnts",
+        query,
+        keys,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    s = s * scale
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    p = jax.nn.softmax(jnp.where(ok, s, -1e30), axis=-1)
+    # The barrier keeps the rounding, which XLA may drop where it computes in float32.
+    p = jax.lax.optimization_barrier(jnp.where(ok, p, 0).astype(query.dtype))
+    return jnp.einsum("bnts,bsnh->btnh", p, values, precision=precision)
 
 
 def gradients(
@@ -60,40 +79,62 @@ def gradients(
     Sums and exponentials in float32; output, weights and `dout @ value^T` rounded to
     the dtype of the inputs, as products of 16-bit operands are. Without padding.
     """
-    groups, dtype = query.shape[2] // key.shape[2], query.dtype
-    ok = oracle.allowed(
-        (query.shape[0], query.shape[2], query.shape[1], key.shape[1]), given
-    )
-    scale = given.get("scale")
-    scale = np.float32(query.shape[-1] ** -0.5 if scale is None else scale)
+    dtype = query.dtype
+    scale = scale_of(query, given)
 
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).astype(np.float32)
 
-    def by_head(x: np.ndarray) -> np.ndarray:  # [B, N, T or S, width]
-        x = x.astype(np.float32).transpose(0, 2, 1, 3)
-        return np.repeat(x, query.shape[2] // x.shape[1], axis=1)
-
-    def by_group(x: np.ndarray) -> np.ndarray:
-        batch, heads, *rest = x.shape
-        x = x.reshape(batch, heads // groups, groups, *rest).sum(2)
-        return x.transpose(0, 2, 1, 3).astype(dtype)
-
-    q, k, v, do = map(by_head, (query, key, value, dout))
-    s = np.where(ok, q @ k.swapaxes(2, 3) * scale, -np.inf)
-    top = s.max(-1, keepdims=True, initial=-np.inf)
-    e = np.exp(s - np.where(np.isfinite(top), top, 0))
-    total = e.sum(-1, keepdims=True)
-    p = e / np.where(total == 0, 1, total)
-    delta = (rounded(rounded(p) @ v) * do).sum(-1, keepdims=True)
-    if dlse is not None:
-        delta = delta - dlse[..., None]
-    ds = scale * (p * (rounded(do @ v.swapaxes(2, 3)) - delta))
+    q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
+    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    for index, pair, p in weights(q, k, scale, given):
+        delta = (rounded(rounded(p) @ v[pair]) * do[index]).sum(-1, keepdims=True)
+        if dlse is not None:
+            b, rows, n = index
+            delta = delta - dlse[b, n, rows, None]
+        dv[pair] += rounded(p).T @ do[index]
+        ds = rounded(do[index] @ v[pair].T)
+        ds -= delta
+        ds *= p
+        ds *= scale
+        dq[index] = ds @ k[pair]
+        dk[pair] += ds.T @ q[index]
     return {
-        "query": (ds @ k).transpose(0, 2, 1, 3).astype(dtype),
-        "key": by_group(ds.swapaxes(2, 3) @ q),
-        "value": by_group(rounded(p).swapaxes(2, 3) @ do),
+        name: x.astype(dtype) for name, x in (("query", dq), ("key", dk), ("value", dv))
     }
+
+
+def scale_of(query: np.ndarray, given: dict[str, Any]) -> np.float32:
+    """The scale of the logits."""
+    scale = given.get("scale")
+    return np.float32(query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def weights(
+    query: np.ndarray, key: np.ndarray, scale: np.float32, given: dict[str, Any]
+) -> Iterator[tuple[Any, Any, np.ndarray]]:
+    """The softmax in NumPy, in the dtype of query and key, by blocks of a head's rows.
+
+    Yields:
+      The index of the block's rows in arrays [B, T, N, width], that of its head in
+      arrays [B, S, K, width], and the weights [t, S], 0 in rows that attend nothing.
+    """
+    batch, rows, heads, _ = query.shape
+    groups = heads // key.shape[2]
+    shape = (batch, heads, rows, key.shape[1])
+    ok = oracle.allowed(shape, given)
+    for b, n, part in oracle.blocks(shape):
+        index, pair = (b, part, n), (b, slice(None), n // groups)
+        e = query[index] @ key[pair].T
+        e *= scale
+        np.copyto(e, -np.inf, where=~ok[b, n, part])
+        top = e.max(-1, keepdims=True, initial=-np.inf)
+        e -= np.where(np.isfinite(top), top, 0)
+        np.exp(e, out=e)
+        total = e.sum(-1, keepdims=True)
+        total[total == 0] = 1
+        e /= total
+        yield index, pair, e
 
 
 def assert_accurate(

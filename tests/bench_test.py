@@ -8,6 +8,8 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -15,7 +17,7 @@ import pytest
 # The benchmarks are no part of the package, so the repository must be on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import baselines, bench, timing
+from benchmarks import baselines, bench, gradients, memory, timing
 from benchmarks.baselines import Cell
 from benchmarks.timing import Call
 
@@ -102,8 +104,84 @@ def test_operations_and_reference_of_masks(
     options = {"is_causal": is_causal, "window_size": window}
     expected = oracle.attention(*inputs, **options).out[0, :, :2]
     live = ok.any(1)
-    got = np.asarray(baselines.reference(cell, inputs))
+    got = np.asarray(baselines.reference(cell, inputs)[0])
     np.testing.assert_allclose(got[live], expected[live], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"is_causal": True}, {"is_causal": True, "window_size": (5, 0)}],
+    ids=["full", "causal", "window"],
+)
+def test_reference_of_gradients(mask: dict[str, Any], kv_heads: int) -> None:
+    options = {"is_causal": False, **mask}
+    cell = Cell(2, 7, 30, 4, kv_heads, 8, **options, dtype="float32", value_dim=6)
+    inputs = dataclasses.replace(cell, backward=True).inputs()
+    operands = [np.asarray(x, np.float64) for x in inputs]
+    expected = oracle.gradients(*operands, **mask)
+    got = baselines.reference(dataclasses.replace(cell, backward=True), inputs)
+    pairs = 2 if kv_heads == 4 else 1
+    for name, count, ours in zip(
+        ("query", "key", "value"), (2, pairs, pairs), got, strict=True
+    ):
+        wanted = expected[name][0, :, :count]
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_operations_of_a_backward() -> None:
+    forward = Cell(4, 512, 512, 8, 2, 64, True)
+    backward = dataclasses.replace(forward, backward=True)
+    assert backward.flops == 2.5 * forward.flops
+    narrow = dataclasses.replace(backward, value_dim=32)
+    assert narrow.flops == backward.flops * (3 * 64 + 2 * 32) / (5 * 64)
+    assert backward.name == f"{forward.name} bwd"
+
+
+def test_a_backward_is_compiled_apart_from_its_forward() -> None:
+    cell = Cell(2, 40, 56, 4, 2, 16, True, "float32", backward=True)
+
+    def forward_once(*operands: Any) -> Any:
+        jax.debug.callback(lambda: None)  # leaves a mark in the program
+        return baselines.ours("xla")(cell)(*operands)
+
+    programs = gradients.compile_backward(forward_once, cell.shapes)
+    assert "callback" in programs.forward.as_text()
+    assert "callback" not in programs.backward.as_text()
+    inputs = cell.inputs()
+    result = gradients.bind_backward(programs, inputs).run()
+    pullback = jax.vjp(baselines.ours("xla")(cell), *inputs[:3])[1]
+    for ours, wanted in zip(result, pullback(inputs[3]), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_forward_among_the_kernels_of_a_backward_is_refused() -> None:
+    forward = Cell(1, 16, 16, 2, 2, 8, False)
+    backward = dataclasses.replace(forward, backward=True)
+    kernels = ["mha_bwd_kernel<Fwd>", "cudnn_sdpa_sm90_flash_bprop", "loop_add_fusion"]
+    assert bench.forward_kernels(backward, kernels) is None
+    for name in ("mha_fwd_kernel<9>", "FlashAttnFwdSm90", "cudnn_flash_fprop_wgmma"):
+        assert name in str(bench.forward_kernels(backward, [*kernels, name]))
+        assert bench.forward_kernels(forward, [name]) is None
+
+
+def test_wrong_gradients_are_named() -> None:
+    cell = Cell(1, 16, 16, 2, 2, 8, False, "float32", backward=True)
+    one = jnp.ones((16, 2, 8))
+    call = call_of(lambda: (one, one, 2 * one))
+    reason = bench.check(call, cell, (one, one * 1.0001, one))
+    assert reason == "wrong result: relative error 1.0e+00 of dv"
+    nan = call_of(lambda: (one * jnp.nan, one, one))
+    assert "nan of dq" in str(bench.check(nan, cell, (one, one, one)))
+
+
+def test_protocol_of_a_set() -> None:
+    quick = bench.PROTOCOLS["backward"]
+    arguments = bench.parse_arguments(["--set=backward", "--rounds=7"])
+    changed = dataclasses.replace(quick, rounds=7)
+    assert bench.protocol_of(arguments, "backward") == changed
+    assert bench.protocol_of(bench.parse_arguments([]), "main") == timing.Protocol()
+    assert bench.PROTOCOLS.keys() == bench.CELLS.keys() == bench.SMOKE_CELLS.keys()
 
 
 def test_names_tell_cells_apart() -> None:
@@ -185,6 +263,7 @@ def test_summary_over_a_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert overall["geometric_mean"] == pytest.approx(1.0)
     assert overall["compared"] == 2
     assert overall["not_compared"] == ["alone"]
+    assert overall["own_arms"] == {}
     assert overall["below_one"] == {"slow": (0.5, "b")}
     bench.print_summary("main", overall, "a")
     assert "below 1: slow: 0.500 of b" in capsys.readouterr().out
@@ -192,7 +271,20 @@ def test_summary_over_a_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to compare" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cells", ["main", "ragged"])
+def test_summary_of_our_other_arms(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [
+        {"name": "x", "arms": {"jax_flash": entry(40), "jax_flash_slow": entry(10)}},
+        {"name": "y", "arms": {"jax_flash": entry(10), "jax_flash_slow": entry(10)}},
+        {"name": "z", "arms": {"jax_flash": entry(10)}},
+    ]
+    overall = bench.summary(results, ["jax_flash", "jax_flash_slow"])
+    own = overall["own_arms"]["jax_flash_slow"]
+    assert own == {"geometric_mean": pytest.approx(0.5), "least": (0.25, "x")}
+    bench.print_summary("backward", overall, "jax_flash")
+    assert "mean 0.500, least 0.250 at x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cells", list(bench.CELLS))
 def test_smoke(cells: str, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "results.json"
     quick = ["--rounds=1", "--seconds=0.001", "--idle=0"]
@@ -201,3 +293,34 @@ def test_smoke(cells: str, tmp_path: pathlib.Path) -> None:
     data = json.loads(out.read_text())
     assert {result["set"] for result in data["results"]} == {cells}
     assert data["summary"][cells]["compared"] >= 2
+
+
+def usages(*beyond: int) -> list[memory.Usage]:
+    return [
+        memory.Usage(length, 0, size, None)
+        for length, size in zip(memory.LENGTHS, beyond, strict=True)
+    ]
+
+
+def test_memory_is_judged_by_the_bytes_of_a_token() -> None:
+    assert not memory.failures(usages(300, 500, 1000, 2000))
+    assert not memory.failures(usages(100, 200, 480, 800))
+    quadratic = memory.failures(usages(1, 4, 16, 64))
+    assert len(quadratic) == 3
+    assert "8.00 times the bytes for each token at 131072" in quadratic[-1]
+    large = [int(x * 1e9) for x in (0.5, 1, 2, 4)]
+    assert memory.failures(usages(*large)) == ["4.00 GB beyond the tensors at 131072"]
+    peak = [
+        dataclasses.replace(one, measured=2 * one.planned) for one in usages(*large)
+    ]
+    assert "8.00 GB" in memory.failures(peak)[-1]
+
+
+def test_memory_smoke(capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan of the jnp path; it is linear too."""
+    assert memory.main(["--smoke"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [
+        [str(length), str(round(8 * length * 8 * 128 * 2 / 1e6))]
+        for length in memory.SMOKE_LENGTHS
+    ]

@@ -43,7 +43,7 @@ def test_info_of_a_forced_family(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["info", *SHAPE]) == 0
     text = capsys.readouterr().out
     assert "JAX_FLASH_FORCE_SM80=1: sm90 is not used" in text
-    assert "  cuda  can run it on cuda: sm80 64x64\n" in text
+    assert "  cuda  can run it on cuda: sm80 64x64; gradients by sm80 64x64\n" in text
 
 
 def test_value_width_dtype_and_implementation(

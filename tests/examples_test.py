@@ -78,6 +78,23 @@ def test_benchmark_smoke(tmp_path: pathlib.Path) -> None:
     assert chart.read_bytes().startswith(PNG)
 
 
+def test_train_step_smoke() -> None:
+    options = ["--smoke", "--steps", "6", "--turn", "2"]
+    out = run_python("-m", "benchmarks.train_step", *options)
+    losses = re.findall(r"^(\w+) +\S+ ms a step .* loss (\S+) to (\S+)$", out, re.M)
+    assert [name for name, _, _ in losses] == ["xla", "jax_nn"], out
+    assert all(float(last) < float(first) for _, first, last in losses)
+    parted = re.search(r"losses of 6 steps part by (\S+) nats at most", out)
+    assert parted is not None
+    assert float(parted[1]) < 1e-3
+
+
+def test_train_step_rejects_nonsense() -> None:
+    options = ["--smoke", "--arms", "xla,xla"]
+    out = run_python("-m", "benchmarks.train_step", *options, status=2)
+    assert "--arms must be two implementations" in out
+
+
 def test_benchmark_cells() -> None:
     names = run_python("-m", "benchmarks.bench", "--list").split("\n")
     assert {"d64 n512", "d128 n4096 causal", "d256 n16384"} <= set(names)

@@ -2,14 +2,22 @@
 
 Written from the definition: which keys a row sees, a softmax over them, the textbook
 formulas of the gradients. Nothing here shares code with the package.
+
+Works on blocks of rows of one head, which stay in the cache: arrays [B, N, T, S] would
+spend most of the time on fresh memory.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray
+
+BLOCK = 1 << 18
+"""Elements of a block of scores: 2 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +40,29 @@ def visible(
     """Which keys each query row sees by position alone: bool [rows, keys]."""
     row, key = np.arange(rows)[:, None], np.arange(keys)[None, :]
     ok = (row < query_length) & (key < key_length)
-    # How far the key lies after the key that the row is aligned with.
-    ahead = key - row
+    # The key that each row is aligned with.
+    aligned = row
     if causal_alignment == "bottom_right":
-        ahead = (key - (key_length - 1)) - (row - (query_length - 1))
+        aligned = (key_length - 1) - (query_length - 1 - row)
     if is_causal:
-        ok &= ahead <= 0
+        ok &= key <= aligned
     left, right = window_size or (None, None)
     if left is not None:
-        ok &= ahead >= -left
+        ok &= key >= aligned - left
     if right is not None:
-        ok &= ahead <= right
+        ok &= key <= aligned + right
     return ok
 
 
 def allowed(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
-    """What may be attended: bool of `shape` [B, N, T, S], for arguments of `mha`."""
+    """What may be attended: bool of `shape` [B, N, T, S], for arguments of `mha`.
+
+    Read-only, and one copy for all heads unless they have masks of their own.
+    """
     batch, _, rows, keys = shape
-    ok = np.ones(shape, bool)
-    if given.get("mask") is not None:
-        ok &= _spread(given["mask"], shape, bool)
+    mask = np.asarray(True if given.get("mask") is None else given["mask"])
+    heads = mask.shape[-3] if mask.ndim > 2 else 1
+    ok = _spread(mask, (batch, heads, rows, keys), bool).copy()
     lengths = []
     for name, size in (("query_seq_lengths", rows), ("key_value_seq_lengths", keys)):
         length = size if given.get(name) is None else given[name]
@@ -65,49 +76,93 @@ def allowed(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
         kv_ids = _spread(given["kv_segment_ids"], (batch, keys), np.int64)
         same = q_ids[:, :, None] == kv_ids[:, None, :]
         ok &= (same & (q_ids >= 0)[:, :, None])[:, None]
-    return ok
+    return np.broadcast_to(ok, shape)
+
+
+def blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int, slice]]:
+    """Cuts scores [B, N, T, S] into (batch entry, head, rows)."""
+    batch, heads, rows, keys = shape
+    step = max(1, BLOCK // max(1, keys))
+    for b, n, start in itertools.product(
+        range(batch), range(heads), range(0, rows, step)
+    ):
+        yield b, n, slice(start, start + step)
 
 
 def _spread(x: Any, shape: tuple[int, ...], dtype: Any = np.float64) -> Array:
     return np.broadcast_to(np.asarray(x).astype(dtype), shape)
 
 
-def _scores(
-    query: Array, key: Array, given: dict[str, Any]
-) -> tuple[Array, Array, Array]:
-    """Logits, what each row may attend, and the slope of the soft cap, [B, N, T, S]."""
-    groups = query.shape[2] // key.shape[2]
-    scale = given.get("scale")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    keys = np.repeat(key, groups, axis=2)
-    s = scale * np.einsum("btnh,bsnh->bnts", query, keys, optimize=True)
-    slope = np.ones_like(s)
-    softcap = given.get("softcap")
-    if softcap is not None:
-        slope = 1 - np.tanh(s / softcap) ** 2
-        s = softcap * np.tanh(s / softcap)
-    if given.get("bias") is not None:
-        s = s + _spread(given["bias"], s.shape)
-    return s, allowed(s.shape, given), slope
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Rows of a head: where they are, and what they make of the keys.
+
+    Attributes:
+      index: (batch entry, rows, query head), of arrays [B, T, N, width].
+      pair: (batch entry, all keys, key/value head), of arrays [B, S, K, width].
+      weights: softmax [t, S], 0 in rows that may attend nothing.
+      lse: log-sum-exp [t], -inf in such rows.
+      slope: derivative of the soft cap [t, S], or 1.
+    """
+
+    index: tuple[int, slice, int]
+    pair: tuple[int, slice, int]
+    weights: Array
+    lse: Array
+    slope: Any
+
+    @property
+    def by_head(self) -> tuple[int, int, slice]:
+        """(batch entry, query head, rows), of arrays [B, N, T, ...]."""
+        b, rows, n = self.index
+        return b, n, rows
 
 
-def _softmax(s: Array, ok: Array, sinks: Any) -> tuple[Array, Array]:
-    """Probabilities [B, N, T, S] and lse [B, N, T], 0 and -inf in empty rows."""
-    s = np.where(ok, s, -np.inf)
-    empty = ~ok.any(-1)
+def _blocks(query: Array, key: Array, given: dict[str, Any]) -> Iterator[_Block]:
+    """The softmax, block by block."""
+    batch, rows, heads, width = query.shape
+    keys, groups = key.shape[1], heads // key.shape[2]
+    shape = (batch, heads, rows, keys)
+    scale, softcap = given.get("scale"), given.get("softcap")
+    scale = width**-0.5 if scale is None else scale
+    ok = allowed(shape, given)
+    bias, sinks = (
+        None if given.get(name) is None else _spread(given[name], shape[:rank])
+        for name, rank in (("bias", 4), ("sinks", 2))
+    )
+    for b, n, part in blocks(shape):
+        pair = b, slice(None), n // groups
+        s = query[b, part, n] @ key[pair].T
+        s *= scale
+        slope: Any = 1.0
+        if softcap is not None:
+            s = np.tanh(s / softcap)
+            slope = 1 - s**2
+            s *= softcap
+        if bias is not None:
+            s += bias[b, n, part]
+        sink = None if sinks is None else sinks[b, n]
+        p, lse = _softmax(s, ok[b, n, part], sink)
+        yield _Block((b, part, n), pair, p, lse, slope)
+
+
+def _softmax(s: Array, ok: Array, sink: float | None) -> tuple[Array, Array]:
+    """Probabilities [t, S], written over s, and lse [t]; 0 and -inf in empty rows."""
+    np.copyto(s, -np.inf, where=~ok)
     top = s.max(-1, initial=-np.inf)
-    if sinks is not None:
-        sinks = _spread(sinks, s.shape[:2])[..., None]
-        top = np.maximum(top, sinks)
+    if sink is not None:
+        top = np.maximum(top, sink)
     top = np.where(np.isfinite(top), top, 0)
-    e = np.exp(s - top[..., None])
-    total = e.sum(-1)
-    if sinks is not None:
-        total = total + np.exp(sinks - top)
-    empty |= total == 0
-    total = np.where(empty, 1, total)
-    lse = np.where(empty, -np.inf, top + np.log(total))
-    return np.where(empty[..., None], 0, e / total[..., None]), lse
+    s -= top[:, None]
+    np.exp(s, out=s)
+    total = s.sum(-1)
+    if sink is not None:
+        total += np.exp(sink - top)
+    empty = ~ok.any(-1) | (total == 0)
+    total[empty] = 1
+    s /= total[:, None]
+    s[empty] = 0
+    return s, np.where(empty, -np.inf, top + np.log(total))
 
 
 def attention(query: Any, key: Any, value: Any, **given: Any) -> Result:
@@ -117,10 +172,13 @@ def attention(query: Any, key: Any, value: Any, **given: Any) -> Result:
     """
     query, key, value = _float64(query, key, value)
     query, key, value = without_padding(query, key, value, given)
-    s, ok, _ = _scores(query, key, given)
-    p, lse = _softmax(s, ok, given.get("sinks"))
-    value = np.repeat(value, query.shape[2] // value.shape[2], axis=2)
-    return Result(np.einsum("bnts,bsnh->btnh", p, value, optimize=True), lse)
+    batch, rows, heads, _ = query.shape
+    out = np.empty((batch, rows, heads, value.shape[-1]))
+    lse = np.empty((batch, heads, rows))
+    for block in _blocks(query, key, given):
+        out[block.index] = block.weights @ value[block.pair]
+        lse[block.by_head] = block.lse
+    return Result(out, lse)
 
 
 def gradients(
@@ -133,42 +191,40 @@ def gradients(
     """
     query, key, value, dout = _float64(query, key, value, dout)
     query, key, value = without_padding(query, key, value, given)
-    heads, width, groups = (
-        query.shape[2],
-        query.shape[3],
-        query.shape[2] // key.shape[2],
-    )
+    batch, rows, heads, width = query.shape
     scale = given.get("scale")
     scale = width**-0.5 if scale is None else scale
-    s, ok, slope = _scores(query, key, given)
-    p, lse = _softmax(s, ok, given.get("sinks"))
-    values = np.repeat(value, groups, axis=2)
-    keys = np.repeat(key, groups, axis=2)
-    out = np.einsum("bnts,bsnh->btnh", p, values, optimize=True)
-    dp = np.einsum("btnh,bsnh->bnts", dout, values, optimize=True)
-    delta = np.einsum("btnh,btnh->bnt", out, dout)
-    if dlse is not None:
-        delta = delta - np.where(np.isinf(lse), 0, np.asarray(dlse, np.float64))
-    ds = p * (dp - delta[..., None])
-    dz = scale * ds * slope
-    dkeys = np.einsum("bnts,btnh->bsnh", dz, query, optimize=True)
-    dvalues = np.einsum("bnts,btnh->bsnh", p, dout, optimize=True)
-
-    def by_group(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], heads // groups, groups, x.shape[-1]).sum(3)
-
     result = {
-        "query": np.einsum("bnts,bsnh->btnh", dz, keys, optimize=True),
-        "key": by_group(dkeys),
-        "value": by_group(dvalues),
+        "query": np.zeros_like(query),
+        "key": np.zeros_like(key),
+        "value": np.zeros_like(value),
     }
     if given.get("bias") is not None:
-        result["bias"] = ds
+        result["bias"] = np.empty((batch, heads, rows, key.shape[1]))
     if given.get("sinks") is not None:
-        sinks = _spread(given["sinks"], s.shape[:2])[..., None]
-        empty = np.isinf(lse)
-        share = np.where(empty, 0, np.exp(sinks - np.where(empty, 0, lse)))
-        result["sinks"] = -(share * delta).sum(-1)
+        result["sinks"] = np.zeros((batch, heads))
+        sinks = _spread(given["sinks"], (batch, heads))
+    for block in _blocks(query, key, given):
+        index, pair, p, lse = block.index, block.pair, block.weights, block.lse
+        do = dout[index]
+        delta = ((p @ value[pair]) * do).sum(-1)
+        if dlse is not None:
+            one = np.asarray(dlse, np.float64)[block.by_head]
+            delta -= np.where(np.isinf(lse), 0, one)
+        result["value"][pair] += p.T @ do
+        ds = do @ value[pair].T
+        ds -= delta[:, None]
+        ds *= p
+        if "bias" in result:
+            result["bias"][block.by_head] = ds
+        if "sinks" in result:
+            b, _, n = index
+            empty = np.isinf(lse)
+            share = np.where(empty, 0, np.exp(sinks[b, n] - np.where(empty, 0, lse)))
+            result["sinks"][b, n] -= (share * delta).sum()
+        ds *= scale * block.slope
+        result["query"][index] = ds @ key[pair]
+        result["key"][pair] += ds.T @ query[index]
     return result
 
 

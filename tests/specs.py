@@ -265,3 +265,20 @@ RAGGED_CELLS = (
     Spec(4, 4096, 4096, 32, 8, 128, is_causal=True),
 )
 """Where the usual cells say little; widths that do not divide 2048 come close to it."""
+
+BACKWARD_RAGGED_CELLS = (
+    # Grouped heads: gradients of key and value sum over the group.
+    *(
+        Spec(BENCHMARK_TOKENS // n, n, n, 32, 8, 128, is_causal=True)
+        for n in (1024, 4096, 16384)
+    ),
+    Spec(4, 4096, 4096, 32, 8, 128),
+    Spec(1, 1024, 1024, 32, 8, 128, is_causal=True),
+    # A window, widths between the usual ones, narrower values, f16.
+    Spec(1, 16384, 16384, 16, 16, 128, is_causal=True, window_size=(1024, 0)),
+    Spec(4, 4096, 4096, 21, 21, 96, is_causal=True),
+    Spec(4, 4096, 4096, 11, 11, 192, is_causal=True),
+    Spec(4, 4096, 4096, 11, 11, 192, 128, is_causal=True),
+    Spec(4, 4096, 4096, 16, 16, 128, dtype="float16", is_causal=True),
+)
+"""The same for the backward."""

@@ -7,6 +7,7 @@ which chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
 import functools
 
 import jax
+import numpy as np
 
 from jax_flash._src import plan, registry
 from jax_flash._src.call import Backend, Call
@@ -75,19 +76,38 @@ def cuda_supports(call: Call) -> str | None:
 
 
 def cuda_details(call: Call) -> str:
-    """Which kernels run a call that `cuda_supports`.
+    """Which kernels run a call that `cuda_supports`, and its gradients.
 
     Operands are taken to be row-major; the handler knows where `vmap` put a dimension.
     """
     present = [name for name in KERNEL_OPERANDS if name in call.present]
     batches = [getattr(call, name).shape[: len(call.batch)] for name in present]
+    forward = _kernels_named("mha_fwd", call, plan.merged_batch_dims(batches))
+    return f"{forward}; gradients by {_gradients_by(call, batches)}"
+
+
+def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
+    """Which kernels run the gradients of a call, or why none does."""
+    extension = registry.extension()
+    widths = call.head_dim, call.value_dim
+    missing = plan.missing_kernel("mha_bwd", call.dtype, *widths, extension.kernels)
+    if missing is not None:
+        return f"jnp: no kernel for {missing}"
+    # Output and cotangents are never shared along a batch dimension.
+    full = np.broadcast_shapes(*batches)
+    return _kernels_named("mha_bwd", call, plan.merged_batch_dims([*batches, full]))
+
+
+def _kernels_named(op: str, call: Call, batch_dims: int) -> str:
+    """The kernels of an operation on Hopper and elsewhere."""
     hopper, other = (
-        plan.forward_kernel(
+        plan.choose(
+            op,
             call.dtype,
             call.head_dim,
             call.value_dim,
             capability,
-            batch_dims=plan.merged_batch_dims(batches),
+            batch_dims=batch_dims,
             force_sm80=registry.extension().force_sm80,
         )
         for capability in (plan.HOPPER, plan.OTHER)

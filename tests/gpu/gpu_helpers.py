@@ -97,23 +97,13 @@ def run_kernel(query: Any, key: Any, value: Any, **given: Any) -> Result:
 
 def plain(query: Any, key: Any, value: Any, **given: Any) -> np.ndarray:
     """`baseline.attention` in NumPy: no program to compile for each shape."""
-    ok = oracle.allowed(
-        (query.shape[0], query.shape[2], query.shape[1], key.shape[1]), given
-    )
-    scale = given.get("scale")
-    scale = np.float32(query.shape[-1] ** -0.5 if scale is None else scale)
-
-    def by_head(x: np.ndarray) -> np.ndarray:  # [B, N, T or S, width]
-        x = x.astype(np.float32).transpose(0, 2, 1, 3)
-        return np.repeat(x, query.shape[2] // x.shape[1], axis=1)
-
-    s = by_head(query) @ by_head(key).swapaxes(2, 3) * scale
-    s = np.where(ok, s, -np.inf)
-    top = s.max(-1, keepdims=True, initial=-np.inf)
-    e = np.exp(s - np.where(np.isfinite(top), top, 0))
-    total = e.sum(-1, keepdims=True)
-    p = (e / np.where(total == 0, 1, total)).astype(query.dtype).astype(np.float32)
-    return (p @ by_head(value)).transpose(0, 2, 1, 3).astype(query.dtype)
+    q, k, v = (x.astype(np.float32) for x in (query, key, value))
+    out = np.empty((*query.shape[:3], value.shape[-1]), query.dtype)
+    for index, pair, p in baseline.weights(
+        q, k, baseline.scale_of(query, given), given
+    ):
+        out[index] = p.astype(query.dtype).astype(np.float32) @ v[pair]
+    return out
 
 
 def assert_result(result: Result, problem: Problem) -> None:
