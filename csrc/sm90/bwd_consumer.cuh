@@ -35,6 +35,7 @@ struct BwdConsumer {
   static constexpr int kScores = kRows / 2;
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
+  static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;
   const BwdPlan& plan;
@@ -213,15 +214,19 @@ struct BwdConsumer {
     issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
     pass_turn(warpgroup == 1 || !first);
 
+    const float* const lse = shared.row_lse[stage()] + fragment_column();
+    float2 early[kEarlyLoads];  // before the wait, which nothing is moved across
+#pragma unroll
+    for (int j = 0; j < kEarlyLoads; ++j) early[j] = *reinterpret_cast<const float2*>(lse + 8 * j);
     ptx::wgmma_wait_group<1>();
     if constexpr (!kClean) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
-    const float* const lse = shared.row_lse[stage()] + fragment_column();
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(lse + 8 * j);
+      const float2 x =
+          j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = s[4 * j + e];
@@ -236,11 +241,16 @@ struct BwdConsumer {
     ptx::wgmma_fence();
     issue_gradient(dvalue, p, dout_tile());
 
-    ptx::wgmma_wait_group<1>();
     const float* const delta = shared.row_delta[stage()] + fragment_column();
 #pragma unroll
+    for (int j = 0; j < kEarlyLoads; ++j) {
+      early[j] = *reinterpret_cast<const float2*>(delta + 8 * j);
+    }
+    ptx::wgmma_wait_group<1>();
+#pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(delta + 8 * j);
+      const float2 x =
+          j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);

@@ -94,6 +94,14 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
                          &plan->dout);
 }
 
+// Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
+// the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
+// are a large part of the work and few add to the same part at a time.
+inline bool bwd_first_stores(const MhaBwdParams& params) {
+  const bool diagonal = params.window_right != kUnbounded;
+  return params.deterministic || params.query_length <= (diagonal ? 4096 : 2048);
+}
+
 // Thread blocks of the main kernel. Where blocks of keys keep their distance, each has its place
 // among those of a head, if that leaves few multiprocessors idle.
 inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
@@ -106,7 +114,7 @@ template <typename Config>
 cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaStream_t stream) {
   using Element = typename Config::Element;
   MhaBwdParams params = call;
-  params.first_stores = true;
+  params.first_stores = bwd_first_stores(params);
   BwdPlan plan{};
   cudaError_t error = make_plan<Config>(params, device, &plan);
   if (error != cudaSuccess) return error;
