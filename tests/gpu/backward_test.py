@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import random_test
 import specs
+from gpu_helpers import in_new_process
 from gradient_helpers import Problem, assert_all, gradients_of, problem_of
 
 from jax_flash import mha
@@ -292,6 +293,10 @@ def test_repeated_gradients_are_equal() -> None:
 
 
 def test_more_elements_than_31_bits() -> None:
+    in_new_process(more_elements_than_31_bits)
+
+
+def more_elements_than_31_bits() -> None:
     """2.2e9 query elements; gradients of the last rows against a call on them alone."""
     rows, heads, width, last = 134_300, 128, 128, 100
     tail = jax.random.normal(jax.random.key(0), (1, last, heads, width), jnp.bfloat16)

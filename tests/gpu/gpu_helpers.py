@@ -1,5 +1,8 @@
 """What the GPU tests share: running the kernels with poisoned outputs."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,22 @@ LSE_TOLERANCE = 2e-6
 # Query, key and value, and the other arguments of `mha`.
 Problem = tuple[Sequence[np.ndarray], dict[str, Any]]
 Result = tuple[np.ndarray, np.ndarray]
+
+
+def in_new_process(function: Callable[[], None]) -> None:
+    """Calls a function of a test module; its memory is free for others afterwards.
+
+    JAX keeps what it has once allocated until the process ends.
+    """
+    module, name = function.__module__, function.__name__
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {module}; {module}.{name}()"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def poisoned_call(call: Callable, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> Any:
