@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash._src import decode_call, decode_reference, validate
+from jax_flash._src import decode_call, decode_inner, decode_reference, validate
 from jax_flash._src.decode_call import OPERANDS
+from jax_flash._src.flash_decode import flash_decode
 
 __all__ = ["append_kv", "decode_mha"]
 
@@ -44,7 +45,10 @@ def decode_mha(
     sees keys 0..n - T + t. A query that sees no key (an empty sequence, or t < T - n)
     gives 0 and lse -inf.
 
-    Everything runs as jnp so far, on every platform; see `implementation`.
+    The kernel ("cuda") takes bfloat16 and float16, caches of the dtype of query, widths
+    that are multiples of 8 up to 256. It is off unless JAX_FLASH_DECODE_KERNELS=1 is in
+    the environment, because no GPU has run it yet. jnp ("xla") runs everything else.
+    Derivatives are those of jnp.
 
     Args:
       query: [B, N, H] or [B, T, N, H], bfloat16, float16 or float32.
@@ -65,10 +69,12 @@ def decode_mha(
       k_scale: floating, a number or [K], for quantised caches: keys are
         `k_scale * k_cache`. None = 1.
       v_scale: the same for values.
-      num_splits: into how many parts a kernel cuts the keys of a sequence, None for its
-        own choice. Changes speed and rounding; jnp does not split, whatever it is.
+      num_splits: into how many parts the kernel cuts the keys of a sequence of full
+        length, None for its own choice. Changes speed and rounding; jnp does not split,
+        whatever it is.
       return_lse: also return the log-sum-exp of the logits, for `merge_partials`.
-      implementation: None or "xla"; there is no kernel for "cuda" yet.
+      implementation: None for the kernel where it can run the call, else jnp; "cuda" or
+        "xla" for one of them, a tuple for the first of it that can.
 
     Returns:
       out, [B, N, Hv] or [B, T, N, Hv], in the dtype of query; with `return_lse`
@@ -103,8 +109,11 @@ def decode_mha(
     }
     wants_lse = validate._flag("return_lse", return_lse)
     config, operands = decode_call.check_call(arrays, options)
-    ordered = [operands[name] for name in config.present]
-    out, lse = decode_reference.decode(*ordered, config=config)
+    if config.implementations == ("cuda",):
+        reason = decode_inner.cuda_supports(config, operands)
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    out, lse = flash_decode(config, operands)
     if len(query.shape) == 3:
         out, lse = out[:, 0], lse[:, :, 0]
     return (out, lse) if wants_lse else out

@@ -97,6 +97,7 @@ def test_heads_on_a_mesh(kind: int) -> None:
 
     inputs = [x[0] for x in tokens()]
     want = step(cache, *inputs)[1]
+    inputs = jax.device_put(inputs, NamedSharding(mesh, P(None, "heads")))
     compiled = jax.jit(step, donate_argnums=0).lower(placed, *inputs).compile()
     text = compiled.as_text()
     assert "all-gather" not in text

@@ -34,7 +34,7 @@ inline constexpr DecodeTiles kDecodeTiles<64, true>{4, 4, 64, 4, 3};
 template <>
 inline constexpr DecodeTiles kDecodeTiles<128, true>{4, 4, 64, 3, 2};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 32, 3, 2};
+inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 16, 6, 2};
 
 // kWidthArg: what key and value widths are padded to.
 template <ElementType kType, int kWidthArg, bool kManyRows>
@@ -49,6 +49,8 @@ struct DecodeConfig {
   static constexpr int kRows = 16 * kTeamWarps;  // of a thread block
   static constexpr int kKeys = kTiles.keys;
   static constexpr int kCopyRows = kKeys / kTeamWarps;  // that a warp copies of each tile
+  // Wide rows leave few registers for addresses that are computed ahead.
+  static constexpr int kCopyUnroll = kWidth == 256 ? 1 : kCopyRows;
   static constexpr int kStages = kTiles.stages;
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   using Layout = TileLayout<kWidth>;

@@ -14,4 +14,9 @@ template <ElementType kType, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,
                           cudaStream_t stream);
 
+// The same for any widths up to kMaxWidth.
+inline constexpr int kMaxWidth = 256;
+cudaError_t launch(ElementType type, const DecodeParams& params, const DeviceInfo& device,
+                   cudaStream_t stream);
+
 }  // namespace jax_flash::decode

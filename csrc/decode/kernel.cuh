@@ -109,7 +109,7 @@ struct Walk {
     const uint32_t target = stage(tile);
     const Element16* const key = static_cast<const Element16*>(params.key);
     const Element16* const value = static_cast<const Element16*>(params.value);
-#pragma unroll
+#pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
       const int row = pass + lane_id() / kLanes;
       const int64_t source =

@@ -7,9 +7,28 @@
 
 #include "decode/config.cuh"
 #include "decode/params.h"
-#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
 
 namespace jax_flash::decode {
+
+// The part of one sequence's work that does not depend on its neighbours.
+struct SequenceSplits {
+  int length;
+  int first_key;    // that its first query sees
+  int first_split;  // that has a key
+  int splits;       // that have keys; 0 for an empty sequence
+};
+
+__device__ __forceinline__ SequenceSplits sequence_splits(const DecodeParams& params, int batch) {
+  const int length = min_int(max_int(params.lengths[batch], 0), params.room);
+  int first = 0;
+  if (params.window_left != kUnbounded) {
+    first = min_int(max_int(length - params.tokens - params.window_left, 0), length);
+  }
+  const int first_split = first / params.split_keys;
+  const int end_split = (length + params.split_keys - 1) / params.split_keys;
+  return {length, first, first_split, max_int(end_split - first_split, 0)};
+}
 
 struct Unit {
   int batch;

@@ -18,6 +18,7 @@ from jax_flash._src import plan
 
 FORWARD_TARGET = "jax_flash_mha_fwd"
 BACKWARD_TARGET = "jax_flash_mha_bwd"
+DECODE_TARGET = "jax_flash_decode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Extension:
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
       backward_kernels: whether gradients may use its backward kernels.
+      decode_kernels: whether decoding may use its kernels.
       missing: why there is no extension, None if there is one.
     """
 
@@ -36,6 +38,7 @@ class Extension:
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
     backward_kernels: bool = True
+    decode_kernels: bool = True
     missing: str | None = None
 
 
@@ -52,9 +55,12 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    # Until the backward kernels have passed on a GPU.
-    backward = os.environ.get("JAX_FLASH_BACKWARD_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), backward)
+    # Until the kernels have passed on a GPU.
+    backward, decode = (
+        os.environ.get(f"JAX_FLASH_{name}_KERNELS") == "1"
+        for name in ("BACKWARD", "DECODE")
+    )
+    return Extension(table, info, kernels.force_sm80(), backward, decode)
 
 
 _assumed: list[Extension] = []
