@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from decode_test import paged
+from decode_helpers import paged
 from emulator_test import aligned, build
 
 from jax_flash._src import decode_plan
@@ -148,7 +148,7 @@ def problem(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     width, value_width = widths[0], widths[-1]
-    return tuple(
+    query, k, v = (
         rng.standard_normal(shape, np.float32).astype(np.float16)
         for shape in (
             (batch, tokens, heads, width),
@@ -156,6 +156,7 @@ def problem(
             (batch, room, kv_heads, value_width),
         )
     )
+    return query, k, v
 
 
 @pytest.mark.parametrize("page", [None, 1, 16, 48])
@@ -169,8 +170,9 @@ def test_lengths(library: ctypes.CDLL, page: int | None) -> None:
         k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
     given = query, k, v, lengths
     if page is not None:
-        pools = paged(np.random.default_rng(1), (k, v), lengths, page, np.nan)
-        got = run(library, query, *pools[:2], lengths, page_table=pools[2])
+        rng = np.random.default_rng(1)
+        k_pool, v_pool, table = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(library, query, k_pool, v_pool, lengths, page_table=table)
     else:
         got = run(library, *given)
     check(got, *given)
@@ -201,14 +203,13 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
         options["sinks"] = options["sinks"].astype(np.float32)
     if pick.random() < 0.3:
         options["scale"] = pick.choice((0.0, -0.2, 1.0))
-    ways = {"num_splits": pick.choice((None, 1, 2, 5))}
+    ways: dict[str, Any] = {"num_splits": pick.choice((None, 1, 2, 5))}
     ways["multiprocessors"] = pick.randint(1, 5)
     for b, length in enumerate(lengths):
         k[b, length:] = v[b, length:] = np.nan
     if pick.random() < 0.5:
-        pools = paged(rng, (k, v), lengths, page, np.nan)
-        ways["page_table"] = pools[2]
-        got = run(library, query, *pools[:2], lengths, **ways, **options)
+        k_pool, v_pool, ways["page_table"] = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(library, query, k_pool, v_pool, lengths, **ways, **options)
     else:
         got = run(library, query, k, v, lengths, **ways, **options)
     check(got, query, k, v, lengths, **options)

@@ -34,7 +34,7 @@ inline constexpr DecodeTiles kDecodeTiles<64, true>{4, 4, 64, 4, 3};
 template <>
 inline constexpr DecodeTiles kDecodeTiles<128, true>{4, 4, 64, 3, 2};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 16, 6, 2};
+inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 16, 4, 2};
 
 // kWidthArg: what key and value widths are padded to.
 template <ElementType kType, int kWidthArg, bool kManyRows>
@@ -55,10 +55,12 @@ struct DecodeConfig {
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   using Layout = TileLayout<kWidth>;
 
-  // Shared memory in bytes: where each entry of the plan ends, row states of the teams, then the
-  // stages of the teams, each a tile of keys and one of values; later their outputs in f32.
-  static constexpr int kPlanEntries = 512;
-  static constexpr int kStateOffset = 4 * kPlanEntries;
+  // Shared memory in bytes: where each entry of the plan ends, the unit of work, row states of the
+  // teams, then the stages of the teams, each a tile of keys and one of values; later their outputs
+  // in f32.
+  static constexpr int kPlanEntries = 480;
+  static constexpr int kUnitOffset = 4 * kPlanEntries;
+  static constexpr int kStateOffset = kUnitOffset + 128;
   static constexpr int kTileOffset = kStateOffset + 8 * kTeams * kRows;
   static constexpr int kTileBytes = kKeys * Layout::kPitch;
   static constexpr int kStageBytes = 2 * kTileBytes;

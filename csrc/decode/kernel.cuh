@@ -140,19 +140,14 @@ __device__ __forceinline__ void sync_team() {
 
 template <typename Config>
 __device__ __forceinline__ RowPositions row_positions(const DecodeParams& params, const Unit& unit,
-                                                      int warp_row) {
-  const int rows = params.tokens * params.group;
+                                                      int warp_row, int end) {
+  const int first_row = unit.row_tile * Config::kRows;
+  const int last_row = min_int(first_row + Config::kRows, params.tokens * params.group) - 1;
   const int shift = unit.sequence.length - params.tokens;
-  const int first = unit.row_tile * Config::kRows;
-  RowPositions result;
-  result.lowest = shift + params.group_divisor.divide(first);
-  result.highest = shift + params.group_divisor.divide(min_int(first + Config::kRows, rows) - 1);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = warp_row + fragment_row() + 8 * h;
-    result.position[h] = row < rows ? shift + params.group_divisor.divide(row) : -1;
-  }
-  return result;
+  const int lowest = shift + params.group_divisor.divide(first_row);
+  const int highest = shift + params.group_divisor.divide(last_row);
+  const int first = params.window_left == kUnbounded ? 0 : highest - params.window_left;
+  return {shift, warp_row, {first, min_int(end, lowest + 1)}};
 }
 
 // Walks over this team's tiles of a split.
@@ -181,7 +176,7 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Unit& u
   }
   warp.init();
   warp.load_queries(params, unit.batch, unit.kv_head, warp_row);
-  const RowPositions rows = row_positions<Config>(params, unit, warp_row);
+  const RowPositions rows = row_positions<Config>(params, unit, warp_row, walk.end);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     ptx::cp_async_wait_group<kStages - 2>();
@@ -220,8 +215,9 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, uint32_t s
 // Adds up the teams' outputs, in their order, and stores them: finished if the sequence has one
 // split, else as the partial result of this one.
 template <typename Config>
-__device__ __forceinline__ void store(const DecodeParams& params, const Unit& unit,
+__device__ __forceinline__ void store(const DecodeParams& params, const Unit& kept,
                                       uint32_t shared) {
+  const Unit unit = kept;
   constexpr int kTeams = Config::kTeams;
   const int first = unit.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
@@ -278,10 +274,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   int* const ends = reinterpret_cast<int*>(memory);
+  Unit& kept = *reinterpret_cast<Unit*>(memory + Config::kUnitOffset);
+  static_assert(sizeof(kept) <= Config::kStateOffset - Config::kUnitOffset);
   const uint32_t shared = ptx::shared_address(memory);
   const int units = make_plan<Config>(params, ends);
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
     const Unit unit = find_unit<Config>(params, ends, index);
+    // What is needed again at the end waits in shared memory; registers hold the accumulators.
+    if (threadIdx.x == 0) kept = unit;
     const int team_warp = static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps;
     DecodeWarp<Config> warp;
     attend<Config>(params, unit, warp, shared + Config::kTileOffset,
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     __syncthreads();  // no warp reads tiles any more
     share<Config>(warp, shared);
     __syncthreads();
-    store<Config>(params, unit, shared);
+    store<Config>(params, kept, shared);
     __syncthreads();  // before the next tiles
   }
 }

@@ -13,11 +13,11 @@
 
 namespace jax_flash::decode {
 
-// Where the rows of a tile stand: row r is token r / group.
+// Where the rows of a unit stand: row r is token r / group, at position shift + r / group.
 struct RowPositions {
-  int position[2];  // of this thread's two rows; -1 for a row that does not exist
-  int lowest;       // of the tile's rows
-  int highest;
+  int shift;
+  int warp_row;             // the warp's first row
+  KeyInterval seen_by_all;  // keys, of those before the split's end
 };
 
 template <typename Config>
@@ -75,10 +75,9 @@ struct DecodeWarp {
     float scores[kScoreTiles][4];
     multiply_keys(scores, tile);
     scale(scores, params);
-    const int left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
-    const bool all =
-        key + Config::kKeys <= min_int(end, rows.lowest + 1) && key >= rows.highest - left;
-    if (!all) mask(scores, rows, key, end, left);
+    if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
+      mask(scores, params, rows, key, end);
+    }
     soften(scores);
     multiply_values(scores, tile + Config::kTileBytes);
   }
@@ -127,16 +126,21 @@ struct DecodeWarp {
   }
 
   static __device__ __forceinline__ void mask(float (&scores)[kScoreTiles][4],
-                                              const RowPositions& rows, int key, int end,
-                                              int left) {
+                                              const DecodeParams& params, const RowPositions& rows,
+                                              int key, int end) {
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = rows.warp_row + fragment_row() + 8 * h;
+      const int position = rows.shift + params.group_divisor.divide(row);
+      const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
+      const int last = min_int(position, end - 1);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = key + 8 * j + fragment_column() + e % 2;
-        const int position = rows.position[e / 2];
-        const bool seen = column < end && column <= position && column >= position - left;
-        if (!seen) scores[j][e] = kMinusInfinity;
+      for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = key + 8 * j + fragment_column() + e;
+          if (column < first || column > last) scores[j][2 * h + e] = kMinusInfinity;
+        }
       }
     }
   }

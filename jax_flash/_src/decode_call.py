@@ -163,14 +163,12 @@ def check_implementation(implementation: Any) -> tuple[str, ...]:
     if implementation is None:
         return IMPLEMENTATIONS
     wanted = (implementation,) if isinstance(implementation, str) else implementation
-    if not isinstance(wanted, tuple | list) or not wanted:
-        wanted = (None,)
-    for name in wanted:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be None, one of {IMPLEMENTATIONS} or a tuple of "
-                f"them, got {implementation!r}"
-            )
+    known = isinstance(wanted, tuple | list) and set(wanted) <= set(IMPLEMENTATIONS)
+    if not known or not wanted:
+        raise ValueError(
+            f"implementation must be None, one of {IMPLEMENTATIONS} or a tuple of "
+            f"them, got {implementation!r}"
+        )
     # "xla" runs everything, everywhere: what comes after it never does.
     first = wanted.index("xla") if "xla" in wanted else len(wanted)
     return tuple(wanted[: first + 1])
