@@ -33,7 +33,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 8),
+        ("set_by_launch", ctypes.c_uint32 * 9),
     )
 
 
@@ -215,18 +215,27 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
     check(got, query, k, v, lengths, **options)
 
 
-def test_neighbours_do_not_matter(library: ctypes.CDLL) -> None:
-    """The same bits alone, in a batch, and with fewer multiprocessors."""
-    query, k, v = problem(3, 4, 2, 4, 2, 512, 64)
-    lengths = np.array([500, 0, 130, 512], np.int32)
-    together = run(library, query, k, v, lengths, multiprocessors=1)
+@pytest.mark.parametrize("tokens", [2, 10])
+def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
+    """The same bits alone and in a batch, where thread blocks do groups of splits."""
+    query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64)
+    lengths = np.array([1000, 0, 130, 1100], np.int32)
+    sinks = np.ones((1, 4), np.float32)
+    together = run(library, query, k, v, lengths, multiprocessors=1, sinks=sinks)
+    check(together, query, k, v, lengths, sinks=sinks)
     for b in range(4):
         one = slice(b, b + 1)
         alone = run(
-            library, query[one], k[one], v[one], lengths[one], multiprocessors=7
+            library,
+            query[one],
+            k[one],
+            v[one],
+            lengths[one],
+            multiprocessors=7,
+            sinks=sinks,
         )
         for x, y in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(x, y[one])
+            np.testing.assert_array_equal(x.view(np.uint8), y[one].view(np.uint8))
 
 
 def test_more_sequences_than_plan_entries(library: ctypes.CDLL) -> None:

@@ -55,12 +55,13 @@ struct DecodeConfig {
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   using Layout = TileLayout<kWidth>;
 
-  // Shared memory in bytes: where each entry of the plan ends, the unit of work, row states of the
-  // teams, then the stages of the teams, each a tile of keys and one of values; later their outputs
-  // in f32.
-  static constexpr int kPlanEntries = 480;
+  // Shared memory in bytes: where each entry of the plan ends, the unit of work, states of its rows
+  // before and after a split, states of the teams' rows, then the stages of the teams, each a tile
+  // of keys and one of values; later their outputs in f32.
+  static constexpr int kPlanEntries = 224;
   static constexpr int kUnitOffset = 4 * kPlanEntries;
-  static constexpr int kStateOffset = kUnitOffset + 128;
+  static constexpr int kGroupOffset = kUnitOffset + 128;
+  static constexpr int kStateOffset = kGroupOffset + 2 * 8 * kRows;
   static constexpr int kTileOffset = kStateOffset + 8 * kTeams * kRows;
   static constexpr int kTileBytes = kKeys * Layout::kPitch;
   static constexpr int kStageBytes = 2 * kTileBytes;

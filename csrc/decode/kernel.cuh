@@ -50,11 +50,38 @@ __device__ __forceinline__ void store_out(const DecodeParams& params, int batch,
                  ptx::cvt_rn_x2<Element>(values.z * factor, values.w * factor));
 }
 
-// Where a row of a split's partial result is.
+// Four columns of a row, not normalised, relative to the row's maximum; and the row's sum.
+struct RowPart {
+  float maximum;
+  float sum;
+  float4 out;
+
+  static __device__ __forceinline__ RowPart empty() {
+    return {kMinusInfinity, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+  }
+
+  // Every addition of parts goes through here: what is added in one order has the same bits,
+  // whoever does it.
+  __device__ __forceinline__ void add(const RowPart& other) {
+    const float larger = fmaxf(maximum, other.maximum);
+    // Without any key so far: exponents are -inf, not -inf + inf.
+    const float shift = larger == kMinusInfinity ? 0.0f : larger;
+    const float mine = ptx::ex2_approx_ftz(maximum - shift);
+    const float theirs = ptx::ex2_approx_ftz(other.maximum - shift);
+    maximum = larger;
+    sum = fmaf(theirs, other.sum, sum * mine);
+    out.x = fmaf(theirs, other.out.x, out.x * mine);
+    out.y = fmaf(theirs, other.out.y, out.y * mine);
+    out.z = fmaf(theirs, other.out.z, out.z * mine);
+    out.w = fmaf(theirs, other.out.w, out.w * mine);
+  }
+};
+
+// Where a row of a unit's partial result is.
 __device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int batch, int kv_head,
-                                               int split, int row) {
-  const int64_t place = (int64_t{batch} * params.kv_heads + kv_head) * params.splits + split;
-  return place * params.tokens * params.group + row;
+                                               int place, int row) {
+  const int64_t unit = (int64_t{batch} * params.kv_heads + kv_head) * params.splits + place;
+  return unit * params.tokens * params.group + row;
 }
 
 // What a team walks over, and the part of it that this warp copies.
@@ -152,12 +179,15 @@ __device__ __forceinline__ RowPositions row_positions(const DecodeParams& params
 
 // Walks over this team's tiles of a split.
 template <typename Config>
-__device__ __forceinline__ void attend(const DecodeParams& params, const Unit& unit,
-                                       DecodeWarp<Config>& warp, uint32_t tiles, int warp_row) {
+__device__ __forceinline__ void attend(const DecodeParams& params, const Unit& kept, int split,
+                                       DecodeWarp<Config>& warp, uint32_t tiles) {
+  const Unit unit = kept;
   constexpr int kStages = Config::kStages;
   const SequenceSplits& sequence = unit.sequence;
   const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
-  const int start = (sequence.first_split + unit.split) * params.split_keys;
+  const int warp_row =
+      unit.row_tile * Config::kRows + static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
+  const int start = (sequence.first_split + split) * params.split_keys;
   Walk<Config> walk;
   walk.batch = unit.batch;
   walk.kv_head = unit.kv_head;
@@ -212,59 +242,80 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, uint32_t s
   }
 }
 
-// Adds up the teams' outputs, in their order, and stores them: finished if the sequence has one
-// split, else as the partial result of this one.
+// Writes a row's columns of `out` and its lse.
+template <typename Element>
+__device__ __forceinline__ void finish(const DecodeParams& params, int batch, int kv_head, int row,
+                                       int piece, const RowPart& part) {
+  const int token = params.group_divisor.divide(row);
+  const int head = kv_head * params.group + row - token * params.group;
+  const RowResult result = finish_row(params, batch, head, part.maximum, part.sum);
+  store_out<Element>(params, batch, token, head, 4 * piece, part.out, result.factor);
+  if (piece == 0) {
+    params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
+  }
+}
+
+// Adds up the teams' outputs, in their order, to what the unit has so far, and stores that: as the
+// result if this was all of the sequence, else as a partial one, which the unit's next split, if
+// there is one, reads again.
 template <typename Config>
-__device__ __forceinline__ void store(const DecodeParams& params, const Unit& kept,
+__device__ __forceinline__ void store(const DecodeParams& params, const Unit& kept, int split,
                                       uint32_t shared) {
   const Unit unit = kept;
-  constexpr int kTeams = Config::kTeams;
   const int first = unit.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
   const int pieces = params.head_dim_v / 4;
+  const bool begins = split % params.unit_splits == 0;
+  const bool ends_alone =
+      unit.sequence.splits <= params.unit_splits && split + 1 >= unit.sequence.splits;
+  // The row's state is read by all its threads and written by one: to another place.
+  const uint32_t before = shared + Config::kGroupOffset + split % 2 * 8 * Config::kRows;
+  const uint32_t after = shared + Config::kGroupOffset + (split + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
   for (int i = threadIdx.x; i < rows * kLanesOfRow; i += Config::kThreads) {
     const int row = i / kLanesOfRow;
     const int piece = i % kLanesOfRow;
     if (piece >= pieces) continue;
-    float maximum[kTeams];
-    float largest = kMinusInfinity;
-#pragma unroll
-    for (int team = 0; team < kTeams; ++team) {
-      const uint32_t state = shared + Config::kStateOffset + 8 * (team * Config::kRows + row);
-      maximum[team] = ptx::ld_shared_f32(state);
-      largest = fmaxf(largest, maximum[team]);
+    const int64_t at = partial_row(params, unit.batch, unit.kv_head, unit.place, first + row);
+    float4* const partial =
+        reinterpret_cast<float4*>(params.partial_out + at * params.head_dim_v + 4 * piece);
+    RowPart group = RowPart::empty();
+    if (!begins) {
+      group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
+               *partial};
     }
-    const float shift = largest == kMinusInfinity ? 0.0f : largest;
-    float sum = 0.0f;
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    RowPart part = RowPart::empty();
 #pragma unroll
-    for (int team = 0; team < kTeams; ++team) {
+    for (int team = 0; team < Config::kTeams; ++team) {
       const int place = team * Config::kRows + row;
-      const float weight = ptx::ex2_approx_ftz(maximum[team] - shift);
-      sum = fmaf(weight, ptx::ld_shared_f32(shared + Config::kStateOffset + 8 * place + 4), sum);
+      const uint32_t state = shared + Config::kStateOffset + 8 * place;
       const uint4 words = ptx::ld_shared_v4(shared + Config::kTileOffset +
                                             4 * (place * Config::kWidth + 4 * piece));
-      total.x = fmaf(weight, __uint_as_float(words.x), total.x);
-      total.y = fmaf(weight, __uint_as_float(words.y), total.y);
-      total.z = fmaf(weight, __uint_as_float(words.z), total.z);
-      total.w = fmaf(weight, __uint_as_float(words.w), total.w);
+      part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
+                make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
+                            __uint_as_float(words.z), __uint_as_float(words.w))});
     }
-
-    const int packed = first + row;
-    if (unit.sequence.splits > 1) {
-      const int64_t at = partial_row(params, unit.batch, unit.kv_head, unit.split, packed);
-      *reinterpret_cast<float4*>(params.partial_out + at * params.head_dim_v + 4 * piece) = total;
-      if (piece == 0) params.partial_state[at] = make_float2(largest, sum);
+    if (params.unit_splits > 1) {
+      group.add(part);
+    } else {
+      group = part;
+    }
+    if (ends_alone) {
+      // As the sum over groups that the other kernel makes.
+      RowPart inner = RowPart::empty();
+      if (params.unit_splits == 1) {
+        inner.add(group);
+        group = inner;
+      }
+      RowPart total = RowPart::empty();
+      total.add(group);
+      finish<typename Config::Element>(params, unit.batch, unit.kv_head, first + row, piece, total);
       continue;
     }
-    const int token = params.group_divisor.divide(packed);
-    const int head = unit.kv_head * params.group + packed - token * params.group;
-    const RowResult result = finish_row(params, unit.batch, head, largest, sum);
-    store_out<typename Config::Element>(params, unit.batch, token, head, 4 * piece, total,
-                                        result.factor);
+    *partial = group.out;
     if (piece == 0) {
-      params.lse[(int64_t{unit.batch} * params.heads + head) * params.tokens + token] = result.lse;
+      ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+      params.partial_state[at] = make_float2(group.maximum, group.sum);
     }
   }
 }
@@ -280,82 +331,68 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int units = make_plan<Config>(params, ends);
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
     const Unit unit = find_unit<Config>(params, ends, index);
-    // What is needed again at the end waits in shared memory; registers hold the accumulators.
+    // What is needed now and then waits in shared memory; registers hold the accumulators.
     if (threadIdx.x == 0) kept = unit;
-    const int team_warp = static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps;
-    DecodeWarp<Config> warp;
-    attend<Config>(params, unit, warp, shared + Config::kTileOffset,
-                   unit.row_tile * Config::kRows + 16 * team_warp);
-    __syncthreads();  // no warp reads tiles any more
-    share<Config>(warp, shared);
     __syncthreads();
-    store<Config>(params, kept, shared);
-    __syncthreads();  // before the next tiles
+    const int first = unit.place * params.unit_splits;
+    const int end = max_int(min_int(first + params.unit_splits, unit.sequence.splits), first + 1);
+#pragma unroll 1
+    for (int split = first; split < end; ++split) {
+      DecodeWarp<Config> warp;
+      attend<Config>(params, kept, split, warp, shared + Config::kTileOffset);
+      __syncthreads();  // no warp reads tiles any more
+      share<Config>(warp, shared);
+      __syncthreads();
+      store<Config>(params, kept, split, shared);
+      __syncthreads();  // before the next tiles, and the next unit
+    }
   }
 }
 
-// Adds up the splits of each row, in their order: a thread has four columns of a row.
+// Adds up the units of each row, in their order: a thread has four columns of a row.
 template <typename Element>
 __global__ void __launch_bounds__(128)
     decode_combine_kernel(const __grid_constant__ DecodeParams params) {
-  constexpr int kAtOnce = 8;  // so many loads are on their way before the first is needed
   const int pieces = params.head_dim_v / 4;
   const int rows = params.tokens * params.group;
   const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
   const int piece = static_cast<int>(index % pieces);
-  const int64_t place = index / pieces;
-  if (place >= int64_t{params.batch} * params.kv_heads * rows) return;
-  const int row = static_cast<int>(place % rows);
-  const int kv_head = static_cast<int>(place / rows % params.kv_heads);
-  const int batch = static_cast<int>(place / rows / params.kv_heads);
-  const int splits = sequence_splits(params, batch).splits;
-  if (splits <= 1) return;
+  const int64_t heads_and_rows = index / pieces;
+  if (heads_and_rows >= int64_t{params.batch} * params.kv_heads * rows) return;
+  const int row = static_cast<int>(heads_and_rows % rows);
+  const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
+  const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
+  const int places = places_of(params, sequence_splits(params, batch));
+  if (places <= 1) return;
 
   const int64_t first = partial_row(params, batch, kv_head, 0, row);
-  float maximum = kMinusInfinity;
-  float sum = 0.0f;
-  float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  RowPart total = RowPart::empty();
 #pragma unroll 1
-  for (int start = 0; start < splits; start += kAtOnce) {
-    float2 state[kAtOnce];
-    float4 part[kAtOnce];
+  for (int start = 0; start < places; start += kGroupSplits) {
+    // All loads are on their way before the first is needed. Past the last part again the last
+    // one, which then does not count.
+    RowPart part[kGroupSplits];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      // Past the last one again the last one, which then does not count.
-      const int64_t at = first + int64_t{min_int(start + i, splits - 1)} * rows;
-      state[i] = params.partial_state[at];
-      part[i] =
-          *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v + 4 * piece);
+    for (int i = 0; i < kGroupSplits; ++i) {
+      const int64_t at = first + int64_t{min_int(start + i, places - 1)} * rows;
+      const float2 state = params.partial_state[at];
+      part[i] = {state.x, state.y,
+                 *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v +
+                                                  4 * piece)};
     }
-    float largest = maximum;
+    RowPart group = RowPart::empty();
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (start + i >= splits) state[i] = make_float2(kMinusInfinity, 0.0f);
-      largest = fmaxf(largest, state[i].x);
+    for (int i = 0; i < kGroupSplits; ++i) {
+      if (start + i >= places) continue;
+      if (params.unit_splits > 1) {
+        total.add(part[i]);
+      } else {
+        group.add(part[i]);
+      }
     }
-    const float shift = largest == kMinusInfinity ? 0.0f : largest;
-    const float factor = ptx::ex2_approx_ftz(maximum - shift);
-    maximum = largest;
-    sum *= factor;
-    total = make_float4(total.x * factor, total.y * factor, total.z * factor, total.w * factor);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float weight = ptx::ex2_approx_ftz(state[i].x - shift);
-      if (start + i >= splits) continue;
-      sum = fmaf(weight, state[i].y, sum);
-      total.x = fmaf(weight, part[i].x, total.x);
-      total.y = fmaf(weight, part[i].y, total.y);
-      total.z = fmaf(weight, part[i].z, total.z);
-      total.w = fmaf(weight, part[i].w, total.w);
-    }
+    if (params.unit_splits == 1) total.add(group);
   }
-  const int token = params.group_divisor.divide(row);
-  const int head = kv_head * params.group + row - token * params.group;
-  const RowResult result = finish_row(params, batch, head, maximum, sum);
-  store_out<Element>(params, batch, token, head, 4 * piece, total, result.factor);
-  if (piece == 0) {
-    params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
-  }
+  finish<Element>(params, batch, kv_head, row, piece, total);
 }
 
 }  // namespace jax_flash::decode

@@ -12,6 +12,10 @@ namespace jax_flash::decode {
 // Splits start at multiples of this many keys, and so do the tiles that are skipped.
 inline constexpr int kSplitUnit = 64;
 
+// Results of so many neighbouring splits are added up first, then those of the groups: always, so
+// that it does not matter whether one thread block does a group or several share it.
+inline constexpr int kGroupSplits = 8;
+
 // Arrays are row-major. A row of the caches is one token: [rows, kv_heads, width], where a row is
 // batch * room + key, or page * page_size + key with a page table.
 struct DecodeParams {
@@ -23,7 +27,8 @@ struct DecodeParams {
   const float* sinks;         // [batch or 1, heads], or null
   void* out;                  // [batch, tokens, heads, head_dim_v]
   float* lse;                 // [batch, heads, tokens]
-  // Of sequences with several splits; row t * group + g is token t of query head g of its group.
+  // Of sequences with several units, a place for each, `splits` of them at most; row t * group + g
+  // is token t of query head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
   int32_t batch;
@@ -44,8 +49,9 @@ struct DecodeParams {
   float softcap;  // 0: none
 
   // Set by the launch.
-  int32_t group;      // heads / kv_heads
-  int32_t row_tiles;  // tiles of the tokens * group rows
+  int32_t unit_splits;  // splits that a thread block does in a row: 1 or kGroupSplits
+  int32_t group;        // heads / kv_heads
+  int32_t row_tiles;    // tiles of the tokens * group rows
   FastDivisor group_divisor;
   FastDivisor page_divisor;
 };

@@ -1,8 +1,8 @@
 // Who does what: units of work, dealt to thread blocks in the kernel from the lengths.
 //
-// A unit is one split of one kv head of one sequence, for one tile of rows. An empty sequence has
-// one split, which writes its zeros. Which keys a split has depends on its sequence alone; which
-// thread block gets it depends on all, and does not matter to the result.
+// A unit is one split, or a group of them, of one kv head of one sequence, for one tile of rows. An
+// empty sequence has one unit, which writes its zeros. Which keys a split has depends on its
+// sequence alone; which thread block gets it depends on all, and does not matter to the result.
 #pragma once
 
 #include "decode/config.cuh"
@@ -34,12 +34,16 @@ struct Unit {
   int batch;
   int kv_head;
   int row_tile;
-  int split;  // counted from the sequence's first
+  int place;  // of the unit among those of the sequence
   SequenceSplits sequence;
 };
 
+// Units of one kv head and one tile of rows.
+__device__ __forceinline__ int places_of(const DecodeParams& params, const SequenceSplits& s) {
+  return (s.splits + params.unit_splits - 1) / params.unit_splits;
+}
 __device__ __forceinline__ int units_of(const DecodeParams& params, const SequenceSplits& s) {
-  return max_int(s.splits, 1) * params.kv_heads * params.row_tiles;
+  return max_int(places_of(params, s), 1) * params.kv_heads * params.row_tiles;
 }
 
 // Sequences that share an entry of the plan.
@@ -107,7 +111,7 @@ __device__ __forceinline__ Unit find_unit(const DecodeParams& params, const int*
   unit.row_tile = rest % row_tiles;
   rest /= row_tiles;
   unit.kv_head = rest % params.kv_heads;
-  unit.split = rest / params.kv_heads;
+  unit.place = rest / params.kv_heads;
   return unit;
 }
 
