@@ -260,7 +260,7 @@ def test_append_of_nothing() -> None:
     empty = np.zeros((4, 0), np.int32)
     got = append_kv(k, v, k[:, :1], v[:, :1], lengths, page_table=empty)
     assert_close(got, (jnp.asarray(k), jnp.asarray(v)), 0)
-    assert (np.asarray(with_lse(*problem()[:4], empty)[0]) == 0).all()
+    assert (np.asarray(with_lse(*problem()[:4], page_table=empty)[0]) == 0).all()
 
 
 def test_append_quantises() -> None:
