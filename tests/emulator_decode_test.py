@@ -134,7 +134,9 @@ def check(
     np.testing.assert_array_equal(np.isneginf(lse), empty)
     assert (np.moveaxis(out, 1, 2)[empty] == 0).all()
     difference = np.where(empty, 0, lse) - np.where(empty, 0, want.lse)
-    assert np.abs(difference).max(initial=0) < 1e-5
+    # Logits are rounded to f32.
+    logits = np.abs(np.where(empty, 0, want.lse)).max(initial=1)
+    assert np.abs(difference).max(initial=0) < 5e-6 + 5e-7 * logits
 
 
 def problem(

@@ -83,7 +83,9 @@ def check(got: Any, query: Any, k: Any, v: Any, lengths: Any, **options: Any) ->
     np.testing.assert_array_equal(np.isneginf(lse), empty)
     assert (np.moveaxis(out, 1, 2)[empty] == 0).all()
     difference = np.where(empty, 0, lse) - np.where(empty, 0, want.lse)
-    assert np.abs(difference).max(initial=0) <= 2e-5
+    # Logits are rounded to f32.
+    logits = np.abs(np.where(empty, 0, want.lse)).max(initial=1)
+    assert np.abs(difference).max(initial=0) <= 5e-6 + 2e-6 * logits
 
 
 EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 15, 16, 17, 500, 1023, 1024, 2000, -3)
