@@ -72,7 +72,8 @@ def decode_mha(
       num_splits: into how many parts the kernel cuts the keys of a sequence of full
         length, None for its own choice. Changes speed and rounding; jnp does not split,
         whatever it is.
-      return_lse: also return the log-sum-exp of the logits, for `merge_partials`.
+      return_lse: also return the log-sum-exp of the logits. Results of a query
+        [B, T, N, H] go into `merge_partials`.
       implementation: None for the kernel where it can run the call, else jnp; "cuda" or
         "xla" for one of them, a tuple for the first of it that can.
 
