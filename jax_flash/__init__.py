@@ -7,13 +7,20 @@ from jax_flash import backends
 from jax_flash._src import registry
 from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
-from jax_flash.decode import merge_partials
+from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
+from jax_flash.decode import append_kv, decode_mha, merge_partials
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
+    "OutOfPagesError",
+    "PageAllocator",
+    "PagedKVCache",
     "__version__",
+    "append_kv",
     "backends",
+    "decode_mha",
     "dot_product_attention",
     "explain",
     "merge_partials",

@@ -7,5 +7,6 @@ namespace jax_flash {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kMhaFwd);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kMhaBwd);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kDecode);
 
 }  // namespace jax_flash

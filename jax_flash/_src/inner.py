@@ -17,6 +17,7 @@ from jax.interpreters import mlir, xla
 
 from jax_flash._src import avals, compat, plan, reference, reference_grad, registry
 from jax_flash._src.config import TRAILING, AttentionConfig, Backward
+from jax_flash._src.decode_call import DecodeConfig
 
 
 def new_primitive(name: str, abstract: Callable, lowering: Callable) -> Primitive:
@@ -33,7 +34,7 @@ _forward_in_jnp = mlir.lower_fun(reference.forward, multiple_results=True)
 _backward_in_jnp = mlir.lower_fun(reference_grad.backward, multiple_results=True)
 
 
-def _only_on_cuda(ctx: Any, config: AttentionConfig) -> None:
+def _only_on_cuda(ctx: Any, config: AttentionConfig | DecodeConfig) -> None:
     """Raises if the caller restricted the call to the kernels."""
     if "xla" not in config.implementations:
         raise NotImplementedError(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -17,6 +18,7 @@ from jax_flash._src import plan
 
 FORWARD_TARGET = "jax_flash_mha_fwd"
 BACKWARD_TARGET = "jax_flash_mha_bwd"
+DECODE_TARGET = "jax_flash_decode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
+      decode_kernels: whether decoding may use its kernels.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
+    decode_kernels: bool = True
     missing: str | None = None
 
 
@@ -49,7 +53,9 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    return Extension(table, info, kernels.force_sm80())
+    # Until the decode kernels have passed on a GPU.
+    decode = os.environ.get("JAX_FLASH_DECODE_KERNELS") == "1"
+    return Extension(table, info, kernels.force_sm80(), decode)
 
 
 _assumed: list[Extension] = []

@@ -1,6 +1,6 @@
 """Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask.
 
-python tests/gpu/sanitizer_script.py mha_fwd    # or mha_bwd
+python tests/gpu/sanitizer_script.py mha_fwd    # or mha_bwd, decode
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash import mha
+from jax_flash import decode_mha, mha
 from jax_flash._src import plan
 
 # Every instantiation of both families, then widths that only the other loads can read.
@@ -88,7 +88,25 @@ def backward_calls() -> Iterator[Call]:
             yield problem, {"is_causal": True, "deterministic": deterministic}
 
 
-CALLS = {"mha_fwd": forward_calls, "mha_bwd": backward_calls}
+def decode_calls() -> Iterator[Call]:
+    """Query, caches and lengths; both kinds of tile, pages, and every option."""
+    for dtype in DTYPES:
+        for width in (64, 128, 256, 72, 8):
+            for tokens in (1, 9):
+                query, _, _ = arrays(dtype, (4, tokens, 8), (1, 2), width)
+                _, k, v = arrays(dtype, (4, 1, 8), (300, 2), width)
+                lengths = np.array([0, 1, 129, 300], np.int32)
+                yield (query, k, v, lengths), {}
+                k, v = (x.reshape(40, 30, 2, width) for x in (k, v))
+                table = np.random.default_rng(0).permutation(40).astype(np.int32)
+                table = table.reshape(4, 10)
+                table[1, 1:] = 2**30
+                options = {"window_size": (50, None), "softcap": 5.0}
+                options |= {"page_table": table, "sinks": np.ones(8, np.float32)}
+                yield (query, k, v, lengths), options
+
+
+CALLS = {"mha_fwd": forward_calls, "mha_bwd": backward_calls, "decode": decode_calls}
 
 
 def run_forward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
@@ -106,7 +124,12 @@ def run_backward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> An
     return vjp(tuple(results))
 
 
-RUN = {"mha_fwd": run_forward, "mha_bwd": run_backward}
+def run_decode(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
+    """Out and lse."""
+    return decode_mha(*problem, **options, implementation="cuda", return_lse=True)
+
+
+RUN = {"mha_fwd": run_forward, "mha_bwd": run_backward, "decode": run_decode}
 
 
 def main(op: str) -> None:

@@ -1,0 +1,77 @@
+// Tile sizes of the decode kernels and what they use of a multiprocessor.
+#pragma once
+
+#include "host/dispatch.h"
+#include "tile/element.cuh"
+#include "tile/swizzle.cuh"
+
+namespace jax_flash::decode {
+
+// A team of warps shares tiles of keys and values and walks over them with a barrier of its own.
+// With few rows (tokens x query heads of a kv head) every warp is a team: all have the same 16 rows
+// and keys of their own, and meet when the split is done. With more rows a thread block is one
+// team, each warp with 16 rows of its own.
+struct DecodeTiles {
+  int warps;
+  int team_warps;
+  int keys;    // of a tile
+  int stages;  // tiles of keys and values in shared memory, for each team
+  int blocks_per_sm;
+};
+
+// 64 KB in flight on a multiprocessor reach the rate of the memory (docs/design/decode.md). Shared
+// memory stays within the 99 KB of compute capability 8.6 and 8.9.
+template <int kWidth, bool kManyRows>
+inline constexpr DecodeTiles kDecodeTiles{};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<64, false>{4, 1, 16, 4, 3};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<128, false>{4, 1, 16, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<256, false>{2, 1, 16, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<64, true>{4, 4, 64, 4, 3};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<128, true>{4, 4, 64, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 16, 4, 2};
+
+// kWidthArg: what key and value widths are padded to.
+template <ElementType kType, int kWidthArg, bool kManyRows>
+struct DecodeConfig {
+  using Element = typename ElementOf<kType>::Type;
+  static constexpr DecodeTiles kTiles = kDecodeTiles<kWidthArg, kManyRows>;
+  static constexpr int kWidth = kWidthArg;
+  static constexpr int kWarps = kTiles.warps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTeamWarps = kTiles.team_warps;
+  static constexpr int kTeams = kWarps / kTeamWarps;
+  static constexpr int kRows = 16 * kTeamWarps;  // of a thread block
+  static constexpr int kKeys = kTiles.keys;
+  static constexpr int kCopyRows = kKeys / kTeamWarps;  // that a warp copies of each tile
+  // Wide rows leave few registers for addresses that are computed ahead.
+  static constexpr int kCopyUnroll = kWidth == 256 ? 1 : kCopyRows;
+  static constexpr int kStages = kTiles.stages;
+  static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
+  using Layout = TileLayout<kWidth>;
+
+  // Shared memory in bytes: where each entry of the plan ends, the unit of work, states of its rows
+  // before and after a split, states of the teams' rows, then the stages of the teams, each a tile
+  // of keys and one of values; later their outputs in f32.
+  static constexpr int kPlanEntries = 224;
+  static constexpr int kUnitOffset = 4 * kPlanEntries;
+  static constexpr int kGroupOffset = kUnitOffset + 128;
+  static constexpr int kStateOffset = kGroupOffset + 2 * 8 * kRows;
+  static constexpr int kTileOffset = kStateOffset + 8 * kTeams * kRows;
+  static constexpr int kTileBytes = kKeys * Layout::kPitch;
+  static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kTeamBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kTileOffset + kTeams * kTeamBytes;
+
+  static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
+  static_assert(kTeams * kRows * kWidth * 4 <= kTeams * kTeamBytes, "outputs fit the stages");
+  static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from compute capability 8.0 on");
+  static_assert(kCopyRows <= 32 && kKeys % 16 == 0);
+};
+
+}  // namespace jax_flash::decode

@@ -1,0 +1,59 @@
+// What the host hands to the decode kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "host/fast_divisor.h"
+
+namespace jax_flash::decode {
+
+// Splits start at multiples of this many keys, and so do the tiles that are skipped.
+inline constexpr int kSplitUnit = 64;
+
+// Results of so many neighbouring splits are added up first, then those of the groups: always, so
+// that it does not matter whether one thread block does a group or several share it.
+inline constexpr int kGroupSplits = 8;
+
+// Arrays are row-major. A row of the caches is one token: [rows, kv_heads, width], where a row is
+// batch * room + key, or page * page_size + key with a page table.
+struct DecodeParams {
+  const void* query;          // [batch, tokens, heads, head_dim]
+  const void* key;            // [rows, kv_heads, head_dim]
+  const void* value;          // [rows, kv_heads, head_dim_v]
+  const int32_t* lengths;     // [batch], new tokens included
+  const int32_t* page_table;  // [batch, max_pages], or null
+  const float* sinks;         // [batch or 1, heads], or null
+  void* out;                  // [batch, tokens, heads, head_dim_v]
+  float* lse;                 // [batch, heads, tokens]
+  // Of sequences with several units, a place for each, `splits` of them at most; row t * group + g
+  // is token t of query head g of its group.
+  float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
+  float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
+  int32_t batch;
+  int32_t tokens;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t head_dim_v;
+  int32_t room;       // keys that a sequence can have
+  int32_t pages;      // of the pool
+  int32_t page_size;  // 1 without a page table
+  int32_t max_pages;
+  int32_t sink_stride;  // heads, or 0 if all sequences share them
+  int32_t window_left;  // kUnbounded or how many keys before its own a query sees
+  int32_t split_keys;   // keys of a split, a multiple of kSplitUnit
+  int32_t splits;       // the most that a sequence can need
+  float scale;
+  float softcap;  // 0: none
+
+  // Set by the launch.
+  int32_t unit_splits;  // splits that a thread block does in a row: 1 or kGroupSplits
+  int32_t group;        // heads / kv_heads
+  int32_t row_tiles;    // tiles of the tokens * group rows
+  FastDivisor group_divisor;
+  FastDivisor page_divisor;
+};
+
+}  // namespace jax_flash::decode

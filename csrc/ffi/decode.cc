@@ -1,0 +1,164 @@
+// FFI target jax_flash_decode: decode, check, fill the parameters, launch.
+//
+// query [batch, T, N, H], caches [batch, S, K, H] and [batch, S, K, Hv] or, with a page table,
+// [pages, page, K, H] and [pages, page, K, Hv], lengths int32 [batch]; then, if their attributes
+// say so, the page table int32 [batch, max_pages] and sinks f32 [batch or 1, N] -> out
+// [batch, T, N, Hv] in query's type, lse f32 [batch, N, T], and two workspaces: f32
+// [batch, K, splits, T * N / K, Hv] and f32 [batch, K, splits, T * N / K, 2], which may be empty if
+// there is one split. All arrays are row-major and start at multiples of 16 bytes, as XLA's do.
+#include "decode/decode.h"
+
+#include <cstdint>
+#include <limits>
+
+#include "ffi/check.h"
+#include "ffi/handlers.h"
+#include "host/device.h"
+#include "tile/mask.cuh"
+
+namespace jax_flash {
+namespace {
+
+using Dims = ffi::Span<const int64_t>;
+
+ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                          ffi::AnyBuffer value, ffi::Buffer<ffi::S32> lengths,
+                          ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> out,
+                          ffi::Result<ffi::Buffer<ffi::F32>> lse,
+                          ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
+                          ffi::Result<ffi::Buffer<ffi::F32>> partial_state, float scale,
+                          float softcap, int64_t window_left, int64_t split_keys, int64_t splits,
+                          bool has_page_table, bool has_sinks) {
+  const Dims q = query.dimensions();
+  const Dims k = key.dimensions();
+  const Dims v = value.dimensions();
+  JAX_FLASH_CHECK(q.size() == 4 && k.size() == 4 && v.size() == 4,
+                  "query and caches must have 4 dimensions, got ", to_string(q), ", ", to_string(k),
+                  ", ", to_string(v));
+  JAX_FLASH_CHECK(k[0] == v[0] && k[1] == v[1] && k[2] == v[2] && k[3] == q[3],
+                  "query and caches do not fit: ", to_string(q), ", ", to_string(k), ", ",
+                  to_string(v));
+  JAX_FLASH_CHECK(k[2] > 0 && q[2] > 0 && q[2] % k[2] == 0, "query has ", q[2],
+                  " heads, the caches ", k[2]);
+  JAX_FLASH_CHECK(q[3] > 0 && q[3] % 8 == 0 && v[3] > 0 && v[3] % 8 == 0 &&
+                      q[3] <= decode::kMaxWidth && v[3] <= decode::kMaxWidth,
+                  "widths must be multiples of 8 up to ", decode::kMaxWidth, ", got ", q[3],
+                  " and ", v[3]);
+  const ffi::DataType type = query.element_type();
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
+  JAX_FLASH_CHECK(
+      key.element_type() == type && value.element_type() == type && out->element_type() == type,
+      "caches and out must have query's type ", type, ", got ", key.element_type(), ", ",
+      value.element_type(), ", ", out->element_type());
+  JAX_FLASH_CHECK(static_cast<int64_t>(lengths.element_count()) == q[0], "lengths ",
+                  to_string(lengths.dimensions()), " do not fit query ", to_string(q));
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  JAX_FLASH_CHECK(k[0] * k[1] <= kMax, "the caches have ", k[0] * k[1],
+                  " rows, more than 31 bits can count");
+
+  decode::DecodeParams params{};
+  size_t next = 0;
+  JAX_FLASH_CHECK(others.size() == static_cast<size_t>(has_page_table) + has_sinks, "got ",
+                  others.size(), " optional operands, the attributes name ",
+                  static_cast<int>(has_page_table) + has_sinks);
+  params.page_size = 1;
+  int64_t room = k[1];
+  if (has_page_table) {
+    auto table = others.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!table.has_value()) return table.error();
+    const Dims t = table->dimensions();
+    JAX_FLASH_CHECK(t.size() == 2 && t[0] == q[0], "page table ", to_string(t),
+                    " does not fit query ", to_string(q));
+    room = t[1] * k[1];
+    params.page_table = table->typed_data();
+    params.max_pages = static_cast<int32_t>(t[1]);
+    params.page_size = static_cast<int32_t>(k[1]);
+  } else {
+    JAX_FLASH_CHECK(k[0] == q[0], "caches ", to_string(k), " do not fit query ", to_string(q));
+  }
+  if (has_sinks) {
+    auto sinks = others.get<ffi::Buffer<ffi::F32>>(next++);
+    if (!sinks.has_value()) return sinks.error();
+    const Dims s = sinks->dimensions();
+    JAX_FLASH_CHECK(s.size() == 2 && (s[0] == 1 || s[0] == q[0]) && s[1] == q[2], "sinks ",
+                    to_string(s), " do not fit query ", to_string(q));
+    params.sinks = sinks->typed_data();
+    params.sink_stride = s[0] == 1 ? 0 : static_cast<int32_t>(q[2]);
+  }
+  JAX_FLASH_CHECK(room < kMaxLength, "sequences have room for ", room, " keys, the limit is ",
+                  kMaxLength);
+  JAX_FLASH_CHECK(window_left >= -1 && window_left < kMaxLength, "window_left is ", window_left);
+  JAX_FLASH_CHECK(split_keys > 0 && split_keys % decode::kSplitUnit == 0 && split_keys <= kMax &&
+                      splits > 0 && splits <= kMax,
+                  "got ", splits, " splits of ", split_keys, " keys");
+  // With a window a sequence needs fewer splits than its room has.
+  JAX_FLASH_CHECK(splits * split_keys >= room || window_left >= 0, splits, " splits of ",
+                  split_keys, " keys are too few for ", room);
+
+  const int64_t rows = q[0] * q[1] * q[2];
+  JAX_FLASH_CHECK(static_cast<int64_t>(out->element_count()) == rows * v[3] &&
+                      static_cast<int64_t>(lse->element_count()) == rows,
+                  "out ", to_string(out->dimensions()), " and lse ", to_string(lse->dimensions()),
+                  " do not fit query ", to_string(q));
+  JAX_FLASH_CHECK(
+      splits == 1 || (static_cast<int64_t>(partial_out->element_count()) == rows * splits * v[3] &&
+                      static_cast<int64_t>(partial_state->element_count()) == rows * splits * 2),
+      "workspaces ", to_string(partial_out->dimensions()), " and ",
+      to_string(partial_state->dimensions()), " do not fit query ", to_string(q), " and ", splits,
+      " splits");
+  if (rows == 0) return ffi::Error::Success();
+
+  params.query = query.untyped_data();
+  params.key = key.untyped_data();
+  params.value = value.untyped_data();
+  params.lengths = lengths.typed_data();
+  params.out = out->untyped_data();
+  params.lse = lse->typed_data();
+  params.partial_out = partial_out->typed_data();
+  params.partial_state = reinterpret_cast<float2*>(partial_state->typed_data());
+  params.batch = static_cast<int32_t>(q[0]);
+  params.tokens = static_cast<int32_t>(q[1]);
+  params.heads = static_cast<int32_t>(q[2]);
+  params.kv_heads = static_cast<int32_t>(k[2]);
+  params.head_dim = static_cast<int32_t>(q[3]);
+  params.head_dim_v = static_cast<int32_t>(v[3]);
+  params.room = static_cast<int32_t>(room);
+  params.pages = static_cast<int32_t>(k[0]);
+  params.window_left = static_cast<int32_t>(window_left);
+  params.split_keys = static_cast<int32_t>(split_keys);
+  params.splits = static_cast<int32_t>(splits);
+  params.scale = scale;
+  params.softcap = softcap;
+
+  DeviceInfo device{};
+  JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
+  const ElementType element = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
+  const cudaError_t error = decode::launch(element, params, device, stream);
+  if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window_left")
+                                  .Attr<int64_t>("split_keys")
+                                  .Attr<int64_t>("splits")
+                                  .Attr<bool>("has_page_table")
+                                  .Attr<bool>("has_sinks"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_flash

@@ -1,0 +1,254 @@
+"""One call of `decode_mha`: its static argument, its operands, and their checks.
+
+Lives here: `DecodeConfig`, the canonical operands of decoding, and the checks that it
+shares with `append_kv`. Every message names the argument and shows its value.
+
+Canonical operands: query has its T, lengths and page table are int32, sinks and scales
+are float32 with a batch dimension of B or 1.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash._src import validate
+
+OPERANDS: tuple[str, ...] = (
+    "query",  # [B, T, N, H]
+    "k_cache",  # [B, S, K, H], or [pages, page, K, H] with a page table
+    "v_cache",  # [B, S, K, Hv], or [pages, page, K, Hv]
+    "cache_seqlens",  # [B] int32
+    "page_table",  # [B, max_pages] int32
+    "sinks",  # [B|1, N] float32
+    "k_scale",  # [B|1, K] float32
+    "v_scale",  # [B|1, K] float32
+)
+"""Every operand in the order in which the primitive and the kernel take them."""
+
+QUANTISED = ("float8_e4m3fn", "int8")
+"""Cache dtypes that go with scales."""
+
+MOST_NEW_TOKENS = 64
+IMPLEMENTATIONS = ("cuda", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Everything static about one call.
+
+    Attributes:
+      scale: factor of the logits.
+      window_left: keys visible before a query's own position, -1 = unbounded.
+      softcap: bound of `softcap * tanh(logits / softcap)`, None = no cap.
+      num_splits: parts into which the kernel cuts the keys, None = its own choice.
+      present: the operands there are, in the order of `OPERANDS`.
+      implementations: which of "cuda" and "xla" may serve the call.
+    """
+
+    scale: float
+    window_left: int = -1
+    softcap: float | None = None
+    num_splits: int | None = None
+    present: tuple[str, ...] = OPERANDS[:4]
+    implementations: tuple[str, ...] = ("xla",)
+
+
+def shape_of(name: str, x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array argument."""
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None:
+        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+    if isinstance(x, np.ndarray | np.generic):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def check_integers(name: str, x: Any, rank: int, layout: str, batch: int) -> None:
+    """Lengths [B] or a page table [B, max_pages]."""
+    got = shape_of(name, x)
+    if not jnp.issubdtype(got.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got dtype {got.dtype}")
+    if len(got.shape) != rank or got.shape[0] != batch:
+        raise ValueError(
+            f"{name} must be {layout} with B={batch}, got shape {got.shape}"
+        )
+
+
+def check_caches(k_cache: Any, v_cache: Any, paged: bool) -> None:
+    """Two caches that belong together."""
+    layouts = {
+        "k_cache": "[pages,page,K,H]" if paged else "[B,S,K,H]",
+        "v_cache": "[pages,page,K,Hv]" if paged else "[B,S,K,Hv]",
+    }
+    key, value = shape_of("k_cache", k_cache), shape_of("v_cache", v_cache)
+    for name, x in (("k_cache", key), ("v_cache", value)):
+        if len(x.shape) != 4:
+            raise ValueError(
+                f"{name} must be {layouts[name]}{' with a page_table' * paged}, got "
+                f"shape {x.shape}"
+            )
+        if str(x.dtype) not in (*validate.FLOAT_DTYPES, *QUANTISED):
+            raise NotImplementedError(f"{name} of dtype {x.dtype} is not supported")
+    if value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
+        raise ValueError(
+            f"v_cache must have the dtype and all but the width of k_cache "
+            f"{key.dtype}{list(key.shape)}, got {value.dtype}{list(value.shape)}"
+        )
+    if key.shape[2] < 1 or key.shape[3] < 1:
+        raise ValueError(f"k_cache must have heads and a width, got {key.shape}")
+    if paged and key.shape[1] < 1:
+        raise ValueError(f"k_cache must have pages of at least 1 token: {key.shape}")
+
+
+def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
+    """A scale for each head as float32 [1, K]; from a number, [K] or [B, K]."""
+    if str(cache.dtype) not in QUANTISED:
+        raise ValueError(
+            f"{name} is for caches of {' or '.join(QUANTISED)}, got one for "
+            f"{cache.dtype}: {x!r}"
+        )
+    heads = cache.shape[2]
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
+    if x.shape not in ((), (heads,)):
+        raise ValueError(
+            f"{name} must be a number or one for each of the K={heads} heads, got "
+            f"shape {x.shape}"
+        )
+    return jnp.broadcast_to(x.astype(jnp.float32), (1, heads))
+
+
+def _check_query(query: Any, k_cache: Any, paged: bool) -> None:
+    shape, dtype = query.shape, query.dtype
+    if len(shape) not in (3, 4):
+        raise ValueError(f"query must be [B,N,H] or [B,T,N,H], got shape {shape}")
+    if str(dtype) not in validate.FLOAT_DTYPES:
+        if jnp.issubdtype(dtype, jnp.floating):
+            raise NotImplementedError(f"query of dtype {dtype} is not supported")
+        raise ValueError(f"query must be floating, got dtype {dtype}")
+    if str(k_cache.dtype) not in (*QUANTISED, str(dtype)):
+        raise ValueError(
+            f"k_cache must have the dtype of query, {dtype}, or be one of "
+            f"{QUANTISED}, got {k_cache.dtype}"
+        )
+    if shape[-1] != k_cache.shape[-1]:
+        raise ValueError(
+            f"k_cache must have the width H={shape[-1]} of query, got "
+            f"{k_cache.shape[-1]}"
+        )
+    heads, kv_heads = shape[-2], k_cache.shape[2]
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"query must have a multiple of the cache's heads, got N={heads} and "
+            f"K={kv_heads}"
+        )
+    if not paged and k_cache.shape[0] != shape[0]:
+        raise ValueError(
+            f"k_cache must have the batch B={shape[0]} of query, got shape "
+            f"{k_cache.shape}; a cache of pages needs page_table"
+        )
+    if len(shape) == 4 and shape[1] > MOST_NEW_TOKENS:
+        raise NotImplementedError(
+            f"query has T={shape[1]} tokens, at most {MOST_NEW_TOKENS} are supported; "
+            "use mha with key_value_seq_lengths"
+        )
+
+
+def check_implementation(implementation: Any) -> tuple[str, ...]:
+    """The implementations a call may use, in order."""
+    if implementation is None:
+        return IMPLEMENTATIONS
+    wanted = (implementation,) if isinstance(implementation, str) else implementation
+    known = isinstance(wanted, tuple | list) and set(wanted) <= set(IMPLEMENTATIONS)
+    if not known or not wanted:
+        raise ValueError(
+            f"implementation must be None, one of {IMPLEMENTATIONS} or a tuple of "
+            f"them, got {implementation!r}"
+        )
+    # "xla" runs everything, everywhere: what comes after it never does.
+    first = wanted.index("xla") if "xla" in wanted else len(wanted)
+    return tuple(wanted[: first + 1])
+
+
+def check_call(
+    arrays: dict[str, Any], options: dict[str, Any]
+) -> tuple[DecodeConfig, dict[str, jax.Array]]:
+    """Validates a call of `decode_mha`.
+
+    Args:
+      arrays: the array arguments by name, in the order of `OPERANDS`, None where not
+        given.
+      options: the other arguments by name.
+
+    Returns:
+      The config and the canonical operands.
+    """
+    for name in OPERANDS[:4]:
+        if arrays[name] is None:
+            raise ValueError(f"{name} must be an array, got None")
+    paged = arrays["page_table"] is not None
+    query, k_cache = (shape_of(n, arrays[n]) for n in ("query", "k_cache"))
+    check_caches(arrays["k_cache"], arrays["v_cache"], paged)
+    _check_query(query, k_cache, paged)
+    batch, heads = query.shape[0], query.shape[-2]
+    check_integers("cache_seqlens", arrays["cache_seqlens"], 1, "int32 [B]", batch)
+    if paged:
+        layout = "int32 [B,max_pages]"
+        check_integers("page_table", arrays["page_table"], 2, layout, batch)
+
+    given = {n: jnp.asarray(arrays[n]) for n in OPERANDS[:3]}
+    if len(query.shape) == 3:
+        given["query"] = given["query"][:, None]
+    for name in ("cache_seqlens", "page_table"):
+        if arrays[name] is not None:
+            given[name] = jnp.asarray(validate._as_int32(arrays[name]))
+    if arrays["sinks"] is not None:
+        sinks = shape_of("sinks", arrays["sinks"])
+        if not jnp.issubdtype(sinks.dtype, jnp.floating):
+            raise ValueError(f"sinks must be floating, got dtype {sinks.dtype}")
+        if sinks.shape not in ((heads,), (1, heads), (batch, heads)):
+            raise ValueError(
+                f"sinks must be [N] or [B,N] with B={batch} and N={heads}, got shape "
+                f"{sinks.shape}"
+            )
+        value = jnp.asarray(arrays["sinks"]).astype(jnp.float32)
+        given["sinks"] = value.reshape(-1, heads)
+    for name in ("k_scale", "v_scale"):
+        if arrays[name] is not None:
+            given[name] = canonical_scale(name, arrays[name], k_cache)
+    present = tuple(n for n in OPERANDS if n in given)
+    return _config(options, query.shape[-1], present), given
+
+
+def _config(
+    options: dict[str, Any], width: int, present: tuple[str, ...]
+) -> DecodeConfig:
+    scale, softcap = options["scale"], options["softcap"]
+    scale = width**-0.5 if scale is None else validate._number("scale", scale)
+    if softcap is not None:
+        softcap = validate._number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+    window = validate.check_window("window_size", options["window_size"])
+    left = None if window is None else window[0]
+    splits = options["num_splits"]
+    if splits is not None:
+        validate._static("num_splits", splits)
+        integer = isinstance(splits, int | np.integer) and not isinstance(splits, bool)
+        if not integer or splits < 1:
+            raise ValueError(
+                f"num_splits must be None or an integer of at least 1, got {splits!r}"
+            )
+        splits = int(splits)
+    return DecodeConfig(
+        scale=scale,
+        window_left=-1 if left is None else left,
+        softcap=softcap,
+        num_splits=splits,
+        present=present,
+        implementations=check_implementation(options["implementation"]),
+    )

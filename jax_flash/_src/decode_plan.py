@@ -1,0 +1,52 @@
+"""How the decode kernel cuts keys into splits: a pure function of static facts.
+
+The number of sequences and their lengths are not among these facts, so that a result
+depends neither on its neighbours nor on how many there are.
+"""
+
+from jax_flash._src.config import UNBOUNDED
+
+SPLIT_UNIT = 64
+"""A split starts at a multiple of this many keys."""
+
+MOST_SPLITS = 64
+"""A row's partial results are added up by few threads; more would take long."""
+
+UNITS = 264
+"""Thread blocks wanted for one long sequence: two on each of 132 multiprocessors."""
+
+FEW_ROWS, MANY_ROWS = 16, 64
+"""Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
+
+
+def splits_of(
+    room: int,
+    tokens: int,
+    window_left: int,
+    rows: int,
+    kv_heads: int,
+    num_splits: int | None,
+) -> tuple[int, int]:
+    """Keys of a split, and the most splits that a sequence can need.
+
+    Args:
+      room: keys that a sequence can have.
+      tokens: new tokens T.
+      window_left: keys seen before a query's own, -1 = unbounded.
+      rows: T times the query heads of a key/value head.
+      kv_heads: key/value heads K.
+      num_splits: splits that the user asks for, None = enough of them to fill a GPU
+        with one sequence of full length.
+    """
+    span = max(room, 1)
+    if window_left != UNBOUNDED:
+        span = min(span, window_left + tokens)
+    if num_splits is None:
+        tile = FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
+        num_splits = min(MOST_SPLITS, max(1, UNITS // (kv_heads * -(-rows // tile))))
+    units = -(-span // SPLIT_UNIT)
+    keys = SPLIT_UNIT * -(-units // num_splits)
+    if span == max(room, 1):
+        return keys, -(-span // keys)
+    # A window may begin anywhere in its first split.
+    return keys, min(-(-room // keys), (span - 2) // keys + 2 if span > 1 else 1)

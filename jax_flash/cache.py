@@ -1,0 +1,467 @@
+"""Caches of keys and values for decoding, and the bookkeeping of their pages.
+
+Lives here: `KVCache` and `PagedKVCache`, pytrees of arrays for `jit`, `scan`, donation
+and sharding, and `PageAllocator`, which runs on the host and knows no arrays. What they
+compute is in `decode`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import decode
+
+__all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCache"]
+
+
+def _check_sizes(**sizes: Any) -> None:
+    """Sizes that a cache is created with."""
+    for name, size in sizes.items():
+        integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
+        if not integer or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+
+
+def _longer(lengths: jax.Array, k_new: Any, room: int) -> jax.Array:
+    """Lengths after new tokens; negative ones stay."""
+    tokens = k_new.shape[1] if len(k_new.shape) == 4 else 1
+    longer = jnp.minimum(lengths + jnp.int32(tokens), jnp.int32(room))
+    return jnp.where(lengths < 0, lengths, longer)
+
+
+def _scale(scale: Any, heads: int) -> jax.Array | None:
+    """A scale for each head, or None."""
+    if scale is None:
+        return None
+    return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (heads,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a batch of sequences, each with its own room.
+
+    Attributes:
+      k: [B, S, K, H].
+      v: [B, S, K, Hv].
+      lengths: int32 [B], tokens in the cache; negative: switched off.
+      k_scale: float32 [K] for caches of float8_e4m3fn or int8, or None: 1.
+      v_scale: the same for values.
+    """
+
+    k: Any
+    v: Any
+    lengths: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        batch: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = jnp.bfloat16,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> Self:
+        """An empty cache.
+
+        Args:
+          batch: number of sequences B.
+          max_length: tokens S that a sequence has room for.
+          num_kv_heads: key/value heads K.
+          head_dim: key width H.
+          value_dim: value width Hv, H if None.
+          dtype: of keys and values.
+          k_scale: floating [K] or a number, for float8_e4m3fn and int8.
+          v_scale: the same for values.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        _check_sizes(
+            batch=batch,
+            max_length=max_length,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+        )
+        shape = (batch, max_length, num_kv_heads)
+        return cls(
+            jnp.zeros((*shape, head_dim), dtype),
+            jnp.zeros((*shape, value_dim), dtype),
+            jnp.zeros((batch,), jnp.int32),
+            _scale(k_scale, num_kv_heads),
+            _scale(v_scale, num_kv_heads),
+        )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence has room for."""
+        return self.k.shape[-3]
+
+    def append(self, k_new: Any, v_new: Any) -> Self:
+        """The cache with T more tokens of each sequence; see `append_kv`.
+
+        Tokens that have no room are dropped, and lengths stay within `max_length`;
+        sequences of negative length are left as they are. In place under `jit` with the
+        cache donated.
+
+        Args:
+          k_new: [B, K, H] or [B, T, K, H].
+          v_new: [B, K, Hv] or [B, T, K, Hv].
+        """
+        k, v = decode.append_kv(
+            self.k,
+            self.v,
+            k_new,
+            v_new,
+            self.lengths,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+        )
+        lengths = _longer(self.lengths, k_new, self.max_length)
+        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
+    def attend(self, query: Any, **options: Any) -> Any:
+        """`decode_mha` of queries that stand at the last positions in the cache.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          **options: of `decode_mha`.
+        """
+        return decode.decode_mha(
+            query,
+            self.k,
+            self.v,
+            self.lengths,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            **options,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """Keys and values of sequences in pages of one pool; Kwon et al. 2023, 2309.06180.
+
+    `PageAllocator` decides which page belongs to whom.
+
+    Attributes:
+      k: [pages, page, K, H].
+      v: [pages, page, K, Hv].
+      page_table: int32 [B, max_pages], the pages of each sequence in order; entries
+        that are not used may be anything, and are -1 at first.
+      lengths: int32 [B], tokens of each sequence; negative: switched off.
+      k_scale: as in `KVCache`.
+      v_scale: as in `KVCache`.
+    """
+
+    k: Any
+    v: Any
+    page_table: Any
+    lengths: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        batch: int,
+        max_pages: int,
+        value_dim: int | None = None,
+        dtype: Any = jnp.bfloat16,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> Self:
+        """A pool of free pages and a page table of empty sequences.
+
+        Args:
+          num_pages: pages of the pool.
+          page_size: tokens of a page.
+          num_kv_heads: key/value heads K.
+          head_dim: key width H.
+          batch: number of sequences B.
+          max_pages: pages that one sequence may have.
+          value_dim: value width Hv, H if None.
+          dtype: of keys and values.
+          k_scale: floating [K] or a number, for float8_e4m3fn and int8.
+          v_scale: the same for values.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        _check_sizes(
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            batch=batch,
+            max_pages=max_pages,
+            value_dim=value_dim,
+        )
+        shape = (num_pages, page_size, num_kv_heads)
+        return cls(
+            jnp.zeros((*shape, head_dim), dtype),
+            jnp.zeros((*shape, value_dim), dtype),
+            jnp.full((batch, max_pages), -1, jnp.int32),
+            jnp.zeros((batch,), jnp.int32),
+            _scale(k_scale, num_kv_heads),
+            _scale(v_scale, num_kv_heads),
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.k.shape[-3]
+
+    def append(self, k_new: Any, v_new: Any) -> Self:
+        """The cache with T more tokens of each sequence; see `append_kv`.
+
+        The page table must have the pages by then (`PageAllocator.extend`). Lengths
+        stay within the page table; sequences of negative length are left as they are.
+
+        Args:
+          k_new: [B, K, H] or [B, T, K, H].
+          v_new: [B, K, Hv] or [B, T, K, Hv].
+        """
+        k, v = decode.append_kv(
+            self.k,
+            self.v,
+            k_new,
+            v_new,
+            self.lengths,
+            page_table=self.page_table,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+        )
+        room = self.page_table.shape[-1] * self.page_size
+        lengths = _longer(self.lengths, k_new, room)
+        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
+    def attend(self, query: Any, **options: Any) -> Any:
+        """`decode_mha` of queries that stand at the last positions in the cache.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          **options: of `decode_mha`.
+        """
+        return decode.decode_mha(
+            query,
+            self.k,
+            self.v,
+            self.lengths,
+            page_table=self.page_table,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            **options,
+        )
+
+    def copy_pages(self, source: Any, target: Any) -> Self:
+        """The cache with pages copied: what copy on write asks for.
+
+        Args:
+          source: integers [n], pages to read.
+          target: integers [n], pages to write, each at most once; out of range: none.
+        """
+        source, target = (jnp.asarray(x, jnp.int32) for x in (source, target))
+        # A negative index would count from the end.
+        target = jnp.where(target < 0, self.k.shape[0], target)
+        k, v = (x.at[target].set(x[source], mode="drop") for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
+
+
+class OutOfPagesError(RuntimeError):
+    """There are not enough free pages; nothing was changed."""
+
+
+class PageCopy(NamedTuple):
+    """A page that must be copied before it is written to."""
+
+    source: int
+    target: int
+
+
+@dataclasses.dataclass
+class _Sequence:
+    pages: list[int]
+    length: int
+
+
+class PageAllocator:
+    """Who owns which page of a pool: reference counts, on the host.
+
+    A sequence is a number. It owns as many pages as its tokens need; forks share pages
+    until one of them writes (copy on write). An operation that raises changes nothing.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        _check_sizes(num_pages=num_pages, page_size=page_size)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        # Popped from the end: low pages first.
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * num_pages
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages nobody owns."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The sequences there are, oldest first."""
+        return tuple(self._sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return self._sequence(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """Pages of a sequence, in order."""
+        return tuple(self._sequence(sequence).pages)
+
+    def owners(self, page: int) -> int:
+        """How many sequences own a page."""
+        if not 0 <= page < self.num_pages:
+            raise ValueError(f"page must be in [0, {self.num_pages}), got {page}")
+        return self._owners[page]
+
+    def alloc(self, length: int = 0) -> int:
+        """A new sequence with pages for `length` tokens.
+
+        Returns:
+          Its number, which is never used again.
+
+        Raises:
+          OutOfPagesError: there are not enough free pages.
+        """
+        _check_count("length", length)
+        pages = self._take(self._pages_for(length))
+        return self._add(pages, length)
+
+    def extend(self, sequence: int, tokens: int) -> list[PageCopy]:
+        """Makes room for `tokens` more tokens at the end of a sequence.
+
+        Returns:
+          Pages to copy (`PagedKVCache.copy_pages`) before the tokens are written: the
+          last page, if it was shared and has room left.
+
+        Raises:
+          OutOfPagesError: there are not enough free pages.
+        """
+        _check_count("tokens", tokens)
+        own = self._sequence(sequence)
+        if not tokens:
+            return []
+        partly_filled = own.length % self.page_size != 0
+        copies = partly_filled and self._owners[own.pages[-1]] > 1
+        missing = self._pages_for(own.length + tokens) - len(own.pages)
+        taken = self._take(missing + copies)
+        result = []
+        if copies:
+            shared, fresh = own.pages[-1], taken.pop(0)
+            self._release([shared])
+            own.pages[-1] = fresh
+            result.append(PageCopy(shared, fresh))
+        own.pages += taken
+        own.length += tokens
+        return result
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """A new sequence that shares the pages of the first `length` tokens.
+
+        Args:
+          sequence: the one to share with.
+          length: tokens to share, None = all.
+
+        Returns:
+          The number of the new sequence. No page is taken.
+        """
+        own = self._sequence(sequence)
+        length = own.length if length is None else length
+        _check_count("length", length)
+        if length > own.length:
+            raise ValueError(
+                f"length must be at most the {own.length} tokens of sequence "
+                f"{sequence}, got {length}"
+            )
+        pages = own.pages[: self._pages_for(length)]
+        for page in pages:
+            self._owners[page] += 1
+        return self._add(pages, length)
+
+    def free(self, sequence: int) -> None:
+        """Ends a sequence; pages that nobody else owns are free again."""
+        own = self._sequence(sequence)
+        del self._sequences[sequence]
+        self._release(reversed(own.pages))
+
+    def page_table(self, sequences: Sequence[int], max_pages: int) -> np.ndarray:
+        """The pages of sequences for `PagedKVCache.page_table`.
+
+        Returns:
+          int32 [len(sequences), max_pages], -1 where there is none.
+
+        Raises:
+          ValueError: a sequence has more pages than `max_pages`.
+        """
+        table = np.full((len(sequences), max_pages), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            pages = self._sequence(sequence).pages
+            if len(pages) > max_pages:
+                raise ValueError(
+                    f"max_pages must be at least the {len(pages)} pages of sequence "
+                    f"{sequence}, got {max_pages}"
+                )
+            table[row, : len(pages)] = pages
+        return table
+
+    def _sequence(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise ValueError(f"sequence must be one that exists, got {sequence!r}")
+        return self._sequences[sequence]
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _add(self, pages: list[int], length: int) -> int:
+        number = self._next
+        self._next += 1
+        self._sequences[number] = _Sequence(pages, length)
+        return number
+
+    def _take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise OutOfPagesError(
+                f"{count} pages are needed and {len(self._free)} of {self.num_pages} "
+                "are free"
+            )
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._owners[page] = 1
+        return pages
+
+    def _release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._free.append(page)
+
+
+def _check_count(name: str, count: Any) -> None:
+    integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not integer or count < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")

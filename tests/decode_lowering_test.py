@@ -1,0 +1,167 @@
+"""How decoding is lowered for CUDA: one call of the kernel, no copy before it."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import call_of, count_primitive, cuda_text, kernel_calls
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_flash import decode_mha
+from jax_flash._src import registry
+
+TARGET = registry.DECODE_TARGET
+
+
+def inputs(dtype="bfloat16", page=None, width=16, batch=3):
+    query = jnp.zeros((batch, 2, 8, width), dtype)
+    k = jnp.zeros((batch, 1024, 2, width), dtype)
+    v = jnp.zeros((batch, 1024, 2, 8), dtype)
+    lengths = jnp.zeros((batch,), jnp.int32)
+    if page is None:
+        return query, k, v, lengths
+    k, v = (x.reshape(-1, page, *x.shape[2:]) for x in (k, v))
+    return query, k, v, lengths, jnp.zeros((batch, 5), jnp.int32)
+
+
+def decode(query, k, v, lengths, table=None, **options):
+    return decode_mha(query, k, v, lengths, page_table=table, **options)
+
+
+def calls(f, *args):
+    return kernel_calls(f, *args, target=TARGET)
+
+
+def test_call(kernels: None) -> None:
+    def f(*a):
+        return decode(*a, scale=0.5, window_size=(7, None), softcap=3.0)
+
+    line = call_of(TARGET, cuda_text(f, *inputs()))
+    for attribute in (
+        "scale = 5.000000e-01 : f32",
+        "softcap = 3.000000e+00 : f32",
+        "window_left = 7 : i64",
+        "split_keys = 64 : i64",
+        "splits = 2 : i64",
+        "has_page_table = false",
+        "has_sinks = false",
+    ):
+        assert attribute in line, attribute
+    expected = (
+        "(tensor<3x2x8x16xbf16>, tensor<3x1024x2x16xbf16>, tensor<3x1024x2x8xbf16>, "
+        "tensor<3xi32>) -> (tensor<3x2x8x8xbf16>, tensor<3x8x2xf32>, "
+        "tensor<3x2x2x8x8xf32>, tensor<3x2x2x8x2xf32>)"
+    )
+    assert expected in line
+
+
+def test_pages_and_sinks(kernels: None) -> None:
+    def f(*a):
+        return decode(*a, sinks=jnp.zeros(8), window_size=(1 << 20, None))
+
+    line = call_of(TARGET, cuda_text(f, *inputs(page=128)))
+    assert "tensor<3xi32>, tensor<3x5xi32>, tensor<1x8xf32>) ->" in line
+    assert "has_page_table = true" in line
+    assert "has_sinks = true" in line
+    assert "window_left = -1 : i64" in line
+
+
+def test_the_number_of_sequences_does_not_matter_to_splits(kernels: None) -> None:
+    lines = [
+        call_of(TARGET, cuda_text(decode, *inputs(batch=batch))) for batch in (1, 7)
+    ]
+    splits = [re.findall(r"split\w* = \d+", line) for line in lines]
+    assert splits[0] == splits[1]
+    assert len(splits[0]) == 2
+
+
+@pytest.mark.parametrize("page", [None, 128])
+def test_vmap_of_queries_copies_no_cache(kernels: None, page: int | None) -> None:
+    args = inputs(page=page)
+    queries = jnp.stack([args[0]] * 5)
+    axes = (0, *(None,) * (len(args) - 1))
+    text = cuda_text(jax.vmap(decode, axes), queries, *args[1:])
+    line = call_of(TARGET, text)
+    cache = "x".join(map(str, args[1].shape))
+    assert f"(tensor<15x2x8x16xbf16>, tensor<{cache}xbf16>" in line
+    assert "has_page_table = true" in line
+    made = re.findall(r"-> tensor<([\dx]+)xbf16>", text)
+    assert not [shape for shape in made if np.prod(eval_shape(shape)) > 10**5]
+
+
+def eval_shape(text: str) -> list[int]:
+    return [int(n) for n in text.split("x")]
+
+
+def test_vmap_of_everything(kernels: None) -> None:
+    args = [jnp.stack([x] * 5) for x in inputs()]
+    line = call_of(TARGET, cuda_text(jax.vmap(decode), *args))
+    assert "(tensor<15x2x8x16xbf16>, tensor<15x1024x2x16xbf16>" in line
+    assert count_primitive(jax.vmap(decode), "flash_decode", *args) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (inputs("float32"), {}),
+        (inputs(width=12), {}),
+        (inputs(width=264), {}),
+        ((inputs()[0], *(x.astype(jnp.int8) for x in inputs()[1:3]), inputs()[3]), {}),
+        ((inputs()[0][:, :0], *inputs()[1:]), {}),
+        (inputs(), {"implementation": "xla"}),
+        (inputs(), {"implementation": ("xla", "cuda")}),
+    ],
+    ids=["f32", "width 12", "width 264", "int8", "empty", "xla", "xla first"],
+)
+def test_what_jnp_runs(kernels: None, args, options) -> None:
+    assert calls(lambda *a: decode(*a, **options), *args) == 0
+
+
+def test_named_implementation(kernels: None) -> None:
+    def f(*a):
+        return decode(*a, implementation="cuda")
+
+    assert calls(f, *inputs()) == 1
+    assert calls(lambda *a: decode(*a, implementation=("cuda", "xla")), *inputs()) == 1
+    with pytest.raises(NotImplementedError, match="query of dtype float32"):
+        f(*inputs("float32"))
+    with pytest.raises(NotImplementedError, match="k_cache of width 12"):
+        f(*inputs(width=12))
+    with pytest.raises(NotImplementedError, match="runs on platform 'cuda' only"):
+        jax.jit(f).lower(*inputs())
+
+
+def test_off_by_default() -> None:
+    """Until a GPU has run the kernel."""
+    with registry.assume_kernels():
+        off = dataclasses.replace(registry.extension(), decode_kernels=False)
+        registry._assumed.append(off)
+        try:
+            assert calls(decode, *inputs()) == 0
+            with pytest.raises(NotImplementedError, match="JAX_FLASH_DECODE_KERNELS=1"):
+                decode(*inputs(), implementation="cuda")
+        finally:
+            registry._assumed.pop()
+
+
+def test_num_splits(kernels: None) -> None:
+    line = call_of(TARGET, cuda_text(lambda *a: decode(*a, num_splits=3), *inputs()))
+    assert "split_keys = 384 : i64" in line
+    assert "splits = 3 : i64" in line
+    line = call_of(TARGET, cuda_text(lambda *a: decode(*a, num_splits=1), *inputs()))
+    assert "tensor<3x2x0x8x8xf32>" in line
+
+
+def test_lowered_for_cuda_on_many_devices(kernels: None) -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    specs = [P("x", None, "y")] * 3 + [P("x")]
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(inputs(batch=4), specs, strict=True)
+    ]
+    text = jax.jit(decode).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "all_gather" not in text

@@ -1,0 +1,429 @@
+"""`decode_mha` and `append_kv` against float64, under transformations, and in place."""
+
+import functools
+import random
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from decode_helpers import paged
+from helpers import assert_close
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_flash import append_kv, decode_mha
+from jax_flash._src import blocks
+
+E4M3 = jnp.float8_e4m3fn
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def expected(
+    query: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: Any,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) in float64 by the oracle."""
+    window = options.pop("window_size", None)
+    window = None if window is None else (window[0], None)
+    k, v = (x.astype(np.float64) for x in (k, v))
+    k = k * np.reshape(1.0 if k_scale is None else k_scale, (-1, 1))
+    v = v * np.reshape(1.0 if v_scale is None else v_scale, (-1, 1))
+    single = query.ndim == 3
+    result = oracle.attention(
+        query[:, None] if single else query,
+        k,
+        v,
+        key_value_seq_lengths=lengths,
+        is_causal=True,
+        window_size=window,
+        **options,
+    )
+    return (
+        (result.out[:, 0], result.lse[:, :, 0])
+        if single
+        else (
+            result.out,
+            result.lse,
+        )
+    )
+
+
+def check(got: Any, want: tuple[np.ndarray, np.ndarray], dtype: str) -> None:
+    out, lse = got
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    assert_close(out, want[0], TOLERANCE[dtype])
+    assert_close(lse, want[1], 2e-6)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random(seed: int) -> None:
+    """Any combination of options, contiguous and paged, garbage beyond the lengths."""
+    rng, pick = np.random.default_rng(seed), random.Random(seed)
+    dtype = pick.choice(("float32", "bfloat16", "float16"))
+    kind = pick.choice((dtype, dtype, "int8", "float8_e4m3fn"))
+    batch, kv_heads = pick.randint(1, 4), pick.randint(1, 3)
+    heads = kv_heads * pick.choice((1, 2, 3, 8))
+    page, slots = pick.choice((1, 2, 7, 16)), pick.randint(1, 5)
+    room = page * slots
+    width, value_width = pick.randint(1, 40), pick.randint(1, 40)
+    tokens = pick.choice((0, 1, 2, 5, 17))
+    shape = (batch, tokens, heads, width) if tokens else (batch, heads, width)
+    query = normal(rng, *shape).astype(dtype)
+    edges = (0, 1, page - 1, page, page + 1, room, room + 3, -2)
+    lengths = np.array([pick.choice(edges) for _ in range(batch)], np.int32)
+    options: dict[str, Any] = {}
+    if kind == "int8":
+        k = rng.integers(-127, 128, (batch, room, kv_heads, width)).astype(np.int8)
+        v = rng.integers(-127, 128, (batch, room, kv_heads, value_width))
+        v, fill = v.astype(np.int8), -128
+    else:
+        k = normal(rng, batch, room, kv_heads, width).astype(jnp.dtype(kind))
+        v = normal(rng, batch, room, kv_heads, value_width).astype(jnp.dtype(kind))
+        fill = np.nan
+        for b, length in enumerate(lengths):
+            k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
+    if kind != dtype:
+        options["k_scale"] = rng.uniform(0.01, 0.1, kv_heads).astype(np.float32)
+        options["v_scale"] = np.float32(0.25)
+    if pick.random() < 0.4:
+        options["window_size"] = (pick.randint(0, 20), pick.choice((None, 0, 3)))
+    if pick.random() < 0.3:
+        options["softcap"] = 3.0
+    if pick.random() < 0.3:
+        options["sinks"] = normal(rng, *pick.choice(((heads,), (batch, heads))))
+    if pick.random() < 0.3:
+        options["scale"] = pick.choice((0.0, -0.4, 2.0))
+    want = expected(query, k, v, lengths, **options)
+    if pick.random() < 0.5:
+        k, v, options["page_table"] = paged(rng, (k, v), lengths, page, fill)
+    arrays = {n: x for n, x in options.items() if hasattr(x, "shape")}
+    static = {n: x for n, x in options.items() if n not in arrays}
+    run = jax.jit(functools.partial(decode_mha, **static, return_lse=True))
+    check(run(query, k, v, lengths, **arrays), want, dtype)
+
+
+def problem(page: int | None = None) -> tuple[Any, ...]:
+    """(query, k, v, lengths), float32; with a page size (..., page table)."""
+    rng = np.random.default_rng(0)
+    query = normal(rng, 4, 3, 8, 16)
+    k, v = normal(rng, 4, 24, 4, 16), normal(rng, 4, 24, 4, 8)
+    lengths = np.array([0, 2, 13, 24], np.int32)
+    if page is None:
+        return query, k, v, lengths
+    k, v, table = paged(rng, (k, v), lengths, page, np.nan)
+    return query, k, v, lengths, table
+
+
+def with_lse(query, k, v, lengths, page_table=None, **options):
+    return decode_mha(
+        query, k, v, lengths, page_table=page_table, return_lse=True, **options
+    )
+
+
+def test_rows_without_keys() -> None:
+    out, lse = with_lse(*problem())
+    assert (np.asarray(out[0]) == 0).all()
+    assert np.isneginf(lse[0]).all()
+    # Two tokens and three queries: the first stands before the sequence.
+    assert (np.asarray(out[1, 0]) == 0).all()
+    assert np.isneginf(lse[1, :, 0]).all()
+    assert np.isfinite(lse[1, :, 1:]).all()
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_chunked(page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = with_lse(*problem(page))
+    monkeypatch.setattr(blocks, "MATERIALISE", 1)
+    monkeypatch.setattr(blocks, "KEY_BLOCK", 5)
+    jax.clear_caches()
+    assert_close(jax.jit(with_lse)(*problem(page)), want)
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_vmap(page: int | None) -> None:
+    """Over everything, and over queries alone with one cache."""
+    args = problem(page)
+    stacked = [np.stack([x, x[::-1]]) for x in args[:1]] + [
+        np.stack([x, x]) for x in args[1:]
+    ]
+    got = jax.vmap(with_lse)(*stacked)
+    want = [with_lse(*(x[i] for x in stacked)) for i in range(2)]
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+    axes = (0, *(None,) * (len(args) - 1))
+    shared = jax.vmap(with_lse, axes)(stacked[0], *args[1:])
+    assert_close(shared, got)
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_heads_and_batch_on_a_mesh(page: int | None) -> None:
+    """Named shardings stay; heads need no communication."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    args = problem(page)
+    batch = None if page else "x"
+    caches = [P(batch, None, "y")] * 2
+    specs = [P("x", None, "y"), *caches, P("x"), *([P("x")] if page else [])]
+    put = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(args, specs, strict=True)
+    ]
+    compiled = jax.jit(with_lse).lower(*put).compile()
+    out, lse = compiled(*put)
+    assert_close((out, lse), with_lse(*args))
+    text = str(compiled.as_text())
+    assert "all-gather" not in text
+    assert "all-reduce" not in text
+    mapped = jax.shard_map(
+        with_lse,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=(P("x", None, "y"), P("x", "y")),
+    )
+    assert_close(jax.jit(mapped)(*args), with_lse(*args))
+
+
+def test_gradients() -> None:
+    """Those of `mha`, through jnp."""
+    query, k, v, lengths = problem()
+
+    def loss(query, k, v):
+        out, lse = with_lse(query, k, v, lengths)
+        return jnp.sin(out).sum() + jnp.where(jnp.isinf(lse), 0, jnp.cos(lse)).sum()
+
+    got = jax.grad(loss, (0, 1, 2))(query, k, v)
+    out, lse = expected(query, k, v, lengths)
+    dlse = np.where(np.isinf(lse), 0, -np.sin(np.where(np.isinf(lse), 0, lse)))
+    given = {"key_value_seq_lengths": lengths, "is_causal": True}
+    want = oracle.gradients(query, k, v, np.cos(out), dlse, **given)
+    assert_close(got, tuple(want[n] for n in ("query", "key", "value")))
+
+
+# --- append_kv
+
+
+def appended(cache, new, lengths, table=None):
+    """By a loop."""
+    cache = cache.copy()
+    for b, t in np.ndindex(*new.shape[:2]):
+        at = int(lengths[b]) + t
+        if lengths[b] < 0:
+            continue
+        if table is None:
+            if at < cache.shape[1]:
+                cache[b, at] = new[b, t]
+            continue
+        slot, offset = divmod(at, cache.shape[1])
+        if slot < table.shape[1] and 0 <= table[b, slot] < len(cache):
+            cache[table[b, slot], offset] = new[b, t]
+    return cache
+
+
+@pytest.mark.parametrize("page", [None, 1, 4, 16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_append(page: int | None, tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    k, v = normal(rng, 5, 16, 2, 3), normal(rng, 5, 16, 2, 4)
+    lengths = np.array([0, 3, 14, 16, -1], np.int32)
+    table = None
+    if page is not None:
+        full = np.full(5, 16)
+        k, v, table = paged(rng, (k, v), full, page, 0)
+        table[1, -1] = len(k)
+        table[2, -1] = -1
+    k_new, v_new = normal(rng, 5, tokens, 2, 3), normal(rng, 5, tokens, 2, 4)
+    got = append_kv(k, v, k_new, v_new, lengths, page_table=table)
+    for x, cache, y in zip(got, (k, v), (k_new, v_new), strict=True):
+        np.testing.assert_array_equal(x, appended(cache, y, lengths, table))
+    if tokens == 1:
+        new = k_new[:, 0], v_new[:, 0]
+        again = append_kv(k, v, new[0], new[1], lengths, page_table=table)
+        assert_close(again, got, 0)
+
+
+def test_append_of_nothing() -> None:
+    _, k, v, lengths = problem()
+    got = append_kv(k, v, k[:, :0], v[:, :0], lengths)
+    assert_close(got, (jnp.asarray(k), jnp.asarray(v)), 0)
+    empty = np.zeros((4, 0), np.int32)
+    got = append_kv(k, v, k[:, :1], v[:, :1], lengths, page_table=empty)
+    assert_close(got, (jnp.asarray(k), jnp.asarray(v)), 0)
+    assert (np.asarray(with_lse(*problem()[:4], page_table=empty)[0]) == 0).all()
+
+
+def test_append_quantises() -> None:
+    values = np.array([0.0, 0.24, 0.25, 0.75, -1.25, 100.0, -1e9, 300.0], np.float32)
+    new = np.stack([values, 2 * values]).reshape(1, 1, 2, 8)
+    scales = np.array([0.5, 1.0], np.float32)
+    cache, lengths = np.zeros((1, 2, 2, 8), np.int8), np.array([1], np.int32)
+    got = append_kv(cache, cache, new, new, lengths, k_scale=scales, v_scale=scales)
+    row = [0, 0, 0, 2, -2, 127, -127, 127]  # halves to even
+    for x in got:
+        np.testing.assert_array_equal(x[0, 1], [row, row])
+    cache = np.zeros((1, 2, 2, 8), E4M3)
+    got, _ = append_kv(cache, cache, new, new, lengths, k_scale=np.float32(0.5))
+    want = np.clip(new[0, 0] / 0.5, -448, 448).astype(E4M3)
+    np.testing.assert_array_equal(np.asarray(got)[0, 1], want)
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+
+
+@pytest.mark.parametrize("quantised", ["int8", "float8_e4m3fn"])
+def test_quantised_round_trip(quantised: str) -> None:
+    """What was appended is attended with about the error of its format."""
+    query, k, v, lengths = problem()
+    scale = np.abs(k).max((0, 1, 3)) / (127 if quantised == "int8" else 448)
+    value_scale = np.abs(v).max((0, 1, 3)) / (127 if quantised == "int8" else 448)
+    scales = {"k_scale": scale, "v_scale": value_scale}
+    empty = jnp.zeros(k.shape, quantised), jnp.zeros(v.shape, quantised)
+    zero = np.zeros(4, np.int32)
+    caches = append_kv(*empty, k, v, zero, **scales)
+    out, _ = with_lse(query, *caches, lengths, **scales)
+    want, _ = with_lse(query, k, v, lengths)
+    assert_close(out, want, 0.05 if quantised == "int8" else 0.15)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("page", [None, 8])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_append_is_in_place_when_donated(
+    dtype: str, page: int | None, tokens: int
+) -> None:
+    """The results are the memory of the operands, and no operation copies a cache."""
+    shape = (4, 64, 2, 32)
+    k, v = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
+    new = jnp.ones((4, tokens, 2, 32), jnp.float32)
+    lengths = jnp.array([0, 3, 30, 63], jnp.int32)
+    table = None
+    if page is not None:
+        k, v = (x.reshape(32, page, 2, 32) for x in (k, v))
+        table = jnp.arange(32, dtype=jnp.int32).reshape(4, page)
+
+    def step(k, v, new, lengths):
+        return append_kv(k, v, new, new, lengths, page_table=table)
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(k, v, new, lengths).compile()
+    text = str(compiled.as_text())
+    alias = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
+    assert alias is not None
+    for i in (0, 1):
+        assert re.search(rf"\{{{i}\}}: \({i}, ", alias.group(1))
+    size = ",".join(map(str, k.shape))
+    copies = [
+        line
+        for line in text.splitlines()
+        if re.search(rf"= \w+\[{size}\]\S* copy(-start)?\(", line)
+    ]
+    assert not copies
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < k.nbytes
+    addresses = [x.unsafe_buffer_pointer() for x in (k, v)]
+    got = compiled(k, v, new, lengths)
+    assert [x.unsafe_buffer_pointer() for x in got] == addresses
+
+
+def test_sharded_append() -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    _, k, v, lengths = problem()
+    new = k[:, :2] + 1, v[:, :2] + 1
+    want = append_kv(k, v, *new, lengths)
+    sharding = NamedSharding(mesh, P("x", None, "y"))
+    args = jax.device_put((k, v, *new), sharding)
+    placed = jax.device_put(lengths, NamedSharding(mesh, P("x")))
+    compiled = jax.jit(append_kv, donate_argnums=(0, 1)).lower(*args, placed).compile()
+    assert "all-gather" not in str(compiled.as_text())
+    got = compiled(*args, placed)
+    assert_close(got, want, 0)
+    assert got[0].sharding.is_equivalent_to(sharding, 4)
+
+
+# --- errors
+
+Q = np.zeros((2, 3, 4, 8), np.float32)
+C = np.zeros((2, 5, 2, 8), np.float32)
+L = np.zeros(2, np.int32)
+HALF = C.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((None, C, C, L), {}, ValueError, "query must be an array, got None"),
+        ((Q[0, 0], C, C, L), {}, ValueError, r"query .* got shape \(4, 8\)"),
+        ((Q.astype(int), C, C, L), {}, ValueError, "query must be floating"),
+        ((Q, C[0], C, L), {}, ValueError, r"k_cache must be \[B,S,K,H\], got"),
+        ((Q, C, C[:, :2], L), {}, ValueError, "v_cache must have the dtype and all"),
+        ((Q, C, HALF, L), {}, ValueError, "v_cache .* got bfloat16"),
+        ((Q, HALF, HALF, L), {}, ValueError, "k_cache must have the dtype of query"),
+        ((Q, C[..., :7], C, L), {}, ValueError, "width H=8 of query, got 7"),
+        ((Q[:, :, :3], C, C, L), {}, ValueError, "N=3 and K=2"),
+        ((Q[:1], C, C, L[:1]), {}, ValueError, "batch B=1 .* needs page_table"),
+        ((Q, C, C, Q[:, 0, 0, 0]), {}, ValueError, "cache_seqlens must be integers"),
+        ((Q, C, C, L[:1]), {}, ValueError, r"cache_seqlens .* B=2, got shape \(1,\)"),
+        ((Q, C, C, 3), {}, ValueError, "cache_seqlens must be an array, got int: 3"),
+        ((Q, C, C, L), {"page_table": L}, ValueError, "page_table must be int32"),
+        (
+            (np.zeros((2, 65, 4, 8), np.float32), C, C, L),
+            {},
+            NotImplementedError,
+            "query has T=65",
+        ),
+        ((Q, C, C, L), {"k_scale": 1.0}, ValueError, "k_scale is for caches of"),
+        (
+            (Q, C.astype(np.int8), C.astype(np.int8), L),
+            {"v_scale": np.ones(3, np.float32)},
+            ValueError,
+            r"v_scale .* K=2 heads, got shape \(3,\)",
+        ),
+        (
+            (Q, C.astype(np.int16), C.astype(np.int16), L),
+            {},
+            NotImplementedError,
+            "k_cache of dtype int16",
+        ),
+        ((Q, C, C, L), {"sinks": np.ones(3, np.float32)}, ValueError, "sinks must be"),
+        ((Q, C, C, L), {"sinks": L}, ValueError, "sinks must be floating"),
+        ((Q, C, C, L), {"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ((Q, C, C, L), {"window_size": 3}, ValueError, "window_size must be"),
+        ((Q, C, C, L), {"num_splits": 0}, ValueError, "num_splits .* got 0"),
+        ((Q, C, C, L), {"num_splits": True}, ValueError, "num_splits .* got True"),
+        ((Q, C, C, L), {"scale": "x"}, ValueError, "scale must be a number"),
+        ((Q, C, C, L), {"return_lse": 1}, ValueError, "return_lse must be"),
+        ((Q, C, C, L), {"implementation": "x"}, ValueError, "implementation must"),
+        ((Q, C, C, L), {"implementation": ()}, ValueError, "implementation must"),
+        ((Q, C, C, L), {"implementation": "cuda"}, NotImplementedError, "'cuda'"),
+    ],
+)
+def test_errors(args: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        decode_mha(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((C, C, C.astype(int), C, L), {}, "k_new must be floating"),
+        ((C, C, C, C[..., :3], L), {}, r"v_new must be \[B,T,K,Hv\]"),
+        ((C, C, C, C[:, :2], L), {}, "v_new must have all but the width"),
+        ((C, C, C[:1], C[:1], L[:1]), {}, "k_new must have the batch B=2"),
+        ((C, C, C, C, L[:1]), {}, "cache_seqlens must be"),
+        ((C, C, C, C, L), {"page_table": L}, "page_table must be"),
+        ((C, C, C, C, L), {"k_scale": 1.0}, "k_scale is for"),
+        ((C[0], C, C, C, L), {}, "k_cache must be"),
+    ],
+)
+def test_errors_of_append(args: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        append_kv(*args, **options)

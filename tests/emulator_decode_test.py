@@ -1,0 +1,265 @@
+"""The decode kernels' own source on the CPU, thread for thread, against float64."""
+
+import ctypes
+import math
+import random
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from decode_helpers import paged
+from emulator_test import aligned, build
+
+from jax_flash._src import decode_plan
+
+# fmt: off
+_POINTERS = (
+    "query", "key", "value", "lengths", "page_table", "sinks", "out", "lse",
+    "partial_out", "partial_state",
+)
+_INTS = (
+    "batch", "tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "room", "pages",
+    "page_size", "max_pages", "sink_stride", "window_left", "split_keys", "splits",
+)
+# fmt: on
+
+
+class Params(ctypes.Structure):
+    """As DecodeParams in csrc/decode/params.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in _INTS),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("set_by_launch", ctypes.c_uint32 * 9),
+    )
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build("decode", tmp_path_factory.mktemp("decode"))
+
+
+def run(
+    library: ctypes.CDLL,
+    query: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    page_table: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    window: int = -1,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    multiprocessors: int = 3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse); everything the kernel writes holds NaN before."""
+    batch, tokens, heads, width = query.shape
+    kv_heads, value_width = v.shape[2:]
+    room = k.shape[1] * (1 if page_table is None else page_table.shape[1])
+    rows = tokens * heads // kv_heads
+    keys, splits = decode_plan.splits_of(
+        room, tokens, window, rows, kv_heads, num_splits
+    )
+    places = (batch, kv_heads, splits, rows)
+    arrays = {"query": query, "key": k, "value": v, "lengths": lengths}
+    if page_table is not None:
+        arrays["page_table"] = page_table
+    if sinks is not None:
+        arrays["sinks"] = sinks
+    held = {}
+    for name, x in arrays.items():
+        held[name] = aligned(x.shape, x.dtype, 0)
+        held[name][...] = x
+    held["out"] = aligned((batch, tokens, heads, value_width), query.dtype)
+    held["lse"] = aligned((batch, heads, tokens), np.float32)
+    held["partial_out"] = aligned((*places, value_width), np.float32)
+    held["partial_state"] = aligned((*places, 2), np.float32)
+    params = Params(
+        **{name: x.ctypes.data for name, x in held.items()},
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width,
+        head_dim_v=value_width,
+        room=room,
+        pages=len(k),
+        page_size=1 if page_table is None else k.shape[1],
+        max_pages=0 if page_table is None else page_table.shape[1],
+        sink_stride=heads if sinks is not None and len(sinks) > 1 else 0,
+        window_left=window,
+        split_keys=keys,
+        splits=splits,
+        scale=width**-0.5 if scale is None else scale,
+        softcap=softcap,
+    )
+    f16 = query.dtype == np.float16
+    assert library.decode(ctypes.byref(params), int(f16), multiprocessors) == 0
+    return held["out"], held["lse"]
+
+
+def check(
+    got: tuple[np.ndarray, np.ndarray],
+    query: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: np.ndarray,
+    window: int = -1,
+    softcap: float | None = None,
+    **options: Any,
+) -> None:
+    want = oracle.attention(
+        query,
+        k,
+        v,
+        key_value_seq_lengths=lengths,
+        is_causal=True,
+        window_size=None if window < 0 else (window, None),
+        softcap=softcap,
+        **options,
+    )
+    out, lse = got
+    assert np.isfinite(out.astype(np.float64)).all()
+    tolerance = 2e-3 if query.dtype == np.float16 else 1.2e-2
+    largest = max(1.0, np.abs(want.out).max(initial=0))
+    assert (
+        np.abs(out.astype(np.float64) - want.out).max(initial=0) < tolerance * largest
+    )
+    empty = np.isneginf(want.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert (np.moveaxis(out, 1, 2)[empty] == 0).all()
+    difference = np.where(empty, 0, lse) - np.where(empty, 0, want.lse)
+    # Logits are rounded to f32.
+    logits = np.abs(np.where(empty, 0, want.lse)).max(initial=1)
+    assert np.abs(difference).max(initial=0) < 5e-6 + 5e-7 * logits
+
+
+def problem(
+    seed: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    room: int,
+    *widths: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    width, value_width = widths[0], widths[-1]
+    query, k, v = (
+        rng.standard_normal(shape, np.float32).astype(np.float16)
+        for shape in (
+            (batch, tokens, heads, width),
+            (batch, room, kv_heads, width),
+            (batch, room, kv_heads, value_width),
+        )
+    )
+    return query, k, v
+
+
+@pytest.mark.parametrize("page", [None, 1, 16, 48])
+def test_lengths(library: ctypes.CDLL, page: int | None) -> None:
+    """Around tiles, splits and pages, in one ragged batch with NaN beyond."""
+    lengths = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 300, -3]
+    lengths = np.array(lengths, np.int32)
+    room = 192
+    query, k, v = problem(0, len(lengths), 1, 4, 2, room, 64)
+    for b, length in enumerate(lengths):
+        k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
+    given = query, k, v, lengths
+    if page is not None:
+        rng = np.random.default_rng(1)
+        k_pool, v_pool, table = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(library, query, k_pool, v_pool, lengths, page_table=table)
+    else:
+        got = run(library, *given)
+    check(got, *given)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random(library: ctypes.CDLL, seed: int) -> None:
+    pick, rng = random.Random(seed), np.random.default_rng(seed)
+    batch, kv_heads = pick.randint(1, 3), pick.randint(1, 2)
+    heads = kv_heads * pick.choice((1, 3, 4, 8, 16))
+    tokens = pick.choice((1, 1, 2, 5, 9))
+    page, slots = pick.choice((8, 16, 32, 40)), pick.randint(1, 9)
+    room = page * slots
+    widths = [8 * pick.randint(1, pick.choice((8, 16, 32))) for _ in range(2)]
+    query, k, v = problem(seed, batch, tokens, heads, kv_heads, room, *widths)
+    if pick.random() < 0.5:
+        import jax.numpy as jnp
+
+        query, k, v = (x.astype(jnp.bfloat16) for x in (query, k, v))
+    lengths = np.array([pick.randint(0, room) for _ in range(batch)], np.int32)
+    options: dict[str, Any] = {}
+    if pick.random() < 0.5:
+        options["window"] = pick.randint(0, 150)
+    if pick.random() < 0.3:
+        options["softcap"] = 2.0
+    if pick.random() < 0.4:
+        options["sinks"] = rng.standard_normal((pick.choice((1, batch)), heads))
+        options["sinks"] = options["sinks"].astype(np.float32)
+    if pick.random() < 0.3:
+        options["scale"] = pick.choice((0.0, -0.2, 1.0))
+    ways: dict[str, Any] = {"num_splits": pick.choice((None, 1, 2, 5))}
+    ways["multiprocessors"] = pick.randint(1, 5)
+    for b, length in enumerate(lengths):
+        k[b, length:] = v[b, length:] = np.nan
+    if pick.random() < 0.5:
+        k_pool, v_pool, ways["page_table"] = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(library, query, k_pool, v_pool, lengths, **ways, **options)
+    else:
+        got = run(library, query, k, v, lengths, **ways, **options)
+    check(got, query, k, v, lengths, **options)
+
+
+@pytest.mark.parametrize("tokens", [2, 10])
+def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
+    """The same bits alone and in a batch, where thread blocks do groups of splits."""
+    query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64)
+    lengths = np.array([1000, 0, 130, 1100], np.int32)
+    sinks = np.ones((1, 4), np.float32)
+    together = run(library, query, k, v, lengths, multiprocessors=1, sinks=sinks)
+    check(together, query, k, v, lengths, sinks=sinks)
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone = run(
+            library,
+            query[one],
+            k[one],
+            v[one],
+            lengths[one],
+            multiprocessors=7,
+            sinks=sinks,
+        )
+        for x, y in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(x.view(np.uint8), y[one].view(np.uint8))
+
+
+def test_more_sequences_than_plan_entries(library: ctypes.CDLL) -> None:
+    query, k, v = problem(4, 1100, 1, 1, 1, 8, 8)
+    lengths = np.random.default_rng(0).integers(0, 9, 1100).astype(np.int32)
+    check(run(library, query, k, v, lengths), query, k, v, lengths)
+
+
+@pytest.mark.parametrize("room", [0, 1, 64, 65, 1000, 8192, 131072])
+@pytest.mark.parametrize("window", [-1, 0, 1, 63, 64, 1000])
+@pytest.mark.parametrize("tokens", [1, 2, 64])
+def test_splits_suffice(room: int, window: int, tokens: int) -> None:
+    """No length needs more splits than the workspace has, nor starts off a unit."""
+    for kv_heads, num_splits in ((1, None), (8, None), (64, None), (1, 3), (1, 1000)):
+        keys, splits = decode_plan.splits_of(
+            room, tokens, window, 4 * tokens, kv_heads, num_splits
+        )
+        assert keys % decode_plan.SPLIT_UNIT == 0
+        assert keys >= decode_plan.SPLIT_UNIT
+        assert splits >= 1
+        assert num_splits is None or window >= 0 or splits <= num_splits
+        for length in {0, 1, room // 3, room // 2 + 1, room - 1, room} - {-1}:
+            first = 0 if window < 0 else max(0, length - tokens - window)
+            needed = math.ceil(length / keys) - min(first, length) // keys
+            assert needed <= splits

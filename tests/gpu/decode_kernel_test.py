@@ -1,0 +1,206 @@
+"""The decode kernels against float64: lengths, pages, options; what stays the same."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from decode_helpers import paged
+
+from jax_flash import append_kv, decode_mha
+from jax_flash._src import registry
+
+EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+PAGE = 64
+SCRIPT = Path(__file__).with_name("decode_command_buffer_script.py")
+
+pytestmark = pytest.mark.skipif(
+    not registry.extension().decode_kernels,
+    reason="needs JAX_FLASH_DECODE_KERNELS=1",
+)
+
+
+def problem(
+    seed: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    room: int,
+    *widths: int,
+    dtype: str = "bfloat16",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = (
+        (batch, tokens, heads, widths[0]),
+        (batch, room, kv_heads, widths[0]),
+        (batch, room, kv_heads, widths[-1]),
+    )
+    query, k, v = (
+        rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+        for shape in shapes
+    )
+    return query, k, v
+
+
+def run(query: Any, k: Any, v: Any, lengths: Any, **options: Any) -> Any:
+    call = jax.jit(
+        lambda arrays, operands: decode_mha(
+            *arrays,
+            **operands,
+            **{n: x for n, x in options.items() if not isinstance(x, np.ndarray)},
+            return_lse=True,
+            implementation="cuda",
+        )
+    )
+    operands = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    out, lse = call((query, k, v, lengths), operands)
+    return np.asarray(out), np.asarray(lse)
+
+
+def check(got: Any, query: Any, k: Any, v: Any, lengths: Any, **options: Any) -> None:
+    """Out within what rounding probabilities and results gives; exact empty rows."""
+    options.pop("num_splits", None)
+    window = options.pop("window_size", None)
+    given = {"key_value_seq_lengths": lengths, "is_causal": True, **options}
+    if window is not None:
+        given["window_size"] = (window[0], None)
+    want = oracle.attention(query, k, v, **given)
+    out, lse = got
+    out = out.astype(np.float64)
+    largest = max(1.0, np.abs(want.out).max(initial=0))
+    bound = 2 * EPSILON[str(query.dtype)] * largest
+    assert np.abs(out - want.out).max(initial=0) <= bound
+    empty = np.isneginf(want.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert (np.moveaxis(out, 1, 2)[empty] == 0).all()
+    difference = np.where(empty, 0, lse) - np.where(empty, 0, want.lse)
+    # Logits are rounded to f32.
+    logits = np.abs(np.where(empty, 0, want.lse)).max(initial=1)
+    assert np.abs(difference).max(initial=0) <= 5e-6 + 2e-6 * logits
+
+
+EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 15, 16, 17, 500, 1023, 1024, 2000, -3)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("page", [None, 1, 16, PAGE, 100])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_lengths(width: int, page: int | None, tokens: int) -> None:
+    room = 1024 if page != 100 else 1100
+    lengths = np.array(EDGES, np.int32)
+    query, k, v = problem(0, len(EDGES), tokens, 8, 2, room, width)
+    for b, length in enumerate(lengths):
+        k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
+    if page is None:
+        got = run(query, k, v, lengths)
+    else:
+        rng = np.random.default_rng(1)
+        k_pool, v_pool, table = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(query, k_pool, v_pool, lengths, page_table=table)
+    check(got, query, k, v, lengths)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random(seed: int) -> None:
+    pick, rng = random.Random(seed), np.random.default_rng(seed)
+    batch, kv_heads = pick.randint(1, 5), pick.randint(1, 8)
+    heads = kv_heads * pick.choice((1, 2, 3, 4, 8, 16))
+    tokens = pick.choice((1, 1, 1, 2, 4, 16, 64))
+    page = pick.choice((1, 8, 16, 48, 256))
+    room = page * pick.randint(1, max(1, 3000 // page))
+    widths = [8 * pick.randint(1, pick.choice((8, 16, 32))) for _ in range(2)]
+    dtype = pick.choice(("bfloat16", "float16"))
+    query, k, v = problem(
+        seed, batch, tokens, heads, kv_heads, room, *widths, dtype=dtype
+    )
+    lengths = rng.integers(0, room + 1, batch).astype(np.int32)
+    options: dict[str, Any] = {"num_splits": pick.choice((None, 1, 3, 100))}
+    if pick.random() < 0.4:
+        options["window_size"] = (pick.randint(0, 500), None)
+    if pick.random() < 0.3:
+        options["softcap"] = 5.0
+    if pick.random() < 0.3:
+        options["sinks"] = rng.standard_normal((batch, heads)).astype(np.float32)
+    for b, length in enumerate(lengths):
+        k[b, length:] = v[b, length:] = np.nan
+    if pick.random() < 0.5:
+        k_pool, v_pool, table = paged(rng, (k, v), lengths, page, np.nan)
+        got = run(query, k_pool, v_pool, lengths, page_table=table, **options)
+    else:
+        got = run(query, k, v, lengths, **options)
+    check(got, query, k, v, lengths, **options)
+
+
+def test_same_bits_again_and_alone() -> None:
+    query, k, v = problem(0, 6, 2, 16, 4, 4096, 128)
+    lengths = np.array([4096, 0, 1, 777, 4000, 2048], np.int32)
+    first = run(query, k, v, lengths)
+    for _ in range(20):
+        chex.assert_trees_all_equal(run(query, k, v, lengths), first)
+    for b in range(6):
+        one = slice(b, b + 1)
+        alone = run(query[one], k[one], v[one], lengths[one])
+        chex.assert_trees_all_equal(alone, tuple(x[one] for x in first))
+
+
+def test_more_sequences_than_plan_entries() -> None:
+    query, k, v = problem(0, 1300, 1, 4, 1, 80, 64)
+    lengths = np.random.default_rng(0).integers(0, 81, 1300).astype(np.int32)
+    check(run(query, k, v, lengths), query, k, v, lengths)
+
+
+def test_scan_with_a_growing_cache() -> None:
+    """One program, other lengths at every step, the cache written inside."""
+    _, k, v = problem(0, 3, 1, 8, 2, 300, 128)
+    query = problem(1, 3, 40, 8, 2, 1, 128)[0]
+    start = np.array([0, 100, 250], np.int32)
+
+    @jax.jit
+    def generate(k: Any, v: Any, lengths: Any) -> Any:
+        def step(carry: Any, x: Any) -> Any:
+            k, v, lengths = carry
+            q, new = x
+            k, v = append_kv(k, v, new, new, lengths)
+            lengths = lengths + 1
+            out = decode_mha(q, k, v, lengths, implementation="cuda")
+            return (k, v, lengths), out
+
+        new = query[:, :, :2].swapaxes(0, 1)
+        return jax.lax.scan(step, (k, v, lengths), (query.swapaxes(0, 1), new))
+
+    (k_end, v_end, lengths), outs = generate(k, v, start)
+    k_end, v_end = np.asarray(k_end), np.asarray(v_end)
+    for i in (0, 1, 20, 39):
+        at = start + i + 1
+        want = oracle.attention(
+            query[:, i : i + 1], k_end, v_end, key_value_seq_lengths=at, is_causal=True
+        ).out[:, 0]
+        assert np.abs(np.asarray(outs[i], np.float64) - want).max() < 2e-2
+    assert np.asarray(lengths).tolist() == [40, 140, 290]
+
+
+def test_lengths_change_in_a_command_buffer() -> None:
+    """The program runs as a CUDA graph; lengths change in the memory it reads."""
+    flags = (
+        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
+        "--xla_gpu_graph_min_graph_size=1"
+    )
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "correct calls: 12" in done.stdout
