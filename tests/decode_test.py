@@ -294,7 +294,9 @@ def test_quantised_round_trip(quantised: str) -> None:
     assert_close(out, want, 0.05 if quantised == "int8" else 0.15)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+# Not bfloat16: XLA's scatter on the CPU may take it through float32. For GPUs
+# gpu/decode_kernel_test.py has all types.
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("page", [None, 8])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_append_is_in_place_when_donated(

@@ -188,6 +188,30 @@ def test_scan_with_a_growing_cache() -> None:
     assert np.asarray(lengths).tolist() == [40, 140, 290]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("page", [None, 8])
+def test_append_is_in_place_when_donated(dtype: str, page: int | None) -> None:
+    """The memory stays the same, and no operation needs a second cache."""
+    k, v = (jnp.zeros((4, 4096, 2, 128), dtype) for _ in range(2))
+    table = None
+    if page is not None:
+        k, v = (x.reshape(-1, page, 2, 128) for x in (k, v))
+        table = jnp.arange(len(k), dtype=jnp.int32).reshape(4, -1)
+    new = jnp.ones((4, 2, 2, 128), jnp.float32)
+    lengths = jnp.array([0, 3, 30, 4095], jnp.int32)
+
+    def step(k: Any, v: Any, new: Any, lengths: Any) -> Any:
+        return append_kv(k, v, new, new, lengths, page_table=table)
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(k, v, new, lengths).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < k.nbytes // 4
+    addresses = [x.unsafe_buffer_pointer() for x in (k, v)]
+    got = compiled(k, v, new, lengths)
+    assert [x.unsafe_buffer_pointer() for x in got] == addresses
+
+
 def test_lengths_change_in_a_command_buffer() -> None:
     """The program runs as a CUDA graph; lengths change in the memory it reads."""
     flags = (
