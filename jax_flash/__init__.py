@@ -7,10 +7,19 @@ from jax_flash import backends
 from jax_flash._src import registry
 from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
+from jax_flash.sampling import sample, top_k
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends", "dot_product_attention", "explain", "mha"]
+__all__ = [
+    "__version__",
+    "backends",
+    "dot_product_attention",
+    "explain",
+    "mha",
+    "sample",
+    "top_k",
+]
 
 # Registers the FFI targets, so that exported programs can be loaded.
 registry.extension()

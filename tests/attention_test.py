@@ -25,6 +25,11 @@ def test_public_names() -> None:
         "dot_product_attention",
         "explain",
         "mha",
+        "rms_norm",
+        "sample",
+        "silu_mul",
+        "split_qkv",
+        "top_k",
     ]
 
 

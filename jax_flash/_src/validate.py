@@ -57,12 +57,12 @@ def canonical(call: Call, arrays: dict[str, Any]) -> dict[str, jax.Array]:
         shape = getattr(call, name)
         x = arrays[name]
         if shape.dtype == jnp.int32:
-            x = _as_int32(x)
+            x = as_int32(x)
         result[name] = jnp.asarray(x).reshape(shape.shape)
     return result
 
 
-def _as_int32(x: Any) -> Any:
+def as_int32(x: Any) -> Any:
     """Integers of any width as int32, saturated: lengths are clamped anyway."""
     if getattr(x, "dtype", None) == jnp.int32:
         return x
@@ -149,7 +149,7 @@ def _check_others(given: dict[str, Any]) -> None:
         if name not in given:
             continue
         got = given[name].shape
-        if not _broadcasts(got, shape):
+        if not broadcasts(got, shape):
             raise ValueError(
                 f"{name} must broadcast to {layout} = {shape}, got shape {got}"
             )
@@ -183,7 +183,8 @@ def _check_others(given: dict[str, Any]) -> None:
         )
 
 
-def _broadcasts(shape: tuple, full: tuple) -> bool:
+def broadcasts(shape: tuple, full: tuple) -> bool:
+    """Whether an array of `shape` broadcasts to `full`."""
     if len(shape) > len(full):
         return False
     tail = full[len(full) - len(shape) :]
@@ -214,6 +215,13 @@ def _number(name: str, x: Any) -> float:
     if np.iscomplexobj(x) or not math.isfinite(float(x)):
         raise ValueError(f"{name} must be a finite real number, got {x!r}")
     return float(x)
+
+
+def static_int(name: str, x: Any) -> int:
+    x = _static(name, x)
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise ValueError(f"{name} must be an int, got {x!r}")
+    return int(x)
 
 
 def _flag(name: str, x: Any) -> bool:
