@@ -7,6 +7,7 @@ from jax_flash import backends
 from jax_flash._src import registry
 from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
+from jax_flash.normalization import rms_norm, silu_mul, split_qkv
 from jax_flash.sampling import sample, top_k
 
 __version__ = "0.1.0"
@@ -17,7 +18,10 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "mha",
+    "rms_norm",
     "sample",
+    "silu_mul",
+    "split_qkv",
     "top_k",
 ]
 

@@ -443,11 +443,11 @@ def test_errors(name: str) -> None:
     changes, error, message = WRONG[name]
     arguments = {"logits": X, "key": KEY} | changes
     logits = arguments.pop("logits")
+    call = functools.partial(sample, **arguments)
+    if isinstance(logits, jax.ShapeDtypeStruct):
+        call = functools.partial(jax.eval_shape, call)
     with pytest.raises(error, match=message):
-        if isinstance(logits, jax.ShapeDtypeStruct):
-            jax.eval_shape(lambda x: sample(x, **arguments), logits)
-        else:
-            sample(logits, **arguments)
+        call(logits)
 
 
 @pytest.mark.parametrize(

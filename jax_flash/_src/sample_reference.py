@@ -1,4 +1,4 @@
-"""The specification of `sample` and `top_k` in jnp, which the kernels follow bit by bit.
+"""The specification of `sample` and `top_k` in jnp; the kernels follow it bit by bit.
 
 docs/design/sampling.md defines the draw and says why in integers. Lives here: the rows
 of parameters (`parameters`), and what becomes of logits under them. A row of parameters

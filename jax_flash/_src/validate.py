@@ -207,7 +207,7 @@ def _static(name: str, x: Any) -> Any:
     return x
 
 
-def _number(name: str, x: Any) -> float:
+def number(name: str, x: Any) -> float:
     x = _static(name, x)
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
@@ -260,10 +260,10 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     options = dict(options)
     scale = options["scale"]
     width = given["query"].shape[-1]
-    scale = width**-0.5 if scale is None else _number("scale", scale)
+    scale = width**-0.5 if scale is None else number("scale", scale)
     softcap = options["softcap"]
     if softcap is not None:
-        softcap = _number("softcap", softcap)
+        softcap = number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
     alignment = _static("causal_alignment", options["causal_alignment"])
@@ -279,7 +279,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
             f"precision must be one of {PRECISIONS + NAMED_PRECISIONS}, got "
             f"{precision!r}"
         )
-    rate = _number("dropout_rate", options.pop("dropout_rate"))
+    rate = number("dropout_rate", options.pop("dropout_rate"))
     dropout_key = options.pop("dropout_key")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
