@@ -144,6 +144,7 @@ def test_one_kernel_each(kernels: None) -> None:
     ("change", "calls"),
     [
         ({}, 1),
+        ({"width": 16384}, 1),
         ({"width": 16385}, 0),
         ({"dtype": "float16", "weight": "bfloat16"}, 0),
         ({"rows": 0}, 0),

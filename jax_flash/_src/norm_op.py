@@ -20,9 +20,9 @@ from jax_flash._src.rowwise import Result, RowOp
 from jax_flash._src.scores import accumulator
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
-KERNEL_MAX_WIDTH = 16384
-"""Columns of a row that a thread block holds in registers."""
-BACKWARD_BLOCKS = 132
+KERNEL_MAX_BYTES = {"forward": 32768, "backward": 24576}
+"""Bytes of a row that a thread block holds in registers."""
+BACKWARD_BLOCKS = 396
 """Thread blocks, at most, that each add up a gradient of the weight."""
 
 
@@ -53,6 +53,13 @@ class NormOptions:
             return given + tuple(kind[name] for name in self.perturbed)
         return (*given, "row", "row") if self.with_sum else (*given, "row")
 
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        if self.stage == "backward":
+            return ("row", "group")
+        count = 1 + self.with_sum + (self.stage == "forward")
+        return ("row",) * count
+
 
 def widened(x: jax.Array) -> jax.Array:
     return x.astype(accumulator(x.dtype))
@@ -71,10 +78,10 @@ def _of_rows(weight: jax.Array, dtype: Any) -> jax.Array:
 def _forward_results(*avals: Any, options: NormOptions) -> list[Result]:
     x = avals[0]
     width = x.shape[-1:]
-    results = [Result("row", width, x.dtype)]
+    results = [Result(width, x.dtype)]
     if options.with_sum:
-        results.append(Result("row", width, x.dtype))
-    return [*results, Result("row", (), accumulator(x.dtype))]
+        results.append(Result(width, x.dtype))
+    return [*results, Result((), accumulator(x.dtype))]
 
 
 def _forward(*operands: jax.Array, options: NormOptions) -> list[jax.Array]:
@@ -92,7 +99,7 @@ def _forward(*operands: jax.Array, options: NormOptions) -> list[jax.Array]:
 
 
 def _tangent_results(*avals: Any, options: NormOptions) -> list[Result]:
-    result = Result("row", avals[0].shape[-1:], avals[0].dtype)
+    result = Result(avals[0].shape[-1:], avals[0].dtype)
     return [result, result] if options.with_sum else [result]
 
 
@@ -130,7 +137,7 @@ def _tangent(
 def _backward_results(*avals: Any, options: NormOptions) -> list[Result]:
     x, weight = avals[:2]
     width = x.shape[-1:]
-    return [Result("row", width, x.dtype), Result("group", width, weight.dtype)]
+    return [Result(width, x.dtype), Result(width, weight.dtype)]
 
 
 def _backward(
@@ -163,8 +170,9 @@ def _why_not(*avals: Any, options: NormOptions) -> str | None:
             return f"{name} of dtype {operand.dtype}"
     if weight.dtype not in (x.dtype, jnp.float32):
         return f"weight of dtype {weight.dtype} beside x of dtype {x.dtype}"
-    if x.shape[-1] > KERNEL_MAX_WIDTH:
-        return f"x of width {x.shape[-1]}: at most {KERNEL_MAX_WIDTH} is supported"
+    most = KERNEL_MAX_BYTES[options.stage] // x.dtype.itemsize
+    if x.shape[-1] > most:
+        return f"x of width {x.shape[-1]}: at most {most} is supported"
     return None
 
 

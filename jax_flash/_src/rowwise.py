@@ -40,12 +40,16 @@ class Options(Protocol):
         """The kind of each operand."""
         ...
 
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        """The kind of each result."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A result: its kind, and its dimensions after the leading ones."""
+    """A result: its dimensions after the leading ones."""
 
-    kind: str
     trailing: tuple[int, ...]
     dtype: Any
 
@@ -87,8 +91,8 @@ def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
             if spec[i] is None and x.shape[i] == size:
                 spec[i] = x.sharding.spec[i]
 
-    def result(r: Result) -> Any:
-        count = LEADING[r.kind]
+    def result(kind: str, r: Result) -> Any:
+        count = LEADING[kind]
         own = PartitionSpec(*spec[:count], *(None,) * len(r.trailing))
         return avals[0].update(
             shape=((groups, rows)[:count] + r.trailing),
@@ -97,7 +101,8 @@ def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
             sharding=avals[0].sharding.update(spec=own),
         )
 
-    return [result(r) for r in op.results(*avals, options=options)]
+    results = op.results(*avals, options=options)
+    return list(map(result, options.result_kinds, results))
 
 
 def _batch(
@@ -123,7 +128,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-def _sharding_rule(op: RowOp, options: Options, mesh: Any, args: Any, results: Any):
+def _sharding_rule(options: Options, mesh: Any, args: Any, results: Any):
     """Groups and rows may be split, nothing else; sizes of 1 take no part."""
     del mesh
     fresh = iter(f"u{i}" for i in range(10**6))
@@ -140,7 +145,7 @@ def _sharding_rule(op: RowOp, options: Options, mesh: Any, args: Any, results: A
         return " ".join(dims)
 
     left = [text(k, tuple(x.shape)) for k, x in zip(options.kinds, args, strict=True)]
-    kinds = [r.kind for r in op.results(*args, options=options)]
+    kinds = options.result_kinds
     right = [text(k, tuple(x.shape)) for k, x in zip(kinds, results, strict=True)]
     rule = f"{', '.join(left)} -> {', '.join(right)}"
     return rule, {"need_replication_factors": tuple(whole)}
@@ -166,7 +171,7 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
     """What each device computes, and the shardings under which it does."""
     mesh = partitioning.refine(mesh)
     sizes = leading_sizes(options, [tuple(x.shape) for x in args])
-    kinds = [r.kind for r in op.results(*args, options=options)]
+    kinds = options.result_kinds
     arrays = [*zip(options.kinds, args, strict=True), *zip(kinds, results, strict=True)]
     proposals = [(k, tuple(x.shape), partitioning.axes_of(mesh, x)) for k, x in arrays]
     used: set[str] = set()
@@ -213,7 +218,7 @@ def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
 
     run.def_partition(
         functools.partial(_partition, op, options),
-        sharding_rule=functools.partial(_sharding_rule, op, options),
+        sharding_rule=functools.partial(_sharding_rule, options),
         decode_shardings=False,
     )
     return run

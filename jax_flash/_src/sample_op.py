@@ -28,6 +28,10 @@ class SampleOptions:
     def kinds(self) -> tuple[str, ...]:
         return ("row",) * (3 if self.has_mask else 2)
 
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        return ("row",)
+
 
 @dataclasses.dataclass(frozen=True)
 class TopKOptions:
@@ -39,6 +43,10 @@ class TopKOptions:
     def kinds(self) -> tuple[str, ...]:
         return ("row",)
 
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        return ("row", "row")
+
 
 def _flat(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
     x = jnp.broadcast_to(x, (*sizes, x.shape[2]))
@@ -46,7 +54,7 @@ def _flat(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
 
 
 def _sample_results(*avals: Any, options: SampleOptions) -> list[Result]:
-    return [Result("row", (), jnp.int32)]
+    return [Result((), jnp.int32)]
 
 
 def _sample_reference(*operands: jax.Array, options: SampleOptions) -> list[jax.Array]:
@@ -71,8 +79,8 @@ def _sample_kernel(*operands: jax.Array, options: SampleOptions) -> list[jax.Arr
 
 def _top_k_results(*avals: Any, options: TopKOptions) -> list[Result]:
     return [
-        Result("row", (options.k,), avals[0].dtype),
-        Result("row", (options.k,), jnp.int32),
+        Result((options.k,), avals[0].dtype),
+        Result((options.k,), jnp.int32),
     ]
 
 
