@@ -11,7 +11,6 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, Element type, cudaStrea
 cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, Element type, cudaStream_t stream);
 cudaError_t launch_sample(const SampleParams& params, int64_t rows, Element type,
                           cudaStream_t stream);
-cudaError_t launch_top_k(const TopKParams& params, int64_t rows, Element type,
-                         cudaStream_t stream);
+cudaError_t launch_top_k(const TopKParams& params, int64_t rows, Element type, cudaStream_t stream);
 
 }  // namespace jax_flash::ops

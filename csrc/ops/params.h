@@ -27,9 +27,9 @@ struct SampleRow {
 static_assert(sizeof(SampleRow) == 24, "six words in Python");
 
 struct SampleParams {
-  Rows logits;  // [groups, rows, size]
-  Rows table;   // SampleRow as uint32 [groups, rows, 6]
-  Rows mask;    // bool [groups, rows, size], or null
+  Rows logits;      // [groups, rows, size]
+  Rows table;       // SampleRow as uint32 [groups, rows, 6]
+  Rows mask;        // bool [groups, rows, size], or null
   int32_t* tokens;  // [groups, rows]
   int32_t rows;     // of a group
   int32_t size;

@@ -1,6 +1,5 @@
-#include "ops/rms_norm.cuh"
-
 #include "ops/launch.h"
+#include "ops/rms_norm.cuh"
 
 namespace jax_flash::ops {
 
@@ -18,8 +17,7 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, Element type, cudaStrea
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, Element type,
-                                cudaStream_t stream) {
+cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, Element type, cudaStream_t stream) {
   switch (type) {
     case Element::kF32:
       return launch_rms_norm_bwd<float, float>(params, stream);

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
     rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, bool wide) {
   constexpr int kV = kVector<T>;
   const int thread = threadIdx.x % threads_of_row;
-  const int64_t row = int64_t{blockIdx.x} * (blockDim.x / threads_of_row) +
-                      threadIdx.x / threads_of_row;
+  const int64_t row =
+      int64_t{blockIdx.x} * (blockDim.x / threads_of_row) + threadIdx.x / threads_of_row;
   // Only where a row has a warp of its own, which then leaves as a whole.
   if (row >= int64_t{params.groups} * params.rows) return;
   const int group = static_cast<int>(row / params.rows);
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
 #pragma unroll
     for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
   }
-  squares = row_sum(squares, threads_of_row / kWarp, thread / kWarp,
-                    reinterpret_cast<float*>(memory));
+  squares =
+      row_sum(squares, threads_of_row / kWarp, thread / kWarp, reinterpret_cast<float*>(memory));
   const float scale = rsqrtf(squares / static_cast<float>(columns) + params.eps);
   if (thread == 0) params.scale[row] = scale;
 
@@ -216,9 +216,9 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   if (team.threads > RowTeam::max_threads(4)) return cudaErrorInvalidConfiguration;
   bool wide = params.columns % kVector<T> == 0;
-  for (const void* data : {params.x.data, params.residual.data, params.weight.data,
-                           static_cast<const void*>(params.y),
-                           static_cast<const void*>(params.sum)}) {
+  for (const void* data :
+       {params.x.data, params.residual.data, params.weight.data, static_cast<const void*>(params.y),
+        static_cast<const void*>(params.sum)}) {
     wide = wide && rows_aligned(data, params.columns, sizeof(T));
   }
   const auto kernel = team.vectors == 2 ? rms_norm_kernel<T, W, 2> : rms_norm_kernel<T, W, 4>;

@@ -128,7 +128,7 @@ def weight(distance: jax.Array) -> jax.Array:
 def distances(logits: jax.Array, best: jax.Array, factor: jax.Array) -> jax.Array:
     """uint32 units by which logits fall short of `best`, saturated."""
     units = (best - logits) * factor
-    units = jnp.minimum(units, jnp.float32(MAX_DISTANCE))
+    units = jnp.where(units < MAX_DISTANCE, units, jnp.float32(MAX_DISTANCE))
     # The best itself may be infinite, and so may the factor.
     return jnp.where(logits == best, jnp.float32(0), units).astype(jnp.uint32)
 
