@@ -136,14 +136,13 @@ template <typename T, typename Keeps, typename Measure>
 __device__ __forceinline__ Cut select(const LogitRow<T>& row, const Keeps& keeps,
                                       const Measure& measure, unsigned long long limit) {
   SampleShared& shared = sample_shared();
-  constexpr int kShifts[] = {21, 10, 0};
-  constexpr int kDigits[] = {2048, 2048, 1024};
   uint32_t prefix = 0;
   unsigned long long rest = limit;
 #pragma unroll 1
   for (int round = 0; round < 3; ++round) {
-    const int shift = kShifts[round];
-    const uint32_t digits = kDigits[round];
+    // Digits of 11, 11 and 10 bits.
+    const int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
+    const uint32_t digits = round == 2 ? kBins / 2 : kBins;
     for (int i = threadIdx.x; i < kBins; i += kSampleThreads) shared.bins[i] = 0;
     // Orders zeros before additions.
     __syncthreads();
