@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 # and the cores.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_FLASH_BACKWARD_KERNELS", "1")
+os.environ.setdefault("JAX_FLASH_ROW_KERNELS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 
