@@ -57,6 +57,7 @@ def xla_norm(x: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
 
 
 def our_norm(x: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
+    """The same by this package."""
     return jax_flash.rms_norm(x, weight, residual=residual)
 
 
@@ -71,6 +72,7 @@ def gradient(f: Callable) -> Callable:
 
 
 def sampling_arms(batch: int, dtype: str, size: int) -> tuple[dict[str, Any], Any, int]:
+    """Arms by name, what makes inputs from a seed, and the bytes a call must move."""
     draw = jax_flash.sample
     arms = {
         "ours top-k 50 top-p 0.9": functools.partial(draw, top_k=50, top_p=0.9),
@@ -94,6 +96,7 @@ def sampling_arms(batch: int, dtype: str, size: int) -> tuple[dict[str, Any], An
 
 
 def norm_arms(rows: int, columns: int) -> tuple[dict[str, Any], Any, int]:
+    """The same for norms."""
     arms = {
         "ours": our_norm,
         "xla": xla_norm,

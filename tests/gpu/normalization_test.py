@@ -24,10 +24,10 @@ def exact(x: Any, weight: Any, dy: Any, dsum: Any) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("rows", [1, 67, 1500])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rms_norm(dtype: str, columns: int, rows: int, residual: bool) -> None:
+def test_rms_norm(dtype: str, columns: int, residual: bool) -> None:
+    rows = (1, 67, 1500)[(COLUMNS.index(columns) + len(dtype) + residual) % 3]
     rng = np.random.default_rng(columns)
 
     def normal(*shape: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The kernels of `sample` and `top_k` against the specification on the CPU, bit by bit."""
+"""The kernels of `sample` and `top_k` against the specification, bit by bit."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax_flash import sample, top_k
 from jax_flash._src import sample_op, sample_reference
 
 TYPES = ("float32", "bfloat16", "float16")
-SIZES = (1, 31, 1000, 32000, 50257, 128256, 300001)
+SIZES = (1, 1000, 50257, 128256, 300001)
 
 # top_k, top_p, min_p, temperature of seven rows
 ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
@@ -38,11 +38,12 @@ def rows_of_every_kind(size: int, dtype: str) -> np.ndarray:
     return x.astype(jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_sample(size: int, dtype: str, name: str, masked: bool) -> None:
+def test_sample(size: int, name: str) -> None:
+    """Types and masks in turn: what costs time is the specification on the CPU."""
+    number = list(ROWS).index(name) + len(ROWS) * SIZES.index(size)
+    dtype, masked = TYPES[number % 3], number % 2 == 1
     x = rows_of_every_kind(size, dtype)
     mask = np.random.default_rng(0).random((7, size)) < 0.3 if masked else None
     k, p, min_p, temperature = ROWS[name]
@@ -72,9 +73,9 @@ def test_sample(size: int, dtype: str, name: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 50, 256])
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_top_k(size: int, dtype: str, k: int) -> None:
+def test_top_k(size: int, k: int) -> None:
+    dtype = TYPES[(SIZES.index(size) + k) % 3]
     x = rows_of_every_kind(size, dtype)
     k = min(k, size)
     with jax.default_device(jax.devices("cpu")[0]):
