@@ -64,15 +64,15 @@ def sample(
     logits = _check_logits(logits)
     batch, size = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(batch)
+    degrees = _parameter("temperature", temperature, batch, (0, math.inf))
+    if degrees is None:
+        raise ValueError("temperature must be a number or an array, got None")
     parameters = {
-        "temperature": _parameter("temperature", temperature, batch, (0, math.inf)),
         "top_k": _parameter("top_k", top_k, batch, (1, math.inf), integer=True),
         "top_p": _parameter("top_p", top_p, batch, (0, 1)),
         "min_p": _parameter("min_p", min_p, batch, (0, 1)),
     }
-    if parameters["temperature"] is None:
-        raise ValueError("temperature must be a number or an array, got None")
-    table = sample_reference.parameters(_key_words(key), rows, **parameters)
+    table = sample_reference.parameters(_key_words(key), rows, degrees, **parameters)
     if mask is not None:
         mask = _check_mask(mask, (*batch, size))
         # One row for all where it is the same for all.
@@ -136,7 +136,7 @@ def _check_logits(logits: Any) -> jax.Array:
 def _key_words(key: Any) -> jax.Array:
     """The two words of a threefry key."""
     dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         name = str(jax.random.key_impl(key))
         if name != "threefry2x32":
             raise NotImplementedError(

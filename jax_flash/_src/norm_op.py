@@ -183,7 +183,8 @@ def _forward_kernel(*operands: jax.Array, options: NormOptions) -> list[jax.Arra
         for r in _forward_results(*operands, options=options)
     ]
     call = jax.ffi.ffi_call(registry.RMS_NORM_TARGET, results)
-    return call(*operands, eps=np.float32(options.eps), has_residual=options.with_sum)
+    eps = np.float32(options.eps)
+    return list(call(*operands, eps=eps, has_residual=options.with_sum))
 
 
 def _backward_kernel(*operands: jax.Array, options: NormOptions) -> list[jax.Array]:

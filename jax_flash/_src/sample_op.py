@@ -74,7 +74,7 @@ def _sample_kernel(*operands: jax.Array, options: SampleOptions) -> list[jax.Arr
     sizes = rowwise.leading_sizes(options, [x.shape for x in operands])
     result = jax.ShapeDtypeStruct(sizes, jnp.int32)
     call = jax.ffi.ffi_call(registry.SAMPLE_TARGET, [result])
-    return call(*operands, has_mask=options.has_mask)
+    return list(call(*operands, has_mask=options.has_mask))
 
 
 def _top_k_results(*avals: Any, options: TopKOptions) -> list[Result]:
@@ -104,7 +104,7 @@ def _top_k_kernel(logits: jax.Array, *, options: TopKOptions) -> list[jax.Array]
         jax.ShapeDtypeStruct(shape, logits.dtype),
         jax.ShapeDtypeStruct(shape, jnp.int32),
     ]
-    return jax.ffi.ffi_call(registry.TOP_K_TARGET, results)(logits)
+    return list(jax.ffi.ffi_call(registry.TOP_K_TARGET, results)(logits))
 
 
 SAMPLE = RowOp(
