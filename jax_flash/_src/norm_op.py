@@ -275,7 +275,7 @@ def _tangent_transpose(
     has_sum = options.with_sum and not _is_zero(cts[1])
     which = NormOptions(options.eps, "backward", has_sum)
     grads = rowwise.bind(BACKWARD, which, x, weight, scale, dy, *cts[1 : 1 + has_sum])
-    by_name = dict(zip(("x", "weight"), grads, strict=True))
+    by_name: dict[str, jax.Array] = dict(zip(("x", "weight"), grads, strict=True))
 
     def of(name: str, linear: Any) -> Any:
         if not ad.is_undefined_primal(linear):

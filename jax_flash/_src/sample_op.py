@@ -85,7 +85,7 @@ def _top_k_results(*avals: Any, options: TopKOptions) -> list[Result]:
 
 
 def _top_k_reference(logits: jax.Array, *, options: TopKOptions) -> list[jax.Array]:
-    sizes = logits.shape[:2]
+    sizes = logits.shape[0], logits.shape[1]
     results = sample_reference.top_k(_flat(logits, sizes), options.k)
     return [x.reshape(*sizes, options.k) for x in results]
 
