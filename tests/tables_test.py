@@ -126,7 +126,14 @@ def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> N
 
 def test_extension_knows_its_operations(built: Any) -> None:
     """Every target is registered, and nothing is chosen for another name."""
-    targets = {registry.FORWARD_TARGET, registry.BACKWARD_TARGET}
+    targets = {
+        registry.FORWARD_TARGET,
+        registry.BACKWARD_TARGET,
+        registry.SAMPLE_TARGET,
+        registry.TOP_K_TARGET,
+        registry.RMS_NORM_TARGET,
+        registry.RMS_NORM_BACKWARD_TARGET,
+    }
     assert set(built.registrations()) == targets
     facts = {"key_length": 1, "batch_dims": 1, "alignment": 16}
     facts |= {"compute_capability": 80, "force_sm80": False}

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -17,6 +18,10 @@ from jax_flash._src import plan
 
 FORWARD_TARGET = "jax_flash_mha_fwd"
 BACKWARD_TARGET = "jax_flash_mha_bwd"
+SAMPLE_TARGET = "jax_flash_sample"
+TOP_K_TARGET = "jax_flash_top_k"
+RMS_NORM_TARGET = "jax_flash_rms_norm"
+RMS_NORM_BACKWARD_TARGET = "jax_flash_rms_norm_bwd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +32,14 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
+      row_kernels: whether sampling and norms may use its kernels.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
+    row_kernels: bool = True
     missing: str | None = None
 
 
@@ -49,7 +56,9 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    return Extension(table, info, kernels.force_sm80())
+    # Until these kernels have passed on a GPU.
+    row = os.environ.get("JAX_FLASH_ROW_KERNELS") == "1"
+    return Extension(table, info, kernels.force_sm80(), row)
 
 
 _assumed: list[Extension] = []
