@@ -179,8 +179,9 @@ def backward_workspace(
     """Floats of workspace with which any kernel that may be chosen can run a backward.
 
     For each head of each sequence and each padded row: the sum of the gradient of
-    query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count for every `TURN_ROWS`
-    rows. The device is unknown when a program is lowered, so the widest kernel counts.
+    query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
+    for every `TURN_ROWS` rows. The device is unknown when a program is lowered, so the
+    widest kernel counts.
     """
     rows = padded_rows(query_length)
     kernels = (
