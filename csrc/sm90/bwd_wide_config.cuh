@@ -32,8 +32,9 @@ struct BwdWideConfig {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
-  // Named barriers, as in BwdConfig but for the first: there are probabilities.
+  // Named barriers, as in BwdConfig but for the first two: P is there; its place is free again.
   static constexpr int kScored = 1;
+  static constexpr int kScoresUsed = 2;
   static constexpr int kQueryReleased = 5;
   static constexpr int kDoutReleased = kQueryReleased + kStages;
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;

@@ -29,7 +29,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   using Base::kRows;
   using Base::kScores;
   using Base::kSums;
-  static constexpr int kParts = (Config::kSumParts + 1) / 2;  // of dQ, of a warpgroup: at most
+  static constexpr int kParts = 2;  // of dQ, of a warpgroup: at most
+  static_assert(Config::parts_of(0) == 2 && Config::parts_of(1) <= 2, "what waits count on");
 
   using Base::blocks;
   using Base::params;
@@ -88,8 +89,10 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   __device__ __forceinline__ uint32_t probabilities(uint32_t step) const {
     return this->score_tile(step) + threadIdx.x % 128 * 16;
   }
+  // The second warpgroup's products for dQ, of the step before the last, are done with the place
+  // of P. All of its lanes say so, which have read and written there: racecheck follows no others.
   __device__ __forceinline__ void wait_scores_used() const {
-    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
+    if (steps > 0) ptx::bar_sync(Config::kScoresUsed, 256);
   }
   // dS of the step before is there.
   __device__ __forceinline__ void wait_scores() const {
@@ -129,11 +132,12 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ptx::wgmma_fence();
     // In the first step of a block of what lies there from the block before: dropped.
     issue_dqueries<0>(dquery, steps + 1);
-    ptx::wgmma_wait_group<Config::parts_of(0)>();
+    ptx::wgmma_wait_group<2>();
     this->release_douts();
+    ptx::wgmma_wait_group<1>();
+    if (!first) this->hand_over(dquery[0]);
     ptx::wgmma_wait_group<0>();
-    warp_arrive(shared.score_empty[(steps + 1) % 2]);
-    if (!first) hand_over_all<0>(dquery);
+    if (!first) this->hand_over(dquery[1]);
     ++steps;
   }
 
@@ -177,7 +181,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     issue_dqueries<1>(dquery, steps + 1);
     issue_gradient<QueryLayout>(dkey, ds, this->query_tile());
     ptx::wgmma_wait_group<1>();
-    warp_arrive(shared.score_empty[(steps + 1) % 2]);
+    ptx::bar_arrive(Config::kScoresUsed, 256);
     if (!first) hand_over_all<1>(dquery);
     ptx::wgmma_wait_group<0>();
     this->release_queries();
@@ -240,6 +244,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   __device__ __forceinline__ void run() {
     if (warpgroup == 0) {
       run_role<0>();
+      wait_scores_used();  // the last arrival's partner
     } else {
       warp_arrive(shared.score_full[1]);  // of the step before the first
       run_role<1>();
