@@ -113,8 +113,10 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     uint32_t p[kScores / 2];
     ptx::wgmma_fence();
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
+    float2 early[Base::kEarlyLoads];
+    Base::load_early(early, this->lse_columns());
     ptx::wgmma_wait_group<0>();
-    this->template take_exponentials<kClean>(p, s, block, first_row);
+    this->template take_exponentials<kClean>(p, s, early, block, first_row);
     this->release_queries();
     wait_scores_used();
 #pragma unroll
@@ -166,8 +168,10 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       p[4 * i + 2] = words.z;
       p[4 * i + 3] = words.w;
     }
+    float2 early[Base::kEarlyLoads];
+    Base::load_early(early, this->delta_columns());
     ptx::wgmma_wait_group<0>();
-    this->take_score_gradients(ds, p, dp);
+    this->take_score_gradients(ds, p, dp, early);
     this->release_douts();
     ptx::bar_sync(3 + warpgroup, 128);  // all have read P
     this->store_scores(ds);
