@@ -81,7 +81,7 @@ def backward_calls() -> Iterator[Call]:
             yield problem, options | {"deterministic": i % 2 == 0}
             options = {"window_size": (40, 20), "query_seq_lengths": lengths}
             yield problem, options | {"deterministic": i % 2 == 1}
-    for widths in ((64,), (128,)):
+    for widths in ((64,), (128,), (256,)):
         problem = arrays(jax.numpy.bfloat16, (1, 300, 8), (400, 2), *widths)
         for deterministic in (False, True):
             yield problem, {"deterministic": deterministic}
