@@ -9,6 +9,8 @@ from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
 from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flash.decode import append_kv, decode_mha, merge_partials
+from jax_flash.normalization import rms_norm, silu_mul, split_qkv
+from jax_flash.sampling import sample, top_k
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,11 @@ __all__ = [
     "explain",
     "merge_partials",
     "mha",
+    "rms_norm",
+    "sample",
+    "silu_mul",
+    "split_qkv",
+    "top_k",
 ]
 
 # Registers the FFI targets, so that exported programs can be loaded.

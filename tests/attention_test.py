@@ -26,6 +26,11 @@ def test_public_names() -> None:
         "explain",
         "merge_partials",
         "mha",
+        "rms_norm",
+        "sample",
+        "silu_mul",
+        "split_qkv",
+        "top_k",
     ]
 
 

@@ -126,8 +126,15 @@ def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> N
 
 def test_extension_knows_its_operations(built: Any) -> None:
     """Every target is registered, and nothing is chosen for another name."""
-    targets = {registry.FORWARD_TARGET, registry.BACKWARD_TARGET}
-    targets |= {registry.DECODE_TARGET}
+    targets = {
+        registry.FORWARD_TARGET,
+        registry.BACKWARD_TARGET,
+        registry.DECODE_TARGET,
+        registry.SAMPLE_TARGET,
+        registry.TOP_K_TARGET,
+        registry.RMS_NORM_TARGET,
+        registry.RMS_NORM_BACKWARD_TARGET,
+    }
     assert set(built.registrations()) == targets
     facts = {"key_length": 1, "batch_dims": 1, "alignment": 16}
     facts |= {"compute_capability": 80, "force_sm80": False}
@@ -227,13 +234,16 @@ def test_missing_kernel(op: str) -> None:
 
 def workspace_of(kernel: plan.Kernel, batch: int, heads: int, query_length: int) -> int:
     """What `csrc/host/params.h` lists: a sum, two rows and turns, all padded."""
-    rows = -(-query_length // 128) * 128
-    sums = batch * heads * rows * kernel.head_dim
-    return sums + 2 * batch * heads * rows + batch * heads * (rows // 64)
+    tiles = max(-(-query_length // 80) * 80, -(-query_length // 128) * 128)
+    rows = -(-tiles // 64) * 64
+    sums = batch * heads * rows * (-(-kernel.head_dim // 64) * 64)
+    return sums + 2 * batch * heads * rows + batch * heads * (rows // 16)
 
 
 @pytest.mark.parametrize("query_length", [1, 127, 128, 129, 4097])
-@pytest.mark.parametrize("widths", [(1, 1), (64, 64), (72, 40), (128, 36), (192, 250)])
+@pytest.mark.parametrize(
+    "widths", [(1, 1), (64, 64), (72, 40), (128, 36), (192, 8), (192, 250)]
+)
 def test_workspace_suffices_everywhere(
     query_length: int, widths: tuple[int, int]
 ) -> None:
@@ -286,6 +296,9 @@ def test_choice_on_hopper(
         kernel = plan.forward_kernel(dtype, *widths, HOPPER)
         assert widths_of(kernel) == expected
         assert kernel is None or kernel.family == "sm90"
+        backward = plan.backward_kernel(dtype, *widths, HOPPER)
+        assert widths_of(backward) == expected
+        assert backward is None or backward.family == "sm90"
         other = plan.forward_kernel(dtype, *widths, HOPPER, force_sm80=True)
         assert other == plan.forward_kernel(dtype, *widths, 80)
 

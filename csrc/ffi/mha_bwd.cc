@@ -91,7 +91,7 @@ ffi::Error launch(MhaBwdParams* params, ElementType type, const ffi::AnyBuffer& 
        alignment, device.compute_capability, force_sm80()});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params->head_dim, " and ",
                   params->head_dim_v);
-  JAX_FLASH_RETURN_IF_ERROR(divide_workspace(workspace, kernel->head_dim, params));
+  JAX_FLASH_RETURN_IF_ERROR(divide_workspace(workspace, bwd_sum_width(kernel->head_dim), params));
   const cudaError_t error = kernel->launch(*params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_mha_bwd", error);
   return ffi::Error::Success();

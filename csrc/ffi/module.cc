@@ -26,6 +26,10 @@ nb::dict registrations() {
   targets["jax_flash_mha_fwd"] = encapsulate(kMhaFwd);
   targets["jax_flash_mha_bwd"] = encapsulate(kMhaBwd);
   targets["jax_flash_decode"] = encapsulate(kDecode);
+  targets["jax_flash_sample"] = encapsulate(kSample);
+  targets["jax_flash_top_k"] = encapsulate(kTopK);
+  targets["jax_flash_rms_norm"] = encapsulate(kRmsNorm);
+  targets["jax_flash_rms_norm_bwd"] = encapsulate(kRmsNormBwd);
   return targets;
 }
 

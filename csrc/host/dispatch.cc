@@ -57,7 +57,11 @@ constexpr MhaFwdKernel kMhaFwdKernels[] = {
 
 constexpr MhaBwdKernel kMhaBwdKernels[] = {
     sm90_bwd<kBf16, 64, 64>(),   sm90_bwd<kF16, 64, 64>(),    //
+    sm90_bwd<kBf16, 96, 96>(),   sm90_bwd<kF16, 96, 96>(),    //
     sm90_bwd<kBf16, 128, 128>(), sm90_bwd<kF16, 128, 128>(),  //
+    sm90_bwd<kBf16, 192, 128>(), sm90_bwd<kF16, 192, 128>(),  //
+    sm90_bwd<kBf16, 192, 192>(), sm90_bwd<kF16, 192, 192>(),  //
+    sm90_bwd<kBf16, 256, 256>(), sm90_bwd<kF16, 256, 256>(),  //
     sm80_bwd<kBf16, 64, 64>(),   sm80_bwd<kF16, 64, 64>(),    //
     sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
     sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //

@@ -82,7 +82,7 @@ struct MhaFwdParams : MhaParams {
 };
 
 // Rows of queries for which `turns` has an entry.
-inline constexpr int kBwdTurnRows = 32;
+inline constexpr int kBwdTurnRows = 16;
 
 // Rows that a thread block of bwd_rows.cuh works on.
 inline constexpr int kBwdRowGroup = 64;
@@ -94,6 +94,9 @@ constexpr int bwd_padded_rows(int query_length) {
   const int large = (query_length + 127) / 128 * 128;
   return ((small > large ? small : large) + kBwdRowGroup - 1) / kBwdRowGroup * kBwdRowGroup;
 }
+
+// Width of the sum of the gradient of queries, for a kernel of width `head_dim`: whole parts.
+constexpr int bwd_sum_width(int head_dim) { return (head_dim + 63) / 64 * 64; }
 
 struct MhaBwdParams : MhaParams {
   float factor;  // of the logits, as called: natural logits = factor * q.k
@@ -115,7 +118,7 @@ struct MhaBwdParams : MhaParams {
   bool deterministic;
 
   // Workspace, written by the kernel that runs first. Rows are padded to bwd_padded_rows, widths
-  // to those of the kernel.
+  // to bwd_sum_width.
   float* dquery_sum;  // [batch, heads, padded rows, padded width], in the order the kernel likes
   float* row_lse;     // [batch, heads, padded rows]: log2(e) * lse; +inf in rows without keys
   float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows

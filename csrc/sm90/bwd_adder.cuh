@@ -17,7 +17,7 @@
 
 namespace jax_flash::sm90 {
 
-// One warp for each consumer warpgroup, whose part of dQ it takes from shared memory. It waits for
+// One warp for each consumer warpgroup, whose parts of dQ it takes from shared memory. It waits for
 // its turn and for the memory, so that the consumers need not.
 template <typename Config>
 struct BwdAdder {
@@ -51,9 +51,8 @@ struct BwdAdder {
     return before == 0;
   }
 
-  // tile: its number in the head; in_sum: in the sum.
-  __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int in_sum) const {
-    const int64_t part = int64_t{in_sum} * Config::kWarpgroups + warpgroup;
+  // tile: its number in the head; part: in the sum.
+  __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int64_t part) const {
     int32_t* const turn = params.turns + part;
     bool stores = false;
     if (lane_id() == 0) {
@@ -95,8 +94,13 @@ struct BwdAdder {
       for (int head = 0; head < group; ++head) {
 #pragma unroll 1
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
-          ptx::bar_sync(Config::kSumReady + warpgroup, Config::kSumThreads);
-          add(block, tile, in_sum);
+          const int64_t first_part =
+              int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup);
+#pragma unroll 1
+          for (int part = 0; part < Config::parts_of(warpgroup); ++part) {
+            ptx::bar_sync(Config::kSumReady + warpgroup, Config::kSumThreads);
+            add(block, tile, first_part + part);
+          }
         }
         in_sum += block.next_head - 1;
       }

@@ -69,7 +69,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.next_head = tiles_of_head - block.tiles + 1;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
-    const int first_key = block.first_key + 64 * w;
+    const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
     // Any other scale goes through the careful path, which multiplies it in.
     const bool none = all.first >= all.end || params.scale.first != 1.0f;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "host/dispatch.h"
+#include "host/params.h"
 #include "sm90/fwd_config.cuh"
 #include "tile/element.cuh"
 
@@ -15,14 +16,18 @@ struct BwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
   static constexpr int kHeadDim = kHeadDimArg;  // of queries, keys and values, after padding
+  static constexpr int kHeadDimV = kHeadDim;
   static constexpr int kRows = kRowsArg;
   static constexpr int kWarpgroups = 2;  // consumers of a thread block
   static constexpr int kKeys = 64 * kWarpgroups;
-  static constexpr int kStages = 2;  // of queries, and of output gradients
+  static constexpr int kKeyStep = 64;  // from the keys of a warpgroup to those of the next
+  static constexpr int kStages = 2;    // of queries
+  static constexpr int kDoutStages = 2;
   // Of keys and values: where there is room, those of the next block come early.
   static constexpr int kKeyStages = kHeadDim == 64 ? 2 : 1;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kScoreWarps = kConsumerWarps;  // that write dS
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
   static constexpr int kProducerRegisters = 24;
@@ -35,30 +40,36 @@ struct BwdConfig {
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
 
   // Named barriers between a consumer warpgroup and the warp that adds its part of dQ.
-  static constexpr int kSumFree = kDoutReleased + kStages;
+  static constexpr int kSumFree = kDoutReleased + kDoutStages;
   static constexpr int kSumReady = kSumFree + kWarpgroups;
   static constexpr int kSumThreads = 128 + 32;
 
-  // At width 128 each warpgroup has half of the columns of dQ, at width 64 half of the queries.
-  static constexpr bool kSplitsColumns = kHeadDim == 128;
+  // At width 64 each warpgroup has half of the queries of dQ, else 64 of its columns.
+  static constexpr bool kSplitsColumns = kHeadDim > 64;
   static constexpr int kSumRows = kSplitsColumns ? kRows : kRows / kWarpgroups;
   static constexpr int kSumFloats = 64 * kSumRows;  // of a warpgroup's part of a tile
+  static constexpr int kSumWidth = bwd_sum_width(kHeadDim);
+  static constexpr int kSumParts = kWarpgroups;  // of a tile
+  static constexpr int first_part(int warpgroup) { return warpgroup; }
+  static constexpr int parts_of(int) { return 1; }
 
-  using KeyLayout = SlabLayout<kKeys, kHeadDim>;    // of keys, and of values
-  using QueryLayout = SlabLayout<kRows, kHeadDim>;  // of queries, and of output gradients
-  using ScoreLayout = SlabLayout<kRows, kKeys>;     // of dS: a row is a query
+  using KeyLayout = SlabLayout<kKeys, kHeadDim>;
+  using ValueLayout = KeyLayout;
+  using QueryLayout = SlabLayout<kRows, kHeadDim>;
+  using DoutLayout = QueryLayout;
+  using ScoreLayout = SlabLayout<kRows, kKeys>;  // of dS: a row is a query
 
   // Shared memory in bytes from the start; then BwdShared.
   static constexpr int kKeyOffset = 0;
   static constexpr int kValueOffset = KeyLayout::kBytes;  // from the keys of the same stage
-  static constexpr int kKeyStageBytes = 2 * KeyLayout::kBytes;
+  static constexpr int kKeyStageBytes = KeyLayout::kBytes + ValueLayout::kBytes;
   static constexpr int kQueryOffset = kKeyStages * kKeyStageBytes;
   static constexpr int kDoutOffset = kQueryOffset + kStages * QueryLayout::kBytes;
-  static constexpr int kScoreOffset = kDoutOffset + kStages * QueryLayout::kBytes;
+  static constexpr int kScoreOffset = kDoutOffset + kDoutStages * DoutLayout::kBytes;
   static constexpr int kSumOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
   static constexpr int kStateOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
 
-  static_assert(kHeadDim == 64 * (kSplitsColumns ? kWarpgroups : 1),
+  static_assert(kSumWidth == 64 * (kSplitsColumns ? kWarpgroups : 1),
                 "one product for dQ for each warpgroup");
 };
 

@@ -29,7 +29,9 @@ template <typename Config>
 struct BwdConsumer {
   using Element = typename Config::Element;
   using QueryLayout = typename Config::QueryLayout;
+  using DoutLayout = typename Config::DoutLayout;
   using KeyLayout = typename Config::KeyLayout;
+  using ValueLayout = typename Config::ValueLayout;
   using ScoreLayout = typename Config::ScoreLayout;
   static constexpr int kRows = Config::kRows;
   static constexpr int kScores = kRows / 2;
@@ -50,11 +52,16 @@ struct BwdConsumer {
 
   __device__ __forceinline__ int stage() const { return steps % Config::kStages; }
   __device__ __forceinline__ uint32_t parity() const { return steps / Config::kStages % 2; }
+  // The same of output gradients.
+  __device__ __forceinline__ int dout_stage() const { return steps % Config::kDoutStages; }
+  __device__ __forceinline__ uint32_t dout_parity() const {
+    return steps / Config::kDoutStages % 2;
+  }
   __device__ __forceinline__ uint32_t query_tile() const {
     return tiles + Config::kQueryOffset + stage() * QueryLayout::kBytes;
   }
   __device__ __forceinline__ uint32_t dout_tile() const {
-    return tiles + Config::kDoutOffset + stage() * QueryLayout::kBytes;
+    return tiles + Config::kDoutOffset + dout_stage() * DoutLayout::kBytes;
   }
   __device__ __forceinline__ uint32_t score_tile(uint32_t step) const {
     return tiles + Config::kScoreOffset + step % 2 * ScoreLayout::kBytes;
@@ -68,9 +75,12 @@ struct BwdConsumer {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
   }
 
-  // Gives this step's queries or output gradients back. All lanes read what comes with them.
-  __device__ __forceinline__ void release(int barrier) const {
-    ptx::bar_arrive(barrier + stage(), Config::kReleaseThreads);
+  // Give this step's queries or output gradients back. All lanes read what comes with them.
+  __device__ __forceinline__ void release_queries() const {
+    ptx::bar_arrive(Config::kQueryReleased + stage(), Config::kReleaseThreads);
+  }
+  __device__ __forceinline__ void release_douts() const {
+    ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
   }
 
   __device__ __forceinline__ uint32_t key_tile() const {
@@ -106,9 +116,9 @@ struct BwdConsumer {
     ptx::wgmma_commit_group();
   }
 
-  // d = K^T dS^T for this warpgroup's part of the sum, of step `step`.
-  __device__ __forceinline__ void issue_dquery(float (&d)[kSums], uint32_t step) const {
-    const int columns = Config::kSplitsColumns ? warpgroup : 0;
+  // d = K^T dS^T of step `step`: slab `columns` of the width, and this warpgroup's queries.
+  __device__ __forceinline__ void issue_dquery(float (&d)[kSums], uint32_t step,
+                                               int columns) const {
     const int rows = Config::kSplitsColumns ? 0 : Config::kSumRows * warpgroup;
     const uint64_t keys =
         ptx::wgmma_descriptor(fresh_key_tile() + columns * KeyLayout::kSlabBytes, 0);
@@ -119,6 +129,10 @@ struct BwdConsumer {
           d, keys + (16 * 128 >> 4) * k, scores + (ScoreLayout::offset(0, 2 * k) >> 4), k != 0);
     }
     ptx::wgmma_commit_group();
+  }
+
+  __device__ __forceinline__ int own_columns() const {
+    return Config::kSplitsColumns ? warpgroup : 0;
   }
 
   // Turns at the products for dQ and dK: each warpgroup has its own after the other has asked for
@@ -150,8 +164,8 @@ struct BwdConsumer {
   // the queries of an interval.
   __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
                                              int first_key, int first_row) const {
-    const int key =
-        first_key + 64 * warpgroup + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
+    const int key = first_key + Config::kKeyStep * warpgroup +
+                    static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
     const int column = first_row + fragment_column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -191,42 +205,40 @@ struct BwdConsumer {
     const int end = min(max(live.end - first_row, begin), kRows);
     clear_rows<QueryLayout>(query_tile(), 0, begin);
     clear_rows<QueryLayout>(query_tile(), end, kRows);
-    clear_rows<QueryLayout>(dout_tile(), 0, begin);
-    clear_rows<QueryLayout>(dout_tile(), end, kRows);
+    clear_rows<DoutLayout>(dout_tile(), 0, begin);
+    clear_rows<DoutLayout>(dout_tile(), end, kRows);
     end_clearing();
   }
 
-  // One tile of queries of one head. kClean: see BwdBlock. first: of the block; there is no
-  // product for dQ of the step before.
-  template <bool kClean>
-  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first) {
-    const int first_row = tile * kRows;
-    wait(shared.query_full[stage()], parity());
-    wait(shared.dout_full[stage()], parity());
-    if constexpr (!kClean) clear_dead_rows(block, first_row);
-    const int own = 64 * warpgroup;  // first key
-    float s[kScores];
-    float dp[kScores];
-    uint32_t p[kScores / 2];
-    uint32_t ds[kScores / 2];
-    ptx::wgmma_fence();
-    issue_scores(s, fresh_key_tile() + own * 128, query_tile());
-    issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
-    pass_turn(warpgroup == 1 || !first);
-
-    const float* const lse = shared.row_lse[stage()] + fragment_column();
-    float2 early[kEarlyLoads];  // before the wait, which nothing is moved across
+  __device__ __forceinline__ const float* lse_columns() const {
+    return shared.row_lse[stage()] + fragment_column();
+  }
+  __device__ __forceinline__ const float* delta_columns() const {
+    return shared.row_delta[dout_stage()] + fragment_column();
+  }
+  // The first of them: read before a wait, which nothing is moved across.
+  static __device__ __forceinline__ void load_early(float2 (&early)[kEarlyLoads],
+                                                    const float* columns) {
 #pragma unroll
-    for (int j = 0; j < kEarlyLoads; ++j) early[j] = *reinterpret_cast<const float2*>(lse + 8 * j);
-    ptx::wgmma_wait_group<1>();
+    for (int j = 0; j < kEarlyLoads; ++j) {
+      early[j] = *reinterpret_cast<const float2*>(columns + 8 * j);
+    }
+  }
+
+  // P = 2^(S - lse) of this step's queries, from `first_row` on. s is used up.
+  template <bool kClean>
+  __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2], float (&s)[kScores],
+                                                    const float2 (&early)[kEarlyLoads],
+                                                    const BwdBlock<Config>& block,
+                                                    int first_row) const {
     if constexpr (!kClean) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
+    const float* const lse = lse_columns();
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x =
-          j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = s[4 * j + e];
@@ -238,19 +250,17 @@ struct BwdConsumer {
     for (int i = 0; i < kScores / 2; ++i) {
       p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
     }
-    ptx::wgmma_fence();
-    issue_gradient(dvalue, p, dout_tile());
+  }
 
-    const float* const delta = shared.row_delta[stage()] + fragment_column();
-#pragma unroll
-    for (int j = 0; j < kEarlyLoads; ++j) {
-      early[j] = *reinterpret_cast<const float2*>(delta + 8 * j);
-    }
-    ptx::wgmma_wait_group<1>();
+  // dS = P (dP - delta).
+  __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
+                                                       const uint32_t (&p)[kScores / 2],
+                                                       const float (&dp)[kScores],
+                                                       const float2 (&early)[kEarlyLoads]) const {
+    const float* const delta = delta_columns();
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x =
-          j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
@@ -258,6 +268,36 @@ struct BwdConsumer {
                                                 probability.y * (dp[4 * j + 2 * h + 1] - x.y));
       }
     }
+  }
+
+  // One tile of queries of one head. kClean: see BwdBlock. first: of the block; there is no
+  // product for dQ of the step before.
+  template <bool kClean>
+  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first) {
+    const int first_row = tile * kRows;
+    wait(shared.query_full[stage()], parity());
+    wait(shared.dout_full[dout_stage()], dout_parity());
+    if constexpr (!kClean) clear_dead_rows(block, first_row);
+    const int own = Config::kKeyStep * warpgroup;  // first key
+    float s[kScores];
+    float dp[kScores];
+    uint32_t p[kScores / 2];
+    uint32_t ds[kScores / 2];
+    ptx::wgmma_fence();
+    issue_scores(s, fresh_key_tile() + own * 128, query_tile());
+    issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
+    pass_turn(warpgroup == 1 || !first);
+
+    float2 early[kEarlyLoads];
+    load_early(early, lse_columns());
+    ptx::wgmma_wait_group<1>();
+    take_exponentials<kClean>(p, s, early, block, first_row);
+    ptx::wgmma_fence();
+    issue_gradient(dvalue, p, dout_tile());
+
+    load_early(early, delta_columns());
+    ptx::wgmma_wait_group<1>();
+    take_score_gradients(ds, p, dp, early);
     wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
     store_scores(ds);
     ptx::fence_proxy_async_shared();
@@ -268,14 +308,14 @@ struct BwdConsumer {
     float dquery[kSums];
     ptx::wgmma_fence();
     // In the first step of a block of what lies there from the block before: dropped.
-    issue_dquery(dquery, steps + 1);
+    issue_dquery(dquery, steps + 1, own_columns());
     issue_gradient(dkey, ds, query_tile());
     ptx::wgmma_wait_group<1>();
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
-    release(Config::kDoutReleased);
+    release_douts();
     if (!first) hand_over(dquery);
     ptx::wgmma_wait_group<0>();
-    release(Config::kQueryReleased);
+    release_queries();
     ++steps;
   }
 
@@ -285,7 +325,8 @@ struct BwdConsumer {
     const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const uint32_t target =
         score_tile(steps) +
-        ScoreLayout::offset(lane / 16 * 8 + lane % 8, 8 * warpgroup + 2 * warp + lane / 8 % 2);
+        ScoreLayout::offset(lane / 16 * 8 + lane % 8,
+                            Config::kKeyStep / 8 * warpgroup + 2 * warp + lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k) {
       const uint32_t words[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
@@ -294,11 +335,12 @@ struct BwdConsumer {
   }
 
   // One gradient, keys by width, to its place in global memory.
-  __device__ __forceinline__ void store_gradient(const float (&grad)[kGrads], float factor,
+  template <int kCount>
+  __device__ __forceinline__ void store_gradient(const float (&grad)[kCount], float factor,
                                                  void* out, bool f32, int width,
                                                  const BwdBlock<Config>& block) const {
     const int lane = lane_id() % 4;
-    const int first = block.first_key + 64 * warpgroup +
+    const int first = block.first_key + Config::kKeyStep * warpgroup +
                       static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -309,7 +351,7 @@ struct BwdConsumer {
       if (f32) {
         float* const target = static_cast<float*>(out) + row + 2 * lane;
 #pragma unroll
-        for (int j = 0; j < Config::kHeadDim / 8; ++j) {
+        for (int j = 0; j < kCount / 4; ++j) {
           if (exists && 8 * j < width) {
             *reinterpret_cast<float2*>(target + 8 * j) =
                 make_float2(factor * grad[4 * j + 2 * h], factor * grad[4 * j + 2 * h + 1]);
@@ -319,7 +361,7 @@ struct BwdConsumer {
       }
       Element16* const target = static_cast<Element16*>(out) + row + 8 * lane;
 #pragma unroll
-      for (int group = 0; group < Config::kHeadDim / 32; ++group) {
+      for (int group = 0; group < kCount / 16; ++group) {
         uint32_t words[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -335,15 +377,21 @@ struct BwdConsumer {
     }
   }
 
-  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
+  // The keys and values of a block are there, and nothing else is read with them.
+  __device__ __forceinline__ void begin_block(const BwdBlock<Config>& block) const {
     const int key_stage = blocks % Config::kKeyStages;
     wait(shared.key_full[key_stage], blocks / Config::kKeyStages % 2);
     wait(shared.value_full[key_stage], blocks / Config::kKeyStages % 2);
     if (block.keys < Config::kKeys) {
       clear_rows<KeyLayout>(key_tile(), block.keys, Config::kKeys);
-      clear_rows<KeyLayout>(key_tile() + Config::kValueOffset, block.keys, Config::kKeys);
+      clear_rows<ValueLayout>(key_tile() + Config::kValueOffset, block.keys, Config::kKeys);
       end_clearing();
     }
+  }
+
+  // Calls step<kClean>(tile, first) for all tiles of a block.
+  template <typename Step>
+  __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
     const int first_tile = block.first_tile;
     const int end_tile = first_tile + block.tiles;
     const int clean_first = block.clean_first[warpgroup];
@@ -358,20 +406,26 @@ struct BwdConsumer {
     while (left > 0) {
 #pragma unroll 1
       for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
-        step<true>(block, tile, first);
+        step.template operator()<true>(tile, first);
         advance();
       }
       if (left == 0) break;
-      step<false>(block, tile, first);
+      step.template operator()<false>(tile, first);
       advance();
       --left;
     }
+  }
+
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
+    const int key_stage = blocks % Config::kKeyStages;
+    begin_block(block);
+    for_steps(block, [&]<bool kClean>(int tile, bool first) { step<kClean>(block, tile, first); });
     warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
     float dquery[kSums];
     ptx::wgmma_fence();
-    issue_dquery(dquery, steps + 1);
+    issue_dquery(dquery, steps + 1, own_columns());
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
     hand_over(dquery);

@@ -17,8 +17,20 @@
 #include "sm90/bwd_consumer.cuh"
 #include "sm90/bwd_producer.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/bwd_wide_config.cuh"
+#include "sm90/bwd_wide_consumer.cuh"
 
 namespace jax_flash::sm90 {
+
+// The consumers that a Config is for.
+template <typename Config>
+struct ConsumerOf {
+  using Type = BwdConsumer<Config>;
+};
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>> {
+  using Type = BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>>;
+};
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -40,10 +52,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       init(shared.value_full[i], 1);
       init(shared.value_empty[i], Config::kConsumerWarps);
     }
+    for (int i = 0; i < Config::kStages; ++i) init(shared.query_full[i], 1);
+    for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
     for (int i = 0; i < 2; ++i) {
-      init(shared.query_full[i], 1);
-      init(shared.dout_full[i], 1);
-      init(shared.score_full[i], Config::kConsumerWarps);
+      init(shared.score_full[i], Config::kScoreWarps);
       init(shared.score_empty[i], Config::kConsumerWarps);
       init(shared.block_full[i], 1);
       init(shared.block_empty[i], (128 + 32) * Config::kWarpgroups);
@@ -64,7 +76,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    BwdConsumer<Config> consumer{params, plan, shared, tiles, warpgroup};
+    typename ConsumerOf<Config>::Type consumer{params, plan, shared, tiles, warpgroup};
     consumer.run();
   }
 }

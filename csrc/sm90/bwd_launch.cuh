@@ -118,7 +118,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   BwdPlan plan{};
   cudaError_t error = make_plan<Config>(params, device, &plan);
   if (error != cudaSuccess) return error;
-  error = launch_bwd_prepare<Element>(params, Config::kHeadDim, stream);
+  error = launch_bwd_prepare<Element>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
 
   const auto kernel = mha_bwd_kernel<Config>;
@@ -134,7 +134,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
   if (chunks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kHeadDim / 64);
+  const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kSumWidth / 64);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
                        kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
                        static_cast<int>(row_chunks));
@@ -143,13 +143,17 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  static_assert(kHeadDim == kHeadDimV);
   const auto launch = [&]<int kRows>() {
     return params.deterministic
                ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)
                : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, device, stream);
   };
-  if constexpr (kHeadDim == 64) {
+  if constexpr (kHeadDim > 128) {
+    return params.deterministic
+               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, device, stream)
+               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(params, device,
+                                                                              stream);
+  } else if constexpr (kHeadDim == 64) {
     return launch.template operator()<128>();
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.

@@ -44,8 +44,8 @@ struct BwdProducer {
     const uint32_t keys = tiles + Config::kKeyOffset + stage * Config::kKeyStageBytes;
     ptx::mbarrier_wait(ptx::shared_address(&shared.value_empty[stage]), key_ring.parity() ^ 1);
     uint32_t barrier = ptx::shared_address(&shared.value_full[stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes);
-    copy_tile<typename Config::KeyLayout>(
+    ptx::mbarrier_arrive_expect_tx(barrier, Config::ValueLayout::kBytes);
+    copy_tile<typename Config::ValueLayout>(
         keys + Config::kValueOffset, &plan.value, barrier, ptx::kEvictFirst, block.first_key,
         block.head, batch_coordinate(params.value, block.batch, params, plan.inner_batch));
     ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[stage]), key_ring.parity() ^ 1);
@@ -57,34 +57,36 @@ struct BwdProducer {
     key_ring.next();
   }
 
-  // Waits until all consumers are done with what stage `stage` of a ring held before.
-  __device__ __forceinline__ void wait_released(int barrier, int stage) const {
-    if (copied >= Config::kStages) ptx::bar_sync(barrier + stage, Config::kReleaseThreads);
+  // Waits until all consumers are done with what the next of `stages` tiles held before.
+  __device__ __forceinline__ void wait_released(int barrier, int stages) const {
+    if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
   }
 
   // Queries `row`.. of a head with their lse, and their output gradients with their delta.
   __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
                                                int padded_rows) {
-    using Layout = typename Config::QueryLayout;
+    using QueryLayout = typename Config::QueryLayout;
+    using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int stage = copied % Config::kStages;
     const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
-    wait_released(Config::kQueryReleased, stage);
+    wait_released(Config::kQueryReleased, Config::kStages);
     if (lane_id() == 0) {
+      const int stage = copied % Config::kStages;
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
-      ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
-      copy_tile<Layout>(tiles + Config::kQueryOffset + stage * Layout::kBytes, &plan.query, barrier,
-                        ptx::kEvictLast, row, head,
-                        batch_coordinate(params.query, block.batch, params, plan.inner_batch));
+      ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes);
+      copy_tile<QueryLayout>(tiles + Config::kQueryOffset + stage * QueryLayout::kBytes,
+                             &plan.query, barrier, ptx::kEvictLast, row, head,
+                             batch_coordinate(params.query, block.batch, params, plan.inner_batch));
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
     }
-    wait_released(Config::kDoutReleased, stage);
+    wait_released(Config::kDoutReleased, Config::kDoutStages);
     if (lane_id() == 0) {
+      const int stage = copied % Config::kDoutStages;
       const uint32_t barrier = ptx::shared_address(&shared.dout_full[stage]);
-      ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes + kStateBytes);
-      copy_tile<Layout>(tiles + Config::kDoutOffset + stage * Layout::kBytes, &plan.dout, barrier,
-                        ptx::kEvictLast, row, head, {block.batch, 0});
+      ptx::mbarrier_arrive_expect_tx(barrier, DoutLayout::kBytes + kStateBytes);
+      copy_tile<DoutLayout>(tiles + Config::kDoutOffset + stage * DoutLayout::kBytes, &plan.dout,
+                            barrier, ptx::kEvictLast, row, head, {block.batch, 0});
       ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
                      kStateBytes, barrier);
     }
@@ -136,6 +138,8 @@ struct BwdProducer {
     // No arrival stays without its partner.
     for (int stage = 0; stage < min(copied, Config::kStages); ++stage) {
       ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
+    }
+    for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
       ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
     }
   }

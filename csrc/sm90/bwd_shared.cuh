@@ -12,8 +12,8 @@ namespace jax_flash::sm90 {
 // are done.
 template <typename Config>
 struct BwdShared {
-  float row_lse[Config::kStages][Config::kRows];    // comes with the queries
-  float row_delta[Config::kStages][Config::kRows];  // comes with the output gradients
+  float row_lse[Config::kStages][Config::kRows];        // comes with the queries
+  float row_delta[Config::kDoutStages][Config::kRows];  // comes with the output gradients
   // Of blocks, one at work and the next.
   static constexpr int kBlockSlots = 2;
 
@@ -22,8 +22,8 @@ struct BwdShared {
   uint64_t value_full[Config::kKeyStages];
   uint64_t value_empty[Config::kKeyStages];
   uint64_t query_full[Config::kStages];
-  uint64_t dout_full[Config::kStages];
-  uint64_t score_full[2];  // dS of both warpgroups
+  uint64_t dout_full[Config::kDoutStages];
+  uint64_t score_full[2];  // dS
   uint64_t score_empty[2];
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];

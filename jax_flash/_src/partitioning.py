@@ -101,7 +101,7 @@ def _sharding_rule(stage: Stage, mesh: Any, operands: Any, results: Any):
 
 
 @functools.cache
-def _refine(mesh: Mesh) -> Mesh:
+def refine(mesh: Mesh) -> Mesh:
     """The mesh with axes split into primes: Shardy may shard by part of an axis."""
     names, sizes = [], []
     for axis in mesh.axis_names:
@@ -121,7 +121,7 @@ def _prime_factors(n: int) -> Iterator[int]:
             n //= prime
 
 
-def _axes_of(mesh: Mesh, x: Any) -> list[Axes]:
+def axes_of(mesh: Mesh, x: Any) -> list[Axes]:
     """For each dimension of x the axes of `mesh` that split it, major to minor."""
     where = x.sharding.devices_indices_map(tuple(x.shape))
     spec = []
@@ -149,7 +149,7 @@ class _Split:
 def _choose(stage: Stage, mesh: Mesh, arrays: list[tuple[str, Any]]) -> _Split:
     """The sharding every device works under, from those the compiler proposes."""
     shape = {name: tuple(x.shape) for name, x in arrays}
-    proposals = [(name, tuple(x.shape), _axes_of(mesh, x)) for name, x in arrays]
+    proposals = [(name, tuple(x.shape), axes_of(mesh, x)) for name, x in arrays]
     batch_dims = len(shape["query"]) - 3
     query_heads, kv_heads = shape["query"][-2], shape["key"][-2]
     used: set[str] = set()
@@ -197,7 +197,7 @@ def _choose(stage: Stage, mesh: Mesh, arrays: list[tuple[str, Any]]) -> _Split:
 
 def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
-    mesh = _refine(mesh)
+    mesh = refine(mesh)
     arrays = list(
         zip((*stage.operands, *stage.results), (*operands, *results), strict=True)
     )

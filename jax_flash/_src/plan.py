@@ -35,7 +35,14 @@ HEAD_DIMS = {
         ),
     },
     "mha_bwd": {
-        "sm90": ((64, 64), (128, 128)),
+        "sm90": (
+            (64, 64),
+            (96, 96),
+            (128, 128),
+            (192, 128),
+            (192, 192),
+            (256, 256),
+        ),
         "sm80": (
             (64, 64),
             (96, 96),
@@ -88,7 +95,10 @@ ROW_TILES = (80, 128)
 ROW_GROUP = 64
 """Rows of queries that a thread block before and after the main kernel works on."""
 
-TURN_ROWS = 32
+SUM_COLUMNS = 64
+"""The width of the sum of the gradient of query is a multiple of this."""
+
+TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
 
@@ -169,8 +179,9 @@ def backward_workspace(
     """Floats of workspace with which any kernel that may be chosen can run a backward.
 
     For each head of each sequence and each padded row: the sum of the gradient of
-    query, as wide as the kernel, and two numbers; and a count for every `TURN_ROWS`
-    rows. The device is unknown when a program is lowered, so the widest kernel counts.
+    query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
+    for every `TURN_ROWS` rows. The device is unknown when a program is lowered, so the
+    widest kernel counts.
     """
     rows = padded_rows(query_length)
     kernels = (
@@ -179,6 +190,7 @@ def backward_workspace(
         for forced in (False, True)
     )
     width = max(kernel.head_dim for kernel in kernels if kernel is not None)
+    width = -(-width // SUM_COLUMNS) * SUM_COLUMNS
     return batch * heads * (rows * (width + 2) + rows // TURN_ROWS)
 
 

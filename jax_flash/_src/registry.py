@@ -19,6 +19,10 @@ from jax_flash._src import plan
 FORWARD_TARGET = "jax_flash_mha_fwd"
 BACKWARD_TARGET = "jax_flash_mha_bwd"
 DECODE_TARGET = "jax_flash_decode"
+SAMPLE_TARGET = "jax_flash_sample"
+TOP_K_TARGET = "jax_flash_top_k"
+RMS_NORM_TARGET = "jax_flash_rms_norm"
+RMS_NORM_BACKWARD_TARGET = "jax_flash_rms_norm_bwd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Extension:
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
       decode_kernels: whether decoding may use its kernels.
+      row_kernels: whether sampling and norms may use its kernels.
       missing: why there is no extension, None if there is one.
     """
 
@@ -37,6 +42,7 @@ class Extension:
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
     decode_kernels: bool = True
+    row_kernels: bool = True
     missing: str | None = None
 
 
@@ -53,9 +59,11 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    # Until the decode kernels have passed on a GPU.
-    decode = os.environ.get("JAX_FLASH_DECODE_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), decode)
+    # Until these kernels have passed on a GPU.
+    decode, row = (
+        os.environ.get(f"JAX_FLASH_{name}_KERNELS") == "1" for name in ("DECODE", "ROW")
+    )
+    return Extension(table, info, kernels.force_sm80(), decode, row)
 
 
 _assumed: list[Extension] = []

@@ -57,12 +57,12 @@ def canonical(call: Call, arrays: dict[str, Any]) -> dict[str, jax.Array]:
         shape = getattr(call, name)
         x = arrays[name]
         if shape.dtype == jnp.int32:
-            x = _as_int32(x)
+            x = as_int32(x)
         result[name] = jnp.asarray(x).reshape(shape.shape)
     return result
 
 
-def _as_int32(x: Any) -> Any:
+def as_int32(x: Any) -> Any:
     """Integers of any width as int32, saturated: lengths are clamped anyway."""
     if getattr(x, "dtype", None) == jnp.int32:
         return x
@@ -149,7 +149,7 @@ def _check_others(given: dict[str, Any]) -> None:
         if name not in given:
             continue
         got = given[name].shape
-        if not _broadcasts(got, shape):
+        if not broadcasts(got, shape):
             raise ValueError(
                 f"{name} must broadcast to {layout} = {shape}, got shape {got}"
             )
@@ -183,7 +183,8 @@ def _check_others(given: dict[str, Any]) -> None:
         )
 
 
-def _broadcasts(shape: tuple, full: tuple) -> bool:
+def broadcasts(shape: tuple, full: tuple) -> bool:
+    """Whether an array of `shape` broadcasts to `full`."""
     if len(shape) > len(full):
         return False
     tail = full[len(full) - len(shape) :]
@@ -206,7 +207,7 @@ def _static(name: str, x: Any) -> Any:
     return x
 
 
-def _number(name: str, x: Any) -> float:
+def number(name: str, x: Any) -> float:
     x = _static(name, x)
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
@@ -214,6 +215,13 @@ def _number(name: str, x: Any) -> float:
     if np.iscomplexobj(x) or not math.isfinite(float(x)):
         raise ValueError(f"{name} must be a finite real number, got {x!r}")
     return float(x)
+
+
+def static_int(name: str, x: Any) -> int:
+    x = _static(name, x)
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise ValueError(f"{name} must be an int, got {x!r}")
+    return int(x)
 
 
 def _flag(name: str, x: Any) -> bool:
@@ -252,10 +260,10 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     options = dict(options)
     scale = options["scale"]
     width = given["query"].shape[-1]
-    scale = width**-0.5 if scale is None else _number("scale", scale)
+    scale = width**-0.5 if scale is None else number("scale", scale)
     softcap = options["softcap"]
     if softcap is not None:
-        softcap = _number("softcap", softcap)
+        softcap = number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
     alignment = _static("causal_alignment", options["causal_alignment"])
@@ -271,7 +279,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
             f"precision must be one of {PRECISIONS + NAMED_PRECISIONS}, got "
             f"{precision!r}"
         )
-    rate = _number("dropout_rate", options.pop("dropout_rate"))
+    rate = number("dropout_rate", options.pop("dropout_rate"))
     dropout_key = options.pop("dropout_key")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")

@@ -52,9 +52,24 @@ cudaError_t launch_sm80(const Arguments& arguments, const DeviceInfo& device) {
              : sm80::launch_mha_bwd<kBf16, 256, 256>(make_params(arguments, 256), device, nullptr);
 }
 
+// As for sm_80: the widest with bf16, those before with f16.
 template <ElementType kType>
 cudaError_t launch_sm90(const Arguments& arguments, const DeviceInfo& device) {
-  return arguments.head_dim <= 64 && arguments.head_dim_v <= 64
+  const int wider = std::max(arguments.head_dim, arguments.head_dim_v);
+  if constexpr (kType == ElementType::kBf16) {
+    if (wider > 192) {
+      return sm90::launch_mha_bwd<kType, 256, 256>(make_params(arguments, 256), device, nullptr);
+    }
+    if (wider > 64 && wider <= 96) {
+      return sm90::launch_mha_bwd<kType, 96, 96>(make_params(arguments, 128), device, nullptr);
+    }
+  } else if (wider > 128) {
+    return arguments.head_dim_v <= 128
+               ? sm90::launch_mha_bwd<kType, 192, 128>(make_params(arguments, 192), device, nullptr)
+               : sm90::launch_mha_bwd<kType, 192, 192>(make_params(arguments, 192), device,
+                                                       nullptr);
+  }
+  return wider <= 64
              ? sm90::launch_mha_bwd<kType, 64, 64>(make_params(arguments, 64), device, nullptr)
              : sm90::launch_mha_bwd<kType, 128, 128>(make_params(arguments, 128), device, nullptr);
 }

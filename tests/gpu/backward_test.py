@@ -102,8 +102,9 @@ def test_padding_may_hold_anything(dtype: str, with_lse: bool) -> None:
         {"is_causal": True, "causal_alignment": "top_left", "window_size": (3, 0)},
         {"window_size": (0, 0)},
     ]
+    widths = (64, 128, 96, 256, 192)
     chosen = [
-        specs.Spec(3, 90, 200, 4, 2, (64, 128)[i % 2], dtype=dtype, **length, **mask)
+        specs.Spec(3, 90, 200, 4, 2, widths[i % 5], dtype=dtype, **length, **mask)
         for i, (length, mask) in enumerate(itertools.product(lengths, masks))
     ]
     # More rows than keys, causal: the first rows see nothing.
@@ -128,7 +129,7 @@ def test_groups_of_heads(deterministic: bool) -> None:
     chosen = [
         specs.Spec(2, 190, 140, kv_heads * group, kv_heads, width, is_causal=causal)
         for kv_heads, group in ((1, 1), (1, 16), (3, 5), (2, 8))
-        for width in (64, 128)
+        for width in (64, 128, 256)
         for causal in (False, True)
     ]
     problems = [problem_of(spec, i, True) for i, spec in enumerate(chosen)]
@@ -250,6 +251,8 @@ DETERMINISTIC = (
     specs.Spec(2, 640, 800, 6, 3, 256, dtype="float16", causal_alignment="top_left"),
     specs.Spec(1, 4097, 4097, 2, 2, 64, is_causal=True, query_lengths=(4000,)),
     specs.Spec(9, 130, 260, 16, 16, 33, is_causal=True),
+    specs.Spec(1, 2048, 2048, 6, 2, 256, is_causal=True),
+    specs.Spec(2, 1000, 1500, 4, 4, 192, window_size=(300, 10)),
 )
 
 

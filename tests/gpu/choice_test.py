@@ -61,7 +61,19 @@ def test_the_planned_kernel_runs_alone(
     assert planned.family in name
 
 
-@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (36, 36), (7, 9)])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (64, 64),
+        (96, 96),
+        (128, 128),
+        (192, 128),
+        (192, 192),
+        (256, 256),
+        (36, 36),
+        (7, 9),
+    ],
+)
 def test_the_planned_backward_runs_after_the_forward(widths: tuple[int, int]) -> None:
     """Four kernels: the forward, row sums, the gradients, the rounding of one."""
     query = jnp.ones((2, 200, 4, widths[0]), jnp.bfloat16)

@@ -1,6 +1,6 @@
 """Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask.
 
-python tests/gpu/sanitizer_script.py mha_fwd    # or mha_bwd, decode
+python tests/gpu/sanitizer_script.py mha_fwd   # mha_bwd, decode, sample, top_k, rms_norm
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash import decode_mha, mha
+from jax_flash import decode_mha, mha, rms_norm, sample, top_k
 from jax_flash._src import plan
 
 # Every instantiation of both families, then widths that only the other loads can read.
@@ -81,7 +81,7 @@ def backward_calls() -> Iterator[Call]:
             yield problem, options | {"deterministic": i % 2 == 0}
             options = {"window_size": (40, 20), "query_seq_lengths": lengths}
             yield problem, options | {"deterministic": i % 2 == 1}
-    for widths in ((64,), (128,)):
+    for widths in ((64,), (128,), (256,)):
         problem = arrays(jax.numpy.bfloat16, (1, 300, 8), (400, 2), *widths)
         for deterministic in (False, True):
             yield problem, {"deterministic": deterministic}
@@ -106,7 +106,46 @@ def decode_calls() -> Iterator[Call]:
                 yield (query, k, v, lengths), options
 
 
-CALLS = {"mha_fwd": forward_calls, "mha_bwd": backward_calls, "decode": decode_calls}
+def logits_calls() -> Iterator[Call]:
+    """Logits and options of `sample`: every way through the kernel, ties among them."""
+    rng = np.random.default_rng(0)
+    for dtype in (*DTYPES, jax.numpy.float32):
+        for size in (5, 1027, 12000):
+            x = rng.standard_normal((4, size)).astype(dtype)
+            x[1] = 0
+            for options in (
+                {"top_k": 50, "top_p": 0.9},
+                {"top_k": 300, "top_p": 0.9},
+                {"top_p": 0.5, "mask": rng.random((4, size)) < 0.5},
+                {"min_p": 0.1},
+            ):
+                yield (x,), options
+
+
+def top_k_calls() -> Iterator[Call]:
+    """Logits and k."""
+    for (x,), _ in list(logits_calls())[::4]:
+        yield (x,), {"k": min(200, x.shape[1])}
+
+
+def norm_calls() -> Iterator[Call]:
+    """x, weight and residual, forward and backward."""
+    rng = np.random.default_rng(0)
+    for dtype in (*DTYPES, jax.numpy.float32):
+        for rows, columns in ((6, 100), (9, 128), (450, 1000), (3, 6144)):
+            x, residual = rng.standard_normal((2, rows, columns)).astype(dtype)
+            weight = rng.standard_normal(columns).astype(dtype)
+            yield (x, weight, residual), {}
+
+
+CALLS = {
+    "mha_fwd": forward_calls,
+    "mha_bwd": backward_calls,
+    "decode": decode_calls,
+    "sample": logits_calls,
+    "top_k": top_k_calls,
+    "rms_norm": norm_calls,
+}
 
 
 def run_forward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
@@ -129,7 +168,23 @@ def run_decode(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
     return decode_mha(*problem, **options, implementation="cuda", return_lse=True)
 
 
-RUN = {"mha_fwd": run_forward, "mha_bwd": run_backward, "decode": run_decode}
+def run_norm(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
+    """Results and gradients."""
+    results, vjp = jax.vjp(
+        lambda x, weight, residual: rms_norm(x, weight, residual=residual, **options),
+        *map(jax.numpy.asarray, problem),
+    )
+    return results, vjp(results)
+
+
+RUN = {
+    "mha_fwd": run_forward,
+    "mha_bwd": run_backward,
+    "decode": run_decode,
+    "sample": lambda problem, options: sample(*problem, jax.random.key(0), **options),
+    "top_k": lambda problem, options: top_k(*problem, **options),
+    "rms_norm": run_norm,
+}
 
 
 def main(op: str) -> None:

@@ -13,20 +13,29 @@ from jax_flash._src import registry
 
 SCRIPT = Path(sanitizer_script.__file__)
 # In the names of the kernels to check. A backward has three, and runs after a forward.
-KERNELS = {"mha_fwd": "mha_fwd_kernel", "mha_bwd": "bwd", "decode": "decode"}
+KERNELS = {
+    "mha_fwd": "mha_fwd_kernel",
+    "mha_bwd": "bwd",
+    "decode": "decode",
+    "sample": "sample_kernel",
+    "top_k": "top_k_kernel",
+    "rms_norm": "rms_norm",
+}
+FAMILIES = [
+    (op, family)
+    for op in KERNELS
+    for family in (("chosen", "sm80") if op.startswith("mha") else ("chosen",))
+]
 
 
-@pytest.mark.parametrize("family", ["chosen", "sm80"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize(("op", "family"), FAMILIES)
 def test_sanitizer(op: str, tool: str, family: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     # One allocation for each buffer, so that memcheck sees its end.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    if op == "decode" and family == "sm80":
-        pytest.skip("decoding has one family")
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:

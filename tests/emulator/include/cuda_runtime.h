@@ -17,6 +17,7 @@
 // `extern __shared__ unsigned char memory[]` is a global array; kernels have no other.
 #define __shared__
 
+using emulator::blockDim;
 using emulator::blockIdx;
 using emulator::gridDim;
 using emulator::threadIdx;
@@ -89,6 +90,7 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { emulator::barrier(0, emulator::current->block->threads, true); }
+inline int __syncthreads_count(bool value) { return emulator::vote(value); }
 inline void __syncwarp(unsigned = 0xffffffffu) {
   const uint64_t none = 0;
   emulator::exchange(&none, 1);
@@ -112,5 +114,22 @@ inline bool __any_sync(unsigned, bool value) {
 
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulator::bits_of(x)); }
 inline float __uint_as_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float value) {
+  return static_cast<uint32_t>(emulator::bits_of(value));
+}
+inline uint32_t __umulhi(uint32_t x, uint32_t y) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
+}
+inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64);
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+// Fibers do not interrupt each other.
+template <typename T>
+T atomicAdd(T* target, T value) {
+  const T before = *target;
+  *target += value;
+  return before;
+}
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __log2f(float x) { return std::log2(x); }

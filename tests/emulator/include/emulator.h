@@ -45,6 +45,7 @@ struct Barrier {
 struct Block {
   Warp warps[32];
   Barrier barriers[16];  // 0 is that of __syncthreads
+  int votes[2];          // of threads that arrive there in an even or odd round
   int threads = 0;
 };
 
@@ -59,6 +60,7 @@ inline Fiber* current;
 inline Index threadIdx;  // of the fiber that runs
 inline Index blockIdx;
 inline Index gridDim;
+inline Index blockDim;
 inline ucontext_t scheduler;
 inline long progress;  // changes when some fiber gets on
 inline unsigned char* shared_memory;
@@ -100,6 +102,16 @@ inline void barrier(int id, int threads, bool waits) {
   }
 }
 
+// The barrier of all threads; how many of them voted for.
+inline int vote(bool is_for) {
+  Barrier& barrier = current->block->barriers[0];
+  int& votes = current->block->votes[barrier.round % 2];
+  if (barrier.arrived == 0) votes = 0;
+  votes += is_for;
+  emulator::barrier(0, current->block->threads, true);
+  return votes;
+}
+
 inline void* shared_pointer(uint32_t address) {
   if (address >= 227 * 1024) fail("shared address out of range", address);
   return shared_memory + address;
@@ -134,6 +146,7 @@ inline void launch(int grid_x, int grid_y, int threads, unsigned char* shared,
   constexpr size_t kStack = 192 << 10;
   body = std::move(kernel);
   gridDim = {grid_x, grid_y, 1};
+  blockDim = {threads, 1, 1};
   shared_memory = shared;
   std::vector<std::unique_ptr<char[]>> stacks(threads);
   for (auto& stack : stacks) stack.reset(new char[kStack]);

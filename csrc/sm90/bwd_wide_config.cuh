@@ -1,0 +1,76 @@
+// Tiles of the sm_90 backward kernel at widths over 128 and what they use of a multiprocessor.
+#pragma once
+
+#include "host/dispatch.h"
+#include "host/params.h"
+#include "sm90/fwd_config.cuh"
+#include "tile/element.cuh"
+
+namespace jax_flash::sm90 {
+
+// 64 keys and 64 queries. One warpgroup has the scores and dV, the other dP, dS and dK; both have
+// parts of dQ, of 64 columns each. kDeterministicArg: thread blocks add to dQ in an order.
+template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, bool kDeterministicArg>
+struct BwdWideConfig {
+  static constexpr ElementType kType = kTypeArg;
+  using Element = typename ElementOf<kType>::Type;
+  static constexpr bool kDeterministic = kDeterministicArg;
+  static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
+  static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr int kRows = 64;
+  static constexpr int kWarpgroups = 2;  // consumers of a thread block
+  static constexpr int kKeys = 64;
+  static constexpr int kKeyStep = 0;  // both have the same keys
+  static constexpr int kStages = 2;   // of queries
+  static constexpr int kDoutStages = kHeadDim > 192 ? 1 : 2;
+  static constexpr int kKeyStages = 1;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kScoreWarps = 4;  // that write dS
+
+  // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  // Named barriers, as in BwdConfig but for the first two: P is there; its place is free again.
+  static constexpr int kScored = 1;
+  static constexpr int kScoresUsed = 2;
+  static constexpr int kQueryReleased = 5;
+  static constexpr int kDoutReleased = kQueryReleased + kStages;
+  static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
+  static constexpr int kSumFree = kDoutReleased + kDoutStages;
+  static constexpr int kSumReady = kSumFree + kWarpgroups;
+  static constexpr int kSumThreads = 128 + 32;
+
+  static constexpr bool kSplitsColumns = true;
+  static constexpr int kSumRows = kRows;
+  static constexpr int kSumFloats = 64 * kSumRows;  // of a part
+  static constexpr int kSumWidth = bwd_sum_width(kHeadDim);
+  static constexpr int kSumParts = kHeadDim / 64;  // of a tile
+  static constexpr __host__ __device__ int first_part(int warpgroup) {
+    return warpgroup == 0 ? 0 : (kSumParts + 1) / 2;
+  }
+  static constexpr __host__ __device__ int parts_of(int warpgroup) {
+    return warpgroup == 0 ? (kSumParts + 1) / 2 : kSumParts / 2;
+  }
+
+  using KeyLayout = SlabLayout<kKeys, kHeadDim>;
+  using ValueLayout = SlabLayout<kKeys, kHeadDimV>;
+  using QueryLayout = SlabLayout<kRows, kHeadDim>;
+  using DoutLayout = SlabLayout<kRows, kHeadDimV>;
+  using ScoreLayout = SlabLayout<kRows, kKeys>;  // of dS: a row is a query
+
+  // Shared memory in bytes from the start; then BwdShared.
+  static constexpr int kKeyOffset = 0;
+  static constexpr int kValueOffset = KeyLayout::kBytes;
+  static constexpr int kKeyStageBytes = KeyLayout::kBytes + ValueLayout::kBytes;
+  static constexpr int kQueryOffset = kKeyStages * kKeyStageBytes;
+  static constexpr int kDoutOffset = kQueryOffset + kStages * QueryLayout::kBytes;
+  static constexpr int kScoreOffset = kDoutOffset + kDoutStages * DoutLayout::kBytes;
+  static constexpr int kSumOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
+  static constexpr int kStateOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
+
+  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 32 == 0, "whole slabs, and groups of a store");
+};
+
+}  // namespace jax_flash::sm90

@@ -1,0 +1,275 @@
+"""Operations on rows: one primitive each under every transformation, as for attention.
+
+Lives here: what `sample`, `top_k` and `rms_norm` share (abstract evaluation, batching,
+sharding, lowering). Each of them describes itself by a `RowOp`.
+
+Operands are of two kinds. One of rows is [G, R, ...]: G groups of R rows each. One of
+groups is [G, ...], such as the weight of a norm. Either size is 1 where the operand is
+shared along it. `vmap` only makes more groups, so it copies nothing that it does not
+map, and a result of groups (the gradient of a weight) stays apart for each of its
+elements.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_flash._src import compat, partitioning, registry
+from jax_flash._src.inner import new_primitive
+from jax_flash._src.primitives import device_hint
+
+Axes = partitioning.Axes
+LEADING = {"row": 2, "group": 1}
+"""How many leading dimensions, of group and row, a kind of operand has."""
+
+
+class Options(Protocol):
+    """The static argument of an operation: frozen, hashable."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each operand."""
+        ...
+
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        """The kind of each result."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A result: its dimensions after the leading ones."""
+
+    trailing: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOp:
+    """One operation.
+
+    Attributes:
+      name: of the primitive.
+      results: (*operand types, options) -> its results.
+      reference: (*operands, options) -> the results in jnp.
+      kernel: the same through an FFI call; None where there is no kernel.
+      why_not: (*operand types, options) -> why the kernel cannot run it, or None.
+    """
+
+    name: str
+    results: Callable[..., list[Result]]
+    reference: Callable[..., list[jax.Array]]
+    kernel: Callable[..., list[jax.Array]] | None = None
+    why_not: Callable[..., str | None] = lambda *avals, options: None
+
+
+def leading_sizes(options: Options, shapes: Sequence[tuple]) -> tuple[int, int]:
+    """G and R of a call."""
+    pairs = [
+        shape[:2] if kind == "row" else (shape[0], 1)
+        for kind, shape in zip(options.kinds, shapes, strict=True)
+    ]
+    groups, rows = jnp.broadcast_shapes(*pairs)
+    return groups, rows
+
+
+def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
+    groups, rows = leading_sizes(options, [x.shape for x in avals])
+    spec: list[Any] = [None, None]
+    for kind, x in zip(options.kinds, avals, strict=True):
+        for i, size in enumerate((groups, rows)[: LEADING[kind]]):
+            if spec[i] is None and x.shape[i] == size:
+                spec[i] = x.sharding.spec[i]
+
+    def result(kind: str, r: Result) -> Any:
+        count = LEADING[kind]
+        own = PartitionSpec(*spec[:count], *(None,) * len(r.trailing))
+        return avals[0].update(
+            shape=((groups, rows)[:count] + r.trailing),
+            dtype=r.dtype,
+            weak_type=False,
+            sharding=avals[0].sharding.update(spec=own),
+        )
+
+    results = op.results(*avals, options=options)
+    return list(map(result, options.result_kinds, results))
+
+
+def _batch(
+    primitive: Primitive, args: Any, axes: Any, *, options: Options, **params: Any
+) -> tuple[Any, list[int]]:
+    """Folds the mapped axis into the groups."""
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
+    moved = [
+        x[None] if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(args, axes, strict=True)
+    ]
+    groups, _ = leading_sizes(options, [x.shape[1:] for x in moved])
+
+    def folded(x: jax.Array) -> jax.Array:
+        if x.shape[:2] == (1, 1):
+            return x[0]
+        x = jnp.broadcast_to(x, (size, groups, *x.shape[2:]))
+        return x.reshape(size * groups, *x.shape[2:])
+
+    operands = [folded(x) for x in moved]
+    outs = primitive.bind(*operands, options=options, **params)
+    outs = [x.reshape(size, groups, *x.shape[1:]) for x in outs]
+    return outs, [0] * len(outs)
+
+
+def _sharding_rule(options: Options, mesh: Any, args: Any, results: Any):
+    """Groups and rows may be split, nothing else; sizes of 1 take no part."""
+    del mesh
+    fresh = iter(f"u{i}" for i in range(10**6))
+    whole: list[str] = []
+
+    def text(kind: str, shape: tuple[int, ...]) -> str:
+        dims = []
+        for i, size in enumerate(shape):
+            if i < LEADING[kind] and size != 1:
+                dims.append("gr"[i])
+            else:
+                dims.append(next(fresh))
+                whole.append(dims[-1])
+        return " ".join(dims)
+
+    left = [text(k, tuple(x.shape)) for k, x in zip(options.kinds, args, strict=True)]
+    kinds = options.result_kinds
+    right = [text(k, tuple(x.shape)) for k, x in zip(kinds, results, strict=True)]
+    rule = f"{', '.join(left)} -> {', '.join(right)}"
+    return rule, {"need_replication_factors": tuple(whole)}
+
+
+def _take(mesh: Mesh, candidates: Iterator[Axes], size: int, used: set[str]) -> Axes:
+    """The longest usable prefix of the first candidate that has one."""
+    for candidate in candidates:
+        got: list[str] = []
+        parts = 1
+        for axis in candidate:
+            if axis in used or size % (parts * mesh.shape[axis]):
+                break
+            got.append(axis)
+            parts *= mesh.shape[axis]
+        if got:
+            used.update(got)
+            return tuple(got)
+    return ()
+
+
+def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any):
+    """What each device computes, and the shardings under which it does."""
+    mesh = partitioning.refine(mesh)
+    sizes = leading_sizes(options, [tuple(x.shape) for x in args])
+    kinds = options.result_kinds
+    arrays = [*zip(options.kinds, args, strict=True), *zip(kinds, results, strict=True)]
+    proposals = [(k, tuple(x.shape), partitioning.axes_of(mesh, x)) for k, x in arrays]
+    used: set[str] = set()
+    split = [
+        _take(
+            mesh,
+            (
+                axes[i]
+                for kind, shape, axes in proposals
+                if i < LEADING[kind] and shape[i] > 1
+            ),
+            sizes[i],
+            used,
+        )
+        for i in range(2)
+    ]
+
+    def local(kind: str, x: Any) -> NamedSharding:
+        spec = [
+            (split[i] or None) if i < LEADING[kind] and size > 1 else None
+            for i, size in enumerate(x.shape)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        with compat.without_mesh():
+            outs = _inner(op).bind(*xs, options=options)
+        # What devices add up over rows of a group is partial.
+        return tuple(
+            lax.psum(x, split[1]) if kind == "group" and split[1] else x
+            for kind, x in zip(kinds, outs, strict=True)
+        )
+
+    shardings = [local(kind, x) for kind, x in arrays]
+    count = len(options.kinds)
+    return mesh, run, tuple(shardings[count:]), tuple(shardings[:count])
+
+
+@functools.cache
+def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
+    @custom_partitioning
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(_inner(op).bind(*operands, options=options))
+
+    run.def_partition(
+        functools.partial(_partition, op, options),
+        sharding_rule=functools.partial(_sharding_rule, options),
+        decode_shardings=False,
+    )
+    return run
+
+
+@functools.cache
+def _inner(op: RowOp) -> Primitive:
+    """What the compiler sees after partitioning: the kernel on CUDA, else jnp."""
+    in_jnp = mlir.lower_fun(op.reference, multiple_results=True)
+    primitive = new_primitive(
+        f"{op.name}_inner", functools.partial(_abstract, op), in_jnp
+    )
+    if op.kernel is not None:
+        by_kernel = mlir.lower_fun(op.kernel, multiple_results=True)
+
+        def on_cuda(ctx: Any, *operands: Any, options: Options) -> Any:
+            extension = registry.extension()
+            shapes = [x.shape for x in (*ctx.avals_in, *ctx.avals_out)]
+            runs = (
+                extension.missing is None
+                and extension.row_kernels
+                and not any(0 in shape for shape in shapes)
+                and op.why_not(*ctx.avals_in, options=options) is None
+            )
+            lower = by_kernel if runs else in_jnp
+            return lower(ctx, *operands, options=options)
+
+        mlir.register_lowering(primitive, on_cuda, platform="cuda")
+    return primitive
+
+
+@functools.cache
+def primitive(op: RowOp) -> Primitive:
+    """What JAX transforms. Its derivatives are for whoever describes the operation."""
+
+    def lowered(*operands: Any, options: Options, needs_devices: Any) -> Any:
+        if compat.partly_manual():
+            # The callback would be given shardings without a mesh.
+            return _inner(op).bind(*operands, options=options)
+        return _partitioned(op, options)(*operands)
+
+    outer = new_primitive(
+        op.name,
+        functools.partial(_abstract, op),
+        mlir.lower_fun(lowered, multiple_results=True),
+    )
+    batching.primitive_batchers[outer] = functools.partial(_batch, outer)
+    return outer
+
+
+def bind(op: RowOp, options: Options, *operands: jax.Array) -> list[jax.Array]:
+    """The results of a call, under whatever transformation it is traced."""
+    operands = tuple(compat.vary_together(operands))
+    return primitive(op).bind(*operands, options=options, needs_devices=device_hint())
