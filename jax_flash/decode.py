@@ -193,12 +193,12 @@ def append_kv(
             f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}"
         )
     decode_call.check_integers("cache_seqlens", cache_seqlens, 1, "int32 [B]", batch)
-    lengths = jnp.asarray(validate._as_int32(cache_seqlens))
+    lengths = jnp.asarray(validate.as_int32(cache_seqlens))
     table = None
     if paged:
         layout = "int32 [B,max_pages]"
         decode_call.check_integers("page_table", page_table, 2, layout, batch)
-        table = jnp.asarray(validate._as_int32(page_table))
+        table = jnp.asarray(validate.as_int32(page_table))
 
     def written(cache: Any, x: Any, name: str, scale: Any) -> jax.Array:
         cache, x = jnp.asarray(cache), jnp.asarray(x)

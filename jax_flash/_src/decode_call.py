@@ -205,7 +205,7 @@ def check_call(
         given["query"] = given["query"][:, None]
     for name in ("cache_seqlens", "page_table"):
         if arrays[name] is not None:
-            given[name] = jnp.asarray(validate._as_int32(arrays[name]))
+            given[name] = jnp.asarray(validate.as_int32(arrays[name]))
     if arrays["sinks"] is not None:
         sinks = shape_of("sinks", arrays["sinks"])
         if not jnp.issubdtype(sinks.dtype, jnp.floating):
@@ -228,9 +228,9 @@ def _config(
     options: dict[str, Any], width: int, present: tuple[str, ...]
 ) -> DecodeConfig:
     scale, softcap = options["scale"], options["softcap"]
-    scale = width**-0.5 if scale is None else validate._number("scale", scale)
+    scale = width**-0.5 if scale is None else validate.number("scale", scale)
     if softcap is not None:
-        softcap = validate._number("softcap", softcap)
+        softcap = validate.number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
     window = validate.check_window("window_size", options["window_size"])

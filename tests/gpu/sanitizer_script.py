@@ -1,6 +1,6 @@
 """Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask.
 
-python tests/gpu/sanitizer_script.py mha_fwd   # mha_bwd, decode, sample, top_k, rms_norm
+python tests/gpu/sanitizer_script.py mha_fwd  # mha_bwd, decode, sample, top_k, rms_norm
 """
 
 import sys

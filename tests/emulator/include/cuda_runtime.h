@@ -112,7 +112,6 @@ inline bool __any_sync(unsigned, bool value) {
   return std::any_of(all, all + 32, [](const uint64_t* lane) { return lane[0] != 0; });
 }
 
-inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulator::bits_of(x)); }
 inline float __uint_as_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) {
   return static_cast<uint32_t>(emulator::bits_of(value));
