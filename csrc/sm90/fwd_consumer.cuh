@@ -335,7 +335,7 @@ struct FwdConsumer {
           block.out +
           (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
           8 * lane;
-      const bool exists = position < params.query_length;
+      const bool exists = position >= 0 && position < params.query_length;
 #pragma unroll
       for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
         uint32_t words[4];

@@ -44,8 +44,9 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     // Equal row blocks: those that share their keys follow each other.
     section = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
   } else if (plan.splits == 1) {
-    section = section_heads(params, head_groups, row_blocks, Config::kRows, Config::kKeys,
-                            multiprocessors, device.l2_bytes);
+    plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
+    section = section_heads(params, head_groups, row_blocks, Config::kRows, plan.front,
+                            Config::kKeys, multiprocessors, device.l2_bytes);
     multiple = 2 * multiprocessors;
     turn = section_turn(multiprocessors);
   }
