@@ -23,10 +23,10 @@ inline int front_rows(const MhaFwdParams& params, int64_t packed_rows, int rows,
   return static_cast<int>(padding / 64 * 64);
 }
 
-// How many heads (or packs of them) make a section.
-inline int64_t choose_section_heads(const MhaFwdParams& params, int64_t head_groups,
-                                    int64_t row_blocks, int rows, int front, int keys,
-                                    int64_t multiprocessors, int64_t l2_bytes) {
+// How heads (or packs of them) are taken.
+inline Sections choose_sections(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
+                                int rows, int front, int keys, int64_t multiprocessors,
+                                int64_t l2_bytes) {
   // What a block costs beside its key tiles, in tiles.
   constexpr float kBlockCost = 1.5f;
   const int64_t all = params.batch * head_groups;
@@ -44,13 +44,16 @@ inline int64_t choose_section_heads(const MhaFwdParams& params, int64_t head_gro
   }
   const double head_bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v) *
                             params.kv_heads / head_groups;
-  return best_section(all, costs, head_bytes, multiprocessors, l2_bytes);
+  // Few blocks of a head (three of 512 rows at width 64) meet their like again after some turns.
+  return best_sections(
+      all, costs, head_bytes, multiprocessors, l2_bytes,
+      {section_turn(multiprocessors), 0, multiprocessors / 4, multiprocessors / 3});
 }
 
-// The same, remembered: the choice takes the host some ten microseconds.
-inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
-                             int rows, int front, int keys, int64_t multiprocessors,
-                             int64_t l2_bytes) {
+// The same, remembered: the choice takes the host 50 to 300 microseconds.
+inline Sections choose_sections_once(const MhaFwdParams& params, int64_t head_groups,
+                                     int64_t row_blocks, int rows, int front, int keys,
+                                     int64_t multiprocessors, int64_t l2_bytes) {
   using Facts = std::array<int64_t, 14>;
   const Facts facts = {params.batch,
                        params.query_length,
@@ -67,14 +70,14 @@ inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, in
                        keys,
                        multiprocessors};
   constexpr size_t kRemembered = 1024;
-  thread_local std::map<Facts, int64_t> chosen;
+  thread_local std::map<Facts, Sections> chosen;
   const auto found = chosen.find(facts);
   if (found != chosen.end()) return found->second;
   if (chosen.size() == kRemembered) chosen.clear();
-  const int64_t heads = choose_section_heads(params, head_groups, row_blocks, rows, front, keys,
-                                             multiprocessors, l2_bytes);
-  chosen.emplace(facts, heads);
-  return heads;
+  const Sections sections = choose_sections(params, head_groups, row_blocks, rows, front, keys,
+                                            multiprocessors, l2_bytes);
+  chosen.emplace(facts, sections);
+  return sections;
 }
 
 }  // namespace jax_flash::sm90
