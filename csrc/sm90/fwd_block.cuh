@@ -45,6 +45,10 @@ struct FwdBlock {
   RowMask mask;
   // Per warpgroup: the tile that it visits first; it passes over those after it.
   int start[Config::kWarpgroups];
+  // Per warpgroup: the tile that it visits last, and how many it passes over after that. One
+  // without rows visits one tile, to store the outputs of the block before.
+  int lowest[Config::kWarpgroups];
+  int passed[Config::kWarpgroups];
   // Per warpgroup: tiles [first, end) are seen in full by all its rows, each of which has seen
   // some key of a tile visited before. They take no mask and no maximum.
   int clean_first[Config::kWarpgroups];
@@ -106,7 +110,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     const int past = ((row + 63) >> pack_shift) + 1;
     KeyInterval core = block.mask.core(begin, past);
     // Only padding rows, whose results are dropped.
-    if (begin >= block.mask.query_length) core = {0, kMaxLength};
+    const bool padding = begin >= block.mask.query_length;
+    if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
     const bool none = core.first >= core.end || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
@@ -124,8 +129,10 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     block.start[w] = start;
     block.clean_end[w] = min(end, start);
     // With one stage of queries, the last tile must not need them after its product.
-    block.clean_first[w] =
-        max(full_first, block.last_tile - block.tiles + (Config::kQueryStages == 1 ? 2 : 1));
+    const int lowest = padding ? start : first_tile;
+    block.lowest[w] = lowest;
+    block.passed[w] = lowest - first_tile;
+    block.clean_first[w] = max(full_first, lowest + (Config::kQueryStages == 1 ? 1 : 0));
   }
   return any;
 }
