@@ -75,11 +75,14 @@ def test_missing_files() -> None:
     assert any(f.startswith(f"{SM80}: no kernel of it in the log") for f in faults)
 
 
-def name(dtype: int, head_dim: int, head_dim_v: int, keys: int) -> str:
+def name(
+    dtype: int, head_dim: int, head_dim_v: int, keys: int, warpgroups: int = 2
+) -> str:
     """The kernel with these template arguments, as the compiler mangles it."""
     return (
         "_ZN9jax_flash4sm9014mha_fwd_kernelINS0_9FwdConfigILNS_11ElementTypeE"
-        f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi2ELi{keys}ELi1ELi2"
+        f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi{warpgroups}ELi{keys}"
+        "ELi1ELi2"
         "EEEEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
     )
 
@@ -151,6 +154,40 @@ def test_kernel_with_unknown_tiles() -> None:
     assert fault.endswith("in a kernel with unknown tiles")
     without = check_build.judge_hgmma({"_Z5otherv": set()})
     assert without == check_build.judge_hgmma({})
+
+
+# Head widths, keys of a tile, warpgroups; products, fences and waits in the source.
+COLLECTIVES = [
+    ((64, 64, 128, 3), (32, 5, 3)),
+    ((128, 128, 128, 2), (40, 5, 5)),
+    ((192, 192, 112, 2), (45, 5, 5)),
+    ((256, 256, 64, 2), (24, 3, 3)),
+]
+
+
+def judge_counts(
+    kernel: tuple[int, ...], products: int, fences: int, waits: int, predicate: str = ""
+) -> list[str]:
+    """Faults of a kernel with that many instructions of each kind."""
+    lines = [f"\t\tFunction : {name(0, *kernel)}"]
+    lines += ["  /*0a10*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;"] * products
+    lines += ["  /*0b20*/  WARPGROUP.ARRIVE ;"] * fences
+    lines += ["  /*0c30*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"] * (waits - 1)
+    lines += [f"  /*0d40*/ {predicate} WARPGROUP.DEPBAR.LE gsb0, 0x1 ;"]
+    return check_build.judge_collectives(check_build.count_collectives(lines))
+
+
+@pytest.mark.parametrize(("kernel", "counts"), COLLECTIVES)
+def test_collective_instructions(
+    kernel: tuple[int, ...], counts: tuple[int, int, int]
+) -> None:
+    assert judge_counts(kernel, *counts) == []
+    for i in range(3):
+        more = [count + (i == j) for j, count in enumerate(counts)]
+        (fault,) = judge_counts(kernel, *more)
+        assert fault.startswith(f"fwd_bf16_{kernel[0]}x{kernel[1]}: ")
+    (fault,) = judge_counts(kernel, *counts, predicate="@!P0")
+    assert "'conditional': 1" in fault
 
 
 def test_every_file_must_be_in_the_code() -> None:

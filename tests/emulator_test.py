@@ -131,6 +131,8 @@ CASES = {
     "whole tiles": ((1, 128, 256, 2, 2), {}),
     "ragged": ((1, 200, 300, 2, 1), {}),
     "causal": ((1, 300, 300, 2, 2), {"is_causal": True}),
+    "padding before the rows": ((1, 250, 250, 2, 1), {"is_causal": True}),
+    "warpgroups without rows": ((1, 200, 700, 1, 1), {}),
     "one row and key": ((1, 1, 1, 1, 1), {}),
     "packed heads": ((1, 100, 300, 8, 2), {"is_causal": True}),
     "more rows than keys": ((1, 277, 150, 1, 1), {"is_causal": True}),

@@ -4,8 +4,9 @@
 
 Fails on register spills, on ptxas notes that it gave up an optimisation
 (serialised wgmma, ignored setmaxnreg), on compiler warnings, on an instantiation
-file that was not compiled, on a build or a wheel over its limit, and on matrix
-instructions in the wheel's sm_90a code that are not those of a kernel's tiles.
+file that was not compiled, on a build or a wheel over its limit, on matrix
+instructions in the wheel's sm_90a code that are not those of a kernel's tiles, and
+on copies of instructions that all warps of a warpgroup must meet at one place.
 Prints one line for each kernel and architecture: registers, static shared memory,
 spilled bytes.
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,11 +41,13 @@ WARNING = re.compile(r"\bwarning\b\s*(?:#[\w-]+)?\s*:", re.ASCII)
 
 SASS_FUNCTION = re.compile(r"Function : (\w+)")
 HGMMA = re.compile(r"\bHGMMA\.\S+")
+# Instructions of a whole warpgroup, and whether they depend on a predicate.
+COLLECTIVE = re.compile(r"(@!?U?P\w+\s+)?\b(HGMMA|WARPGROUP\.(?:ARRIVE|DEPBAR))\b")
 # As the compiler writes sm90::mha_fwd_kernel<FwdConfig<type, head_dim, head_dim_v,
 # FwdTiles{warpgroups, keys, ...}>>.
 SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
-    r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi\d+ELi(?P<keys>\d+)E"
+    r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
 )
 # sm90::mha_bwd_kernel<BwdConfig<type, head_dim, deterministic>>.
 SM90_BACKWARD = re.compile(
@@ -217,6 +221,53 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     return faults
 
 
+def count_collectives(lines: Iterable[str]) -> dict[str, Counter[str]]:
+    """How often each function has HGMMA, WARPGROUP.ARRIVE and WARPGROUP.DEPBAR.
+
+    Those that only run where a predicate holds are counted as "conditional".
+    """
+    counts: dict[str, Counter[str]] = {}
+    name = "?"
+    for line in lines:
+        if match := SASS_FUNCTION.search(line):
+            name = match[1]
+            counts[name] = Counter()
+        elif match := COLLECTIVE.search(line):
+            counts.setdefault(name, Counter())[match[2]] += 1
+            if match[1]:
+                counts[name]["conditional"] += 1
+    return counts
+
+
+def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
+    """Forward kernels with other collective instructions than their source has.
+
+    All four warps of a warpgroup must meet such an instruction at the same address.
+    Where the compiler copies one into the paths of a branch, warps that take
+    different paths (rows that left the range of exponentials) do not.
+    """
+    faults = []
+    for name, got in counts.items():
+        if (match := SM90_FORWARD.search(name)) is None:
+            continue
+        head_dim, head_dim_v = int(match["head_dim"]), int(match["head_dim_v"])
+        # FwdConfig::kOneBody and kOverlaps; after the steps comes the last product.
+        bodies = 1 if head_dim_v > 192 else 2
+        waits = 2 if match["warpgroups"] == "2" else 1
+        want = Counter(
+            {
+                "HGMMA": bodies * head_dim // 16
+                + (bodies + 1) * int(match["keys"]) // 16,
+                "WARPGROUP.ARRIVE": 2 * bodies + 1,
+                "WARPGROUP.DEPBAR": waits * bodies + 1,
+            }
+        )
+        if got != want:
+            kernel = f"fwd_{TYPES[int(match['type'])]}_{head_dim}x{head_dim_v}"
+            faults.append(f"{kernel}: {dict(got)}, expected {dict(want)}")
+    return faults
+
+
 def judge(
     report: Report,
     times: dict[str, tuple[float, float]],
@@ -249,7 +300,9 @@ def judge(
         print(f"{wheel.name}: {megabytes:.1f} MB")
         if megabytes > max_megabytes:
             faults.append(f"{wheel.name} is over {max_megabytes:.0f} MB")
-        faults += judge_hgmma(read_sass(sass_of(wheel).splitlines()))
+        sass = sass_of(wheel).splitlines()
+        faults += judge_hgmma(read_sass(sass))
+        faults += judge_collectives(count_collectives(sass))
     return faults
 
 

@@ -12,6 +12,11 @@ namespace jax_flash::ptx {
 inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
 inline constexpr uint64_t kEvictLast = 0x14f0000000000000;
 
+// Fetches a tensor map, so that the first copy does not wait for it.
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // The box at coordinates (c0 fastest) to shared memory; its bytes count towards `barrier`.
 __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map,
                                             uint32_t barrier, uint64_t policy, int c0, int c1,

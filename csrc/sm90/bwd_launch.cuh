@@ -34,8 +34,9 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks,
   }
   // Queries, their output gradients and the sum of their gradients.
   const double head_bytes = (2.0 + 2.0 + 4.0) * group * params.query_length * params.head_dim;
-  return best_section(int64_t{params.batch} * params.kv_heads, costs, head_bytes, multiprocessors,
-                      l2_bytes);
+  return best_sections(int64_t{params.batch} * params.kv_heads, costs, head_bytes, multiprocessors,
+                       l2_bytes, {section_turn(multiprocessors)})
+      .heads;
 }
 
 template <typename Config>

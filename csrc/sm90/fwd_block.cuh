@@ -25,6 +25,7 @@ struct FwdPlan {
   CUtensorMap out;     // dims: width, head, row, batch, 1
   int32_t pack_shift;  // log2 of the heads in a tile
   int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
+  int32_t front;       // rows before the first, of warpgroups that have no others; see front_rows
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
 
@@ -37,13 +38,17 @@ struct FwdBlock {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
   int last_tile;   // number of the tile that is visited first
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
-  int first_row;   // packed
+  int first_row;   // packed; negative in a block that starts with padding
   int rows;        // of which exist in the sequence; the others are padding
   int head;        // first query head
   int batch;
   RowMask mask;
   // Per warpgroup: the tile that it visits first; it passes over those after it.
   int start[Config::kWarpgroups];
+  // Per warpgroup: the tile that it visits last, and how many it passes over after that. One
+  // without rows visits one tile, to store the outputs of the block before.
+  int lowest[Config::kWarpgroups];
+  int passed[Config::kWarpgroups];
   // Per warpgroup: tiles [first, end) are seen in full by all its rows, each of which has seen
   // some key of a tile visited before. They take no mask and no maximum.
   int clean_first[Config::kWarpgroups];
@@ -71,7 +76,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
                                            const BlockCoordinate& at, int split,
                                            FwdBlock<Config>& block) {
   const int pack_shift = plan.pack_shift;
-  const int first_row = at.row_block * Config::kRows;
+  const int first_row = at.row_block * Config::kRows - plan.front;
   block.first_row = first_row;
   block.head = at.head << pack_shift;
   block.batch = at.batch;
@@ -83,8 +88,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   block.mask = row_mask(params, at.batch);
   block.rows = (block.mask.query_length << pack_shift) - first_row;
   ptx::forget_memory();  // the planner has few registers
-  const KeyInterval keys =
-      block.mask.hull(first_row >> pack_shift, ((first_row + Config::kRows - 1) >> pack_shift) + 1);
+  const KeyInterval keys = block.mask.hull(max(first_row, 0) >> pack_shift,
+                                           ((first_row + Config::kRows - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
@@ -100,9 +105,13 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     ptx::forget_memory();
     const int row = block.first_row + 64 * w;
-    KeyInterval core = block.mask.core(row >> pack_shift, ((row + 63) >> pack_shift) + 1);
+    // Rows that exist, or none: padding before the first row is whole warpgroups.
+    const int begin = row < 0 ? block.mask.query_length : row >> pack_shift;
+    const int past = ((row + 63) >> pack_shift) + 1;
+    KeyInterval core = block.mask.core(begin, past);
     // Only padding rows, whose results are dropped.
-    if (row >> pack_shift >= block.mask.query_length) core = {0, kMaxLength};
+    const bool padding = begin >= block.mask.query_length;
+    if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
     const bool none = core.first >= core.end || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
@@ -113,15 +122,17 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     int start = block.last_tile;
     if constexpr (Config::kSkips) {
       // Meanwhile the values of the block before, and of the tiles, stay.
-      const KeyInterval seen = block.mask.hull(row >> pack_shift, ((row + 63) >> pack_shift) + 1);
+      const KeyInterval seen = block.mask.hull(begin, past);
       start = max(max(first_tile, end_tile - Config::kValueStages),
                   min(start, (seen.end + Config::kKeys - 1) / Config::kKeys - 1));
     }
     block.start[w] = start;
     block.clean_end[w] = min(end, start);
     // With one stage of queries, the last tile must not need them after its product.
-    block.clean_first[w] =
-        max(full_first, block.last_tile - block.tiles + (Config::kQueryStages == 1 ? 2 : 1));
+    const int lowest = padding ? start : first_tile;
+    block.lowest[w] = lowest;
+    block.passed[w] = lowest - first_tile;
+    block.clean_first[w] = max(full_first, lowest + (Config::kQueryStages == 1 ? 1 : 0));
   }
   return any;
 }

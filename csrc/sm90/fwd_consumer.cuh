@@ -190,7 +190,7 @@ struct FwdConsumer {
     } else {
       finish_products(previous);
     }
-    if (Config::kQueryStages == 1 && tile == block.last_tile - block.tiles + 1) release_query();
+    if (Config::kQueryStages == 1 && tile == block.lowest[warpgroup]) release_query();
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     Left left = Left::kNothing;
@@ -335,7 +335,7 @@ struct FwdConsumer {
           block.out +
           (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
           8 * lane;
-      const bool exists = position < params.query_length;
+      const bool exists = position >= 0 && position < params.query_length;
 #pragma unroll
       for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
         uint32_t words[4];
@@ -353,7 +353,7 @@ struct FwdConsumer {
   // All key tiles of a block, from the last to the first.
   __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
     int tile = block.last_tile;
-    const int lowest = tile - block.tiles + 1;
+    const int lowest = block.lowest[warpgroup];
     if constexpr (Config::kSkips) {
 #pragma unroll 1
       for (const int start = block.start[warpgroup]; tile > start; --tile) skip_keys();
@@ -386,6 +386,12 @@ struct FwdConsumer {
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(left, tile_sum);
       --tile;
+    }
+    // By a warpgroup without rows: the product that is still to come may use any values.
+#pragma unroll 1
+    for (int i = block.passed[warpgroup]; i > 0; --i) {
+      skip_keys();
+      skip_values(1);
     }
   }
 

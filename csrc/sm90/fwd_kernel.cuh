@@ -14,6 +14,7 @@
 #include "host/params.h"
 #include "ptx/address.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/fwd_consumer.cuh"
 #include "sm90/fwd_producer.cuh"
@@ -53,6 +54,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.block_full, 1);
     init(shared.block_empty, Config::kConsumerWarps + 32 + 32);  // and the lanes of two warps
     ptx::fence_mbarrier_init();
+  } else if (threadIdx.x == 32) {  // while the planner looks for the first block
+    ptx::tma_prefetch_map(&plan.query);
+    ptx::tma_prefetch_map(&plan.key);
+    ptx::tma_prefetch_map(&plan.value);
+    if (Config::kStaged) ptx::tma_prefetch_map(&plan.out);
   }
   __syncthreads();
 

@@ -37,19 +37,18 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
 
   const int64_t all = params.batch * head_groups;
   const int64_t multiprocessors = device.multiprocessors;
-  int64_t section = all;  // with splits there is one block for each cluster, in any order
+  Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
-  int64_t turn = 0;
   if (plan.splits == 1 && params.window_right == kUnbounded) {
     // Equal row blocks: those that share their keys follow each other.
-    section = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
+    sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
   } else if (plan.splits == 1) {
-    section = section_heads(params, head_groups, row_blocks, Config::kRows, Config::kKeys,
-                            multiprocessors, device.l2_bytes);
+    plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
+    sections = choose_sections_once(params, head_groups, row_blocks, Config::kRows, plan.front,
+                                    Config::kKeys, multiprocessors, device.l2_bytes);
     multiple = 2 * multiprocessors;
-    turn = section_turn(multiprocessors);
   }
-  if (!SectionOrder::make(all, section, row_blocks, multiple, turn, &plan.order)) {
+  if (!SectionOrder::make(all, sections.heads, row_blocks, multiple, sections.turn, &plan.order)) {
     return cudaErrorInvalidConfiguration;
   }
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));

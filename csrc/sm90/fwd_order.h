@@ -1,6 +1,7 @@
 // The sections of heads of a causal forward; see order.h.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -12,10 +13,20 @@
 
 namespace jax_flash::sm90 {
 
-// How many heads (or packs of them) make a section.
-inline int64_t choose_section_heads(const MhaFwdParams& params, int64_t head_groups,
-                                    int64_t row_blocks, int rows, int keys, int64_t multiprocessors,
-                                    int64_t l2_bytes) {
+// How many rows of padding stand before the first row of a causal head, in whole warpgroups; the
+// rest stands after the last. The first block sees the fewest keys, the last one the most, and in a
+// block with fewer rows a tile of keys takes almost as long as in a full one. Where tiles are as
+// long as blocks, it would only put the mask's border into two tiles instead of one.
+inline int front_rows(const MhaFwdParams& params, int64_t packed_rows, int rows, int keys) {
+  if (params.window_right == kUnbounded || keys >= rows) return 0;
+  const int64_t padding = (packed_rows + rows - 1) / rows * rows - packed_rows;
+  return static_cast<int>(padding / 64 * 64);
+}
+
+// How heads (or packs of them) are taken.
+inline Sections choose_sections(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
+                                int rows, int front, int keys, int64_t multiprocessors,
+                                int64_t l2_bytes) {
   // What a block costs beside its key tiles, in tiles.
   constexpr float kBlockCost = 1.5f;
   const int64_t all = params.batch * head_groups;
@@ -24,20 +35,25 @@ inline int64_t choose_section_heads(const MhaFwdParams& params, int64_t head_gro
   const int64_t packed = params.heads / head_groups;
   std::vector<float> costs;
   for (int64_t block = row_blocks - 1; block >= 0; --block) {
+    const int64_t first = std::max<int64_t>(0, block * rows - front);
+    const int64_t past = (block + 1) * rows - front;
     const KeyInterval seen =
-        mask.hull(static_cast<int>(block * rows / packed),
-                  static_cast<int>(((block + 1) * rows + packed - 1) / packed));
+        mask.hull(static_cast<int>(first / packed), static_cast<int>((past + packed - 1) / packed));
     const int tiles = (seen.end + keys - 1) / keys - seen.first / keys;
     costs.push_back(seen.first < seen.end ? kBlockCost + tiles : 0.0f);
   }
   const double head_bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v) *
                             params.kv_heads / head_groups;
-  return best_section(all, costs, head_bytes, multiprocessors, l2_bytes);
+  // Few blocks of a head (three of 512 rows at width 64) meet their like again after some turns.
+  return best_sections(
+      all, costs, head_bytes, multiprocessors, l2_bytes,
+      {section_turn(multiprocessors), 0, multiprocessors / 4, multiprocessors / 3});
 }
 
-// The same, remembered: the choice takes the host some ten microseconds.
-inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, int64_t row_blocks,
-                             int rows, int keys, int64_t multiprocessors, int64_t l2_bytes) {
+// The same, remembered: the choice takes the host 50 to 300 microseconds.
+inline Sections choose_sections_once(const MhaFwdParams& params, int64_t head_groups,
+                                     int64_t row_blocks, int rows, int front, int keys,
+                                     int64_t multiprocessors, int64_t l2_bytes) {
   using Facts = std::array<int64_t, 14>;
   const Facts facts = {params.batch,
                        params.query_length,
@@ -54,14 +70,14 @@ inline int64_t section_heads(const MhaFwdParams& params, int64_t head_groups, in
                        keys,
                        multiprocessors};
   constexpr size_t kRemembered = 1024;
-  thread_local std::map<Facts, int64_t> chosen;
+  thread_local std::map<Facts, Sections> chosen;
   const auto found = chosen.find(facts);
   if (found != chosen.end()) return found->second;
   if (chosen.size() == kRemembered) chosen.clear();
-  const int64_t heads =
-      choose_section_heads(params, head_groups, row_blocks, rows, keys, multiprocessors, l2_bytes);
-  chosen.emplace(facts, heads);
-  return heads;
+  const Sections sections = choose_sections(params, head_groups, row_blocks, rows, front, keys,
+                                            multiprocessors, l2_bytes);
+  chosen.emplace(facts, sections);
+  return sections;
 }
 
 }  // namespace jax_flash::sm90

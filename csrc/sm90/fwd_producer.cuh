@@ -27,11 +27,11 @@ struct FwdPlanner {
 
   // Outputs 0 and lse -inf for the rows of a block that sees no keys.
   __device__ __forceinline__ void store_empty(const BlockCoordinate& at) const {
-    const int first_row = at.row_block * Config::kRows;
+    const int first_row = at.row_block * Config::kRows - plan.front;
     const int rows = min(Config::kRows, (params.query_length << plan.pack_shift) - first_row);
     const int chunks = params.head_dim_v / 8;
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r) {
+    for (int r = max(0, -first_row); r < rows; ++r) {
       const int position = (first_row + r) >> plan.pack_shift;
       const int head =
           (at.head << plan.pack_shift) + ((first_row + r) & ((1 << plan.pack_shift) - 1));
@@ -232,7 +232,7 @@ struct FwdStorer {
     for (int r = first + lane_id(); r < first + 64; r += 32) {
       const int row = block.first_row + r;
       const int position = row >> plan.pack_shift;
-      if (position >= params.query_length) continue;
+      if (position < 0 || position >= params.query_length) continue;
       const float2 state = rows[r];
       const float m = state.x == kMinusInfinity ? 0.0f : state.x;
       block.lse[int64_t{row & heads} * params.query_length + position] =

@@ -8,17 +8,25 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 namespace jax_flash::sm90 {
 
-// By how many multiprocessors each section is turned against the one before.
+// How heads are taken.
+struct Sections {
+  int64_t heads;  // of a section
+  int64_t turn;   // by how many multiprocessors each is turned against the one before
+};
+
+// The turn that suits most.
 inline int64_t section_turn(int64_t multiprocessors) { return multiprocessors / 10; }
 
-// The share of the multiprocessors' time that is used if sections have `heads` of `all` heads.
-// costs: of a head's blocks, from the first.
-inline double section_use(int64_t all, int64_t heads, const std::vector<float>& costs,
+// The share of the multiprocessors' time that is used if `all` heads are taken like that. costs: of
+// a head's blocks, from the first.
+inline double section_use(int64_t all, const Sections& sections, const std::vector<float>& costs,
                           int64_t multiprocessors) {
+  const int64_t heads = sections.heads;
   // More sections than this even out as so many do.
   constexpr int64_t kSections = 16;
   const auto loads_of = [&](int64_t count) {
@@ -46,7 +54,7 @@ inline double section_use(int64_t all, int64_t heads, const std::vector<float>& 
       sum[turn] += loads[i];
       if (++turn == multiprocessors) turn = 0;
     }
-    turn = (turn + section_turn(multiprocessors)) % multiprocessors;
+    turn = (turn + sections.turn) % multiprocessors;
     left -= heads;
   }
   double total = 0.0;
@@ -56,21 +64,25 @@ inline double section_use(int64_t all, int64_t heads, const std::vector<float>& 
 }
 
 // How many of `all` heads make a section: as many as fill two, four, six or eight rounds, whichever
-// keeps the multiprocessors busiest, with an eye on keys (or queries) that the L2 cannot hold.
-inline int64_t best_section(int64_t all, const std::vector<float>& costs, double head_bytes,
-                            int64_t multiprocessors, int64_t l2_bytes) {
+// keeps the multiprocessors busiest, with an eye on keys (or queries) that the L2 cannot hold. And
+// which of `turns`; one of the later ones has to be better by a margin.
+inline Sections best_sections(int64_t all, const std::vector<float>& costs, double head_bytes,
+                              int64_t multiprocessors, int64_t l2_bytes,
+                              std::initializer_list<int64_t> turns) {
   const int64_t blocks = static_cast<int64_t>(costs.size());
-  int64_t best = 1;
+  Sections best{1, 0};
   double most = -1e30;
   for (int64_t pairs = 1; pairs <= 4; ++pairs) {
     const int64_t heads =
         std::clamp<int64_t>(2 * multiprocessors * pairs / blocks, 1, std::max<int64_t>(1, all));
     const double spilled = std::max(0.0, heads * head_bytes / l2_bytes - 0.8);
-    const double gain =
-        section_use(all, heads, costs, multiprocessors) - 0.02 * spilled - 0.002 * pairs;
-    if (gain > most) {
-      best = heads;
-      most = gain;
+    for (const int64_t turn : turns) {
+      const double gain = section_use(all, {heads, turn}, costs, multiprocessors) - 0.02 * spilled -
+                          0.002 * pairs - (turn == *turns.begin() ? 0.0 : 0.002);
+      if (gain > most) {
+        best = {heads, turn};
+        most = gain;
+      }
     }
   }
   return best;
