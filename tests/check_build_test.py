@@ -126,16 +126,29 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
     assert fault.endswith("['HGMMA.64x112x16.F32.BF16', 'HGMMA.64x128x16.F32.BF16']")
 
 
-def test_matrix_instructions_of_the_backward() -> None:
+@pytest.mark.parametrize(
+    ("config", "kernel", "widths"),
+    [
+        ("9BwdConfigILNS_11ElementTypeE1ELi128ELi80ELb0E", "128x128", (80, 128)),
+        (
+            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1E",
+            "192x128",
+            (64, 128, 192),
+        ),
+    ],
+)
+def test_matrix_instructions_of_the_backward(
+    config: str, kernel: str, widths: tuple[int, ...]
+) -> None:
     name = (
-        "_ZN9jax_flash4sm9014mha_bwd_kernelINS0_9BwdConfigILNS_11ElementTypeE1ELi128E"
-        "Lb0EEEEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
+        f"_ZN9jax_flash4sm9014mha_bwd_kernelINS0_{config}"
+        "EEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
     )
-    right = {"HGMMA.64x64x16.F32", "HGMMA.64x128x16.F32"}
+    right = {f"HGMMA.64x{width}x16.F32" for width in widths}
     others = check_build.judge_hgmma({})
     assert set(check_build.judge_hgmma({name: right})) < set(others)
     fault = check_build.judge_hgmma({name: right | {"HGMMA.64x32x16.F32"}})[0]
-    assert fault.startswith("bwd_f16_128x128: ['HGMMA.64x128x16.F32', 'HGMMA.64x32x16")
+    assert fault.startswith(f"bwd_f16_{kernel}: ['HGMMA.64x")
 
 
 def test_missing_matrix_instructions() -> None:

@@ -49,13 +49,14 @@ SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
 )
-# sm90::mha_bwd_kernel<BwdConfig<type, head_dim, deterministic>>.
+# sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic>> and, over width
+# 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic>>.
 SM90_BACKWARD = re.compile(
-    r"4sm90\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE(?P<type>\d)E"
-    r"Li(?P<head_dim>\d+)E"
+    r"4sm90\d+mha_bwd_kernelI.*?Bwd(?P<wide>Wide)?ConfigILNS_11ElementTypeE"
+    r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)E"
 )
-BACKWARD_TILES = {64: {64, 128}, 128: {64, 128}}
-"""Head width -> widths of instructions: queries of a tile, head width, dQ's 64."""
+WIDE_BACKWARD_TILE = 64
+"""Queries, and keys, of a tile of the backward over width 128."""
 TYPES = ("bf16", "f16")
 """Names of the values of ElementType."""
 MINIMUM_KEYS = 64
@@ -193,16 +194,22 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     """Kernels whose matrix instructions are not those their tiles ask for.
 
     Scores take instructions as wide as a tile of keys, outputs as wide as the values;
-    anything else means a tile that was cut up.
+    the backward's as wide as a tile of queries, and as the heads. Anything else means a
+    tile that was cut up.
     """
     faults = []
     seen = set()
     for name, got in instructions.items():
         if match := SM90_BACKWARD.search(name):
-            dtype, width = TYPES[int(match["type"])], int(match["head_dim"])
-            kernel = f"bwd_{dtype}_{width}x{width}"
+            dtype, widths = TYPES[int(match["type"])], {int(match["head_dim"])}
+            if match["wide"]:
+                head_dim_v, rows = int(match["second"]), WIDE_BACKWARD_TILE
+                widths.add(head_dim_v)
+            else:
+                head_dim_v, rows = int(match["head_dim"]), int(match["second"])
+            kernel = f"bwd_{dtype}_{match['head_dim']}x{head_dim_v}"
             seen.add(kernel)
-            faults += differences(kernel, dtype, got, BACKWARD_TILES[width])
+            faults += differences(kernel, dtype, got, widths | {rows})
             continue
         match = SM90_FORWARD.search(name)
         if match is None:

@@ -31,7 +31,8 @@ struct BwdTurn {
                                      BwdStep step) {
     const int row = step.row / Config::kTurnRows * Config::kTurnRows;
     const int64_t head = block.flat_head + step.head;
-    turn = params.turns + (head * bwd_padded_rows(params.query_length) + row) / kBwdTurnRows;
+    turn = params.turns + head * (bwd_padded_rows(params.query_length) / kBwdTurnRows) +
+           row / kBwdTurnRows;
     place = block.key_block - block.mask.hull(row, row + Config::kTurnRows).first / Config::kKeys;
     first = step.row == row || step.row == block.rows.first;
     last = step.row + Config::kRows == row + Config::kTurnRows ||
