@@ -13,6 +13,7 @@
 #include "decode/warp.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
@@ -328,6 +329,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   Unit& kept = *reinterpret_cast<Unit*>(memory + Config::kUnitOffset);
   static_assert(sizeof(kept) <= Config::kStateOffset - Config::kUnitOffset);
   const uint32_t shared = ptx::shared_address(memory);
+  // The sum's thread blocks take what room is left, and wait there.
+  ptx::griddepcontrol_launch_dependents();
   const int units = make_plan<Config>(params, ends);
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
     const Unit unit = find_unit<Config>(params, ends, index);
@@ -358,11 +361,13 @@ __global__ void __launch_bounds__(128)
   const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
   const int piece = static_cast<int>(index % pieces);
   const int64_t heads_and_rows = index / pieces;
-  if (heads_and_rows >= int64_t{params.batch} * params.kv_heads * rows) return;
+  const bool exists = heads_and_rows < int64_t{params.batch} * params.kv_heads * rows;
   const int row = static_cast<int>(heads_and_rows % rows);
   const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
   const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
-  const int places = places_of(params, sequence_splits(params, batch));
+  const int places = exists ? places_of(params, sequence_splits(params, batch)) : 0;
+  // Every thread, also one without a row: this kernel must not end before the other has.
+  ptx::griddepcontrol_wait();
   if (places <= 1) return;
 
   const int64_t first = partial_row(params, batch, kv_head, 0, row);

@@ -25,7 +25,7 @@ cudaError_t launch(const decode::DecodeParams& params, const DeviceInfo& device)
 
 // `params` as tests/emulator_decode_test.py fills it, up to what the launch sets.
 extern "C" int decode(const jax_flash::decode::DecodeParams* params, int f16, int multiprocessors) {
-  const DeviceInfo device{80, 50 << 20, multiprocessors};
+  const DeviceInfo device{90, 50 << 20, multiprocessors};
   return f16 != 0 ? launch<ElementType::kF16>(*params, device)
                   : launch<ElementType::kBf16>(*params, device);
 }
