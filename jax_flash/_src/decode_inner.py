@@ -59,8 +59,8 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
     for name, width in (("k_cache", k_cache), ("v_cache", v_cache)):
         if width.shape[-1] % multiple or width.shape[-1] > WIDEST:
             return (
-                f"{name} of dtype {k_cache.dtype} and width {width.shape[-1]}: the "
-                f"kernel takes multiples of {multiple} up to {WIDEST}"
+                f"{name} of width {width.shape[-1]}: the kernel takes multiples of "
+                f"{multiple} up to {WIDEST} for {k_cache.dtype}"
             )
     if k_cache.shape[0] * k_cache.shape[1] > MOST_ROWS:
         return f"k_cache {k_cache.shape} holds more tokens than 31 bits can count"
