@@ -52,10 +52,11 @@ def decode_mha(
     sees keys 0..n - T + t. A query that sees no key (an empty sequence, or t < T - n)
     gives 0 and lse -inf.
 
-    The kernel ("cuda") takes bfloat16 and float16, caches of the dtype of query, widths
-    that are multiples of 8 up to 256. It is off unless JAX_FLASH_DECODE_KERNELS=1 is in
-    the environment, because no GPU has run it yet. jnp ("xla") runs everything else.
-    Derivatives are those of jnp.
+    The kernel ("cuda") takes queries of bfloat16 and float16; caches of the same dtype
+    with widths that are multiples of 8 up to 256, or of float8_e4m3fn or int8 with
+    multiples of 16. It is off unless JAX_FLASH_DECODE_KERNELS=1 is in the environment,
+    because no GPU has run it yet. jnp ("xla") runs everything else, all float32 among
+    it. Derivatives are those of jnp.
 
     Args:
       query: [B, N, H] or [B, T, N, H], bfloat16, float16 or float32.

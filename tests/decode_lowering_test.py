@@ -28,6 +28,11 @@ def inputs(dtype="bfloat16", page=None, width=16, batch=3):
     return query, k, v, lengths, jnp.zeros((batch, 5), jnp.int32)
 
 
+def quantised(args, dtype):
+    query, k, v, *rest = args
+    return query, k.astype(dtype), v.astype(dtype), *rest
+
+
 def decode(query, k, v, lengths, table=None, **options):
     return decode_mha(query, k, v, lengths, page_table=table, **options)
 
@@ -70,6 +75,21 @@ def test_pages_and_sinks(kernels: None) -> None:
     assert "window_left = -1 : i64" in line
 
 
+@pytest.mark.parametrize(
+    ("dtype", "text"), [("int8", "i8"), ("float8_e4m3fn", "f8E4M3FN")]
+)
+def test_quantised_caches(kernels: None, dtype: str, text: str) -> None:
+    def f(query, k, v, lengths, k_scale):
+        return decode_mha(query, k, k, lengths, k_scale=k_scale, implementation="cuda")
+
+    args = quantised(inputs(width=32), dtype)
+    line = call_of(TARGET, cuda_text(f, *args, jnp.ones(2)))
+    operands = f"tensor<3x1024x2x32x{text}>, " * 2 + "tensor<3xi32>, tensor<1x2xf32>)"
+    assert f"(tensor<3x2x8x32xbf16>, {operands} -> " in line
+    assert "has_k_scale = true" in line
+    assert "has_v_scale = false" in line
+
+
 def test_the_number_of_sequences_does_not_matter_to_splits(kernels: None) -> None:
     lines = [
         call_of(TARGET, cuda_text(decode, *inputs(batch=batch))) for batch in (1, 7)
@@ -110,12 +130,24 @@ def test_vmap_of_everything(kernels: None) -> None:
         (inputs("float32"), {}),
         (inputs(width=12), {}),
         (inputs(width=264), {}),
-        ((inputs()[0], *(x.astype(jnp.int8) for x in inputs()[1:3]), inputs()[3]), {}),
+        (quantised(inputs("float32", width=32), "int8"), {}),
+        (quantised(inputs(width=24), "int8"), {}),
+        (quantised(inputs(width=32), "int8")[:2] + quantised(inputs(), "int8")[2:], {}),
         ((inputs()[0][:, :0], *inputs()[1:]), {}),
         (inputs(), {"implementation": "xla"}),
         (inputs(), {"implementation": ("xla", "cuda")}),
     ],
-    ids=["f32", "width 12", "width 264", "int8", "empty", "xla", "xla first"],
+    ids=[
+        "f32",
+        "width 12",
+        "width 264",
+        "int8 f32",
+        "int8 24",
+        "int8 8",
+        "empty",
+        "xla",
+        "xla first",
+    ],
 )
 def test_what_jnp_runs(kernels: None, args, options) -> None:
     assert calls(lambda *a: decode(*a, **options), *args) == 0

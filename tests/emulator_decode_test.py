@@ -5,6 +5,7 @@ import math
 import random
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -15,14 +16,19 @@ from jax_flash._src import decode_plan
 
 # fmt: off
 _POINTERS = (
-    "query", "key", "value", "lengths", "page_table", "sinks", "out", "lse",
-    "partial_out", "partial_state",
+    "query", "key", "value", "lengths", "page_table", "sinks", "k_scale", "v_scale",
+    "out", "lse", "partial_out", "partial_state",
 )
 _INTS = (
     "batch", "tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "room", "pages",
-    "page_size", "max_pages", "sink_stride", "window_left", "split_keys", "splits",
+    "page_size", "max_pages", "sink_stride", "k_scale_stride", "v_scale_stride",
+    "window_left", "split_keys", "splits", "query_bf16",
 )
 # fmt: on
+
+
+CACHE_TYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8")
+"""As CacheType in csrc/decode/params.h."""
 
 
 class Params(ctypes.Structure):
@@ -51,6 +57,8 @@ def run(
     *,
     page_table: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    k_scale: np.ndarray | None = None,
+    v_scale: np.ndarray | None = None,
     window: int = -1,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -69,8 +77,13 @@ def run(
     arrays = {"query": query, "key": k, "value": v, "lengths": lengths}
     if page_table is not None:
         arrays["page_table"] = page_table
-    if sinks is not None:
-        arrays["sinks"] = sinks
+    rows_of = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    strides = {}
+    for name, x in rows_of.items():
+        if x is not None:
+            arrays[name] = x
+        stride = "sink_stride" if name == "sinks" else f"{name}_stride"
+        strides[stride] = x.shape[1] if x is not None and len(x) > 1 else 0
     held = {}
     for name, x in arrays.items():
         held[name] = aligned(x.shape, x.dtype, 0)
@@ -91,15 +104,16 @@ def run(
         pages=len(k),
         page_size=1 if page_table is None else k.shape[1],
         max_pages=0 if page_table is None else page_table.shape[1],
-        sink_stride=heads if sinks is not None and len(sinks) > 1 else 0,
+        **strides,
         window_left=window,
         split_keys=keys,
         splits=splits,
+        query_bf16=query.dtype != np.float16,
         scale=width**-0.5 if scale is None else scale,
         softcap=softcap,
     )
-    f16 = query.dtype == np.float16
-    assert library.decode(ctypes.byref(params), int(f16), multiprocessors) == 0
+    cache = CACHE_TYPES.index(str(k.dtype))
+    assert library.decode(ctypes.byref(params), cache, multiprocessors) == 0
     return held["out"], held["lse"]
 
 
@@ -191,8 +205,6 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
     widths = [8 * pick.randint(1, pick.choice((8, 16, 32))) for _ in range(2)]
     query, k, v = problem(seed, batch, tokens, heads, kv_heads, room, *widths)
     if pick.random() < 0.5:
-        import jax.numpy as jnp
-
         query, k, v = (x.astype(jnp.bfloat16) for x in (query, k, v))
     lengths = np.array([pick.randint(0, room) for _ in range(batch)], np.int32)
     options: dict[str, Any] = {}
@@ -215,6 +227,86 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
     else:
         got = run(library, query, k, v, lengths, **ways, **options)
     check(got, query, k, v, lengths, **options)
+
+
+def quantised(
+    dtype: str, k: np.ndarray, k_scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cache of `dtype`, and the float32 values that it stands for."""
+    x = k.astype(np.float32) / k_scale[:, None, :, None]
+    low = np.rint(np.clip(x, -127, 127)) if dtype == "int8" else np.clip(x, -448, 448)
+    cache = low.astype(jnp.dtype(dtype))
+    return cache, cache.astype(np.float32) * k_scale[:, None, :, None]
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+def test_every_value_of_a_byte(library: ctypes.CDLL, dtype: str) -> None:
+    """Keys pick one row each, values hold all finite bytes: exact up to f16 weights."""
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
+    finite = np.isfinite(every.astype(np.float32))
+    every = np.where(finite, every, every[:1])
+    v = every.reshape(1, 1, 1, 256)
+    k = np.zeros((1, 1, 1, 16), every.dtype)
+    query = np.ones((1, 1, 1, 16), np.float16)
+    out, _ = run(library, query, k, v, np.ones(1, np.int32))
+    np.testing.assert_array_equal(out.ravel(), every.astype(np.float16))
+    # One key of all bytes, one column of the query at a time: lse is the logit.
+    k = v
+    for first in range(0, 256, 64):
+        query = np.eye(256, dtype=np.float16)[None, first : first + 64, None]
+        given = query.transpose(0, 2, 1, 3)
+        got = run(library, given, k, v, np.ones(1, np.int32), scale=1.0)[1]
+        want = every.astype(np.float32)[first : first + 64]
+        np.testing.assert_allclose(got.ravel(), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+@pytest.mark.parametrize("seed", range(20))
+def test_quantised(library: ctypes.CDLL, dtype: str, seed: int) -> None:
+    pick, rng = random.Random(seed), np.random.default_rng(seed)
+    batch, kv_heads = pick.randint(1, 3), pick.randint(1, 2)
+    heads = kv_heads * pick.choice((1, 3, 4, 16))
+    tokens = pick.choice((1, 1, 2, 9))
+    page, slots = pick.choice((1, 16, 40)), pick.randint(1, 9)
+    room = page * slots
+    widths = [16 * pick.randint(1, pick.choice((4, 8, 16))) for _ in range(2)]
+    query, k, v = problem(seed, batch, tokens, heads, kv_heads, room, *widths)
+    if pick.random() < 0.5:
+        # Beyond what f16 holds; the logits stay small.
+        query = query.astype(jnp.bfloat16) * jnp.bfloat16(1e6)
+        query = np.asarray(query)
+    query_size = 1e6 if query.dtype != np.float16 else 1.0
+    lengths = np.array([pick.randint(0, room) for _ in range(batch)], np.int32)
+    scales = {}
+    for name in ("k_scale", "v_scale"):
+        shape = (pick.choice((1, batch)), kv_heads)
+        scales[name] = rng.uniform(0.02, 0.05, shape).astype(np.float32)
+    k, k_want = quantised(dtype, k, scales["k_scale"])
+    v, v_want = quantised(dtype, v, scales["v_scale"])
+    options: dict[str, Any] = {"scale": widths[0] ** -0.5 / query_size}
+    if pick.random() < 0.5:
+        options["window"] = pick.randint(0, 150)
+    if pick.random() < 0.3:
+        options["softcap"] = 2.0
+    ways: dict[str, Any] = {"num_splits": pick.choice((None, 1, 2, 5))}
+    fill = np.float32(np.nan).astype(k.dtype) if dtype != "int8" else 127
+    for b, length in enumerate(lengths):
+        k[b, length:] = v[b, length:] = fill
+    caches = k, v
+    if pick.random() < 0.5:
+        *caches, ways["page_table"] = paged(rng, caches, lengths, page, fill)
+    got = run(library, query, *caches, lengths, **ways, **scales, **options)
+    check(got, query, k_want, v_want, lengths, **options)
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+def test_scales_may_be_left_out(library: ctypes.CDLL, dtype: str) -> None:
+    query, k, v = problem(5, 2, 1, 4, 2, 70, 64)
+    ones = np.ones((1, 2), np.float32)
+    k, v = (quantised(dtype, x, ones)[0] for x in (k, v))
+    lengths = np.array([70, 3], np.int32)
+    got = run(library, query, k, v, lengths)
+    check(got, query, k.astype(np.float32), v.astype(np.float32), lengths)
 
 
 @pytest.mark.parametrize("tokens", [2, 10])

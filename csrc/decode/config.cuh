@@ -1,8 +1,12 @@
 // Tile sizes of the decode kernels and what they use of a multiprocessor.
 #pragma once
 
-#include "host/dispatch.h"
-#include "tile/element.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "decode/params.h"
 #include "tile/swizzle.cuh"
 
 namespace jax_flash::decode {
@@ -21,26 +25,58 @@ struct DecodeTiles {
 
 // 64 KB in flight on a multiprocessor reach the rate of the memory (docs/design/decode.md). Shared
 // memory stays within the 99 KB of compute capability 8.6 and 8.9.
-template <int kWidth, bool kManyRows>
+template <int kWidth, bool kManyRows, int kCacheBytes>
 inline constexpr DecodeTiles kDecodeTiles{};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<64, false>{4, 1, 16, 4, 3};
+inline constexpr DecodeTiles kDecodeTiles<64, false, 2>{4, 1, 16, 4, 3};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<128, false>{4, 1, 16, 3, 2};
+inline constexpr DecodeTiles kDecodeTiles<128, false, 2>{4, 1, 16, 3, 2};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<256, false>{2, 1, 16, 3, 2};
+inline constexpr DecodeTiles kDecodeTiles<256, false, 2>{2, 1, 16, 3, 2};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<64, true>{4, 4, 64, 4, 3};
+inline constexpr DecodeTiles kDecodeTiles<64, true, 2>{4, 4, 64, 4, 3};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<128, true>{4, 4, 64, 3, 2};
+inline constexpr DecodeTiles kDecodeTiles<128, true, 2>{4, 4, 64, 3, 2};
 template <>
-inline constexpr DecodeTiles kDecodeTiles<256, true>{4, 4, 16, 4, 2};
+inline constexpr DecodeTiles kDecodeTiles<256, true, 2>{4, 4, 16, 4, 2};
+// Bytes in flight as above.
+template <>
+inline constexpr DecodeTiles kDecodeTiles<64, false, 1>{4, 1, 32, 4, 3};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<128, false, 1>{4, 1, 32, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<256, false, 1>{2, 1, 16, 5, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<64, true, 1>{4, 4, 64, 5, 3};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<128, true, 1>{4, 4, 64, 4, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<256, true, 1>{4, 4, 16, 8, 2};
+
+template <CacheType kCache>
+struct CacheElement {
+  using Math = __half;     // that the tensor cores multiply
+  using Stored = uint8_t;  // only moved
+};
+template <>
+struct CacheElement<CacheType::kF16> {
+  using Math = __half;
+  using Stored = uint16_t;
+};
+template <>
+struct CacheElement<CacheType::kBf16> {
+  using Math = __nv_bfloat16;
+  using Stored = uint16_t;
+};
 
 // kWidthArg: what key and value widths are padded to.
-template <ElementType kType, int kWidthArg, bool kManyRows>
+template <CacheType kCacheArg, int kWidthArg, bool kManyRows>
 struct DecodeConfig {
-  using Element = typename ElementOf<kType>::Type;
-  static constexpr DecodeTiles kTiles = kDecodeTiles<kWidthArg, kManyRows>;
+  static constexpr CacheType kCache = kCacheArg;
+  using Element = typename CacheElement<kCache>::Math;
+  using Stored = typename CacheElement<kCache>::Stored;
+  static constexpr bool kQuantised = sizeof(Stored) == 1;
+  static constexpr DecodeTiles kTiles = kDecodeTiles<kWidthArg, kManyRows, sizeof(Stored)>;
   static constexpr int kWidth = kWidthArg;
   static constexpr int kWarps = kTiles.warps;
   static constexpr int kThreads = 32 * kWarps;
@@ -53,7 +89,9 @@ struct DecodeConfig {
   static constexpr int kCopyUnroll = kWidth == 256 ? 1 : kCopyRows;
   static constexpr int kStages = kTiles.stages;
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
-  using Layout = TileLayout<kWidth>;
+  static constexpr int kPairs = kWidth * sizeof(Stored) / 2;  // 16-bit pieces of a row of a tile
+  using Layout = TileLayout<kPairs>;
+  static constexpr int kChunkElements = 16 / sizeof(Stored);
 
   // Shared memory in bytes: where each entry of the plan ends, the unit of work, states of its rows
   // before and after a split, states of the teams' rows, then the stages of the teams, each a tile

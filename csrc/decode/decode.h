@@ -4,19 +4,19 @@
 #include <cuda_runtime.h>
 
 #include "decode/params.h"
-#include "host/dispatch.h"
+#include "host/device.h"
 
 namespace jax_flash::decode {
 
 // Enqueues one kernel, and a second one if a sequence can have several splits, and nothing else.
 // kWidth: what the widths are padded to, 64, 128 or 256.
-template <ElementType kType, int kWidth>
+template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,
                           cudaStream_t stream);
 
 // The same for any widths up to kMaxWidth.
 inline constexpr int kMaxWidth = 256;
-cudaError_t launch(ElementType type, const DecodeParams& params, const DeviceInfo& device,
+cudaError_t launch(CacheType cache, const DecodeParams& params, const DeviceInfo& device,
                    cudaStream_t stream);
 
 }  // namespace jax_flash::decode

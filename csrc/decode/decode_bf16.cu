@@ -2,11 +2,11 @@
 
 namespace jax_flash::decode {
 
-template cudaError_t launch_decode<ElementType::kBf16, 64>(const DecodeParams&, const DeviceInfo&,
-                                                           cudaStream_t);
-template cudaError_t launch_decode<ElementType::kBf16, 128>(const DecodeParams&, const DeviceInfo&,
-                                                            cudaStream_t);
-template cudaError_t launch_decode<ElementType::kBf16, 256>(const DecodeParams&, const DeviceInfo&,
-                                                            cudaStream_t);
+template cudaError_t launch_decode<CacheType::kBf16, 64>(const DecodeParams&, const DeviceInfo&,
+                                                         cudaStream_t);
+template cudaError_t launch_decode<CacheType::kBf16, 128>(const DecodeParams&, const DeviceInfo&,
+                                                          cudaStream_t);
+template cudaError_t launch_decode<CacheType::kBf16, 256>(const DecodeParams&, const DeviceInfo&,
+                                                          cudaStream_t);
 
 }  // namespace jax_flash::decode

@@ -13,6 +13,7 @@
 #include "decode/warp.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
@@ -38,16 +39,26 @@ __device__ __forceinline__ RowResult finish_row(const DecodeParams& params, int 
   return {__fdividef(factor, sum), fmaf(maximum, 1.0f / kLog2e, logf(sum))};
 }
 
-// Four neighbouring columns of a row.
 template <typename Element>
+__device__ __forceinline__ uint2 pack(float4 values) {
+  return make_uint2(ptx::cvt_rn_x2<Element>(values.x, values.y),
+                    ptx::cvt_rn_x2<Element>(values.z, values.w));
+}
+
+// Four neighbouring columns of a row.
+template <CacheType kCache>
 __device__ __forceinline__ void store_out(const DecodeParams& params, int batch, int token,
                                           int head, int column, float4 values, float factor) {
   Element16* const target =
       static_cast<Element16*>(params.out) +
       ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim_v + column;
-  *reinterpret_cast<uint2*>(target) =
-      make_uint2(ptx::cvt_rn_x2<Element>(values.x * factor, values.y * factor),
-                 ptx::cvt_rn_x2<Element>(values.z * factor, values.w * factor));
+  const float4 finished =
+      make_float4(values.x * factor, values.y * factor, values.z * factor, values.w * factor);
+  bool bf16 = kCache == CacheType::kBf16;
+  if constexpr (kCache == CacheType::kE4m3 || kCache == CacheType::kInt8) {
+    bf16 = params.query_bf16 != 0;
+  }
+  *reinterpret_cast<uint2*>(target) = bf16 ? pack<__nv_bfloat16>(finished) : pack<__half>(finished);
 }
 
 // Four columns of a row, not normalised, relative to the row's maximum; and the row's sum.
@@ -88,7 +99,7 @@ __device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int b
 template <typename Config>
 struct Walk {
   using Layout = typename Config::Layout;
-  static constexpr int kLanes = ChunkLanes<Config::kWidth, 32>::kLanes;
+  static constexpr int kLanes = ChunkLanes<Config::kPairs, 32>::kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
   static constexpr int kStep = Config::kKeys * Config::kTeams;
 
@@ -134,8 +145,9 @@ struct Walk {
     const int chunk0 = lane_id() % kLanes;
     const int keys = end - copied_key(tile);
     const uint32_t target = stage(tile);
-    const Element16* const key = static_cast<const Element16*>(params.key);
-    const Element16* const value = static_cast<const Element16*>(params.value);
+    using Stored = typename Config::Stored;
+    const Stored* const key = static_cast<const Stored*>(params.key);
+    const Stored* const value = static_cast<const Stored*>(params.value);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
       const int row = pass + lane_id() / kLanes;
@@ -144,7 +156,7 @@ struct Walk {
       const bool exists = row < keys;
 #pragma unroll
       for (int i = 0; i < Layout::kChunks; i += kLanes) {
-        const int column = 8 * (chunk0 + i);
+        const int column = Config::kChunkElements * (chunk0 + i);
         const uint32_t place = target + Layout::offset(copied_row() + row, chunk0 + i);
         ptx::cp_async_16(place, key + source * params.head_dim + column,
                          exists && column < params.head_dim ? 16 : 0);
@@ -233,23 +245,34 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, uint32_t s
     if (fragment_column() == 0) {
       ptx::st_shared_v2(shared + Config::kStateOffset + 8 * row, warp.maximum[h], sum);
     }
-    const uint32_t target =
-        shared + Config::kTileOffset + 4 * (row * Config::kWidth + fragment_column());
+    const uint32_t target = shared + Config::kTileOffset + 4 * row * Config::kWidth;
 #pragma unroll
-    for (int j = 0; j < DecodeWarp<Config>::kOutTiles; ++j) {
-      ptx::st_shared_v2(target + 32 * j, warp.out[j][2 * h], warp.out[j][2 * h + 1]);
+    for (int j = 0; j < DecodeWarp<Config>::kOutTiles; j += 2) {
+      const auto& left = warp.out[j];
+      const auto& right = warp.out[j + 1];
+      if constexpr (Config::kQuantised) {
+        // Even columns are left, odd ones right.
+        const uint32_t four = target + 32 * j + 8 * fragment_column();
+        const float factor = warp.value_factor;
+        ptx::st_shared_v2(four, left[2 * h] * factor, right[2 * h] * factor);
+        ptx::st_shared_v2(four + 8, left[2 * h + 1] * factor, right[2 * h + 1] * factor);
+      } else {
+        const uint32_t two = target + 32 * j + 4 * fragment_column();
+        ptx::st_shared_v2(two, left[2 * h], left[2 * h + 1]);
+        ptx::st_shared_v2(two + 32, right[2 * h], right[2 * h + 1]);
+      }
     }
   }
 }
 
 // Writes a row's columns of `out` and its lse.
-template <typename Element>
+template <CacheType kCache>
 __device__ __forceinline__ void finish(const DecodeParams& params, int batch, int kv_head, int row,
                                        int piece, const RowPart& part) {
   const int token = params.group_divisor.divide(row);
   const int head = kv_head * params.group + row - token * params.group;
   const RowResult result = finish_row(params, batch, head, part.maximum, part.sum);
-  store_out<Element>(params, batch, token, head, 4 * piece, part.out, result.factor);
+  store_out<kCache>(params, batch, token, head, 4 * piece, part.out, result.factor);
   if (piece == 0) {
     params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
   }
@@ -309,7 +332,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Unit& ke
       }
       RowPart total = RowPart::empty();
       total.add(group);
-      finish<typename Config::Element>(params, unit.batch, unit.kv_head, first + row, piece, total);
+      finish<Config::kCache>(params, unit.batch, unit.kv_head, first + row, piece, total);
       continue;
     }
     *partial = group.out;
@@ -328,6 +351,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   Unit& kept = *reinterpret_cast<Unit*>(memory + Config::kUnitOffset);
   static_assert(sizeof(kept) <= Config::kStateOffset - Config::kUnitOffset);
   const uint32_t shared = ptx::shared_address(memory);
+  // The sum's thread blocks take what room is left, and wait there.
+  ptx::griddepcontrol_launch_dependents();
   const int units = make_plan<Config>(params, ends);
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
     const Unit unit = find_unit<Config>(params, ends, index);
@@ -350,7 +375,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 }
 
 // Adds up the units of each row, in their order: a thread has four columns of a row.
-template <typename Element>
+template <CacheType kCache>
 __global__ void __launch_bounds__(128)
     decode_combine_kernel(const __grid_constant__ DecodeParams params) {
   const int pieces = params.head_dim_v / 4;
@@ -358,11 +383,13 @@ __global__ void __launch_bounds__(128)
   const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
   const int piece = static_cast<int>(index % pieces);
   const int64_t heads_and_rows = index / pieces;
-  if (heads_and_rows >= int64_t{params.batch} * params.kv_heads * rows) return;
+  const bool exists = heads_and_rows < int64_t{params.batch} * params.kv_heads * rows;
   const int row = static_cast<int>(heads_and_rows % rows);
   const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
   const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
-  const int places = places_of(params, sequence_splits(params, batch));
+  const int places = exists ? places_of(params, sequence_splits(params, batch)) : 0;
+  // Every thread, also one without a row: this kernel must not end before the other has.
+  ptx::griddepcontrol_wait();
   if (places <= 1) return;
 
   const int64_t first = partial_row(params, batch, kv_head, 0, row);
@@ -392,7 +419,7 @@ __global__ void __launch_bounds__(128)
     }
     if (params.unit_splits == 1) total.add(group);
   }
-  finish<Element>(params, batch, kv_head, row, piece, total);
+  finish<kCache>(params, batch, kv_head, row, piece, total);
 }
 
 }  // namespace jax_flash::decode

@@ -35,19 +35,22 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
   const int64_t blocks = (threads + 127) / 128;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  return launch_kernel(decode_combine_kernel<typename Config::Element>,
-                       dim3(static_cast<unsigned>(blocks)), 128, 0, stream, params);
+  const auto combine = decode_combine_kernel<Config::kCache>;
+  const dim3 combine_grid(static_cast<unsigned>(blocks));
+  return device.compute_capability >= 90
+             ? launch_dependent_kernel(combine, combine_grid, 128, stream, params)
+             : launch_kernel(combine, combine_grid, 128, 0, stream, params);
 }
 
-template <ElementType kType, int kWidth>
+template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cudaStream_t stream) {
   DecodeParams params = from;
   params.group = params.heads / params.kv_heads;
   params.group_divisor = FastDivisor::make(params.group);
   params.page_divisor = FastDivisor::make(params.page_size);
   const bool many = params.tokens * params.group > 16;
-  return many ? launch<DecodeConfig<kType, kWidth, true>>(params, device, stream)
-              : launch<DecodeConfig<kType, kWidth, false>>(params, device, stream);
+  return many ? launch<DecodeConfig<kCache, kWidth, true>>(params, device, stream)
+              : launch<DecodeConfig<kCache, kWidth, false>>(params, device, stream);
 }
 
 }  // namespace jax_flash::decode

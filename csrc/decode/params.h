@@ -16,6 +16,10 @@ inline constexpr int kSplitUnit = 64;
 // that it does not matter whether one thread block does a group or several share it.
 inline constexpr int kGroupSplits = 8;
 
+// Element types of the caches. Query and output have the type of a 16-bit cache, and one of those
+// two with an 8-bit one.
+enum class CacheType { kBf16, kF16, kE4m3, kInt8 };
+
 // Arrays are row-major. A row of the caches is one token: [rows, kv_heads, width], where a row is
 // batch * room + key, or page * page_size + key with a page table.
 struct DecodeParams {
@@ -25,6 +29,8 @@ struct DecodeParams {
   const int32_t* lengths;     // [batch], new tokens included
   const int32_t* page_table;  // [batch, max_pages], or null
   const float* sinks;         // [batch or 1, heads], or null
+  const float* k_scale;       // [batch or 1, kv_heads], or null for 1; for 8-bit caches
+  const float* v_scale;       // the same
   void* out;                  // [batch, tokens, heads, head_dim_v]
   float* lse;                 // [batch, heads, tokens]
   // Of sequences with several units, a place for each, `splits` of them at most; row t * group + g
@@ -41,10 +47,13 @@ struct DecodeParams {
   int32_t pages;      // of the pool
   int32_t page_size;  // 1 without a page table
   int32_t max_pages;
-  int32_t sink_stride;  // heads, or 0 if all sequences share them
+  int32_t sink_stride;     // heads, or 0 if all sequences share them
+  int32_t k_scale_stride;  // kv_heads, or 0
+  int32_t v_scale_stride;
   int32_t window_left;  // kUnbounded or how many keys before its own a query sees
   int32_t split_keys;   // keys of a split, a multiple of kSplitUnit
   int32_t splits;       // the most that a sequence can need
+  int32_t query_bf16;   // else f16
   float scale;
   float softcap;  // 0: none
 

@@ -5,6 +5,7 @@
 
 #include "decode/config.cuh"
 #include "decode/params.h"
+#include "decode/quantised.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "tile/copy.cuh"
@@ -30,8 +31,10 @@ struct DecodeWarp {
 
   uint32_t query[kSteps][4];
   float out[kOutTiles][4];
-  float maximum[2];  // of the logits, base 2
-  float sum[2];      // this lane's part
+  float maximum[2];     // of the logits, base 2
+  float sum[2];         // this lane's part
+  float key_factor[2];  // of the scores of a row, for 8-bit caches
+  float value_factor;   // of the outputs, for 8-bit caches
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -43,28 +46,14 @@ struct DecodeWarp {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Queries go straight to the registers that the product reads: each is read once.
   __device__ __forceinline__ void load_queries(const DecodeParams& params, int batch, int kv_head,
                                                int first_row) {
-    const int rows = params.tokens * params.group;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + fragment_row() + 8 * h;
-      const int token = params.group_divisor.divide(row);
-      const int head = kv_head * params.group + row - token * params.group;
-      const Element16* const source =
-          static_cast<const Element16*>(params.query) +
-          ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int column = 16 * step + 8 * half + fragment_column();
-          const bool valid = row < rows && column < params.head_dim;
-          query[step][h + 2 * half] =
-              valid ? *reinterpret_cast<const uint32_t*>(source + column) : 0u;
-        }
-      }
+    if constexpr (!Config::kQuantised) {
+      load_own_queries(params, batch, kv_head, first_row);
+    } else if (params.query_bf16 != 0) {
+      load_half_queries<__nv_bfloat16>(params, batch, kv_head, first_row);
+    } else {
+      load_half_queries<__half>(params, batch, kv_head, first_row);
     }
   }
 
@@ -83,6 +72,82 @@ struct DecodeWarp {
   }
 
  private:
+  // Where a row's query is.
+  static __device__ __forceinline__ const Element16* query_row(const DecodeParams& params,
+                                                               int batch, int kv_head, int row) {
+    const int token = params.group_divisor.divide(row);
+    const int head = kv_head * params.group + row - token * params.group;
+    return static_cast<const Element16*>(params.query) +
+           ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim;
+  }
+
+  // Queries go straight to the registers that the product reads: each is read once.
+  __device__ __forceinline__ void load_own_queries(const DecodeParams& params, int batch,
+                                                   int kv_head, int first_row) {
+    const int rows = params.tokens * params.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + fragment_row() + 8 * h;
+      const Element16* const source = query_row(params, batch, kv_head, row);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int column = 16 * step + 8 * half + fragment_column();
+          const bool valid = row < rows && column < params.head_dim;
+          query[step][h + 2 * half] =
+              valid ? *reinterpret_cast<const uint32_t*>(source + column) : 0u;
+        }
+      }
+    }
+  }
+
+  // The same as f16, each row over a power of two so that it fits, and with columns in the order
+  // that `to_half` gives those of the keys. Also sets the factors of scores and outputs.
+  template <typename Given>
+  __device__ __forceinline__ void load_half_queries(const DecodeParams& params, int batch,
+                                                    int kv_head, int first_row) {
+    constexpr float kCacheUnit = kUnit<Config::kCache>;
+    const float k_scale = scale_of(params.k_scale, batch * params.k_scale_stride + kv_head);
+    value_factor = kCacheUnit * scale_of(params.v_scale, batch * params.v_scale_stride + kv_head);
+    const int first_column = 2 * fragment_column();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + fragment_row() + 8 * h;
+      const bool exists = row < params.tokens * params.group;
+      const Element16* const source = query_row(params, batch, kv_head, row) + first_column;
+      float largest = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const bool valid = exists && 16 * step + first_column < params.head_dim;
+        const uint2 pairs =
+            valid ? *reinterpret_cast<const uint2*>(source + 16 * step) : make_uint2(0, 0);
+        query[step][h] = pairs.x;
+        query[step][h + 2] = pairs.y;
+        const float2 low = ptx::unpack_x2<Given>(pairs.x);
+        const float2 high = ptx::unpack_x2<Given>(pairs.y);
+        largest = fmaxf(
+            largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
+      }
+      largest = quad_max(largest);
+      // 2^e of the largest, up to what has a normal reciprocal.
+      const uint32_t exponent = min(__float_as_uint(largest) & 0x7f800000u, 253u << 23);
+      const float down = __uint_as_float((254u << 23) - exponent);
+      key_factor[h] = kCacheUnit * k_scale * __uint_as_float(exponent);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const float2 low = ptx::unpack_x2<Given>(query[step][h]);
+        const float2 high = ptx::unpack_x2<Given>(query[step][h + 2]);
+        query[step][h] = ptx::cvt_rn_x2<__half>(low.x * down, high.x * down);
+        query[step][h + 2] = ptx::cvt_rn_x2<__half>(low.y * down, high.y * down);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ float scale_of(const float* scales, int index) {
+    return scales == nullptr ? 1.0f : scales[index];
+  }
+
   __device__ __forceinline__ void multiply_keys(float (&scores)[kScoreTiles][4],
                                                 uint32_t tile) const {
     const uint32_t address = b_operand_address<Layout>(tile, 0);
@@ -92,36 +157,53 @@ struct DecodeWarp {
       for (int e = 0; e < 4; ++e) scores[j][e] = 0.0f;
     }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int pair = 0; pair < Layout::kChunks / 2; ++pair) {
 #pragma unroll
       for (int j = 0; j < kScoreTiles / 2; ++j) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, Layout::advance(address, 2 * step) + j * 16 * Layout::kPitch);
-        ptx::mma_m16n8k16<Element>(scores[2 * j], query[step], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(scores[2 * j + 1], query[step], b[2], b[3]);
+        ptx::ldmatrix_x4(b, Layout::advance(address, 2 * pair) + j * 16 * Layout::kPitch);
+        if constexpr (Config::kQuantised) {
+          // A chunk of 16 bytes is a k-step.
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const HalfPairs k = to_half<Config::kCache>(b[i]);
+            ptx::mma_m16n8k16<Element>(scores[2 * j + i / 2], query[2 * pair + i % 2], k.even,
+                                       k.odd);
+          }
+        } else {
+          ptx::mma_m16n8k16<Element>(scores[2 * j], query[pair], b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(scores[2 * j + 1], query[pair], b[2], b[3]);
+        }
       }
     }
   }
 
   // Scores become logits in base 2.
-  static __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
-                                               const DecodeParams& params) {
+  __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
+                                        const DecodeParams& params) const {
     constexpr float kLog2e = SoftmaxScale::kLog2e;
-    if (params.softcap == 0.0f) {
-      const float factor = params.scale * kLog2e;
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+    for (int h = 0; h < 2; ++h) {
+      float factor = params.scale;
+      if constexpr (Config::kQuantised) factor *= key_factor[h];
+      if (params.softcap == 0.0f) {
+        factor *= kLog2e;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[j][e] *= factor;
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) scores[j][e] *= factor;
+        }
+      } else {
+        factor /= params.softcap;
+        const float outside = params.softcap * kLog2e;
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            scores[j][e] = outside * tanhf(scores[j][e] * factor);
+          }
+        }
       }
-      return;
-    }
-    const float inside = params.scale / params.softcap;
-    const float outside = params.softcap * kLog2e;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) scores[j][e] = outside * tanhf(scores[j][e] * inside);
     }
   }
 
@@ -184,11 +266,22 @@ struct DecodeWarp {
       uint32_t a[4];
       pack_a_operand<Element>(a, scores[2 * step], scores[2 * step + 1]);
 #pragma unroll
-      for (int j = 0; j < kOutTiles / 2; ++j) {
+      for (int j = 0; j < Layout::kChunks / 2; ++j) {
         uint32_t b[4];
         ptx::ldmatrix_x4_trans(b, Layout::advance(address, 2 * j) + step * 16 * Layout::kPitch);
-        ptx::mma_m16n8k16<Element>(out[2 * j], a, b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(out[2 * j + 1], a, b[2], b[3]);
+        if constexpr (Config::kQuantised) {
+          // A chunk has 16 columns, the even ones for one tile of outputs, the odd for the next.
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const HalfPairs low = to_half<Config::kCache>(b[2 * i]);
+            const HalfPairs high = to_half<Config::kCache>(b[2 * i + 1]);
+            ptx::mma_m16n8k16<Element>(out[4 * j + 2 * i], a, low.even, high.even);
+            ptx::mma_m16n8k16<Element>(out[4 * j + 2 * i + 1], a, low.odd, high.odd);
+          }
+        } else {
+          ptx::mma_m16n8k16<Element>(out[2 * j], a, b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(out[2 * j + 1], a, b[2], b[3]);
+        }
       }
     }
   }

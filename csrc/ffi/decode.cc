@@ -2,10 +2,11 @@
 //
 // query [batch, T, N, H], caches [batch, S, K, H] and [batch, S, K, Hv] or, with a page table,
 // [pages, page, K, H] and [pages, page, K, Hv], lengths int32 [batch]; then, if their attributes
-// say so, the page table int32 [batch, max_pages] and sinks f32 [batch or 1, N] -> out
-// [batch, T, N, Hv] in query's type, lse f32 [batch, N, T], and two workspaces: f32
-// [batch, K, splits, T * N / K, Hv] and f32 [batch, K, splits, T * N / K, 2], which may be empty if
-// there is one split. All arrays are row-major and start at multiples of 16 bytes, as XLA's do.
+// say so, the page table int32 [batch, max_pages], sinks f32 [batch or 1, N] and scales of keys and
+// of values, f32 [batch or 1, K], for caches of e4m3 or int8 -> out [batch, T, N, Hv] in query's
+// type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T * N / K, Hv] and f32
+// [batch, K, splits, T * N / K, 2], which may be empty if there is one split. All arrays are
+// row-major and start at multiples of 16 bytes, as XLA's do.
 #include "decode/decode.h"
 
 #include <cstdint>
@@ -21,6 +22,20 @@ namespace {
 
 using Dims = ffi::Span<const int64_t>;
 
+// Of one of the four types that caches may have.
+decode::CacheType cache_type_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::BF16:
+      return decode::CacheType::kBf16;
+    case ffi::F16:
+      return decode::CacheType::kF16;
+    case ffi::S8:
+      return decode::CacheType::kInt8;
+    default:
+      return decode::CacheType::kE4m3;
+  }
+}
+
 ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                           ffi::AnyBuffer value, ffi::Buffer<ffi::S32> lengths,
                           ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> out,
@@ -28,7 +43,7 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_state, float scale,
                           float softcap, int64_t window_left, int64_t split_keys, int64_t splits,
-                          bool has_page_table, bool has_sinks) {
+                          bool has_page_table, bool has_sinks, bool has_k_scale, bool has_v_scale) {
   const Dims q = query.dimensions();
   const Dims k = key.dimensions();
   const Dims v = value.dimensions();
@@ -40,16 +55,21 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                   to_string(v));
   JAX_FLASH_CHECK(k[2] > 0 && q[2] > 0 && q[2] % k[2] == 0, "query has ", q[2],
                   " heads, the caches ", k[2]);
-  JAX_FLASH_CHECK(q[3] > 0 && q[3] % 8 == 0 && v[3] > 0 && v[3] % 8 == 0 &&
-                      q[3] <= decode::kMaxWidth && v[3] <= decode::kMaxWidth,
-                  "widths must be multiples of 8 up to ", decode::kMaxWidth, ", got ", q[3],
-                  " and ", v[3]);
   const ffi::DataType type = query.element_type();
   JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
-  JAX_FLASH_CHECK(
-      key.element_type() == type && value.element_type() == type && out->element_type() == type,
-      "caches and out must have query's type ", type, ", got ", key.element_type(), ", ",
-      value.element_type(), ", ", out->element_type());
+  const ffi::DataType cache_type = key.element_type();
+  const bool quantised = cache_type == ffi::F8E4M3FN || cache_type == ffi::S8;
+  JAX_FLASH_CHECK((cache_type == type || quantised) && value.element_type() == cache_type &&
+                      out->element_type() == type,
+                  "caches must have query's type ", type,
+                  " or be of e4m3 or int8, out must have it, got ", cache_type, ", ",
+                  value.element_type(), ", ", out->element_type());
+  // Rows of the caches start at multiples of 16 bytes.
+  const int64_t multiple = quantised ? 16 : 8;
+  JAX_FLASH_CHECK(q[3] > 0 && q[3] % multiple == 0 && v[3] > 0 && v[3] % multiple == 0 &&
+                      q[3] <= decode::kMaxWidth && v[3] <= decode::kMaxWidth,
+                  "widths must be multiples of ", multiple, " up to ", decode::kMaxWidth, ", got ",
+                  q[3], " and ", v[3]);
   JAX_FLASH_CHECK(static_cast<int64_t>(lengths.element_count()) == q[0], "lengths ",
                   to_string(lengths.dimensions()), " do not fit query ", to_string(q));
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -58,9 +78,11 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
 
   decode::DecodeParams params{};
   size_t next = 0;
-  JAX_FLASH_CHECK(others.size() == static_cast<size_t>(has_page_table) + has_sinks, "got ",
-                  others.size(), " optional operands, the attributes name ",
-                  static_cast<int>(has_page_table) + has_sinks);
+  const int named = has_page_table + has_sinks + has_k_scale + has_v_scale;
+  JAX_FLASH_CHECK(others.size() == static_cast<size_t>(named), "got ", others.size(),
+                  " optional operands, the attributes name ", named);
+  JAX_FLASH_CHECK(quantised || !(has_k_scale || has_v_scale), "caches of ", cache_type,
+                  " have no scales");
   params.page_size = 1;
   int64_t room = k[1];
   if (has_page_table) {
@@ -85,6 +107,22 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
     params.sinks = sinks->typed_data();
     params.sink_stride = s[0] == 1 ? 0 : static_cast<int32_t>(q[2]);
   }
+  const auto take_scale = [&](const float** scale, int32_t* stride) {
+    auto given = others.get<ffi::Buffer<ffi::F32>>(next++);
+    if (!given.has_value()) return given.error();
+    const Dims s = given->dimensions();
+    JAX_FLASH_CHECK(s.size() == 2 && (s[0] == 1 || s[0] == q[0]) && s[1] == k[2], "scales ",
+                    to_string(s), " do not fit caches ", to_string(k));
+    *scale = given->typed_data();
+    *stride = s[0] == 1 ? 0 : static_cast<int32_t>(k[2]);
+    return ffi::Error::Success();
+  };
+  if (has_k_scale) {
+    JAX_FLASH_RETURN_IF_ERROR(take_scale(&params.k_scale, &params.k_scale_stride));
+  }
+  if (has_v_scale) {
+    JAX_FLASH_RETURN_IF_ERROR(take_scale(&params.v_scale, &params.v_scale_stride));
+  }
   JAX_FLASH_CHECK(room < kMaxLength, "sequences have room for ", room, " keys, the limit is ",
                   kMaxLength);
   JAX_FLASH_CHECK(window_left >= -1 && window_left < kMaxLength, "window_left is ", window_left);
@@ -108,6 +146,7 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
       " splits");
   if (rows == 0) return ffi::Error::Success();
 
+  params.query_bf16 = type == ffi::BF16;
   params.query = query.untyped_data();
   params.key = key.untyped_data();
   params.value = value.untyped_data();
@@ -132,8 +171,7 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
 
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
-  const ElementType element = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
-  const cudaError_t error = decode::launch(element, params, device, stream);
+  const cudaError_t error = decode::launch(cache_type_of(cache_type), params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
   return ffi::Error::Success();
 }
@@ -158,7 +196,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
                                   .Attr<int64_t>("split_keys")
                                   .Attr<int64_t>("splits")
                                   .Attr<bool>("has_page_table")
-                                  .Attr<bool>("has_sinks"),
+                                  .Attr<bool>("has_sinks")
+                                  .Attr<bool>("has_k_scale")
+                                  .Attr<bool>("has_v_scale"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

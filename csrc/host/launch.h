@@ -19,4 +19,22 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
+// The same for a kernel that may start before the one before it in the stream has ended: on devices
+// of compute capability 9.0 and later, if that one says so. Each of its threads must execute
+// griddepcontrol.wait, and before that write nothing and read nothing that the other kernel writes.
+template <typename... Params>
+cudaError_t launch_dependent_kernel(void (*kernel)(Params...), dim3 grid, int threads,
+                                    cudaStream_t stream, const Params&... params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
 }  // namespace jax_flash

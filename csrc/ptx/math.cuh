@@ -33,6 +33,22 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<__half>(float low, float high) {
   return r;
 }
 
+#if __CUDA_ARCH__ >= 890
+// Two e4m3 to a packed f16 pair, exactly. sm_89 and later.
+__device__ __forceinline__ uint32_t cvt_rn_f16x2_e4m3x2(uint16_t pair) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+#endif
+
+// x - y of two packed f16 pairs.
+__device__ __forceinline__ uint32_t sub_f16x2(uint32_t x, uint32_t y) {
+  uint32_t r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+  return r;
+}
+
 // The two f32 of a packed 16-bit pair.
 template <typename T>
 __device__ __forceinline__ float2 unpack_x2(uint32_t pair);

@@ -49,13 +49,18 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
     query, k_cache, v_cache = (operands[n] for n in config.present[:3])
     if str(query.dtype) not in plan.DTYPES:
         return f"query of dtype {query.dtype}: the kernel takes bfloat16 and float16"
-    if k_cache.dtype != query.dtype:
-        return f"k_cache of dtype {k_cache.dtype} is not supported by the kernel yet"
+    quantised = str(k_cache.dtype) in QUANTISED
+    if not quantised and k_cache.dtype != query.dtype:
+        return (
+            f"k_cache of dtype {k_cache.dtype}: the kernel takes that of query, "
+            f"{query.dtype}, or {' or '.join(QUANTISED)}"
+        )
+    multiple = 16 if quantised else 8
     for name, width in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if width.shape[-1] % 8 or width.shape[-1] > WIDEST:
+        if width.shape[-1] % multiple or width.shape[-1] > WIDEST:
             return (
-                f"{name} of width {width.shape[-1]}: the kernel takes multiples of 8 "
-                f"up to {WIDEST}"
+                f"{name} of width {width.shape[-1]}: the kernel takes multiples of "
+                f"{multiple} up to {WIDEST} for {k_cache.dtype}"
             )
     if k_cache.shape[0] * k_cache.shape[1] > MOST_ROWS:
         return f"k_cache {k_cache.shape} holds more tokens than 31 bits can count"
@@ -102,6 +107,8 @@ def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
         splits=np.int64(splits),
         has_page_table="page_table" in o,
         has_sinks="sinks" in o,
+        has_k_scale="k_scale" in o,
+        has_v_scale="v_scale" in o,
     )
     return [out, lse]
 

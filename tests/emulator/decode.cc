@@ -13,19 +13,31 @@ namespace {
 
 using namespace jax_flash;
 
-template <ElementType kType>
+template <decode::CacheType kCache>
 cudaError_t launch(const decode::DecodeParams& params, const DeviceInfo& device) {
   const int width = std::max(params.head_dim, params.head_dim_v);
-  if (width <= 64) return decode::launch_decode<kType, 64>(params, device, nullptr);
-  if (width <= 128) return decode::launch_decode<kType, 128>(params, device, nullptr);
-  return decode::launch_decode<kType, 256>(params, device, nullptr);
+  if (width <= 64) return decode::launch_decode<kCache, 64>(params, device, nullptr);
+  if (width <= 128) return decode::launch_decode<kCache, 128>(params, device, nullptr);
+  return decode::launch_decode<kCache, 256>(params, device, nullptr);
 }
 
 }  // namespace
 
-// `params` as tests/emulator_decode_test.py fills it, up to what the launch sets.
-extern "C" int decode(const jax_flash::decode::DecodeParams* params, int f16, int multiprocessors) {
-  const DeviceInfo device{80, 50 << 20, multiprocessors};
-  return f16 != 0 ? launch<ElementType::kF16>(*params, device)
-                  : launch<ElementType::kBf16>(*params, device);
+// `params` as tests/emulator_decode_test.py fills it, up to what the launch sets; `cache` is a
+// CacheType.
+extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache,
+                      int multiprocessors) {
+  using jax_flash::decode::CacheType;
+  const DeviceInfo device{90, 50 << 20, multiprocessors};
+  switch (static_cast<CacheType>(cache)) {
+    case CacheType::kBf16:
+      return launch<CacheType::kBf16>(*params, device);
+    case CacheType::kF16:
+      return launch<CacheType::kF16>(*params, device);
+    case CacheType::kE4m3:
+      return launch<CacheType::kE4m3>(*params, device);
+    case CacheType::kInt8:
+      return launch<CacheType::kInt8>(*params, device);
+  }
+  return -1;
 }

@@ -34,13 +34,17 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -62,7 +66,11 @@ template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Params&... params) {
   if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
-  if (config->numAttrs != 0) emulator::fail("clusters are not emulated");
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      emulator::fail("clusters are not emulated");
+    }
+  }
   emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
                    static_cast<int>(config->blockDim.x), emulated_shared_memory,
                    [&] { kernel(params...); });

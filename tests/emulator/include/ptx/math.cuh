@@ -15,6 +15,13 @@ template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {
   return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);
 }
+inline uint32_t sub_f16x2(uint32_t x, uint32_t y) {
+  const auto half = [&](int shift) {
+    return static_cast<float>(emulator::bit_cast<__half>(x >> shift & 0xffff)) -
+           static_cast<float>(emulator::bit_cast<__half>(y >> shift & 0xffff));
+  };
+  return cvt_rn_x2<__half>(half(0), half(16));
+}
 template <typename T>
 float2 unpack_x2(uint32_t pair) {
   return make_float2(static_cast<float>(emulator::bit_cast<T>(pair & 0xffff)),
