@@ -31,6 +31,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_flash
+from jax_flash import KVCache
 from jax_flash.nnx import apply_rotary
 
 PROMPT = "The statement"
@@ -146,20 +147,31 @@ class Attention(nnx.Module):
         self.qkv = dense((config.width, heads * config.head_dim), config, rngs)
         self.out = dense((config.heads * config.head_dim, config.width), config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, width] -> [B, T, width]."""
+    def __call__(
+        self, x: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, width] -> [B, T, width], and the cache with the new tokens.
+
+        Several tokens are the beginning of their sequences, whose caches are empty; a
+        single one may continue a sequence of any length.
+        """
         config = self.config
         qkv = self.qkv(x).reshape(*x.shape[:2], -1, config.head_dim)
         heads, keys_end = config.heads, config.heads + config.kv_heads
         query, key, value = jnp.split(qkv, (heads, keys_end), axis=2)
-        attended = jax_flash.mha(
-            apply_rotary(query),
-            apply_rotary(key),
-            value,
-            is_causal=True,
-            implementation=config.implementation,
-        )
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        positions = None if cache is None else cache.lengths[:, None]
+        if positions is not None:
+            positions = positions + jnp.arange(x.shape[1])
+        query, key = apply_rotary(query, positions), apply_rotary(key, positions)
+        if cache is not None:
+            cache = cache.append(key, value)
+        if cache is None or x.shape[1] > 1:
+            attended = jax_flash.mha(
+                query, key, value, is_causal=True, implementation=config.implementation
+            )
+        else:
+            attended = cache.attend(query, implementation=config.implementation)
+        return self.out(attended.reshape(*x.shape[:2], -1)), cache
 
 
 class Block(nnx.Module):
@@ -172,11 +184,14 @@ class Block(nnx.Module):
         self.up = dense((config.width, 2 * config.hidden), config, rngs)
         self.down = dense((config.hidden, config.width), config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, width] -> [B, T, width]."""
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(
+        self, x: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, width] -> [B, T, width], and the cache with the new tokens."""
+        attended, cache = self.attention(self.attention_norm(x), cache)
+        x = x + attended
         gate, up = jnp.split(self.up(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.down(nnx.silu(gate) * up)
+        return x + self.down(nnx.silu(gate) * up), cache
 
 
 class LanguageModel(nnx.Module):
@@ -198,8 +213,46 @@ class LanguageModel(nnx.Module):
         """int32 [B, T] -> float32 [B, T, vocabulary]."""
         x = self.embed(tokens) * math.sqrt(self.config.width)
         for block in self.blocks:
-            x = block(x)
+            x, _ = block(x)
+        return self.logits(x)
+
+    def decode(
+        self, tokens: jax.Array, caches: list[KVCache]
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """The same of new tokens behind those in the caches, one for each block.
+
+        int32 [B, T] -> float32 [B, T, vocabulary], and the caches with the new tokens.
+        T > 1 only at the beginning of sequences: see `Attention`.
+        """
+        x = self.embed(tokens) * math.sqrt(self.config.width)
+        longer = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block(x, cache)
+            longer.append(cache)
+        return self.logits(x), longer
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[B, T, width] -> float32 [B, T, vocabulary]."""
         return self.embed.attend(self.norm(x)).astype(jnp.float32)
+
+
+def make_optimizer(model: LanguageModel, steps: int) -> nnx.Optimizer:
+    """AdamW whose rate rises for a tenth of `steps` and then falls to a tenth."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, 4e-3, 1 + steps // 10, 1 + steps, 4e-4
+    )
+    rule = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
+    )
+    return nnx.Optimizer(model, rule, wrt=nnx.Param)
+
+
+def draw_batch(
+    rng: np.random.Generator, tokens: np.ndarray, config: Config
+) -> jax.Array:
+    """Pieces of the text from random places, int32 [batch, length + 1]."""
+    starts = rng.integers(len(tokens) - config.length, size=(config.batch, 1))
+    return jnp.asarray(tokens[starts + np.arange(config.length + 1)])
 
 
 def loss_of(model: LanguageModel, tokens: jax.Array) -> jax.Array:
@@ -322,13 +375,7 @@ def main() -> int:
     held_out = held_out.reshape(rows, -1)
 
     model = LanguageModel(config, nnx.Rngs(arguments.seed))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, 4e-3, 1 + arguments.steps // 10, 1 + arguments.steps, 4e-4
-    )
-    rule = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
-    )
-    optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
+    optimizer = make_optimizer(model, arguments.steps)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(
         f"{len(train_text):,} characters of text, {len(train_tokens):,} tokens;"
@@ -337,15 +384,12 @@ def main() -> int:
     print(explain_attention(config))
 
     rng = np.random.default_rng(arguments.seed)
-    offsets = np.arange(config.length + 1)
     losses: list[float] = []
     measured = {0: float(evaluate(model, held_out))}
     start = time.perf_counter()
     with tqdm(range(arguments.steps), unit="step", mininterval=0.5) as progress:
         for step in progress:
-            last_start = len(train_tokens) - config.length
-            starts = rng.integers(last_start, size=(config.batch, 1))
-            batch = jnp.asarray(train_tokens[starts + offsets])
+            batch = draw_batch(rng, train_tokens, config)
             loss = train_step(model, optimizer, batch)
             losses.append(float(loss))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")

@@ -58,6 +58,21 @@ def test_train_lm_rejects_nonsense() -> None:
     assert "--steps >= 1" in out
 
 
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_generate(temperature: str) -> None:
+    options = ["--steps", "8", "--generate", "24", "--vocabulary", "300"]
+    out = run_python("examples/generate.py", *options, "--temperature", temperature)
+    assert "all tokens equal those of full recomputation" in out
+    assert re.search(r"96 tokens in \S+ s, \d+ tokens/s", out), out
+    assert "caches donated: True" in out
+    assert "\nA class definition is|" in out
+
+
+def test_generate_rejects_nonsense() -> None:
+    out = run_python("examples/generate.py", "--temperature", "-1", status=2)
+    assert "--temperature >= 0" in out
+
+
 def test_benchmark_smoke(tmp_path: pathlib.Path) -> None:
     results, chart = tmp_path / "smoke.json", tmp_path / "smoke.png"
     options = ["--smoke", "--check", "--rounds", "2", "--seconds", "0.002"]
