@@ -29,7 +29,7 @@ def in_new_process(function: Callable[[], None]) -> None:
     """
     module, name = function.__module__, function.__name__
     result = subprocess.run(
-        [sys.executable, "-c", f"import {module}; {module}.{name}()"],
+        [sys.executable, "-P", "-c", f"import {module}; {module}.{name}()"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
