@@ -32,6 +32,8 @@ ROTATED = 260e6
 """Bytes of caches that a chain goes through; several times the L2."""
 LONGEST_CHAIN = 16
 TOLERANCE = 2e-2
+SCALE = 1 / 32
+"""Of quantised keys and values: int8 reaches 4 standard deviations, float8 14."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Cell:
       batch, room, heads, kv_heads, width, tokens: B, S, N, K, D and T.
       ragged: lengths spread evenly over 1..S in random order, else all S.
       page: tokens of a page, 0 for contiguous caches.
+      cache: dtype of the caches; queries are bfloat16.
     """
 
     batch: int
@@ -52,6 +55,7 @@ class Cell:
     tokens: int = 1
     ragged: bool = False
     page: int = 0
+    cache: str = "bfloat16"
 
     @property
     def name(self) -> str:
@@ -60,7 +64,18 @@ class Cell:
         parts.append(f"d{self.width}")
         parts += [f"q{self.tokens}"] * (self.tokens > 1)
         parts += ["ragged"] * self.ragged + [f"page{self.page}"] * (self.page > 0)
+        parts += [self.cache] * self.quantised
         return " ".join(parts)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the caches have scales."""
+        return self.cache != "bfloat16"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return 2 * self.kv_heads * self.width * jnp.dtype(self.cache).itemsize
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -73,11 +88,11 @@ class Cell:
     @property
     def kv_bytes(self) -> float:
         """Bytes of keys and values that one call has to read."""
-        return float(self.lengths.sum()) * self.kv_heads * self.width * 4
+        return float(self.lengths.sum()) * self.token_bytes
 
     def inputs(self) -> tuple[Any, list[Any], Any, Any]:
         """Query, caches of the calls of a chain, lengths, page table or None."""
-        whole = self.batch * self.room * self.kv_heads * self.width * 4
+        whole = self.batch * self.room * self.token_bytes
         count = int(min(LONGEST_CHAIN, max(1, -(-ROTATED // whole))))
         shape = (self.batch, self.room, self.kv_heads, self.width)
         table = None
@@ -90,7 +105,16 @@ class Cell:
         keys = jax.random.split(jax.random.key(0), 2 * count + 1)
         query_shape = (self.batch, self.tokens, self.heads, self.width)
         query = jax.random.normal(keys[0], query_shape, jnp.bfloat16)
-        draw = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+
+        @jax.jit
+        def draw(key: jax.Array) -> jax.Array:
+            x = jax.random.normal(key, shape, jnp.bfloat16)
+            if self.quantised:
+                x = x / SCALE
+            if self.cache == "int8":
+                x = jnp.clip(jnp.rint(x), -127, 127)
+            return x.astype(self.cache)
+
         caches = [(draw(keys[2 * i + 1]), draw(keys[2 * i + 2])) for i in range(count)]
         return query, caches, jnp.asarray(self.lengths), table
 
@@ -112,6 +136,11 @@ CELLS = (
     Cell(64, 4096, 9, 3, 64),
     Cell(16, 8192, 16, 16, 256),
     *(Cell(64, 4096, page=page) for page in (16, 64, 128)),
+    *(
+        Cell(batch, 32768, page=page, cache=cache)
+        for batch, page in ((8, 0), (32, 0), (32, 64))
+        for cache in ("bfloat16", "float8_e4m3fn", "int8")
+    ),
     *(Cell(8, 8192, tokens=tokens) for tokens in (4, 16, 64)),
     *(Cell(1, 65536, tokens=tokens) for tokens in (1, 4, 16, 64)),
 )
@@ -121,11 +150,18 @@ Attention = Callable[..., jax.Array]
 
 def ours(implementation: str, cell: Cell) -> Attention:
     """`decode_mha` by one implementation."""
-    del cell
+    scale = SCALE if cell.quantised else None
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
         return jax_flash.decode_mha(
-            query, k, v, lengths, page_table=table, implementation=implementation
+            query,
+            k,
+            v,
+            lengths,
+            page_table=table,
+            k_scale=scale,
+            v_scale=scale,
+            implementation=implementation,
         )
 
     return run
@@ -133,6 +169,8 @@ def ours(implementation: str, cell: Cell) -> Attention:
 
 def cudnn(cell: Cell) -> Attention:
     """`jax.nn` with lengths; its causal mask is aligned top-left, so one query only."""
+    if cell.quantised:
+        raise NotImplementedError("has no scales")
     if cell.page:
         raise NotImplementedError("takes no pages")
     if cell.tokens > 1:
@@ -149,6 +187,8 @@ def cudnn(cell: Cell) -> Attention:
 
 def fa3(splits: int, cell: Cell) -> Attention:
     """FlashAttention-3 with a fixed number of splits."""
+    if cell.quantised:
+        raise NotImplementedError("takes an 8-bit cache with an 8-bit query only")
     if cell.width != 128:
         raise NotImplementedError("built for width 128 only")
     call = importlib.import_module("flash_attn3_jax").flash_mha_with_kvcache

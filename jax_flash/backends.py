@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import builtin, validate
+from jax_flash._src import builtin, decode_call, decode_explain, validate
 from jax_flash._src.call import Backend, Call
 from jax_flash._src.config import OPERANDS
 
@@ -183,21 +183,23 @@ class Explanation:
     """Which implementation runs a call on each platform, and why the others do not.
 
     Attributes:
-      call: the call.
+      call: the call; of `decode_mha`, its canonical operands as types.
       chosen: platform -> name of the backend that runs there, None if none does.
       reasons: name of each candidate -> None if it supports the call, else why not.
       platforms: name of each candidate -> the platforms it runs on, empty = any.
       details: name of a candidate -> how it would run the call, if it says so.
     """
 
-    call: Call
+    call: Call | decode_explain.DecodeCall
     chosen: dict[str, str | None]
     reasons: dict[str, str | None]
     platforms: dict[str, tuple[str, ...]]
     details: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [_describe(self.call), "runs on"]
+        lines = [str(self.call), "runs on"]
+        if isinstance(self.call, Call):
+            lines[0] = _describe(self.call)
         for platform, name in self.chosen.items():
             lines.append(f"  {platform:5s} {name or 'nothing'}")
         lines.append("because")
@@ -238,6 +240,34 @@ DEFAULTS: dict[str, Any] = {
 """The options of `mha` that are not arrays, with their defaults."""
 
 
+def _explain_decode(
+    query: Any, key: Any, value: Any, implementation: Any, options: dict[str, Any]
+) -> Explanation:
+    arrays = {"query": query, "k_cache": key, "v_cache": value}
+    for name in decode_call.OPERANDS[3:]:
+        arrays[name] = options.pop(name, None)
+    for name in options:
+        if name not in decode_explain.OPTIONS:
+            raise TypeError(
+                f"explain() got an argument that decode_mha has not: {name!r}"
+            )
+    call = decode_explain.call_of(arrays, options | {"implementation": implementation})
+    reasons = decode_explain.reasons(call)
+    able = [name for name, reason in reasons.items() if reason is None]
+    platforms = {name: decode_explain.PLATFORMS[name] for name in reasons}
+    details = decode_explain.details(call) if "cuda" in able else {}
+    return Explanation(
+        call=call,
+        chosen={
+            p: next((n for n in able if p in (platforms[n] or PLATFORMS)), None)
+            for p in PLATFORMS
+        },
+        reasons=reasons,
+        platforms=platforms,
+        details=details,
+    )
+
+
 def explain(
     query: Any,
     key: Any,
@@ -250,6 +280,9 @@ def explain(
 ) -> Explanation:
     """Says which implementation would run a call of `mha`, and why not the others.
 
+    With `cache_seqlens` it is a call of `decode_mha`, whose caches are key and value:
+    `explain(query, k_cache, v_cache, cache_seqlens=lengths, page_table=table)`.
+
     Args:
       query: as for `mha`; every array may be a `jax.ShapeDtypeStruct`.
       key: as for `mha`.
@@ -258,7 +291,7 @@ def explain(
       mask: as for `mha`.
       implementation: as for `mha`, except that a name which cannot run the call is
         reported, not raised.
-      **options: any other argument of `mha`.
+      **options: any other argument of `mha`, or of `decode_mha`.
 
     Returns:
       An `Explanation`; print it.
@@ -266,7 +299,11 @@ def explain(
     Raises:
       ValueError, NotImplementedError: as `mha` would, for arguments that no
         implementation accepts.
+      TypeError: an argument that the function has not.
     """
+    if "cache_seqlens" in options:
+        options |= {n: x for n, x in (("bias", bias), ("mask", mask)) if x is not None}
+        return _explain_decode(query, key, value, implementation, options)
     arrays = dict(zip(OPERANDS[:5], (query, key, value, bias, mask), strict=True))
     for name in OPERANDS[5:]:
         arrays[name] = options.pop(name, None)

@@ -1,7 +1,8 @@
-"""What the tests of decoding share: caches cut into pages."""
+"""What the tests of decoding share: caches cut into pages, and quantised ones."""
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -33,3 +34,17 @@ def paged(
         used = min(-(-max(int(lengths[b]), 0) // page), slots)
         table[b, used:] = rng.choice([-(2**31), -1, pages, 2**31 - 1], slots - used)
     return pools[0], pools[1], table
+
+
+def quantised(
+    dtype: str, x: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cache [B, S, K, C] of `dtype`, and the float32 values that it stands for.
+
+    `scale` is float32 [B, K] or [1, K].
+    """
+    values = x.astype(np.float32) / scale[:, None, :, None]
+    if dtype == "int8":
+        values = np.rint(np.clip(values, -127, 127))
+    cache = np.clip(values, -448, 448).astype(jnp.dtype(dtype))
+    return cache, cache.astype(np.float32) * scale[:, None, :, None]

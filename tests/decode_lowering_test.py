@@ -1,7 +1,9 @@
 """How decoding is lowered for CUDA: one call of the kernel, no copy before it."""
 
 import dataclasses
+import inspect
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ from helpers import call_of, count_primitive, cuda_text, kernel_calls
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import decode_mha
-from jax_flash._src import registry
+from jax_flash import decode_mha, explain
+from jax_flash._src import decode_explain, registry
+from jax_flash._src.decode_call import OPERANDS
 
 TARGET = registry.DECODE_TARGET
 
@@ -165,6 +168,39 @@ def test_named_implementation(kernels: None) -> None:
         f(*inputs(width=12))
     with pytest.raises(NotImplementedError, match="runs on platform 'cuda' only"):
         jax.jit(f).lower(*inputs())
+
+
+def test_explain(kernels: None) -> None:
+    query, k, v, lengths, table = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(page=128)
+    )
+    given: dict[str, Any] = {"cache_seqlens": lengths, "page_table": table}
+    given["softcap"] = 2.0
+    explanation = explain(query, k, v, **given)
+    assert explanation.chosen["cuda"] == "cuda"
+    assert explanation.chosen["cpu"] == "xla"
+    assert "up to 10 splits of 64 keys" in explanation.details["cuda"]
+    assert "page_table int32[3,5], " in str(explanation)
+    assert "softcap=2.0" in str(explanation)
+    narrow_query, narrow_k = (
+        jax.ShapeDtypeStruct((*x.shape[:3], 12), x.dtype) for x in (query, k)
+    )
+    explanation = explain(narrow_query, narrow_k, v, **given, implementation="cuda")
+    assert set(explanation.chosen.values()) == {None}
+    assert "k_cache of width 12" in str(explanation)
+    with pytest.raises(TypeError, match="decode_mha has not: 'bias'"):
+        explain(query, k, v, lengths, **given)
+    with pytest.raises(TypeError, match="decode_mha has not: 'is_causal'"):
+        explain(query, k, v, is_causal=True, **given)
+    given["softcap"] = -1.0
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        explain(query, k, v, **given)
+
+
+def test_explain_knows_every_argument_of_decode_mha() -> None:
+    parameters = set(inspect.signature(decode_mha).parameters)
+    known = {*OPERANDS, *decode_explain.OPTIONS, "implementation"}
+    assert known == parameters
 
 
 def test_off_by_default() -> None:

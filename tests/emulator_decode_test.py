@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from decode_helpers import paged
+from decode_helpers import paged, quantised
 from emulator_test import aligned, build
 
 from jax_flash._src import decode_plan
@@ -229,16 +229,6 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
     check(got, query, k, v, lengths, **options)
 
 
-def quantised(
-    dtype: str, k: np.ndarray, k_scale: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """A cache of `dtype`, and the float32 values that it stands for."""
-    x = k.astype(np.float32) / k_scale[:, None, :, None]
-    low = np.rint(np.clip(x, -127, 127)) if dtype == "int8" else np.clip(x, -448, 448)
-    cache = low.astype(jnp.dtype(dtype))
-    return cache, cache.astype(np.float32) * k_scale[:, None, :, None]
-
-
 @pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
 def test_every_value_of_a_byte(library: ctypes.CDLL, dtype: str) -> None:
     """Keys pick one row each, values hold all finite bytes: exact up to f16 weights."""
@@ -292,10 +282,9 @@ def test_quantised(library: ctypes.CDLL, dtype: str, seed: int) -> None:
     fill = np.float32(np.nan).astype(k.dtype) if dtype != "int8" else 127
     for b, length in enumerate(lengths):
         k[b, length:] = v[b, length:] = fill
-    caches = k, v
     if pick.random() < 0.5:
-        *caches, ways["page_table"] = paged(rng, caches, lengths, page, fill)
-    got = run(library, query, *caches, lengths, **ways, **scales, **options)
+        k, v, ways["page_table"] = paged(rng, (k, v), lengths, page, fill)
+    got = run(library, query, k, v, lengths, **ways, **scales, **options)
     check(got, query, k_want, v_want, lengths, **options)
 
 

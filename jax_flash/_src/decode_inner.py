@@ -76,18 +76,34 @@ def _default(ctx: Any, *operands: Any, config: DecodeConfig) -> Any:
     return _in_jnp(ctx, *operands, config=config)
 
 
+def _room(operands: dict[str, Any]) -> int:
+    """Keys that a sequence can have."""
+    room = operands["k_cache"].shape[1]
+    return room * operands["page_table"].shape[1] if "page_table" in operands else room
+
+
+def splits_of(config: DecodeConfig, operands: dict[str, Any]) -> tuple[int, int]:
+    """Keys of a split of a call, and the most splits that a sequence can need."""
+    _, tokens, heads, _ = operands["query"].shape
+    kv_heads = operands["k_cache"].shape[2]
+    return decode_plan.splits_of(
+        _room(operands),
+        tokens,
+        config.window_left,
+        tokens * (heads // kv_heads),
+        kv_heads,
+        config.num_splits,
+    )
+
+
 def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
     """`[out, lse]` by one FFI call; what else it returns is workspace."""
     o = dict(zip(config.present, operands, strict=True))
     batch, tokens, heads, _ = o["query"].shape
-    _, room, kv_heads, _ = o["k_cache"].shape
-    value_width = o["v_cache"].shape[-1]
-    if "page_table" in o:
-        room *= o["page_table"].shape[1]
+    kv_heads, value_width = o["v_cache"].shape[2:]
+    room = _room(o)
     rows = tokens * (heads // kv_heads)
-    keys, splits = decode_plan.splits_of(
-        room, tokens, config.window_left, rows, kv_heads, config.num_splits
-    )
+    keys, splits = splits_of(config, o)
     places = (batch, kv_heads, splits if splits > 1 else 0, rows)
     results = [
         jax.ShapeDtypeStruct((batch, tokens, heads, value_width), o["query"].dtype),

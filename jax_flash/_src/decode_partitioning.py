@@ -73,7 +73,7 @@ def _partition(config: DecodeConfig, mesh: Any, operands: Any, results: Any):
         (dim, size, axes)
         for name, x in _named(config, operands, results)
         for dim, size, axes in zip(
-            dimensions[name], x.shape, partitioning._axes_of(mesh, x), strict=True
+            dimensions[name], x.shape, partitioning.axes_of(mesh, x), strict=True
         )
     ]
     used: set[str] = set()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from decode_helpers import paged
+from decode_helpers import paged, quantised
 
 from jax_flash import append_kv, decode_mha
 from jax_flash._src import registry
@@ -138,6 +138,59 @@ def test_random(seed: int) -> None:
     else:
         got = run(query, k, v, lengths, **options)
     check(got, query, k, v, lengths, **options)
+
+
+QUANTISED = ("float8_e4m3fn", "int8")
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("page", [None, 1, 16, 100])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_quantised(dtype: str, width: int, page: int | None, tokens: int) -> None:
+    """Scales of each head; whatever is beyond the lengths; queries of both types."""
+    room = 1024 if page != 100 else 1100
+    lengths = np.array(EDGES, np.int32)
+    kind = "bfloat16" if width == 128 else "float16"
+    query, k, v = problem(0, len(EDGES), tokens, 8, 2, room, width, dtype=kind)
+    scales = {
+        "k_scale": np.array([0.02, 0.04], np.float32),
+        "v_scale": np.array([0.03, 0.01], np.float32),
+    }
+    k, k_want = quantised(dtype, k, scales["k_scale"][None])
+    v, v_want = quantised(dtype, v, scales["v_scale"][None])
+    fill = 127 if dtype == "int8" else np.nan
+    for b, length in enumerate(lengths):
+        k[b, max(length, 0) :] = v[b, max(length, 0) :] = fill
+    options: dict[str, Any] = dict(scales)
+    if page is not None:
+        rng = np.random.default_rng(1)
+        k, v, options["page_table"] = paged(rng, (k, v), lengths, page, fill)
+    check(run(query, k, v, lengths, **options), query, k_want, v_want, lengths)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_every_value_of_a_byte(dtype: str) -> None:
+    """Exactly; NaN of float8 where the GPU has the conversion."""
+    v = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(1, 1, 1, 256)
+    k = np.zeros((1, 1, 1, 16), v.dtype)
+    query = np.ones((1, 1, 1, 16), np.float16)
+    out, _ = run(query, k, v, np.ones(1, np.int32))
+    want = v.astype(np.float16)
+    if float(jax.devices()[0].compute_capability) < 8.9:
+        want = np.where(np.isnan(want), np.copysign(480, want), want)
+    np.testing.assert_array_equal(out, want)
+
+
+def test_large_queries_with_quantised_caches() -> None:
+    """The kernel multiplies in float16; queries beyond its range are no problem."""
+    query, k, v = problem(0, 2, 1, 8, 2, 300, 128)
+    lengths = np.array([300, 7], np.int32)
+    ones = np.ones((1, 2), np.float32)
+    (k, k_want), (v, v_want) = (quantised("int8", 30 * x, ones) for x in (k, v))
+    query = np.asarray(query * jnp.bfloat16(1e8))
+    got = run(query, k, v, lengths, scale=1e-10)
+    check(got, query, k_want, v_want, lengths, scale=1e-10)
 
 
 def test_same_bits_again_and_alone() -> None:

@@ -104,6 +104,15 @@ def decode_calls() -> Iterator[Call]:
                 options = {"window_size": (50, None), "softcap": 5.0}
                 options |= {"page_table": table, "sinks": np.ones(8, np.float32)}
                 yield (query, k, v, lengths), options
+    for cache in (jax.numpy.float8_e4m3fn, np.int8):
+        for dtype, width in zip((*DTYPES, *DTYPES), (64, 128, 256, 80), strict=True):
+            for tokens in (1, 9):
+                query, _, _ = arrays(dtype, (4, tokens, 8), (1, 2), width)
+                _, k, v = arrays(dtype, (4, 1, 8), (300, 2), width)
+                k, v = k.astype(cache), v.astype(cache)
+                lengths = np.array([0, 1, 129, 300], np.int32)
+                scale = np.full(2, 0.5, np.float32)
+                yield (query, k, v, lengths), {"k_scale": scale, "v_scale": scale}
 
 
 def logits_calls() -> Iterator[Call]:
