@@ -1,6 +1,6 @@
 """Decoding beside its peers: microseconds and GB/s of the keys and values read.
 
-JAX_FLASH_DECODE_KERNELS=1 PYTHONPATH=.gpu:. python -m benchmarks.decode
+PYTHONPATH=.gpu:. python -m benchmarks.decode
 
 Arms take turns in one process. A program is a chain of calls, each on the result of
 the one before and on a cache of its own, so that small caches are not found in the L2.

@@ -1,7 +1,7 @@
 """Sampling and RMSNorm beside what XLA makes of the same mathematics.
 
-    JAX_FLASH_ROW_KERNELS=1 python -m benchmarks.ops     # about 40 s; --quick: half
-    python -m benchmarks.ops --smoke                     # tiny, on any machine
+    python -m benchmarks.ops             # about 40 s; --quick: half
+    python -m benchmarks.ops --smoke     # tiny, on any machine
 
 Kernel time by CUPTI (wall time where there is none), median of several rounds in turn.
 The inputs of successive calls are different buffers that together exceed the L2, so
@@ -152,7 +152,9 @@ def measure(
 
 def main() -> None:
     """Runs the cells."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="sample, top_k and rms_norm beside what XLA does"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny problems")
     parser.add_argument("--quick", action="store_true", help="fewer cells")
     arguments = parser.parse_args()

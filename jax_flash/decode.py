@@ -54,9 +54,8 @@ def decode_mha(
 
     The kernel ("cuda") takes queries of bfloat16 and float16; caches of the same dtype
     with widths that are multiples of 8 up to 256, or of float8_e4m3fn or int8 with
-    multiples of 16. It is off unless JAX_FLASH_DECODE_KERNELS=1 is in the environment,
-    because no GPU has run it yet. jnp ("xla") runs everything else, all float32 among
-    it. Derivatives are those of jnp.
+    multiples of 16. jnp ("xla") runs everything else, all float32 among it. Derivatives
+    are those of jnp.
 
     Args:
       query: [B, N, H] or [B, T, N, H], bfloat16, float16 or float32.

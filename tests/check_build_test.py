@@ -196,8 +196,8 @@ def test_collective_instructions(
 ) -> None:
     assert judge_counts(kernel, *counts) == []
     for i in range(3):
-        more = [count + (i == j) for j, count in enumerate(counts)]
-        (fault,) = judge_counts(kernel, *more)
+        products, fences, waits = (n + (i == j) for j, n in enumerate(counts))
+        (fault,) = judge_counts(kernel, products, fences, waits)
         assert fault.startswith(f"fwd_bf16_{kernel[0]}x{kernel[1]}: ")
     (fault,) = judge_counts(kernel, *counts, predicate="@!P0")
     assert "'conditional': 1" in fault

@@ -117,7 +117,6 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     Base::load_early(early, this->lse_columns());
     ptx::wgmma_wait_group<0>();
     this->template take_exponentials<kClean>(p, s, early, block, first_row);
-    this->release_queries();
     wait_scores_used();
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
@@ -140,6 +139,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     if (!first) this->hand_over(dquery[0]);
     ptx::wgmma_wait_group<0>();
     if (!first) this->hand_over(dquery[1]);
+    // The other warpgroup needs the queries as long. Given back earlier, racecheck objects to the
+    // next lse being written where this warpgroup has read.
+    this->release_queries();
     ++steps;
   }
 

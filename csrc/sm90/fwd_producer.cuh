@@ -244,7 +244,7 @@ struct FwdStorer {
                                             uint32_t tile) const {
     using Layout = typename Config::OutLayout;
     const int position = (block.first_row + 64 * w) >> plan.pack_shift;
-    // Padding before the first row: a copy to global memory must not start at a negative coordinate.
+    // Padding before the first row; a tensor store may not start at a negative coordinate.
     if (position < 0) return;
 #pragma unroll
     for (int slab = 0; slab < Layout::kSlabs; ++slab) {

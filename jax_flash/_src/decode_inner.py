@@ -42,10 +42,6 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
     extension = registry.extension()
     if extension.missing is not None:
         return extension.missing
-    if not extension.decode_kernels:
-        return (
-            "the decode kernels are off (JAX_FLASH_DECODE_KERNELS=1 switches them on)"
-        )
     query, k_cache, v_cache = (operands[n] for n in config.present[:3])
     if str(query.dtype) not in plan.DTYPES:
         return f"query of dtype {query.dtype}: the kernel takes bfloat16 and float16"

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -33,16 +32,12 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
-      decode_kernels: whether decoding may use its kernels.
-      row_kernels: whether sampling and norms may use its kernels.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
-    decode_kernels: bool = True
-    row_kernels: bool = True
     missing: str | None = None
 
 
@@ -59,11 +54,7 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    # Until these kernels have passed on a GPU.
-    decode, row = (
-        os.environ.get(f"JAX_FLASH_{name}_KERNELS") == "1" for name in ("DECODE", "ROW")
-    )
-    return Extension(table, info, kernels.force_sm80(), decode, row)
+    return Extension(table, info, kernels.force_sm80())
 
 
 _assumed: list[Extension] = []

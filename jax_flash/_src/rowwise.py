@@ -239,7 +239,6 @@ def _inner(op: RowOp) -> Primitive:
             shapes = [x.shape for x in (*ctx.avals_in, *ctx.avals_out)]
             runs = (
                 extension.missing is None
-                and extension.row_kernels
                 and not any(0 in shape for shape in shapes)
                 and op.why_not(*ctx.avals_in, options=options) is None
             )

@@ -14,7 +14,6 @@ HERE = Path(__file__).parent
 # Read when JAX starts, and when NumPy is imported: workers (`pytest -n`) inherit them
 # from here, since a plugin may import NumPy before a worker reads this file.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("JAX_FLASH_ROW_KERNELS", "1")
 # The products of the oracle are small. Threads that wait for each other on busy cores
 # make them tens of times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -22,7 +21,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 for flag in ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-os.environ.setdefault("JAX_FLASH_DECODE_KERNELS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

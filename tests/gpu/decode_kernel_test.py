@@ -16,16 +16,10 @@ import pytest
 from decode_helpers import paged, quantised
 
 from jax_flash import append_kv, decode_mha
-from jax_flash._src import registry
 
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 PAGE = 64
 SCRIPT = Path(__file__).with_name("decode_command_buffer_script.py")
-
-pytestmark = pytest.mark.skipif(
-    not registry.extension().decode_kernels,
-    reason="needs JAX_FLASH_DECODE_KERNELS=1",
-)
 
 
 def problem(

@@ -15,14 +15,8 @@ from decode_helpers import paged, quantised
 from decode_kernel_test import check
 
 from jax_flash import decode_mha
-from jax_flash._src import registry
 
 KINDS, PROBLEMS = 40, 50
-
-pytestmark = pytest.mark.skipif(
-    not registry.extension().decode_kernels,
-    reason="needs JAX_FLASH_DECODE_KERNELS=1",
-)
 
 
 def random_lengths(pick: random.Random, batch: int, page: int, room: int) -> np.ndarray:
