@@ -97,10 +97,15 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
 
 // Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
 // the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
-// are a large part of the work and few add to the same part at a time.
-inline bool bwd_first_stores(const MhaBwdParams& params) {
+// are a large part of the work and few add to the same part at a time. wide: BwdWideConfig, whose
+// blocks have half as many keys.
+inline bool bwd_first_stores(const MhaBwdParams& params, bool wide) {
+  if (params.deterministic) return true;
   const bool diagonal = params.window_right != kUnbounded;
-  return params.deterministic || params.query_length <= (diagonal ? 4096 : 2048);
+  const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
+  const int64_t right = diagonal ? params.window_right : kMaxLength;
+  const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
+  return seen <= (diagonal ? 4096 : wide ? 512 : 2048);
 }
 
 // Thread blocks of the main kernel. Where blocks of keys keep their distance, each has its place
@@ -115,7 +120,7 @@ template <typename Config>
 cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaStream_t stream) {
   using Element = typename Config::Element;
   MhaBwdParams params = call;
-  params.first_stores = bwd_first_stores(params);
+  params.first_stores = bwd_first_stores(params, Config::kKeyStep == 0);
   BwdPlan plan{};
   cudaError_t error = make_plan<Config>(params, device, &plan);
   if (error != cudaSuccess) return error;
