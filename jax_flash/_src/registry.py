@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -32,12 +33,14 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
+      quantised_kernels: whether decoding may use those for 8-bit caches.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
+    quantised_kernels: bool = True
     missing: str | None = None
 
 
@@ -54,7 +57,9 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    return Extension(table, info, kernels.force_sm80())
+    # Until these kernels have passed on a GPU.
+    quantised = os.environ.get("JAX_FLASH_QUANTISED_KERNELS") == "1"
+    return Extension(table, info, kernels.force_sm80(), quantised)
 
 
 _assumed: list[Extension] = []

@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 # Read when JAX starts, and when NumPy is imported: workers (`pytest -n`) inherit them
 # from here, since a plugin may import NumPy before a worker reads this file.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("JAX_FLASH_QUANTISED_KERNELS", "1")
 # The products of the oracle are small. Threads that wait for each other on busy cores
 # make them tens of times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -190,7 +190,7 @@ RUN = {
     "mha_fwd": run_forward,
     "mha_bwd": run_backward,
     "decode": run_decode,
-    "sample": lambda problem, options: sample(*problem, jax.random.key(0), **options),
+    "sample": lambda problem, options: sample(problem[0], jax.random.key(0), **options),
     "top_k": lambda problem, options: top_k(*problem, **options),
     "rms_norm": run_norm,
 }
