@@ -5,6 +5,7 @@ from typing import Any
 
 from jax_flash import backends
 from jax_flash._src import registry
+from jax_flash._src.alibi import alibi
 from jax_flash.attention import dot_product_attention, mha
 from jax_flash.backends import explain
 from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
@@ -20,6 +21,7 @@ __all__ = [
     "PageAllocator",
     "PagedKVCache",
     "__version__",
+    "alibi",
     "append_kv",
     "backends",
     "decode_mha",

@@ -12,7 +12,6 @@ from jax import lax
 
 from jax_flash import backends
 from jax_flash._src import compat, validate
-from jax_flash._src.config import OPERANDS
 
 __all__ = ["dot_product_attention", "mha"]
 
@@ -55,7 +54,7 @@ def mha(
       key: [*B, S, K, H], the dtype of query.
       value: [*B, S, K, Hv], the dtype of query.
       bias: floating, broadcastable to [*B, N, T, S], added to the logits after the soft
-        cap. Its gradient is summed over the broadcast dimensions.
+        cap. Its gradient is summed over the broadcast dimensions. Or `alibi(slopes)`.
       mask: bool, broadcastable to [*B, N, T, S], True = attend.
       scale: factor of the logits, H ** -0.5 if None.
       is_causal: a query sees no key after its own position.
@@ -95,24 +94,18 @@ def mha(
       ValueError: an argument is wrong; the message names it and its value.
       NotImplementedError: it is right but unsupported, by `implementation` or at all.
     """
-    arrays = dict(
-        zip(
-            OPERANDS,
-            (
-                query,
-                key,
-                value,
-                bias,
-                mask,
-                sinks,
-                q_segment_ids,
-                kv_segment_ids,
-                query_seq_lengths,
-                key_value_seq_lengths,
-            ),
-            strict=True,
-        )
-    )
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "sinks": sinks,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
     options = {
         "scale": scale,
         "is_causal": is_causal,

@@ -223,6 +223,9 @@ def _shape(call: Call, name: str) -> str:
     return "[" + ",".join(map(str, getattr(call, name).shape)) + "]"
 
 
+ARRAYS = tuple(name for name in OPERANDS[5:] if name != "alibi_slopes")
+"""The arrays that `mha` takes by name."""
+
 DEFAULTS: dict[str, Any] = {
     "scale": None,
     "is_causal": False,
@@ -268,7 +271,7 @@ def explain(
         implementation accepts.
     """
     arrays = dict(zip(OPERANDS[:5], (query, key, value, bias, mask), strict=True))
-    for name in OPERANDS[5:]:
+    for name in ARRAYS:
         arrays[name] = options.pop(name, None)
     for name in options:
         if name not in DEFAULTS:

@@ -88,6 +88,7 @@ def test_every_argument_changes_the_output() -> None:
     ids = np.array([[0] * 4 + [1] * 4] * 4)
     changes: tuple[dict[str, Any], ...] = (
         {"bias": normal(8, 8)},
+        {"bias": jax_flash.alibi(jnp.full(4, 0.5))},
         {"mask": np.tri(8, dtype=bool)},
         {"scale": 0.1},
         {"is_causal": True},

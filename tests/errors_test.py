@@ -75,6 +75,18 @@ WRONG = {
         {"bias": zeros(6, 5, dtype=bool)},
         r"bias must be floating.*`mask`",
     ),
+    "slopes shape": (
+        {"bias": jax_flash.alibi(zeros(3))},
+        r"alibi_slopes must broadcast to \[\*B,N\] = \(2, 4\), got shape \(3,\)",
+    ),
+    "one slope": (
+        {"bias": jax_flash.alibi(zeros(1))},
+        r"alibi_slopes must have one slope .* N=4 .*\(1,\)",
+    ),
+    "integer slopes": (
+        {"bias": jax_flash.alibi(zeros(4, dtype=int))},
+        r"alibi_slopes must be floating, got dtype int",
+    ),
     "mask shape": (
         {"mask": zeros(7, 5, dtype=bool)},
         r"mask must broadcast .*\(7, 5\)",
@@ -182,6 +194,10 @@ def test_unsupported(case: str) -> None:
 KERNEL_LIMITS = {
     "float32": ({}, r"query of dtype float32"),
     "bias": ({"bias": zeros(6, 5)}, r"bias \(of shape \(1, 1, 6, 5\)\)"),
+    "slopes": (
+        {"bias": jax_flash.alibi(zeros(4))},
+        r"alibi_slopes \(of shape \(1, 4\)\)",
+    ),
     "mask": ({"mask": zeros(6, 5, dtype=bool)}, r"mask \(of shape \(1, 1, 6, 5\)\)"),
     "sinks": ({"sinks": zeros(4)}, r"sinks \(of shape \(1, 4\)\)"),
     "segments": (

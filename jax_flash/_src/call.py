@@ -29,6 +29,7 @@ class Call:
     bias: Shape | None = None
     mask: Shape | None = None
     sinks: Shape | None = None
+    alibi_slopes: Shape | None = None
     q_segment_ids: Shape | None = None
     kv_segment_ids: Shape | None = None
     query_seq_lengths: Shape | None = None

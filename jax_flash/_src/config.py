@@ -17,6 +17,7 @@ OPERANDS: tuple[str, ...] = (
     "bias",  # [*B, N|1, T|1, S|1] floating
     "mask",  # [*B, N|1, T|1, S|1] bool, True = attend
     "sinks",  # [*B, N] floating
+    "alibi_slopes",  # [*B, N] floating
     "q_segment_ids",  # [*B, T] int32
     "kv_segment_ids",  # [*B, S] int32
     "query_seq_lengths",  # [*B] int32
@@ -27,8 +28,6 @@ OPERANDS: tuple[str, ...] = (
 RESIDUALS: tuple[str, ...] = ("out", "lse")
 """What the derivative needs besides the operands: [*B, T, N, Hv] and [*B, N, T]."""
 
-DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
-
 TRAILING = {
     "query": 3,
     "key": 3,
@@ -36,6 +35,7 @@ TRAILING = {
     "bias": 3,
     "mask": 3,
     "sinks": 1,
+    "alibi_slopes": 1,
     "q_segment_ids": 1,
     "kv_segment_ids": 1,
     "query_seq_lengths": 0,

@@ -4,6 +4,7 @@ Lives here: the interval formula (also in C++, `jax_flash._kernels.key_interval`
 the elementwise mask built on it. Causal, window and lengths all reduce to it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -58,49 +59,68 @@ def lengths(
     return query_length, key_length
 
 
-def row_intervals(
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where some query rows stand; int32, broadcastable to [*B, t].
+
+    Attributes:
+      position: the key that a row is aligned with, maybe beyond the keys there are.
+      first: the first key that a row may attend.
+      end: the key after the last; the interval is empty where `end <= first`.
+    """
+
+    position: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def locate(
     config: AttentionConfig,
     operands: dict[str, jax.Array],
     row: jax.Array,
     rows: int,
     keys: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`key_interval` of the rows `row` [t] for each batch element: int32 [*B|(), t]."""
-    query_length, key_length = lengths(operands, rows, keys)
-    return key_interval(
+) -> Rows:
+    """Position and interval of query rows.
+
+    Args:
+      config: the call.
+      operands: the canonical operands.
+      row: int32 [t], indices of the rows; a row >= `rows` is padding.
+      rows: T of the whole problem.
+      keys: S of the whole problem.
+    """
+    query_length, key_length = (x[..., None] for x in lengths(operands, rows, keys))
+    first, end = key_interval(
         row,
-        query_length[..., None],
-        key_length[..., None],
+        query_length,
+        key_length,
         config.window_left,
         config.window_right,
         config.bottom_right,
     )
+    shift = key_length - query_length if config.bottom_right else 0
+    return Rows(row + shift, first, end)
 
 
-def allowed(
-    config: AttentionConfig,
-    operands: dict[str, jax.Array],
-    row: jax.Array,
-    key: jax.Array,
-    rows: int,
-    keys: int,
-) -> jax.Array:
-    """Which keys `key` [s] the rows `row` [t] may attend.
+def distance(where: Rows, key: jax.Array) -> jax.Array:
+    """How far each key `key` [s] is from the one a row is aligned with: [*B|(), t, s]."""
+    return jnp.abs(where.position[..., None] - key)
+
+
+def allowed(operands: dict[str, jax.Array], where: Rows, key: jax.Array) -> jax.Array:
+    """Which keys some rows may attend.
 
     Args:
-      config: the call.
       operands: the canonical operands; those along rows or keys hold only the rows and
         keys asked for.
-      row: int32 [t], indices of the rows; a row >= `rows` is padding.
+      where: the rows.
       key: int32 [s], indices of the keys.
-      rows: T of the whole problem.
-      keys: S of the whole problem.
 
     Returns:
       bool, broadcastable to [*B, N, t, s].
     """
-    first, end = row_intervals(config, operands, row, rows, keys)
-    ok = (key >= first[..., None]) & (key < end[..., None])
+    ok = (key >= where.first[..., None]) & (key < where.end[..., None])
     if "q_segment_ids" in operands:
         q_ids = operands["q_segment_ids"][..., :, None]
         ok = ok & (q_ids == operands["kv_segment_ids"][..., None, :]) & (q_ids >= 0)

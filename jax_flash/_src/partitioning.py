@@ -64,6 +64,7 @@ def _trailing(name: str, query_heads: int, kv_heads: int) -> tuple[str, ...]:
         "bias": (n, "t", "s"),
         "mask": (n, "t", "s"),
         "sinks": (n,),
+        "alibi_slopes": (n,),
         "q_segment_ids": ("t",),
         "kv_segment_ids": ("s",),
         "query_seq_lengths": (),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_flash._src.alibi import Alibi
 from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, TRAILING
 
@@ -29,13 +30,14 @@ def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     """Validates a call of `mha`.
 
     Args:
-      arrays: the array arguments by name, in the order of `OPERANDS`, None where not
-        given; arrays or `jax.ShapeDtypeStruct`s.
+      arrays: the array arguments by name, None where not given; arrays or
+        `jax.ShapeDtypeStruct`s.
       options: the other arguments by name.
 
     Returns:
       The call, with canonical ranks.
     """
+    arrays = by_operand(arrays)
     given = {n: _abstract(n, x) for n, x in arrays.items() if x is not None}
     for name in OPERANDS[:3]:
         if name not in given:
@@ -50,9 +52,18 @@ def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     return Call(**shapes, **_check_options(options, given))
 
 
+def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of operands: `bias` may stand for another one."""
+    bias = arrays.get("bias")
+    if not isinstance(bias, Alibi):
+        return arrays
+    return {**arrays, "bias": None, "alibi_slopes": bias.slopes}
+
+
 def canonical(call: Call, arrays: dict[str, Any]) -> dict[str, jax.Array]:
     """The arrays of a validated call with canonical ranks and dtypes."""
     result = {}
+    arrays = by_operand(arrays)
     for name in call.present:
         shape = getattr(call, name)
         x = arrays[name]
@@ -140,6 +151,7 @@ def _check_others(given: dict[str, Any]) -> None:
         "bias": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
         "mask": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
         "sinks": ("[*B,N]", (*batch, heads)),
+        "alibi_slopes": ("[*B,N]", (*batch, heads)),
         "q_segment_ids": ("[*B,T]", (*batch, rows)),
         "kv_segment_ids": ("[*B,S]", (*batch, keys)),
         "query_seq_lengths": ("[*B]", batch),
@@ -153,7 +165,7 @@ def _check_others(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must broadcast to {layout} = {shape}, got shape {got}"
             )
-    for name in ("bias", "sinks"):
+    for name in ("bias", "sinks", "alibi_slopes"):
         if name in given and not jnp.issubdtype(given[name].dtype, jnp.floating):
             hint = "; a boolean mask is `mask`" if name == "bias" else ""
             raise ValueError(
@@ -164,11 +176,12 @@ def _check_others(given: dict[str, Any]) -> None:
             f"mask must be bool (True = attend), got dtype {given['mask'].dtype}; "
             "an additive mask is `bias`"
         )
-    if "sinks" in given and given["sinks"].shape[-1:] != (heads,):
-        raise ValueError(
-            f"sinks must have one logit for each of the N={heads} query heads, got "
-            f"shape {given['sinks'].shape}"
-        )
+    for name, each in (("sinks", "logit"), ("alibi_slopes", "slope")):
+        if name in given and given[name].shape[-1:] != (heads,):
+            raise ValueError(
+                f"{name} must have one {each} for each of the N={heads} query heads, "
+                f"got shape {given[name].shape}"
+            )
     for name, length in (("q_segment_ids", rows), ("kv_segment_ids", keys)):
         if name in given and given[name].shape[-1:] != (length,):
             raise ValueError(
