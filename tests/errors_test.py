@@ -146,6 +146,18 @@ WRONG = {
     ),
     "precision": ({"precision": "high"}, r"precision must be one of .*got 'high'"),
     "dropout of 1": ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1"),
+    "dropout without key": (
+        {"dropout_rate": 0.1},
+        r"dropout_key must be given with dropout_rate=0.1, got None",
+    ),
+    "dropout by a number": (
+        {"dropout_rate": 0.1, "dropout_key": 3},
+        r"dropout_key must be a key of jax.random, .* got 3",
+    ),
+    "dropout by many keys": (
+        {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0))},
+        r"dropout_key must be one key, got an array of keys of shape \(2,\)",
+    ),
     "implementation": (
         {"implementation": "triton"},
         r"implementation must be None, one of .*'cuda'.* got 'triton'",
@@ -160,7 +172,6 @@ WRONG = {
 }
 
 UNSUPPORTED = {
-    "dropout": ({"dropout_rate": 0.1}, r"dropout_rate=0.1 is not supported"),
     "tf32": ({"precision": "tf32"}, r"precision='tf32' is not supported"),
     "float8": (
         {name: zeros(*SHAPES[name], dtype=jnp.float8_e4m3fn) for name in SHAPES},
@@ -208,6 +219,10 @@ KERNEL_LIMITS = {
         r"q_segment_ids \(of shape \(2, 6\)\)",
     ),
     "softcap": ({"softcap": 2.0}, r"softcap=2.0"),
+    "dropout": (
+        {"dropout_rate": 0.1, "dropout_key": zeros(2, dtype=np.uint32)},
+        r"dropout_rate=0.1",
+    ),
     "precision": ({"precision": "highest"}, r"precision='highest'"),
     "width": (
         {"query": zeros(2, 6, 4, 257), "key": zeros(2, 5, 2, 257)},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, mask
+from jax_flash._src import blocks, compat, dropout, mask
 from jax_flash._src.config import AttentionConfig
 from jax_flash._src.scores import (
     Operands,
@@ -44,7 +44,7 @@ def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
         out, lse = jnp.zeros(out_shape, dtype), jnp.full(lse_shape, -jnp.inf, dtype)
         out, lse = (compat.vary_like(x, o["query"]) for x in (out, lse))
     else:
-        o = mask.zero_padding(o)
+        o = mask.zero_padding(config, o)
         out, lse = (materialised if blocks.small(o) else chunked)(config, o)
         out, lse = jnp.broadcast_to(out, out_shape), jnp.broadcast_to(lse, lse_shape)
     return [out.astype(o["query"].dtype), lse]
@@ -67,7 +67,8 @@ def materialised(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.A
     total = e.sum(-1)
     if "sinks" in o:
         total = total + jnp.exp(o["sinks"].astype(s.dtype)[..., None] - shift)
-    return _finish(weights_value(config, e, o["value"]), shift, total, some)
+    kept = e * dropout.factors(config, o, where, key)
+    return _finish(weights_value(config, kept, o["value"]), shift, total, some)
 
 
 def _finish(
@@ -149,7 +150,8 @@ def _online(
         decay = jnp.exp(top - shift)
         total = total * decay + e.sum(-1)
         acc = acc * jnp.swapaxes(decay, -1, -2)[..., None]
-        acc = acc + weights_value(config, e, mine["value"])
+        kept = e * dropout.factors(config, mine, where, key)
+        acc = acc + weights_value(config, kept, mine["value"])
         return new_top, total, acc, some | ok.any(-1)
 
     begin = jnp.min(jnp.where(where.first < where.end, where.first, keys)) // key_block

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, mask
+from jax_flash._src import blocks, compat, dropout, mask
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.scores import (
     Operands,
@@ -93,12 +93,14 @@ class _Weights:
       live: [*B, N, t], False where the row attends nothing.
       slope: derivative of the soft cap, 1.0 without one.
       distance: of each key from the row's own, in the dtype of p [*B|(), 1, t, S].
+      kept: what dropout multiplies p by, 1.0 without it.
     """
 
     p: jax.Array
     live: jax.Array
     slope: jax.Array | float
     distance: jax.Array
+    kept: jax.Array | float
 
 
 def _weights(
@@ -115,7 +117,8 @@ def _weights(
     # The inner `where` keeps the derivative of exp finite where the logit is masked.
     p = jnp.where(ok, jnp.exp(jnp.where(ok, s - shift, 0)), 0)
     distance = mask.distance(where, key)[..., None, :, :].astype(p.dtype)
-    return _Weights(p, live, slope, distance)
+    kept = dropout.factors(config, o, where, key)
+    return _Weights(p, live, slope, distance, kept)
 
 
 def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
@@ -150,9 +153,9 @@ def tangent(
         return [compat.vary_like(x, o["query"]) for x in (dout, dlse)]
     rows = o["query"].shape[-3]
     dtype = accumulator(out_dtype)
-    o = mask.zero_padding(o)
+    o = mask.zero_padding(config, o)
     padding = {n: x for n, x in o.items() if n not in perturbed}
-    t = {n: x for n, x in mask.zero_padding({**padding, **t}).items() if n in t}
+    t = {n: x for n, x in mask.zero_padding(config, {**padding, **t}).items() if n in t}
 
     def body(o: Operands, t: Operands, row: jax.Array) -> tuple[Operands, Operands]:
         w = _weights(config, o, row, rows)
@@ -170,10 +173,10 @@ def tangent(
         if "sinks" in t:
             sink = _sink_probability(o, w.live)
             dlse = dlse + sink * t["sinks"].astype(dtype)[..., None]
-        dout = weights_value(config, pds, o["value"])
+        dout = weights_value(config, pds * w.kept, o["value"])
         dout = dout - jnp.swapaxes(dlse, -1, -2)[..., None] * o["out"].astype(dtype)
         if "value" in t:
-            dout = dout + weights_value(config, w.p, t["value"])
+            dout = dout + weights_value(config, w.p * w.kept, t["value"])
         return {"dout": dout.astype(out_dtype), "dlse": dlse}, {}
 
     kept, _ = _by_row_blocks(o, t, body)
@@ -220,7 +223,7 @@ def backward(
     rows = o["query"].shape[-3]
     dtype = accumulator(dtypes.get("query", o["query"].dtype))
     kv_heads = o["key"].shape[-2]
-    o = mask.zero_padding(o)
+    o = mask.zero_padding(config, o)
     bias_by_row = "bias" in shapes and o["bias"].shape[-2] == rows
 
     def body(o: Operands, cts: Operands, row: jax.Array) -> tuple[Operands, Operands]:
@@ -233,11 +236,12 @@ def backward(
             delta = delta - jnp.where(w.live, cts["dlse"], 0)
         kept, summed = {}, {}
         if "value" in shapes:
-            summed["value"] = weights_query(config, w.p, dout, kv_heads)
+            summed["value"] = weights_query(config, w.p * w.kept, dout, kv_heads)
         if "sinks" in shapes:
             summed["sinks"] = -(_sink_probability(o, w.live) * delta).sum(-1)
         if {"query", "key", "bias", "alibi_slopes"} & set(shapes):
-            ds = w.p * (query_key(config, dout, o["value"]) - delta[..., None])
+            dp = query_key(config, dout, o["value"]) * w.kept
+            ds = w.p * (dp - delta[..., None])
             if "bias" in shapes:
                 whole = (ds.shape[-3], rows, ds.shape[-1])
                 axes = [a for a in (0, 2) if shapes["bias"][a] != whole[a]]
