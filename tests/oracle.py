@@ -82,21 +82,23 @@ def allowed(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
 def aligned(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
     """The key that each row is aligned with: int [B, T]."""
     batch, _, rows, keys = shape
-    lengths = {"query_seq_lengths": rows, "key_value_seq_lengths": keys}
-    for name, size in lengths.items():
+    lengths = []
+    for name, size in (("query_seq_lengths", rows), ("key_value_seq_lengths", keys)):
         length = size if given.get(name) is None else given[name]
-        lengths[name] = np.clip(_spread(length, (batch,), np.int64), 0, size)[:, None]
+        lengths.append(np.clip(_spread(length, (batch,), np.int64), 0, size)[:, None])
     row = np.broadcast_to(np.arange(rows), (batch, rows))
     if given.get("causal_alignment", "bottom_right") == "top_left":
         return row
-    return row + lengths["key_value_seq_lengths"] - lengths["query_seq_lengths"]
+    return row + lengths[1] - lengths[0]
 
 
 def bias_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | None:
     """What is added to the logits, [B, N, T, S], or None; slopes are spread out."""
     bias = given.get("bias")
+    if bias is None:
+        return None
     if not hasattr(bias, "slopes"):
-        return None if bias is None else _spread(bias, shape)
+        return _spread(bias, shape)
     slopes = _spread(bias.slopes, shape[:2])
     return -slopes[:, :, None, None] * distances(shape, given)
 

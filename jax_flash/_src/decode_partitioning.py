@@ -66,14 +66,14 @@ def _sharding_rule(config: DecodeConfig, mesh: Any, operands: Any, results: Any)
 
 def _partition(config: DecodeConfig, mesh: Any, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
-    mesh = partitioning._refine(mesh)
+    mesh = partitioning.refine(mesh)
     heads, kv_heads = operands[0].shape[2], operands[1].shape[2]
     dimensions = _dimensions(config, heads, kv_heads)
     proposals = [
         (dim, size, axes)
         for name, x in _named(config, operands, results)
         for dim, size, axes in zip(
-            dimensions[name], x.shape, partitioning._axes_of(mesh, x), strict=True
+            dimensions[name], x.shape, partitioning.axes_of(mesh, x), strict=True
         )
     ]
     used: set[str] = set()
