@@ -5,7 +5,8 @@ from typing import Any
 
 from jax_flash import backends
 from jax_flash._src import registry
-from jax_flash.attention import dot_product_attention, mha
+from jax_flash._src.alibi import alibi
+from jax_flash.attention import dot_product_attention, mha, mha_qkvpacked, mha_varlen
 from jax_flash.backends import explain
 from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flash.decode import append_kv, decode_mha, merge_partials
@@ -20,6 +21,7 @@ __all__ = [
     "PageAllocator",
     "PagedKVCache",
     "__version__",
+    "alibi",
     "append_kv",
     "backends",
     "decode_mha",
@@ -27,6 +29,8 @@ __all__ = [
     "explain",
     "merge_partials",
     "mha",
+    "mha_qkvpacked",
+    "mha_varlen",
     "rms_norm",
     "sample",
     "silu_mul",

@@ -1,4 +1,4 @@
-"""The public attention functions: `mha` and the drop-in `dot_product_attention`.
+"""The public attention functions: `mha`, its packed forms, and a drop-in of `jax.nn`'s.
 
 Lives here: the signatures, the docstrings and the way from user arrays to a validated
 call. What runs it is chosen in `backends`.
@@ -12,9 +12,8 @@ from jax import lax
 
 from jax_flash import backends
 from jax_flash._src import compat, validate
-from jax_flash._src.config import OPERANDS
 
-__all__ = ["dot_product_attention", "mha"]
+__all__ = ["dot_product_attention", "mha", "mha_qkvpacked", "mha_varlen"]
 
 
 def mha(
@@ -55,7 +54,7 @@ def mha(
       key: [*B, S, K, H], the dtype of query.
       value: [*B, S, K, Hv], the dtype of query.
       bias: floating, broadcastable to [*B, N, T, S], added to the logits after the soft
-        cap. Its gradient is summed over the broadcast dimensions.
+        cap. Its gradient is summed over the broadcast dimensions. Or `alibi(slopes)`.
       mask: bool, broadcastable to [*B, N, T, S], True = attend.
       scale: factor of the logits, H ** -0.5 if None.
       is_causal: a query sees no key after its own position.
@@ -73,8 +72,13 @@ def mha(
         queries, clamped to [0, T]. What lies beyond is not read; its output is 0.
       key_value_seq_lengths: int or integers broadcastable to [*B], the number of valid
         keys, clamped to [0, S].
-      dropout_rate: only 0.0 for now.
-      dropout_key: unused while dropout_rate is 0.0.
+      dropout_rate: share of the probabilities that are dropped, rounded to a multiple
+        of 1/256 (from 1/256 to 255/256 unless it is 0.0); the others are divided by the
+        share that is kept. lse is that without dropout.
+      dropout_key: one key of `jax.random`, or its uint32 words; may differ from call to
+        call. What is dropped depends on it and on the indices of batch, head, row and
+        key alone, also in gradients (docs/design/dropout.md). Under `vmap`, and in each
+        part of a `shard_map`, indices start from 0. Unused while dropout_rate is 0.0.
       deterministic: ask for bitwise reproducible gradients from the kernels.
         XLA's `--xla_gpu_deterministic_ops=true` or
         `--xla_gpu_exclude_nondeterministic_ops=true` in the environment variable
@@ -95,24 +99,18 @@ def mha(
       ValueError: an argument is wrong; the message names it and its value.
       NotImplementedError: it is right but unsupported, by `implementation` or at all.
     """
-    arrays = dict(
-        zip(
-            OPERANDS,
-            (
-                query,
-                key,
-                value,
-                bias,
-                mask,
-                sinks,
-                q_segment_ids,
-                kv_segment_ids,
-                query_seq_lengths,
-                key_value_seq_lengths,
-            ),
-            strict=True,
-        )
-    )
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "sinks": sinks,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
     options = {
         "scale": scale,
         "is_causal": is_causal,
@@ -125,11 +123,172 @@ def mha(
         "precision": precision,
         "return_lse": return_lse,
     }
+    return _attend(arrays, options, implementation)
+
+
+def mha_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "bottom_right",
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    deterministic: bool = False,
+    precision: str | None = None,
+    return_lse: bool = False,
+    implementation: backends.Implementation = None,
+) -> Any:
+    """Multi-head attention of sequences of any lengths, packed one after the other.
+
+    Shapes: Tq and Tk rows of all sequences, the others as for `mha`. Sequence i has
+    queries `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1] - 1` and keys `cu_seqlens_k[i]` to
+    `cu_seqlens_k[i + 1] - 1`, and attends its own keys alone. Sequences may be
+    empty, and have queries without keys. Rows before the first offset or from the last
+    on belong to no sequence: they are not read, and give 0, lse -inf and zero
+    gradients.
+
+    Offsets are read on the device and must not fall; that is not checked. They are
+    clamped to [0, Tq] and [0, Tk].
+
+    Args:
+      query: [Tq, N, H], bfloat16, float16 or float32.
+      key: [Tk, K, H], the dtype of query.
+      value: [Tk, K, Hv], the dtype of query.
+      cu_seqlens_q: integers [sequences + 1], offsets of the queries.
+      cu_seqlens_k: the same for the keys, of the same shape; None = those of the
+        queries.
+      max_seqlen_q: no sequence has more queries: those beyond count as padding. None =
+        no bound. Not needed by any implementation.
+      max_seqlen_k: the same for keys.
+      bias: floating, broadcastable to [N, Tq, Tk], or `alibi(slopes)`.
+      mask: bool, broadcastable to [N, Tq, Tk], True = attend.
+      scale: as for `mha`.
+      is_causal: as for `mha`, within each sequence.
+      causal_alignment: as for `mha`, within each sequence.
+      window_size: as for `mha`, within each sequence.
+      softcap: as for `mha`.
+      sinks: floating [N].
+      q_segment_ids: integers [Tq]; within a sequence equal ids attend.
+      kv_segment_ids: integers [Tk].
+      dropout_rate: as for `mha`.
+      dropout_key: as for `mha`; what is dropped depends on the sequence, and on the
+        places of query and key in it.
+      deterministic: as for `mha`.
+      precision: as for `mha`.
+      return_lse: as for `mha`.
+      implementation: as for `mha`.
+
+    Returns:
+      out [Tq, N, Hv] in the dtype of query; with `return_lse` `(out, lse)`, lse float32
+      [N, Tq].
+
+    Raises:
+      ValueError: an argument is wrong; the message names it and its value.
+      NotImplementedError: it is right but unsupported, by `implementation` or at all.
+    """
+    for name, x in (("query", query), ("cu_seqlens_q", cu_seqlens_q)):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name} must be an array, got {x!r}")
+    if len(query.shape) != 3:
+        raise ValueError(f"query must be [Tq,N,H], got shape {query.shape}")
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "sinks": sinks,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+    }
+    options = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "causal_alignment": causal_alignment,
+        "window_size": window_size,
+        "softcap": softcap,
+        "dropout_rate": dropout_rate,
+        "dropout_key": dropout_key,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "deterministic": deterministic,
+        "precision": precision,
+        "return_lse": return_lse,
+    }
+    return _attend(arrays, options, implementation)
+
+
+def mha_qkvpacked(
+    qkv: Any, num_heads: int, num_kv_heads: int | None = None, **options: Any
+) -> Any:
+    """`mha` of queries, keys and values that one projection wrote side by side.
+
+    Args:
+      qkv: [*B, T, (N + 2 * K) * H]: N heads of queries, K of keys, K of values.
+      num_heads: N.
+      num_kv_heads: K, None = N.
+      **options: every argument of `mha` after value, `bias` and `mask` included.
+
+    Returns:
+      As `mha`: out [*B, T, N, H], or `(out, lse)`.
+
+    Raises:
+      ValueError, NotImplementedError: as `mha`; also where the width of qkv is no
+        multiple of N + 2 K.
+      TypeError: an option that `mha` has not.
+    """
+    heads = validate.static_int("num_heads", num_heads)
+    kv_heads = heads
+    if num_kv_heads is not None:
+        kv_heads = validate.static_int("num_kv_heads", num_kv_heads)
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}"
+        )
+    shape = getattr(qkv, "shape", None)
+    if shape is None or len(shape) < 2:
+        raise ValueError(
+            f"qkv must be [*B,T,(N+2K)*H], got {qkv if shape is None else shape}"
+        )
+    parts = heads + 2 * kv_heads
+    if shape[-1] < parts or shape[-1] % parts:
+        raise ValueError(
+            f"qkv must have a width of (N+2K)*H with N={heads} and K={kv_heads}, got "
+            f"shape {shape}"
+        )
+    by_head = jnp.asarray(qkv).reshape(*shape[:-1], parts, shape[-1] // parts)
+    query, key, value = jnp.split(by_head, [heads, heads + kv_heads], axis=-2)
+    return mha(query, key, value, **options)
+
+
+def _attend(
+    arrays: dict[str, Any],
+    options: dict[str, Any],
+    implementation: backends.Implementation,
+) -> Any:
+    """Checks a call and runs it: out, or `(out, lse)`."""
     call = validate.check_call(arrays, options)
-    out, lse = backends.run(call, validate.canonical(call, arrays), implementation)
-    if len(query.shape) == 3:
+    operands = validate.canonical(call, arrays, options["dropout_key"])
+    out, lse = backends.run(call, operands, implementation)
+    if len(arrays["query"].shape) == 3:
         out, lse = out[0], None if lse is None else lse[0]
-    return (out, lse) if return_lse else out
+    return (out, lse) if call.return_lse else out
 
 
 @compat.allows_rank_promotion

@@ -225,6 +225,18 @@ def _shape(call: Call, name: str) -> str:
     return "[" + ",".join(map(str, getattr(call, name).shape)) + "]"
 
 
+ARRAYS = (
+    "sinks",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+)
+"""The arrays that `mha` takes by name."""
+
+PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+"""What `mha_varlen` takes besides."""
+
 DEFAULTS: dict[str, Any] = {
     "scale": None,
     "is_causal": False,
@@ -291,7 +303,7 @@ def explain(
       mask: as for `mha`.
       implementation: as for `mha`, except that a name which cannot run the call is
         reported, not raised.
-      **options: any other argument of `mha`, or of `decode_mha`.
+      **options: any other argument of `mha`, `mha_varlen` or `decode_mha`.
 
     Returns:
       An `Explanation`; print it.
@@ -305,10 +317,12 @@ def explain(
         options |= {n: x for n, x in (("bias", bias), ("mask", mask)) if x is not None}
         return _explain_decode(query, key, value, implementation, options)
     arrays = dict(zip(OPERANDS[:5], (query, key, value, bias, mask), strict=True))
-    for name in OPERANDS[5:]:
+    for name in (*ARRAYS, *PACKED[:2]):
         arrays[name] = options.pop(name, None)
+    if arrays["cu_seqlens_k"] is None:
+        arrays["cu_seqlens_k"] = arrays["cu_seqlens_q"]
     for name in options:
-        if name not in DEFAULTS:
+        if name not in (*DEFAULTS, *PACKED):
             raise TypeError(f"explain() got an argument that mha has not: {name!r}")
     call = validate.check_call(arrays, {**DEFAULTS, **options})
     candidates = _candidates(implementation)

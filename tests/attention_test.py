@@ -20,12 +20,21 @@ from jax_flash import mha
 
 def test_public_names() -> None:
     assert jax_flash.__all__ == [
+        "KVCache",
+        "OutOfPagesError",
+        "PageAllocator",
+        "PagedKVCache",
         "__version__",
+        "alibi",
+        "append_kv",
         "backends",
+        "decode_mha",
         "dot_product_attention",
         "explain",
         "merge_partials",
         "mha",
+        "mha_qkvpacked",
+        "mha_varlen",
         "rms_norm",
         "sample",
         "silu_mul",
@@ -88,6 +97,7 @@ def test_every_argument_changes_the_output() -> None:
     ids = np.array([[0] * 4 + [1] * 4] * 4)
     changes: tuple[dict[str, Any], ...] = (
         {"bias": normal(8, 8)},
+        {"bias": jax_flash.alibi(jnp.full(4, 0.5))},
         {"mask": np.tri(8, dtype=bool)},
         {"scale": 0.1},
         {"is_causal": True},
@@ -97,6 +107,7 @@ def test_every_argument_changes_the_output() -> None:
         {"softcap": 0.5},
         {"sinks": normal(4)},
         {"q_segment_ids": ids, "kv_segment_ids": ids},
+        {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
         {"query_seq_lengths": 5},
         {"key_value_seq_lengths": 5},
     )

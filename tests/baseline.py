@@ -28,7 +28,10 @@ def attention(
         ok = ok[:, :1]
     scale = given.get("scale")
     scale = width**-0.5 if scale is None else scale
-    softcap, bias = given.get("softcap"), given.get("bias")
+    softcap = given.get("softcap")
+    bias = oracle.bias_of((batch, heads, rows, key.shape[1]), given)
+    if bias is not None:
+        bias = bias.astype(np.float32)
     with jax.numpy_dtype_promotion("standard"):
         return _attention(query, key, value, ok, scale, softcap, bias)
 

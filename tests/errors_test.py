@@ -75,6 +75,18 @@ WRONG = {
         {"bias": zeros(6, 5, dtype=bool)},
         r"bias must be floating.*`mask`",
     ),
+    "slopes shape": (
+        {"bias": jax_flash.alibi(zeros(3))},
+        r"alibi_slopes must broadcast to \[\*B,N\] = \(2, 4\), got shape \(3,\)",
+    ),
+    "one slope": (
+        {"bias": jax_flash.alibi(zeros(1))},
+        r"alibi_slopes must have one slope .* N=4 .*\(1,\)",
+    ),
+    "integer slopes": (
+        {"bias": jax_flash.alibi(zeros(4, dtype=int))},
+        r"alibi_slopes must be floating, got dtype int",
+    ),
     "mask shape": (
         {"mask": zeros(7, 5, dtype=bool)},
         r"mask must broadcast .*\(7, 5\)",
@@ -134,6 +146,18 @@ WRONG = {
     ),
     "precision": ({"precision": "high"}, r"precision must be one of .*got 'high'"),
     "dropout of 1": ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1"),
+    "dropout without key": (
+        {"dropout_rate": 0.1},
+        r"dropout_key must be given with dropout_rate=0.1, got None",
+    ),
+    "dropout by a number": (
+        {"dropout_rate": 0.1, "dropout_key": 3},
+        r"dropout_key must be a key of jax.random, .* got 3",
+    ),
+    "dropout by many keys": (
+        {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0))},
+        r"dropout_key must be one key, got an array of keys of shape \(2,\)",
+    ),
     "implementation": (
         {"implementation": "triton"},
         r"implementation must be None, one of .*'cuda'.* got 'triton'",
@@ -148,7 +172,6 @@ WRONG = {
 }
 
 UNSUPPORTED = {
-    "dropout": ({"dropout_rate": 0.1}, r"dropout_rate=0.1 is not supported"),
     "tf32": ({"precision": "tf32"}, r"precision='tf32' is not supported"),
     "float8": (
         {name: zeros(*SHAPES[name], dtype=jnp.float8_e4m3fn) for name in SHAPES},
@@ -182,6 +205,10 @@ def test_unsupported(case: str) -> None:
 KERNEL_LIMITS = {
     "float32": ({}, r"query of dtype float32"),
     "bias": ({"bias": zeros(6, 5)}, r"bias \(of shape \(1, 1, 6, 5\)\)"),
+    "slopes": (
+        {"bias": jax_flash.alibi(zeros(4))},
+        r"alibi_slopes \(of shape \(1, 4\)\)",
+    ),
     "mask": ({"mask": zeros(6, 5, dtype=bool)}, r"mask \(of shape \(1, 1, 6, 5\)\)"),
     "sinks": ({"sinks": zeros(4)}, r"sinks \(of shape \(1, 4\)\)"),
     "segments": (
@@ -192,6 +219,10 @@ KERNEL_LIMITS = {
         r"q_segment_ids \(of shape \(2, 6\)\)",
     ),
     "softcap": ({"softcap": 2.0}, r"softcap=2.0"),
+    "dropout": (
+        {"dropout_rate": 0.1, "dropout_key": zeros(2, dtype=np.uint32)},
+        r"dropout_rate=0.1",
+    ),
     "precision": ({"precision": "highest"}, r"precision='highest'"),
     "width": (
         {"query": zeros(2, 6, 4, 257), "key": zeros(2, 5, 2, 257)},

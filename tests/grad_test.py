@@ -72,7 +72,8 @@ def test_options_against_float64(
     for name, x in zip(("query", "key", "value"), got[:3], strict=True):
         np.testing.assert_allclose(x, expected[name], rtol=2e-5, atol=2e-5)
     for name, x in got[3].items():
-        chex.assert_shape(x, floats[name].shape)
+        chex.assert_trees_all_equal_shapes(x, floats[name])
+        (x,) = jax.tree.leaves(x)
         reduced = oracle.reduced_to(expected[name], x.shape).reshape(x.shape)
         np.testing.assert_allclose(x, reduced, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash import mha
+from jax_flash import alibi, mha
 from jax_flash._src import blocks
 
 BATCH, ROWS, KEYS, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 8, 8, 4, 2, 16, 8
@@ -226,6 +226,14 @@ def options_of_every_kind(
         {"sinks": normal(batch, heads), "mask": np.zeros((rows, keys), bool)},
         segments,
         {**segments, "is_causal": True, "softcap": 3.0, "sinks": normal(heads)},
+        {"bias": alibi(normal(heads))},
+        {
+            "bias": alibi(normal(batch, heads)),
+            "is_causal": True,
+            "softcap": 3.0,
+            "causal_alignment": "top_left",
+            "key_value_seq_lengths": np.array([3, 9][:batch], np.int32),
+        },
         {"scale": 0.0},
         {"scale": -0.7, "key_value_seq_lengths": np.array([3, 0][:batch], np.int32)},
     ]

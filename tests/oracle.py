@@ -79,6 +79,35 @@ def allowed(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
     return np.broadcast_to(ok, shape)
 
 
+def aligned(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
+    """The key that each row is aligned with: int [B, T]."""
+    batch, _, rows, keys = shape
+    lengths = []
+    for name, size in (("query_seq_lengths", rows), ("key_value_seq_lengths", keys)):
+        length = size if given.get(name) is None else given[name]
+        lengths.append(np.clip(_spread(length, (batch,), np.int64), 0, size)[:, None])
+    row = np.broadcast_to(np.arange(rows), (batch, rows))
+    if given.get("causal_alignment", "bottom_right") == "top_left":
+        return row
+    return row + lengths[1] - lengths[0]
+
+
+def bias_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | None:
+    """What is added to the logits, [B, N, T, S], or None; slopes are spread out."""
+    bias = given.get("bias")
+    if bias is None:
+        return None
+    if not hasattr(bias, "slopes"):
+        return _spread(bias, shape)
+    slopes = _spread(bias.slopes, shape[:2])
+    return -slopes[:, :, None, None] * distances(shape, given)
+
+
+def distances(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
+    """Of each key from the one that a row is aligned with: [B, 1, T, S]."""
+    return np.abs(aligned(shape, given)[..., None] - np.arange(shape[3]))[:, None]
+
+
 def blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int, slice]]:
     """Cuts scores [B, N, T, S] into (batch entry, head, rows)."""
     batch, heads, rows, keys = shape
@@ -126,10 +155,8 @@ def _blocks(query: Array, key: Array, given: dict[str, Any]) -> Iterator[_Block]
     scale, softcap = given.get("scale"), given.get("softcap")
     scale = width**-0.5 if scale is None else scale
     ok = allowed(shape, given)
-    bias, sinks = (
-        None if given.get(name) is None else _spread(given[name], shape[:rank])
-        for name, rank in (("bias", 4), ("sinks", 2))
-    )
+    bias = bias_of(shape, given)
+    sinks = None if given.get("sinks") is None else _spread(given["sinks"], shape[:2])
     for b, n, part in blocks(shape):
         pair = b, slice(None), n // groups
         s = query[b, part, n] @ key[pair].T
@@ -187,7 +214,8 @@ def gradients(
     """Gradients of `sum(out * dout) + sum(lse * dlse)` by the textbook formulas.
 
     Returns:
-      query, key, value; bias ([B, N, T, S], not reduced) and sinks ([B, N]) if given.
+      query, key, value; bias ([B, N, T, S], not reduced; of slopes [B, N]) and sinks
+      ([B, N]) if given.
     """
     query, key, value, dout = _float64(query, key, value, dout)
     query, key, value = without_padding(query, key, value, given)
@@ -225,6 +253,9 @@ def gradients(
         ds *= scale * block.slope
         result["query"][index] = ds @ key[pair]
         result["key"][pair] += ds.T @ query[index]
+    if hasattr(given.get("bias"), "slopes"):
+        shape = result["bias"].shape
+        result["bias"] = -(result["bias"] * distances(shape, given)).sum((2, 3))
     return result
 
 

@@ -5,6 +5,7 @@ which chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,17 @@ KERNEL_OPERANDS = (
 )
 
 
+NUMBERS: dict[str, Any] = {
+    "is_causal": False,
+    "window_size": None,
+    "softcap": None,
+    "dropout_rate": 0.0,
+    "deterministic": False,
+    "return_lse": False,
+}
+"""Options of a call that are no arrays, and their values if not given."""
+
+
 def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
     """The static argument of the primitive for a call."""
     left, right = call.window_size or (None, None)
@@ -35,6 +47,9 @@ def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
         window_right=UNBOUNDED if right is None else right,
         bottom_right=call.causal_alignment == "bottom_right",
         softcap=call.softcap,
+        dropout_rate=call.dropout_rate,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
         precision=call.precision,
         deterministic=call.deterministic,
         present=call.present,
@@ -50,6 +65,19 @@ def run_primitive(
     return flash_mha(config_of(call, implementations), operands)
 
 
+def options_of(call: Call) -> dict[str, str]:
+    """What a call has beyond query, key and value, with its value, by argument."""
+    given = {}
+    for name in call.present[3:]:
+        if name != "dropout_seeds":
+            given[name] = f"{name} (of shape {getattr(call, name).shape})"
+    for name, default in NUMBERS.items():
+        value = getattr(call, name)
+        if value != default:
+            given[name] = f"{name}={value}"
+    return given
+
+
 def cuda_supports(call: Call) -> str | None:
     """Why the kernels cannot run a call."""
     extension = registry.extension()
@@ -57,12 +85,9 @@ def cuda_supports(call: Call) -> str | None:
         return extension.missing
     if str(call.dtype) not in plan.DTYPES:
         return f"query of dtype {call.dtype}: the kernels take bfloat16 and float16"
-    for name in call.present:
-        if name not in KERNEL_OPERANDS:
-            shape = getattr(call, name).shape
-            return f"{name} (of shape {shape}) is not supported by the kernels yet"
-    if call.softcap is not None:
-        return f"softcap={call.softcap} is not supported by the kernels yet"
+    for name, text in options_of(call).items():
+        if not plan.supported(name):
+            return f"{text} is not supported by the kernels yet"
     if call.precision is not None:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
@@ -129,8 +154,9 @@ def cudnn_supports(call: Call) -> str | None:
     """Why `jax.nn`'s cuDNN attention cannot run a call with our semantics."""
     if str(call.dtype) not in plan.DTYPES:
         return f"query of dtype {call.dtype}: cuDNN takes bfloat16 and float16"
-    for name in call.present[3:]:
-        return f"{name} (of shape {getattr(call, name).shape}): cuDNN's rule differs"
+    for name, text in options_of(call).items():
+        if name in call.present or name == "dropout_rate":
+            return f"{text}: cuDNN's rule differs"
     if call.return_lse:
         return "return_lse=True: jax.nn rounds lse and stops its gradient"
     if call.softcap is not None:

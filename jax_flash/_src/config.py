@@ -17,17 +17,19 @@ OPERANDS: tuple[str, ...] = (
     "bias",  # [*B, N|1, T|1, S|1] floating
     "mask",  # [*B, N|1, T|1, S|1] bool, True = attend
     "sinks",  # [*B, N] floating
+    "alibi_slopes",  # [*B, N] floating
+    "dropout_seeds",  # [*B, N, 2] uint32
     "q_segment_ids",  # [*B, T] int32
     "kv_segment_ids",  # [*B, S] int32
     "query_seq_lengths",  # [*B] int32
     "key_value_seq_lengths",  # [*B] int32
+    "cu_seqlens_q",  # [*B, sequences + 1] int32
+    "cu_seqlens_k",  # [*B, sequences + 1] int32
 )
 """Every operand in the order in which primitives and kernels take them."""
 
 RESIDUALS: tuple[str, ...] = ("out", "lse")
 """What the derivative needs besides the operands: [*B, T, N, Hv] and [*B, N, T]."""
-
-DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 TRAILING = {
     "query": 3,
@@ -36,10 +38,14 @@ TRAILING = {
     "bias": 3,
     "mask": 3,
     "sinks": 1,
+    "alibi_slopes": 1,
+    "dropout_seeds": 2,
     "q_segment_ids": 1,
     "kv_segment_ids": 1,
     "query_seq_lengths": 0,
     "key_value_seq_lengths": 0,
+    "cu_seqlens_q": 1,
+    "cu_seqlens_k": 1,
     "out": 3,
     "lse": 2,
     "dout": 3,
@@ -61,6 +67,9 @@ class AttentionConfig:
       window_right: keys visible after it, -1 = unbounded; causal is folded in as 0.
       bottom_right: whether the last valid query is aligned with the last valid key.
       softcap: bound of `softcap * tanh(logits / softcap)`, None = no cap.
+      dropout_rate: share of the probabilities that are dropped, see `dropout`.
+      max_seqlen_q: bound of the queries of a packed sequence, None = all of T.
+      max_seqlen_k: bound of its keys, None = all of S.
       precision: None or "highest".
       deterministic: whether gradients must be bitwise reproducible. The kernels sum in
         a fixed order then; the jnp path always does, as far as XLA's operations do.
@@ -75,6 +84,9 @@ class AttentionConfig:
     window_right: int = UNBOUNDED
     bottom_right: bool = True
     softcap: float | None = None
+    dropout_rate: float = 0.0
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
     precision: str | None = None
     deterministic: bool = False
     present: tuple[str, ...] = OPERANDS[:3]

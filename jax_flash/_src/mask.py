@@ -4,6 +4,7 @@ Lives here: the interval formula (also in C++, `jax_flash._kernels.key_interval`
 the elementwise mask built on it. Causal, window and lengths all reduce to it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -58,49 +59,133 @@ def lengths(
     return query_length, key_length
 
 
-def row_intervals(
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where some query rows stand; int32, broadcastable to [*B, t].
+
+    Attributes:
+      row: the place of a row in its sequence.
+      sequence: the sequence, 0 unless sequences are packed.
+      start: the first key of the sequence, 0 unless sequences are packed.
+      position: the key that a row is aligned with, maybe beyond the keys there are.
+      first: the first key that a row may attend.
+      end: the key after the last; the interval is empty where `end <= first`.
+    """
+
+    row: jax.Array
+    sequence: jax.Array
+    start: jax.Array
+    position: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def locate(
     config: AttentionConfig,
     operands: dict[str, jax.Array],
     row: jax.Array,
     rows: int,
     keys: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`key_interval` of the rows `row` [t] for each batch element: int32 [*B|(), t]."""
-    query_length, key_length = lengths(operands, rows, keys)
-    return key_interval(
+) -> Rows:
+    """Position and interval of query rows.
+
+    Args:
+      config: the call.
+      operands: the canonical operands.
+      row: int32 [t], indices of the rows; a row >= `rows` is padding.
+      rows: T of the whole problem.
+      keys: S of the whole problem.
+    """
+    if "cu_seqlens_q" in operands:
+        offsets = operands["cu_seqlens_q"], operands["cu_seqlens_k"]
+        bounds = config.max_seqlen_q, config.max_seqlen_k
+        row, sequence, query_length, start, key_length = _packed(
+            *offsets, row, rows, keys, *bounds
+        )
+    else:
+        query_length, key_length = (x[..., None] for x in lengths(operands, rows, keys))
+        sequence = start = jnp.zeros_like(row)
+    first, end = key_interval(
         row,
-        query_length[..., None],
-        key_length[..., None],
+        query_length,
+        key_length,
         config.window_left,
         config.window_right,
         config.bottom_right,
     )
+    shift = key_length - query_length if config.bottom_right else 0
+    position = start + row + shift
+    return Rows(row, sequence, start, position, start + first, start + end)
 
 
-def allowed(
-    config: AttentionConfig,
-    operands: dict[str, jax.Array],
+def _packed(
+    cu_seqlens_q: jax.Array,
+    cu_seqlens_k: jax.Array,
     row: jax.Array,
-    key: jax.Array,
     rows: int,
     keys: int,
-) -> jax.Array:
-    """Which keys `key` [s] the rows `row` [t] may attend.
+    most_queries: int | None,
+    most_keys: int | None,
+) -> tuple[jax.Array, ...]:
+    """Sequences of rows of a packed batch; [*B, t] each.
+
+    Offsets never fall, so the sequence of a row is the last that begins at or before
+    it (those of no rows begin where the next one does), and offsets of that sequence
+    are the largest of those before and the smallest of those after.
+
+    Returns:
+      `(row, sequence, query_length, start, key_length)`: the place in the sequence, the
+      sequence, its queries, its first key and its keys. A row of no sequence has
+      `query_length` 0 and a place that is not negative.
+    """
+    queries = jnp.clip(cu_seqlens_q, 0, rows)[..., None, :]
+    columns = jnp.clip(cu_seqlens_k, 0, keys)[..., None, :]
+    before = queries <= row[:, None]
+
+    def around(offsets: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+        start = jnp.where(before, offsets, 0).max(-1)
+        end = jnp.where(before, limit, offsets).min(-1)
+        return start, jnp.maximum(start, end)
+
+    query_start, query_end = around(queries, rows)
+    key_start, key_end = around(columns, keys)
+    sequence = before.sum(-1, dtype=jnp.int32) - 1
+    inside = (sequence >= 0) & (sequence < queries.shape[-1] - 1)
+    query_length = jnp.where(inside, query_end - query_start, 0)
+    key_length = key_end - key_start
+    if most_queries is not None:
+        query_length = jnp.minimum(query_length, most_queries)
+    if most_keys is not None:
+        key_length = jnp.minimum(key_length, most_keys)
+    return row - query_start, sequence, query_length, key_start, key_length
+
+
+def _in_sequence(cu_seqlens: jax.Array, size: int, most: int | None) -> jax.Array:
+    """Which places of a packed dimension belong to a sequence: bool [*B, size]."""
+    place = jnp.arange(size, dtype=jnp.int32)
+    offsets = (cu_seqlens, cu_seqlens)
+    row, _, length, _, _ = _packed(*offsets, place, size, size, most, None)
+    return row < length
+
+
+def distance(where: Rows, key: jax.Array) -> jax.Array:
+    """Of each key `key` [s] from the one a row is aligned with: [*B|(), t, s]."""
+    return jnp.abs(where.position[..., None] - key)
+
+
+def allowed(operands: dict[str, jax.Array], where: Rows, key: jax.Array) -> jax.Array:
+    """Which keys some rows may attend.
 
     Args:
-      config: the call.
       operands: the canonical operands; those along rows or keys hold only the rows and
         keys asked for.
-      row: int32 [t], indices of the rows; a row >= `rows` is padding.
+      where: the rows.
       key: int32 [s], indices of the keys.
-      rows: T of the whole problem.
-      keys: S of the whole problem.
 
     Returns:
       bool, broadcastable to [*B, N, t, s].
     """
-    first, end = row_intervals(config, operands, row, rows, keys)
-    ok = (key >= first[..., None]) & (key < end[..., None])
+    ok = (key >= where.first[..., None]) & (key < where.end[..., None])
     if "q_segment_ids" in operands:
         q_ids = operands["q_segment_ids"][..., :, None]
         ok = ok & (q_ids == operands["kv_segment_ids"][..., None, :]) & (q_ids >= 0)
@@ -108,30 +193,44 @@ def allowed(
     return ok & operands["mask"] if "mask" in operands else ok
 
 
-def zero_padding(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def zero_padding(
+    config: AttentionConfig, operands: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Operands (or their tangents) with zeros where a row or key is padding.
 
     Padding may hold anything, NaN included, and 0 * NaN would leak into valid rows.
     Names along query rows: query, dout; along keys: key, value.
     """
     result = dict(operands)
-    for names, length, ids in (
-        (("query", "dout"), "query_seq_lengths", "q_segment_ids"),
-        (("key", "value"), "key_value_seq_lengths", "kv_segment_ids"),
+    for names, length, ids, offsets, most in (
+        (
+            ("query", "dout"),
+            "query_seq_lengths",
+            "q_segment_ids",
+            "cu_seqlens_q",
+            config.max_seqlen_q,
+        ),
+        (
+            ("key", "value"),
+            "key_value_seq_lengths",
+            "kv_segment_ids",
+            "cu_seqlens_k",
+            config.max_seqlen_k,
+        ),
     ):
         for name in names:
             x = operands.get(name)
             if x is None:
                 continue
-            valid = None
+            size = x.shape[-3]
+            valid = []
             if length in operands:
-                valid = (
-                    jnp.arange(x.shape[-3], dtype=jnp.int32)
-                    < operands[length][..., None]
-                )
+                place = jnp.arange(size, dtype=jnp.int32)
+                valid.append(place < operands[length][..., None])
             if ids in operands:
-                real = operands[ids] >= 0
-                valid = real if valid is None else valid & real
-            if valid is not None:
-                result[name] = jnp.where(valid[..., None, None], x, 0)
+                valid.append(operands[ids] >= 0)
+            if offsets in operands:
+                valid.append(_in_sequence(operands[offsets], size, most))
+            for one in valid:
+                result[name] = jnp.where(one[..., None, None], result[name], 0)
     return result

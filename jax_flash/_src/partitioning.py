@@ -19,7 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_flash._src import avals, compat, inner
 from jax_flash._src.config import RESIDUALS, AttentionConfig, Backward
 
-SEQUENCE_AND_WIDTH = ("t", "s", "h", "hv")
+WHOLE = ("t", "s", "h", "hv", "c", "w")
+"""Dimensions along sequences and widths, offsets of sequences, words of a seed."""
+
 Axes = tuple[str, ...]
 
 
@@ -64,10 +66,14 @@ def _trailing(name: str, query_heads: int, kv_heads: int) -> tuple[str, ...]:
         "bias": (n, "t", "s"),
         "mask": (n, "t", "s"),
         "sinks": (n,),
+        "alibi_slopes": (n,),
+        "dropout_seeds": (n, "w"),
         "q_segment_ids": ("t",),
         "kv_segment_ids": ("s",),
         "query_seq_lengths": (),
         "key_value_seq_lengths": (),
+        "cu_seqlens_q": ("c",),
+        "cu_seqlens_k": ("c",),
         "out": ("t", n, "hv"),
         "dout": ("t", n, "hv"),
         "lse": (n, "t"),
@@ -96,7 +102,7 @@ def _sharding_rule(stage: Stage, mesh: Any, operands: Any, results: Any):
     count = len(stage.operands)
     rule = f"{', '.join(texts[:count])} -> {', '.join(texts[count:])}"
     # Factors must be named in the order of their first appearance.
-    whole = tuple(d for d in order if d in SEQUENCE_AND_WIDTH)
+    whole = tuple(d for d in order if d in WHOLE)
     return rule, {"need_replication_factors": whole}
 
 

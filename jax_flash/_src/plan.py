@@ -60,6 +60,52 @@ Families and widths are in the order in which they are tried.
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 """NumPy name of a dtype the kernels take -> its name in the kernel table."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Who runs an option of attention; jnp ("xla") runs all of them, everywhere.
+
+    Attributes:
+      kernels: the families whose kernels take it, forward and backward alike.
+      cudnn: whether `jax.nn`'s cuDNN attention takes it with our semantics, at least
+        for some values.
+      decode: whether the decode kernels take it, None where `decode_mha` has no such
+        argument.
+    """
+
+    kernels: tuple[str, ...] = ()
+    cudnn: bool = False
+    decode: bool | None = None
+
+
+FAMILIES = ("sm90", "sm80")
+
+OPTIONS = {
+    "is_causal": Support(FAMILIES, cudnn=True),
+    "window_size": Support(FAMILIES, cudnn=True, decode=True),
+    "query_seq_lengths": Support(FAMILIES),
+    "key_value_seq_lengths": Support(FAMILIES),
+    "return_lse": Support(FAMILIES, decode=True),
+    "deterministic": Support(FAMILIES),
+    "softcap": Support(decode=True),
+    "sinks": Support(decode=True),
+    "bias": Support(),
+    "alibi_slopes": Support(),
+    "mask": Support(),
+    "q_segment_ids": Support(),
+    "kv_segment_ids": Support(),
+    "dropout_rate": Support(),
+    "cu_seqlens_q": Support(),
+    "cu_seqlens_k": Support(),
+}
+"""Every option of attention, by argument: the one table of what runs where."""
+
+
+def supported(option: str) -> bool:
+    """Whether all kernels take an option, which decides if "cuda" may run a call."""
+    return OPTIONS[option].kernels == FAMILIES
+
+
 MAX_BATCH_DIMS = 8
 """Leading batch dimensions one kernel call can address."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, mask
+from jax_flash._src import blocks, compat, dropout, mask
 from jax_flash._src.config import AttentionConfig
 from jax_flash._src.scores import (
     Operands,
@@ -44,7 +44,7 @@ def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
         out, lse = jnp.zeros(out_shape, dtype), jnp.full(lse_shape, -jnp.inf, dtype)
         out, lse = (compat.vary_like(x, o["query"]) for x in (out, lse))
     else:
-        o = mask.zero_padding(o)
+        o = mask.zero_padding(config, o)
         out, lse = (materialised if blocks.small(o) else chunked)(config, o)
         out, lse = jnp.broadcast_to(out, out_shape), jnp.broadcast_to(lse, lse_shape)
     return [out.astype(o["query"].dtype), lse]
@@ -53,15 +53,10 @@ def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
 def materialised(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array]:
     """The definition, with all scores [*B, N, T, S] held at once."""
     rows, keys = o["query"].shape[-3], o["key"].shape[-3]
-    ok = mask.allowed(
-        config,
-        o,
-        jnp.arange(rows, dtype=jnp.int32),
-        jnp.arange(keys, dtype=jnp.int32),
-        rows,
-        keys,
-    )
-    s, _ = logits(config, o)
+    key = jnp.arange(keys, dtype=jnp.int32)
+    where = mask.locate(config, o, jnp.arange(rows, dtype=jnp.int32), rows, keys)
+    ok = mask.allowed(o, where, key)
+    s, _ = logits(config, o, where, key)
     s = jnp.where(ok, s, -jnp.inf)
     top = jnp.max(s, -1)
     some = ok.any(-1)
@@ -72,7 +67,8 @@ def materialised(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.A
     total = e.sum(-1)
     if "sinks" in o:
         total = total + jnp.exp(o["sinks"].astype(s.dtype)[..., None] - shift)
-    return _finish(weights_value(config, e, o["value"]), shift, total, some)
+    kept = e * dropout.factors(config, o, where, key)
+    return _finish(weights_value(config, kept, o["value"]), shift, total, some)
 
 
 def _finish(
@@ -132,6 +128,7 @@ def _online(
         top = jnp.broadcast_to(o["sinks"].astype(dtype)[..., None], shape)
         total = jnp.ones(shape, dtype)
     acc = jnp.zeros((*shape[:-2], row.size, shape[-2], o["value"].shape[-1]), dtype)
+    where = mask.locate(config, o, row, rows, keys)
     state = (top, total, acc, jnp.zeros(shape, bool))
     state = tuple(compat.vary_like(x, o["query"]) for x in state)
 
@@ -143,15 +140,9 @@ def _online(
             mine[name] = lax.dynamic_slice_in_dim(
                 o[name], start, key_block, o[name].ndim + blocks.KEY_AXIS[name]
             )
-        ok = mask.allowed(
-            config,
-            mine,
-            row,
-            start + jnp.arange(key_block, dtype=jnp.int32),
-            rows,
-            keys,
-        )
-        s, _ = logits(config, mine)
+        key = start + jnp.arange(key_block, dtype=jnp.int32)
+        ok = mask.allowed(mine, where, key)
+        s, _ = logits(config, mine, where, key)
         s = jnp.where(ok, s, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(s, -1))
         shift = jnp.where(new_top == -jnp.inf, 0, new_top)
@@ -159,11 +150,11 @@ def _online(
         decay = jnp.exp(top - shift)
         total = total * decay + e.sum(-1)
         acc = acc * jnp.swapaxes(decay, -1, -2)[..., None]
-        acc = acc + weights_value(config, e, mine["value"])
+        kept = e * dropout.factors(config, mine, where, key)
+        acc = acc + weights_value(config, kept, mine["value"])
         return new_top, total, acc, some | ok.any(-1)
 
-    first, end = mask.row_intervals(config, o, row, rows, keys)
-    begin = jnp.min(jnp.where(first < end, first, keys)) // key_block
-    stop = (jnp.max(end) + key_block - 1) // key_block
+    begin = jnp.min(jnp.where(where.first < where.end, where.first, keys)) // key_block
+    stop = (jnp.max(where.end) + key_block - 1) // key_block
     top, total, acc, some = lax.fori_loop(begin, stop, one_key_block, state)
     return _finish(acc, jnp.where(top == -jnp.inf, 0, top), total, some)

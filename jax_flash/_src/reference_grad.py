@@ -5,13 +5,14 @@ backward. Both recompute the probabilities from lse, hold one block of scores at
 and are themselves differentiable with the same memory: the block is checkpointed.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, mask
+from jax_flash._src import blocks, compat, dropout, mask
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.scores import (
     Operands,
@@ -83,23 +84,41 @@ def _by_row_blocks(o: Operands, others: Operands, body: Body):
     return kept, summed
 
 
-def _probabilities(
-    config: AttentionConfig, o: Operands, row: jax.Array, rows: int
-) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """Probabilities of the rows `row`, recomputed from lse.
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The softmax of some rows, recomputed from lse.
 
-    Returns:
-      `(p, live, slope)`: p [*B, N, t, S], live [*B, N, t] False where the row attends
-      nothing, and the derivative of the soft cap.
+    Attributes:
+      p: probabilities [*B, N, t, S].
+      live: [*B, N, t], False where the row attends nothing.
+      slope: derivative of the soft cap, 1.0 without one.
+      distance: of each key from the row's own, in the dtype of p [*B|(), 1, t, S].
+      kept: what dropout multiplies p by, 1.0 without it.
     """
+
+    p: jax.Array
+    live: jax.Array
+    slope: jax.Array | float
+    distance: jax.Array
+    kept: jax.Array | float
+
+
+def _weights(
+    config: AttentionConfig, o: Operands, row: jax.Array, rows: int
+) -> _Weights:
+    """The softmax of the rows `row` [t] of T = `rows`."""
     keys = o["key"].shape[-3]
-    ok = mask.allowed(config, o, row, jnp.arange(keys, dtype=jnp.int32), rows, keys)
-    s, slope = logits(config, o)
+    key = jnp.arange(keys, dtype=jnp.int32)
+    where = mask.locate(config, o, row, rows, keys)
+    ok = mask.allowed(o, where, key)
+    s, slope = logits(config, o, where, key)
     live = o["lse"] != -jnp.inf
     shift = jnp.where(live, o["lse"], 0)[..., None]
     # The inner `where` keeps the derivative of exp finite where the logit is masked.
     p = jnp.where(ok, jnp.exp(jnp.where(ok, s - shift, 0)), 0)
-    return p, live, slope
+    distance = mask.distance(where, key)[..., None, :, :].astype(p.dtype)
+    kept = dropout.factors(config, o, where, key)
+    return _Weights(p, live, slope, distance, kept)
 
 
 def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
@@ -134,27 +153,30 @@ def tangent(
         return [compat.vary_like(x, o["query"]) for x in (dout, dlse)]
     rows = o["query"].shape[-3]
     dtype = accumulator(out_dtype)
-    o = mask.zero_padding(o)
+    o = mask.zero_padding(config, o)
     padding = {n: x for n, x in o.items() if n not in perturbed}
-    t = {n: x for n, x in mask.zero_padding({**padding, **t}).items() if n in t}
+    t = {n: x for n, x in mask.zero_padding(config, {**padding, **t}).items() if n in t}
 
     def body(o: Operands, t: Operands, row: jax.Array) -> tuple[Operands, Operands]:
-        p, live, slope = _probabilities(config, o, row, rows)
+        w = _weights(config, o, row, rows)
         ds = jnp.zeros((), dtype)
         for a, b in ((t.get("query"), o["key"]), (o["query"], t.get("key"))):
             if a is not None and b is not None:
-                ds = ds + config.scale * query_key(config, a, b) * slope
+                ds = ds + config.scale * query_key(config, a, b) * w.slope
         if "bias" in t:
             ds = ds + t["bias"].astype(dtype)
-        pds = p * ds
+        if "alibi_slopes" in t:
+            slopes = t["alibi_slopes"].astype(dtype)[..., None, None]
+            ds = ds - slopes * w.distance
+        pds = w.p * ds
         dlse = pds.sum(-1)
         if "sinks" in t:
-            sink = _sink_probability(o, live)
+            sink = _sink_probability(o, w.live)
             dlse = dlse + sink * t["sinks"].astype(dtype)[..., None]
-        dout = weights_value(config, pds, o["value"])
+        dout = weights_value(config, pds * w.kept, o["value"])
         dout = dout - jnp.swapaxes(dlse, -1, -2)[..., None] * o["out"].astype(dtype)
         if "value" in t:
-            dout = dout + weights_value(config, p, t["value"])
+            dout = dout + weights_value(config, w.p * w.kept, t["value"])
         return {"dout": dout.astype(out_dtype), "dlse": dlse}, {}
 
     kept, _ = _by_row_blocks(o, t, body)
@@ -201,31 +223,34 @@ def backward(
     rows = o["query"].shape[-3]
     dtype = accumulator(dtypes.get("query", o["query"].dtype))
     kv_heads = o["key"].shape[-2]
-    o = mask.zero_padding(o)
+    o = mask.zero_padding(config, o)
     bias_by_row = "bias" in shapes and o["bias"].shape[-2] == rows
 
     def body(o: Operands, cts: Operands, row: jax.Array) -> tuple[Operands, Operands]:
-        p, live, slope = _probabilities(config, o, row, rows)
+        w = _weights(config, o, row, rows)
         # A dead row may carry any cotangent: lse is -inf there, its slope undefined.
-        dout = jnp.where(jnp.swapaxes(live, -1, -2)[..., None], cts["dout"], 0)
+        dout = jnp.where(jnp.swapaxes(w.live, -1, -2)[..., None], cts["dout"], 0)
         delta = (dout.astype(dtype) * o["out"].astype(dtype)).sum(-1)
         delta = jnp.swapaxes(delta, -1, -2)
         if backward.has_dlse:
-            delta = delta - jnp.where(live, cts["dlse"], 0)
+            delta = delta - jnp.where(w.live, cts["dlse"], 0)
         kept, summed = {}, {}
         if "value" in shapes:
-            summed["value"] = weights_query(config, p, dout, kv_heads)
+            summed["value"] = weights_query(config, w.p * w.kept, dout, kv_heads)
         if "sinks" in shapes:
-            summed["sinks"] = -(_sink_probability(o, live) * delta).sum(-1)
-        if {"query", "key", "bias"} & set(shapes):
-            ds = p * (query_key(config, dout, o["value"]) - delta[..., None])
+            summed["sinks"] = -(_sink_probability(o, w.live) * delta).sum(-1)
+        if {"query", "key", "bias", "alibi_slopes"} & set(shapes):
+            dp = query_key(config, dout, o["value"]) * w.kept
+            ds = w.p * (dp - delta[..., None])
             if "bias" in shapes:
                 whole = (ds.shape[-3], rows, ds.shape[-1])
                 axes = [a for a in (0, 2) if shapes["bias"][a] != whole[a]]
                 axes += [] if bias_by_row else [1]
                 dbias = ds.sum([a - 3 for a in axes], keepdims=True)
                 (kept if bias_by_row else summed)["bias"] = dbias
-            ds = config.scale * ds * slope
+            if "alibi_slopes" in shapes:
+                summed["alibi_slopes"] = -(ds * w.distance).sum((-1, -2))
+            ds = config.scale * ds * w.slope
             if "query" in shapes:
                 kept["query"] = weights_value(config, ds, o["key"])
             if "key" in shapes:

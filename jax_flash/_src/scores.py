@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_flash._src import mask
 from jax_flash._src.config import TRAILING, AttentionConfig
 
 Operands = dict[str, jax.Array]
@@ -76,8 +77,16 @@ def weights_query(
     return jnp.swapaxes(matmul(config, jnp.swapaxes(p, -1, -2), x), -3, -2)
 
 
-def logits(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array | float]:
+def logits(
+    config: AttentionConfig, o: Operands, where: mask.Rows, key: jax.Array
+) -> tuple[jax.Array, jax.Array | float]:
     """Logits before masking of the rows and keys in `o`.
+
+    Args:
+      config: the call.
+      o: the operands; those along rows or keys hold only the rows and keys asked for.
+      where: the rows.
+      key: int32 [s], indices of the keys.
 
     Returns:
       `(logits, slope)`: the logits [*B, N, t, s], and the derivative of the
@@ -91,4 +100,7 @@ def logits(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.Array |
         s = config.softcap * capped
     if "bias" in o:
         s = s + o["bias"].astype(s.dtype)
+    if "alibi_slopes" in o:
+        slopes = o["alibi_slopes"].astype(s.dtype)[..., None, None]
+        s = s - slopes * mask.distance(where, key)[..., None, :, :].astype(s.dtype)
     return s, slope

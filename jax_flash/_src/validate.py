@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_flash._src import dropout
+from jax_flash._src.alibi import Alibi
 from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, TRAILING
 
@@ -29,30 +31,53 @@ def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     """Validates a call of `mha`.
 
     Args:
-      arrays: the array arguments by name, in the order of `OPERANDS`, None where not
-        given; arrays or `jax.ShapeDtypeStruct`s.
+      arrays: the array arguments by name, None where not given; arrays or
+        `jax.ShapeDtypeStruct`s.
       options: the other arguments by name.
 
     Returns:
       The call, with canonical ranks.
     """
+    arrays = by_operand(arrays)
     given = {n: _abstract(n, x) for n, x in arrays.items() if x is not None}
     for name in OPERANDS[:3]:
         if name not in given:
             raise ValueError(f"{name} must be an array, got None")
     _check_qkv(given["query"], given["key"], given["value"])
-    batch = given["query"].shape[:-3]
+    query = given["query"]
+    batch = query.shape[:-3]
     _check_others(given)
+    _check_packed(given)
     shapes = {
         name: jax.ShapeDtypeStruct(_canonical_shape(name, x.shape, len(batch)), x.dtype)
         for name, x in given.items()
     }
-    return Call(**shapes, **_check_options(options, given))
+    checked = _check_options(options, given)
+    if checked["dropout_rate"] > 0:
+        shape = _canonical_shape("dropout_seeds", (query.shape[-2], 2), len(batch))
+        shape = (*batch, *shape[len(batch) :])
+        shapes["dropout_seeds"] = jax.ShapeDtypeStruct(shape, jnp.uint32)
+    return Call(**shapes, **checked)
 
 
-def canonical(call: Call, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of operands: `bias` may stand for another one."""
+    bias = arrays.get("bias")
+    if not isinstance(bias, Alibi):
+        return arrays
+    return {**arrays, "bias": None, "alibi_slopes": bias.slopes}
+
+
+def canonical(
+    call: Call, arrays: dict[str, Any], dropout_key: Any = None
+) -> dict[str, jax.Array]:
     """The arrays of a validated call with canonical ranks and dtypes."""
     result = {}
+    arrays = by_operand(arrays)
+    if call.dropout_seeds is not None:
+        words = key_words("dropout_key", dropout_key)
+        made = dropout.seeds(words, call.batch, call.num_heads)
+        arrays = {**arrays, "dropout_seeds": made}
     for name in call.present:
         shape = getattr(call, name)
         x = arrays[name]
@@ -76,7 +101,7 @@ def as_int32(x: Any) -> Any:
 
 def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an argument as JAX will see it."""
-    integers = "lengths" in name or "segment" in name
+    integers = "lengths" in name or "segment" in name or "cu_seqlens" in name
     if isinstance(x, int) and not isinstance(x, bool) and "lengths" in name:
         return jax.ShapeDtypeStruct((), jnp.int32)
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
@@ -140,6 +165,7 @@ def _check_others(given: dict[str, Any]) -> None:
         "bias": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
         "mask": ("[*B,N,T,S]", (*batch, heads, rows, keys)),
         "sinks": ("[*B,N]", (*batch, heads)),
+        "alibi_slopes": ("[*B,N]", (*batch, heads)),
         "q_segment_ids": ("[*B,T]", (*batch, rows)),
         "kv_segment_ids": ("[*B,S]", (*batch, keys)),
         "query_seq_lengths": ("[*B]", batch),
@@ -153,7 +179,7 @@ def _check_others(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must broadcast to {layout} = {shape}, got shape {got}"
             )
-    for name in ("bias", "sinks"):
+    for name in ("bias", "sinks", "alibi_slopes"):
         if name in given and not jnp.issubdtype(given[name].dtype, jnp.floating):
             hint = "; a boolean mask is `mask`" if name == "bias" else ""
             raise ValueError(
@@ -164,11 +190,12 @@ def _check_others(given: dict[str, Any]) -> None:
             f"mask must be bool (True = attend), got dtype {given['mask'].dtype}; "
             "an additive mask is `bias`"
         )
-    if "sinks" in given and given["sinks"].shape[-1:] != (heads,):
-        raise ValueError(
-            f"sinks must have one logit for each of the N={heads} query heads, got "
-            f"shape {given['sinks'].shape}"
-        )
+    for name, each in (("sinks", "logit"), ("alibi_slopes", "slope")):
+        if name in given and given[name].shape[-1:] != (heads,):
+            raise ValueError(
+                f"{name} must have one {each} for each of the N={heads} query heads, "
+                f"got shape {given[name].shape}"
+            )
     for name, length in (("q_segment_ids", rows), ("kv_segment_ids", keys)):
         if name in given and given[name].shape[-1:] != (length,):
             raise ValueError(
@@ -181,6 +208,56 @@ def _check_others(given: dict[str, Any]) -> None:
             "q_segment_ids and kv_segment_ids must be given together, got "
             f"{missing}_segment_ids=None"
         )
+
+
+def _check_packed(given: dict[str, Any]) -> None:
+    """Offsets of packed sequences: int32 [sequences + 1] for queries and keys."""
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if name not in given:
+            continue
+        shape = given[name].shape
+        if len(shape) != 1 or shape[0] < 1:
+            raise ValueError(
+                f"{name} must be [sequences + 1], the offsets of the sequences and the "
+                f"end of the last, got shape {shape}"
+            )
+        if shape != given["cu_seqlens_q"].shape:
+            raise ValueError(
+                f"{name} must have the shape of cu_seqlens_q, "
+                f"{given['cu_seqlens_q'].shape}, got {shape}"
+            )
+
+
+def is_typed_key(key: Any) -> bool:
+    """Whether `key` is a key of `jax.random.key`, or stands for one."""
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def check_key(name: str, key: Any) -> None:
+    """One random key: typed, of any generator, or its uint32 words, [2] or [4]."""
+    if is_typed_key(key):
+        if key.shape:
+            raise ValueError(
+                f"{name} must be one key, got an array of keys of shape {key.shape}"
+            )
+        return
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    if shape not in ((2,), (4,)) or dtype != jnp.uint32:
+        got = repr(key) if shape is None else f"{dtype} of shape {shape}"
+        raise ValueError(
+            f"{name} must be a key of jax.random, or uint32 [2] or [4], got {got}"
+        )
+
+
+def key_words(name: str, key: Any) -> jax.Array:
+    """The words of a key, uint32 [2] or [4]."""
+    words = jax.random.key_data(key) if is_typed_key(key) else jnp.asarray(key)
+    if words.shape[-1] not in (2, 4):
+        raise NotImplementedError(
+            f"{name} of {words.shape[-1]} words is not supported, only 2 or 4"
+        )
+    return words
 
 
 def broadcasts(shape: tuple, full: tuple) -> bool:
@@ -222,6 +299,16 @@ def static_int(name: str, x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, int | np.integer):
         raise ValueError(f"{name} must be an int, got {x!r}")
     return int(x)
+
+
+def _bound(name: str, x: Any) -> int | None:
+    """A bound of lengths, None = no bound."""
+    if x is None:
+        return None
+    x = static_int(name, x)
+    if x < 0:
+        raise ValueError(f"{name} must not be negative, got {x}")
+    return x
 
 
 def _flag(name: str, x: Any) -> bool:
@@ -284,10 +371,11 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
     if rate > 0:
-        raise NotImplementedError(
-            f"dropout_rate={rate} is not supported yet, only 0.0 (dropout_key "
-            f"{'given' if dropout_key is not None else 'not given'})"
-        )
+        if dropout_key is None:
+            raise ValueError(
+                f"dropout_key must be given with dropout_rate={rate}, got None"
+            )
+        check_key("dropout_key", dropout_key)
     return {
         "scale": scale,
         "is_causal": _flag("is_causal", options["is_causal"]),
@@ -295,6 +383,10 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
         "window_size": check_window("window_size", options["window_size"]),
         "softcap": softcap,
         "dropout_rate": rate,
+        **{
+            name: _bound(name, options.get(name))
+            for name in ("max_seqlen_q", "max_seqlen_k")
+        },
         "deterministic": _flag("deterministic", options["deterministic"]),
         "precision": precision,
         "return_lse": _flag("return_lse", options["return_lse"]),

@@ -1,0 +1,43 @@
+"""Linear biases by distance: how a call names them without a bias array.
+
+Lives here: the type that `mha` takes as `bias`. The specification adds them in
+`scores.logits`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """A bias of `-slope * |p - s|` for the query aligned with key p, and key s.
+
+    A pytree, so that it may be an argument of transformed functions.
+
+    Attributes:
+      slopes: floating [N] or broadcastable to [*B, N], one for each query head.
+    """
+
+    slopes: Any
+
+
+def alibi(slopes: Any) -> Alibi:
+    """Attention with linear biases, for the argument `bias` of `mha`.
+
+    Adds `-slopes[n] * |p - s|` to the logits of head n, where p is the key that the
+    query is aligned with (as for causal masks and windows, by the lengths where given)
+    and s the key. No array of biases is made. Differentiable in the slopes.
+
+    Args:
+      slopes: floating [N], or broadcastable to [*B, N], one for each query head.
+
+    Returns:
+      A value for `bias`.
+
+    Reference: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear
+    Biases Enables Input Length Extrapolation", arXiv:2108.12409.
+    """
+    return Alibi(slopes)

@@ -1,0 +1,106 @@
+"""Which probabilities dropout keeps: a function of key and position alone.
+
+Lives here: the generator, the seeds of the heads, and the factors of a block of
+probabilities. docs/design/dropout.md has the definition to the last bit.
+
+The generator is Philox4x32 with 7 rounds: Salmon, Moraes, Dror and Shaw, "Parallel
+Random Numbers: As Easy as 1, 2, 3", SC 2011. One call serves 16 probabilities, with 8
+bits each.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash._src import mask, wide
+from jax_flash._src.config import AttentionConfig
+from jax_flash._src.scores import accumulator
+
+ROUNDS = 7
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+INCREMENTS = 0x9E3779B9, 0xBB67AE85
+
+LEVELS = 256
+"""A rate is a multiple of one part in so many."""
+
+Words = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def philox(counter: Words, key: tuple[jax.Array, jax.Array]) -> Words:
+    """Four random words of a counter and a key, uint32 that broadcast together."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = wide.multiply(x0, jnp.uint32(MULTIPLIERS[0]))
+        high1, low1 = wide.multiply(x2, jnp.uint32(MULTIPLIERS[1]))
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        k0, k1 = k0 + jnp.uint32(INCREMENTS[0]), k1 + jnp.uint32(INCREMENTS[1])
+    return x0, x1, x2, x3
+
+
+def threshold(rate: float) -> int:
+    """Random bytes below this drop: `rate` in parts of 256, from 1 to 255."""
+    return min(max(round(rate * LEVELS), 1), LEVELS - 1)
+
+
+def seeds(words: jax.Array, batch: tuple[Any, ...], heads: int) -> jax.Array:
+    """A seed for each head of each batch entry: uint32 [*batch, heads, 2].
+
+    Args:
+      words: uint32 [2] or [4], the data of the user's key.
+      batch: the batch dimensions of the call, before any `vmap`.
+      heads: number of query heads N.
+    """
+    size = 1
+    for dim in batch:
+        size = size * dim
+    entry = jnp.arange(size, dtype=jnp.uint32).reshape(*batch, 1)
+    head = jnp.arange(heads, dtype=jnp.uint32)
+    if words.shape[-1] == 4:
+        rest = words[2], words[3]
+    else:
+        rest = jnp.uint32(0), jnp.uint32(0)
+    x0, x1, _, _ = philox((head, entry, *rest), (words[0], words[1]))
+    return jnp.stack([x0, x1], -1)
+
+
+def _split(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Bits of a row or key: of its group, of the word, of the byte in the word."""
+    index = index.astype(jnp.uint32)
+    group = (index >> 4 << 2) | ((index >> 1) & 3)
+    return group, index & 1, (index >> 3) & 1
+
+
+def factors(
+    config: AttentionConfig, operands: dict[str, Any], where: mask.Rows, key: jax.Array
+) -> jax.Array | float:
+    """What dropout multiplies probabilities by: 0, or 1 over the share that is kept.
+
+    Args:
+      config: the call.
+      operands: the canonical operands.
+      where: the rows.
+      key: int32 [s], indices of the keys.
+
+    Returns:
+      Broadcastable to [*B, N, t, s], in the dtype of arithmetic; 1.0 without dropout.
+    """
+    if "dropout_seeds" not in operands:
+        return 1.0
+    seed = operands["dropout_seeds"][..., None, None, :]
+    # [*B|(), 1, t, 1] and [*B|(), 1, t|1, s]
+    row = where.row[..., None, :, None]
+    column = (key - where.start[..., None])[..., None, :, :]
+    row_group, row_word, row_byte = _split(row)
+    key_group, key_word, key_byte = _split(column)
+    sequence = where.sequence[..., None, :, None].astype(jnp.uint32)
+    counter = key_group, row_group, sequence, jnp.uint32(0)
+    words = philox(counter, (seed[..., 0], seed[..., 1]))
+    even = jnp.where(key_word == 0, words[0], words[1])
+    odd = jnp.where(key_word == 0, words[2], words[3])
+    word = jnp.where(row_word == 0, even, odd)
+    byte = (word >> ((2 * row_byte + key_byte) * 8)) & 255
+    least = threshold(config.dropout_rate)
+    dtype = accumulator(operands["query"].dtype)
+    return jnp.where(byte >= least, LEVELS / (LEVELS - least), 0.0).astype(dtype)

@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Writes docs/features.md, what runs where, from the table in jax_flash/_src/plan.py.
+
+`tools/feature_matrix.py` writes the page; a test holds it to the table.
+"""
+
+import pathlib
+
+from jax_flash._src import plan
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "features.md"
+
+HEADER = """# What runs where
+
+Written by `tools/feature_matrix.py` from `plan.OPTIONS`; do not edit. A call with
+an option that its kernel lacks runs in jnp, or raises `NotImplementedError` with
+`implementation="cuda"`. jnp runs everything, on every platform.
+
+| argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+
+    def mark(yes: bool | None) -> str:
+        return {True: "yes", False: "no", None: ""}[yes]
+
+    rows = []
+    for name, support in plan.OPTIONS.items():
+        kernels = [mark(family in support.kernels) for family in plan.FAMILIES]
+        cells = [f"`{name}`", *kernels, mark(support.cudnn), mark(support.decode)]
+        rows.append(f"| {' | '.join([*cells, 'yes'])} |\n")
+    return HEADER + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
