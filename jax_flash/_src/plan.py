@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from jax import core
+
 HEAD_DIMS = {
     "mha_fwd": {
         "sm90": (
@@ -210,7 +212,8 @@ def missing_kernel(
 
 def padded_rows(query_length: int) -> int:
     """Rows that the workspace has for a sequence: a multiple of `ROW_GROUP`."""
-    rows = max(-(-query_length // tile) * tile for tile in ROW_TILES)
+    tiles = (-(-query_length // tile) * tile for tile in ROW_TILES)
+    rows = functools.reduce(core.max_dim, tiles)  # lengths may be symbols
     return -(-rows // ROW_GROUP) * ROW_GROUP
 
 
