@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "host/fast_divisor.h"
+#include "host/intervals.h"
 
 namespace jax_flash {
 
@@ -67,6 +68,9 @@ struct MhaParams {
   int32_t window_left;   // -1: unbounded
   int32_t window_right;  // -1: unbounded
   bool bottom_right;     // align the last valid query with the last valid key
+
+  // Of kernels with intervals, for which it replaces lengths, windows and alignment.
+  IntervalsView intervals;
 };
 
 struct MhaFwdParams : MhaParams {

@@ -1,0 +1,53 @@
+// Soft cap and ALiBi: what becomes of a scaled score before it is masked.
+#pragma once
+
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "tile/schedule.cuh"
+
+namespace jax_flash {
+
+// Of one query head. All numbers are natural logits; a kernel whose scores went through here takes
+// exponentials of them with a scale of 1.
+struct ScoreOptions {
+  float scale;    // of q.k
+  float softcap;  // 0: none
+  float slope;    // 0: none
+
+  // Whether scores change at all; otherwise they stay q.k and the kernel scales them as ever.
+  __device__ __forceinline__ static bool any(const MhaParams& params) {
+    return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr;
+  }
+
+  __device__ __forceinline__ static ScoreOptions make(const MhaParams& params, int batch,
+                                                      int head) {
+    const IntervalsView& view = params.intervals;
+    float slope = 0.0f;
+    if (view.slopes != nullptr) {
+      slope = view.slopes[batch_offset(view.slope_strides, batch, params) + head];
+    }
+    return {params.scale.first * params.scale.second, view.softcap, slope};
+  }
+
+  // tanh(x) as 1 - 2 / (1 + e^(2 x)): 2^-22 of absolute error, where tanh.approx has 2^-11.
+  static __device__ __forceinline__ float tanh(float x) {
+    const float power = ptx::ex2_approx_ftz(2.0f * SoftmaxScale::kLog2e * x);
+    return 1.0f - __fdividef(2.0f, 1.0f + power);
+  }
+
+  // The logit of a score q.k of a key `distance` away from the one that the row is aligned with.
+  __device__ __forceinline__ float logit(float score, int distance) const {
+    float x = score * scale;
+    if (softcap != 0.0f) x = softcap * tanh(x * (1.0f / softcap));
+    return fmaf(-slope, static_cast<float>(distance < 0 ? -distance : distance), x);
+  }
+
+  // The derivative of a logit by scale * q.k, from the logit before ALiBi.
+  __device__ __forceinline__ float derivative(float capped) const {
+    if (softcap == 0.0f) return 1.0f;
+    const float ratio = capped * (1.0f / softcap);
+    return fmaf(-ratio, ratio, 1.0f);
+  }
+};
+
+}  // namespace jax_flash
