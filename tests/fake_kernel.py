@@ -4,8 +4,8 @@ XLA assigns layouts in the same way on every platform, so a program compiled for
 with the kernel's custom call in it shows whether query, key and value reach the kernel
 without a transpose or copy. That stand-in computes nothing; it is compiled, not run.
 
-`emulated_backward` runs: in place of the call it puts jnp operations, which know no
-more than operands, results and attributes of the call.
+`emulated` runs: in place of a call it puts jnp operations, which know no more than
+operands, results and attributes of the call.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flash._src import inner, reference_grad, registry
+from jax_flash._src import inner, reference, reference_grad, registry
 from jax_flash._src.config import OPERANDS, AttentionConfig, Backward
 
 METADATA_EXTENSION = 1
@@ -99,12 +99,19 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulated_backward() -> Iterator[None]:
-    """The CPU lowers the backward as CUDA does, to jnp operations for the call."""
+def emulated() -> Iterator[None]:
+    """The CPU lowers calls as CUDA does, to jnp operations for those of kernels."""
     with (
         _lowered_as_on_cuda(),
         mock.patch.object(jax.ffi, "ffi_call", _emulation),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def emulated_backward() -> Iterator[None]:
+    """The same for the backward alone."""
+    with emulated():
         mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
         yield
 
@@ -112,8 +119,7 @@ def emulated_backward() -> Iterator[None]:
 def _emulation(
     target: str, results: Sequence[jax.ShapeDtypeStruct], *, input_layouts: Any
 ) -> Callable:
-    """`jax.ffi.ffi_call` for the backward's target."""
-    assert target == registry.BACKWARD_TARGET
+    """`jax.ffi.ffi_call` for the targets of forward and backward."""
 
     def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
         lengths = tuple(
@@ -124,13 +130,6 @@ def _emulation(
             )
             if given
         )
-        cotangents = ("dout", "dlse") if attributes["has_dlse"] else ("dout",)
-        names = (*OPERANDS[:3], "out", "lse", *cotangents, *lengths)
-        given = dict(zip(names, operands, strict=True))
-        assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
-        batch = results[0].shape[:-3]
-        for name in ("out", "lse", *cotangents):
-            assert given[name].shape[: len(batch)] == batch, name
         config = AttentionConfig(
             scale=float(attributes["scale"]),
             window_left=int(attributes["window_left"]),
@@ -138,19 +137,39 @@ def _emulation(
             bottom_right=attributes["bottom_right"],
             present=OPERANDS[:3] + lengths,
         )
-        wide = {
-            name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            for name, x in given.items()
-        }
-        gradients = reference_grad.backward(
-            *(wide[name] for name in (*config.present, "out", "lse", *cotangents)),
-            config=config,
-            backward=Backward(OPERANDS[:3], ((),) * 3, attributes["has_dlse"]),
-        )
-        workspace = jnp.full(results[3].shape, jnp.nan, results[3].dtype)
-        return [
-            *(x.astype(r.dtype) for x, r in zip(gradients, results, strict=False)),
-            workspace,
+        assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
+        wide = [
+            x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for x in operands
         ]
+        if target == registry.FORWARD_TARGET:
+            computed = reference.forward(*wide, config=config)
+        else:
+            assert target == registry.BACKWARD_TARGET
+            has_dlse = attributes["has_dlse"]
+            computed = _emulated_gradients(wide, config, lengths, has_dlse, results)
+        return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
     return run
+
+
+def _emulated_gradients(
+    operands: Sequence[jax.Array],
+    config: AttentionConfig,
+    lengths: tuple[str, ...],
+    has_dlse: bool,
+    results: Sequence[jax.ShapeDtypeStruct],
+) -> list[jax.Array]:
+    """The three gradients in float32, and a workspace."""
+    cotangents = ("dout", "dlse") if has_dlse else ("dout",)
+    names = (*OPERANDS[:3], "out", "lse", *cotangents, *lengths)
+    given = dict(zip(names, operands, strict=True))
+    batch = results[0].shape[:-3]
+    for name in ("out", "lse", *cotangents):
+        assert given[name].shape[: len(batch)] == batch, name
+    gradients = reference_grad.backward(
+        *(given[name] for name in (*config.present, "out", "lse", *cotangents)),
+        config=config,
+        backward=Backward(OPERANDS[:3], ((),) * 3, has_dlse),
+    )
+    return [*gradients, jnp.full(results[3].shape, jnp.nan, results[3].dtype)]

@@ -6,7 +6,7 @@ to the outer primitives (`primitives`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,9 +15,20 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_flash._src import avals, compat, plan, reference, reference_grad, registry
-from jax_flash._src.config import TRAILING, AttentionConfig, Backward
+from jax_flash._src import (
+    avals,
+    compat,
+    plan,
+    reference,
+    reference_grad,
+    registry,
+    sinks,
+)
+from jax_flash._src.config import OPERANDS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.decode_call import DecodeConfig
+
+TENSORS = OPERANDS[:3]
+"""Query, key and value: what the kernels read in any layout and differentiate."""
 
 
 def new_primitive(name: str, abstract: Callable, lowering: Callable) -> Primitive:
@@ -77,6 +88,11 @@ def _layouts(config: AttentionConfig, names: tuple[str, ...]) -> list[tuple[int,
     ]
 
 
+def _kernel_operands(config: AttentionConfig) -> tuple[str, ...]:
+    """The operands that the kernels are given: all but the sinks."""
+    return tuple(name for name in config.present if name != "sinks")
+
+
 def _attributes(config: AttentionConfig) -> dict[str, Any]:
     """What forward and backward tell the kernel about the mask and the operands."""
     query_order, key_order, value_order = (
@@ -102,46 +118,104 @@ def _forward_default(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
     return _forward_in_jnp(ctx, *operands, config=config)
 
 
+def _full_batch(given: dict[str, jax.Array], names: Iterable[str]) -> tuple[int, ...]:
+    """The batch dimensions of some operands together."""
+    shapes = {name: given[name].shape for name in names}
+    return jnp.broadcast_shapes(
+        *(shape[: len(shape) - TRAILING[name]] for name, shape in shapes.items())
+    )
+
+
+@compat.allows_rank_promotion
+def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
+    """`[out, lse]` by one FFI call, which reads operands in the layout they have.
+
+    The kernel gets no sinks: they are joined to its results.
+    """
+    given = dict(zip(config.present, args, strict=True))
+    names = _kernel_operands(config)
+    batch = _full_batch(given, names)
+    query, _, value = args[:3]
+    rows, heads, _ = query.shape[-3:]
+    out_shape = (*batch, rows, heads, value.shape[-1])
+    results = [
+        jax.ShapeDtypeStruct(out_shape, query.dtype),
+        jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
+    ]
+    run = jax.ffi.ffi_call(
+        registry.FORWARD_TARGET, results, input_layouts=_layouts(config, names)
+    )
+    out, lse = run(*(given[name] for name in names), **_attributes(config))
+    if "sinks" not in given:
+        return [out, lse]
+    out, lse = (compat.vary_like(x, query) for x in (out, lse))
+    return sinks.join(config, given, out, lse)
+
+
+_forward_by_kernel = mlir.lower_fun(call_forward, multiple_results=True)
+
+
 def _forward_cuda(ctx: Any, *operands: Any, config: AttentionConfig) -> Any:
-    """One FFI call, reading query, key and value in the layout they have."""
-    if not _runs_kernel(ctx, config, "mha_fwd"):
-        return _forward_in_jnp(ctx, *operands, config=config)
-    # XLA wants layouts minor to major.
-    layouts = [order[::-1] for order in _layouts(config, config.present)]
-    lower = jax.ffi.ffi_lowering(registry.FORWARD_TARGET, operand_layouts=layouts)
-    return lower(ctx, *operands, **_attributes(config))
+    """The kernel where the call has one, else the specification."""
+    runs = _runs_kernel(ctx, config, "mha_fwd")
+    lower = _forward_by_kernel if runs else _forward_in_jnp
+    return lower(ctx, *operands, config=config)
 
 
 forward_i = new_primitive("flash_mha_fwd_inner", avals.forward, _forward_default)
 mlir.register_lowering(forward_i, _forward_cuda, platform="cuda")
 
 
+@compat.allows_rank_promotion
 def call_backward(
     *args: jax.Array, config: AttentionConfig, backward: Backward
 ) -> list[jax.Array]:
     """The gradients of `backward.perturbed` by one FFI call.
 
     Query, key and value are read in the layout they have. The kernel writes gradients
-    with the full batch: in float32 where XLA then sums over batch dimensions.
+    with the full batch: in float32 where XLA then sums over batch dimensions. That of
+    the sinks is no work of the kernel.
     """
     names = avals.backward_operands(config, backward)
     given = dict(zip(names, args, strict=True))
-    batch = jnp.broadcast_shapes(
-        *(x.shape[: x.ndim - TRAILING[name]] for name, x in given.items())
-    )
+    batch = _full_batch(given, names)
     for name in names[len(config.present) :]:
         trailing = given[name].shape[len(batch) :]
         given[name] = jnp.broadcast_to(given[name], batch + trailing)
-    lengths = config.present[3:]
-    ordered = tuple(name for name in names if name not in lengths) + lengths
-
-    query, key, value = args[:3]
     shared = dict(zip(backward.perturbed, backward.shared, strict=True))
+    by_name = {}
+    if "sinks" in shared:
+        by_name["sinks"] = sinks.gradient(given)
+    if set(TENSORS) & set(shared):
+        by_name |= _run_backward(given, batch, shared, config, backward)
+
+    def finished(name: str) -> jax.Array:
+        gradient, axes = by_name[name], shared[name]
+        if axes:
+            gradient = gradient.sum([len(batch) + axis for axis in axes], keepdims=True)
+        return gradient.astype(given[name].dtype)
+
+    return [finished(name) for name in backward.perturbed]
+
+
+def _run_backward(
+    given: dict[str, jax.Array],
+    batch: tuple[int, ...],
+    shared: dict[str, tuple[int, ...]],
+    config: AttentionConfig,
+    backward: Backward,
+) -> dict[str, jax.Array]:
+    """The FFI call: gradients of query, key and value, each with the full batch."""
+    operands = _kernel_operands(config)
+    lengths = operands[3:]
+    names = avals.backward_operands(config, backward)
+    ordered = (*operands[:3], *names[len(config.present) :], *lengths)
+    query, key, value = (given[name] for name in TENSORS)
     results = [
         jax.ShapeDtypeStruct(
             batch + x.shape[len(batch) :], jnp.float32 if shared.get(name) else x.dtype
         )
-        for name, x in zip(config.present, (query, key, value), strict=False)
+        for name, x in zip(TENSORS, (query, key, value), strict=True)
     ]
     count = 1
     for size in batch:
@@ -164,15 +238,7 @@ def call_backward(
         has_dlse=backward.has_dlse,
         deterministic=config.deterministic or compat.deterministic_ops(),
     )
-    by_name = dict(zip(config.present, gradients, strict=False))
-
-    def finished(name: str) -> jax.Array:
-        gradient, axes = by_name[name], shared[name]
-        if axes:
-            gradient = gradient.sum([len(batch) + axis for axis in axes], keepdims=True)
-        return gradient.astype(given[name].dtype)
-
-    return [finished(name) for name in backward.perturbed]
+    return dict(zip(TENSORS, gradients, strict=False))
 
 
 _backward_by_kernel = mlir.lower_fun(call_backward, multiple_results=True)

@@ -68,7 +68,8 @@ class Support:
     """Who runs an option of attention; jnp ("xla") runs all of them, everywhere.
 
     Attributes:
-      kernels: the families whose kernels take it, forward and backward alike.
+      kernels: the families whose kernels take it, forward and backward alike, or whose
+        calls it is joined to outside of them (`sinks`).
       cudnn: whether `jax.nn`'s cuDNN attention takes it with our semantics, at least
         for some values.
       decode: whether the decode kernels take it, None where `decode_mha` has no such
@@ -90,7 +91,7 @@ OPTIONS = {
     "return_lse": Support(FAMILIES, decode=True),
     "deterministic": Support(FAMILIES),
     "softcap": Support(decode=True),
-    "sinks": Support(decode=True),
+    "sinks": Support(FAMILIES, decode=True),
     "bias": Support(),
     "alibi_slopes": Support(),
     "mask": Support(),

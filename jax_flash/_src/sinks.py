@@ -1,0 +1,76 @@
+"""Sinks, joined to what a kernel computed without them.
+
+The kernels know no sinks. A sink only adds `exp(sink)` to the sum that the weights of a
+row are divided by, so a call with sinks is the kernel's call without them, and then
+
+    lse' = log(exp(lse) + exp(sink)),  out' = out * exp(lse - lse').
+
+The backward of a kernel recomputes the weights as `exp(logits - lse)` and needs besides
+only `delta = sum(dout * out) - dlse`. Called with out', lse' and the cotangents of both
+it returns the gradients of query, key and value with sinks. That of a sink is
+`-sum(exp(sink - lse') * delta)` over the rows.
+
+Lives here: the two formulas in jnp, which XLA fuses into one pass over out each.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash._src import mask
+from jax_flash._src.config import AttentionConfig
+from jax_flash._src.scores import Operands
+
+
+def join(
+    config: AttentionConfig, o: Operands, out: jax.Array, lse: jax.Array
+) -> list[jax.Array]:
+    """Adds the sinks to the results of a call without them.
+
+    Args:
+      config: the call.
+      o: its canonical operands by name, sinks [*B, N] among them.
+      out: [*B, T, N, Hv], without sinks.
+      lse: float32 [*B, N, T], without sinks; -inf in rows without keys.
+
+    Returns:
+      `[out, lse]` with sinks, of the same dtypes and the batch of all operands. Rows
+      without keys stay 0 and -inf; one that has keys, all with logits of -inf, has the
+      sink as its lse.
+    """
+    sink = o["sinks"].astype(lse.dtype)[..., None]
+    total = jnp.logaddexp(lse, sink)
+    live = _has_keys(config, o, lse) & (total != -jnp.inf)
+    share = jnp.where(live, jnp.exp(lse - jnp.where(live, total, 0)), 0)
+    by_row = jnp.swapaxes(share, -1, -2)[..., None]
+    joined = (out.astype(lse.dtype) * by_row).astype(out.dtype)
+    return [joined, jnp.where(live, total, -jnp.inf)]
+
+
+def _has_keys(config: AttentionConfig, o: Operands, lse: jax.Array) -> jax.Array:
+    """Which rows may attend a key, as far as that can be told without the scores."""
+    if {"mask", "q_segment_ids"} & set(o):
+        return lse != -jnp.inf
+    rows, keys = lse.shape[-1], o["key"].shape[-3]
+    where = mask.locate(config, o, jnp.arange(rows, dtype=jnp.int32), rows, keys)
+    return (where.first < where.end)[..., None, :]
+
+
+def gradient(o: Operands) -> jax.Array:
+    """The gradient of the sinks, not yet summed over batch dimensions they share.
+
+    Args:
+      o: sinks, and out, lse and dout (and dlse, if there is one) with the full batch.
+
+    Returns:
+      float32 [*B, N]. Rows without keys add nothing, whatever their cotangents hold.
+    """
+    lse = o["lse"]
+    live = lse != -jnp.inf
+    by_row = jnp.swapaxes(live, -1, -2)[..., None]
+    dout = jnp.where(by_row, o["dout"].astype(lse.dtype), 0)
+    delta = jnp.swapaxes((dout * o["out"].astype(lse.dtype)).sum(-1), -1, -2)
+    if "dlse" in o:
+        delta = delta - jnp.where(live, o["dlse"], 0)
+    sink = o["sinks"].astype(lse.dtype)[..., None]
+    share = jnp.where(live, jnp.exp(jnp.where(live, sink - lse, 0)), 0)
+    return -(share * delta).sum(-1)
