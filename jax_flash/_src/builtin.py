@@ -10,19 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash._src import plan, registry
+from jax_flash._src import intervals, plan, registry
 from jax_flash._src.call import Backend, Call
-from jax_flash._src.config import UNBOUNDED, AttentionConfig
+from jax_flash._src.config import OPERANDS, UNBOUNDED, AttentionConfig
 from jax_flash._src.flash_mha import flash_mha
 
-KERNEL_OPERANDS = (
-    "query",
-    "key",
-    "value",
-    "query_seq_lengths",
-    "key_value_seq_lengths",
-)
-
+UNTRIED = "no GPU has run these kernels yet"
 
 NUMBERS: dict[str, Any] = {
     "is_causal": False,
@@ -88,6 +81,8 @@ def cuda_supports(call: Call) -> str | None:
     for name, text in options_of(call).items():
         if not plan.supported(name):
             return f"{text} is not supported by the kernels yet"
+        if plan.OPTIONS[name].switched and not extension.option_kernels:
+            return f"{text} is off unless JAX_FLASH_OPTION_KERNELS=1: {UNTRIED}"
     if call.precision is not None:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
@@ -95,8 +90,9 @@ def cuda_supports(call: Call) -> str | None:
             f"query has {len(call.batch)} batch dimensions, the kernels take at most "
             f"{plan.MAX_BATCH_DIMS}"
         )
+    op = plan.operation("mha_fwd", options_of(call))
     return plan.missing_kernel(
-        "mha_fwd", call.dtype, call.head_dim, call.value_dim, extension.kernels
+        op, call.dtype, call.head_dim, call.value_dim, extension.kernels
     )
 
 
@@ -105,22 +101,42 @@ def cuda_details(call: Call) -> str:
 
     Operands are taken to be row-major; the handler knows where `vmap` put a dimension.
     """
-    present = [name for name in KERNEL_OPERANDS if name in call.present]
-    batches = [getattr(call, name).shape[: len(call.batch)] for name in present]
-    forward = _kernels_named("mha_fwd", call, plan.merged_batch_dims(batches))
+    batches = _batches(call)
+    op = plan.operation("mha_fwd", options_of(call))
+    forward = _kernels_named(op, call, plan.merged_batch_dims(batches))
+    if call.sinks is not None:
+        forward += ", sinks joined by XLA"
     return f"{forward}; gradients by {_gradients_by(call, batches)}"
+
+
+def _batches(call: Call) -> list[tuple[int, ...]]:
+    """The batch dimensions of what the kernels of a call read."""
+
+    def of(name: str) -> tuple[int, ...]:
+        return tuple(getattr(call, name).shape[: len(call.batch)])
+
+    batches = [of(name) for name in OPERANDS[:3]]
+    masks = [of(name) for name in intervals.OPERANDS if name in call.present]
+    if plan.needs_intervals(options_of(call)):
+        masks = [np.broadcast_shapes((1,) * len(call.batch), *masks)]
+    slopes = [of("alibi_slopes")] if call.alibi_slopes is not None else []
+    return [*batches, *masks, *slopes]
 
 
 def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
     """Which kernels run the gradients of a call, or why none does."""
     extension = registry.extension()
     widths = call.head_dim, call.value_dim
-    missing = plan.missing_kernel("mha_bwd", call.dtype, *widths, extension.kernels)
+    op = plan.operation("mha_bwd", options_of(call))
+    missing = plan.missing_kernel(op, call.dtype, *widths, extension.kernels)
     if missing is not None:
         return f"jnp: no kernel for {missing}"
     # Output and cotangents are never shared along a batch dimension.
     full = np.broadcast_shapes(*batches)
-    return _kernels_named("mha_bwd", call, plan.merged_batch_dims([*batches, full]))
+    named = _kernels_named(op, call, plan.merged_batch_dims([*batches, full]))
+    if call.alibi_slopes is not None:
+        named += " (by jnp if alibi_slopes has one)"
+    return named
 
 
 def _kernels_named(op: str, call: Call, batch_dims: int) -> str:

@@ -6,7 +6,7 @@ to the outer primitives (`primitives`).
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +18,26 @@ from jax.interpreters import mlir, xla
 from jax_flash._src import (
     avals,
     compat,
+    intervals,
     plan,
     reference,
     reference_grad,
     registry,
     sinks,
 )
-from jax_flash._src.config import OPERANDS, TRAILING, AttentionConfig, Backward
+from jax_flash._src.config import (
+    OPERANDS,
+    TRAILING,
+    UNBOUNDED,
+    AttentionConfig,
+    Backward,
+)
 from jax_flash._src.decode_call import DecodeConfig
 
 TENSORS = OPERANDS[:3]
 """Query, key and value: what the kernels read in any layout and differentiate."""
+
+LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
 
 
 def new_primitive(name: str, abstract: Callable, lowering: Callable) -> Primitive:
@@ -54,8 +63,17 @@ def _only_on_cuda(ctx: Any, config: AttentionConfig | DecodeConfig) -> None:
         )
 
 
-def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
+def _options(config: AttentionConfig) -> tuple[str, ...]:
+    """What a call has beyond query, key and value, as far as kernels differ by it."""
+    return config.present[3:] + (() if config.softcap is None else ("softcap",))
+
+
+def _runs_kernel(
+    ctx: Any, config: AttentionConfig, op: str, perturbed: tuple[str, ...] = ()
+) -> bool:
     """Whether a call lowered for CUDA runs the kernel of `op`, or jnp.
+
+    `perturbed` are the operands that gradients are wanted of.
 
     Raises:
       NotImplementedError: neither may.
@@ -65,7 +83,10 @@ def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
     if "cuda" not in config.implementations or any(0 in shape for shape in shapes):
         return False
     batch_dims = query.ndim - 3
-    if batch_dims > plan.MAX_BATCH_DIMS:
+    op = plan.operation(op, _options(config))
+    if "alibi_slopes" in perturbed:
+        reason = "has no kernel for the gradient of alibi_slopes"
+    elif batch_dims > plan.MAX_BATCH_DIMS:
         reason = (
             f"takes at most {plan.MAX_BATCH_DIMS} batch dimensions (vmap adds one "
             f"each), got {batch_dims}"
@@ -80,17 +101,26 @@ def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
     return reason is None
 
 
-def _layouts(config: AttentionConfig, names: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """Physical order, major to minor, of operands: of query, key, value their own."""
-    batch_dims = len(config.orders[0]) - 3
-    return [*config.orders] + [
-        tuple(range(batch_dims + TRAILING[name])) for name in names[3:]
-    ]
+def _layouts(
+    config: AttentionConfig, others: Sequence[jax.Array]
+) -> list[tuple[int, ...]]:
+    """Physical order, major to minor, of query, key and value, then of `others`."""
+    return [*config.orders] + [tuple(range(x.ndim)) for x in others]
 
 
-def _kernel_operands(config: AttentionConfig) -> tuple[str, ...]:
-    """The operands that the kernels are given: all but the sinks."""
-    return tuple(name for name in config.present if name != "sinks")
+def _mask_operands(
+    config: AttentionConfig, given: dict[str, jax.Array]
+) -> list[jax.Array]:
+    """What a kernel is given besides arrays of rows, keys and values.
+
+    The lengths, or what lengths, ids, offsets and windows come to: see `intervals`.
+    """
+    if not plan.needs_intervals(_options(config)):
+        return [given[name] for name in LENGTHS if name in given]
+    arrays = [*intervals.intervals(config, given)]
+    if "alibi_slopes" in given:
+        arrays.append(given["alibi_slopes"].astype(jnp.float32))
+    return arrays
 
 
 def _attributes(config: AttentionConfig) -> dict[str, Any]:
@@ -98,14 +128,21 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
     query_order, key_order, value_order = (
         np.asarray(order, np.int64) for order in config.orders
     )
+    has_intervals = plan.needs_intervals(_options(config))
+    left, right = config.window_left, config.window_right
+    if has_intervals:
+        left = right = UNBOUNDED
     # numpy scalars, because a Python float would become an f64 attribute.
     return {
         "scale": np.float32(config.scale),
-        "window_left": np.int64(config.window_left),
-        "window_right": np.int64(config.window_right),
-        "bottom_right": config.bottom_right,
-        "has_query_lengths": "query_seq_lengths" in config.present,
-        "has_kv_lengths": "key_value_seq_lengths" in config.present,
+        "window_left": np.int64(left),
+        "window_right": np.int64(right),
+        "bottom_right": config.bottom_right or has_intervals,
+        "has_query_lengths": LENGTHS[0] in config.present and not has_intervals,
+        "has_kv_lengths": LENGTHS[1] in config.present and not has_intervals,
+        "has_intervals": has_intervals,
+        "has_slopes": "alibi_slopes" in config.present,
+        "softcap": np.float32(0 if config.softcap is None else config.softcap),
         "query_order": query_order,
         "key_order": key_order,
         "value_order": value_order,
@@ -133,8 +170,7 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     The kernel gets no sinks: they are joined to its results.
     """
     given = dict(zip(config.present, args, strict=True))
-    names = _kernel_operands(config)
-    batch = _full_batch(given, names)
+    batch = _full_batch(given, (name for name in given if name != "sinks"))
     query, _, value = args[:3]
     rows, heads, _ = query.shape[-3:]
     out_shape = (*batch, rows, heads, value.shape[-1])
@@ -142,10 +178,11 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
         jax.ShapeDtypeStruct(out_shape, query.dtype),
         jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
     ]
+    others = _mask_operands(config, given)
     run = jax.ffi.ffi_call(
-        registry.FORWARD_TARGET, results, input_layouts=_layouts(config, names)
+        registry.FORWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
-    out, lse = run(*(given[name] for name in names), **_attributes(config))
+    out, lse = run(*args[:3], *others, **_attributes(config))
     if "sinks" not in given:
         return [out, lse]
     out, lse = (compat.vary_like(x, query) for x in (out, lse))
@@ -206,10 +243,8 @@ def _run_backward(
     backward: Backward,
 ) -> dict[str, jax.Array]:
     """The FFI call: gradients of query, key and value, each with the full batch."""
-    operands = _kernel_operands(config)
-    lengths = operands[3:]
-    names = avals.backward_operands(config, backward)
-    ordered = (*operands[:3], *names[len(config.present) :], *lengths)
+    residuals = avals.backward_operands(config, backward)[len(config.present) :]
+    others = [given[name] for name in residuals] + _mask_operands(config, given)
     query, key, value = (given[name] for name in TENSORS)
     results = [
         jax.ShapeDtypeStruct(
@@ -227,13 +262,17 @@ def _run_backward(
         query.dtype,
         query.shape[-1],
         value.shape[-1],
+        plan.operation("mha_bwd", _options(config)),
     )
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     run = jax.ffi.ffi_call(
-        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, ordered)
+        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
     gradients = run(
-        *(given[name] for name in ordered),
+        query,
+        key,
+        value,
+        *others,
         **_attributes(config),
         has_dlse=backward.has_dlse,
         deterministic=config.deterministic or compat.deterministic_ops(),
@@ -256,7 +295,7 @@ def _backward_cuda(
     ctx: Any, *operands: Any, config: AttentionConfig, backward: Backward
 ) -> Any:
     """The kernel where the call has one, else the specification."""
-    runs = _runs_kernel(ctx, config, "mha_bwd")
+    runs = _runs_kernel(ctx, config, "mha_bwd", backward.perturbed)
     lower = _backward_by_kernel if runs else _backward_in_jnp
     return lower(ctx, *operands, config=config, backward=backward)
 

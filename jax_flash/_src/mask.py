@@ -160,7 +160,7 @@ def _packed(
     return row - query_start, sequence, query_length, key_start, key_length
 
 
-def _in_sequence(cu_seqlens: jax.Array, size: int, most: int | None) -> jax.Array:
+def in_sequence(cu_seqlens: jax.Array, size: int, most: int | None) -> jax.Array:
     """Which places of a packed dimension belong to a sequence: bool [*B, size]."""
     place = jnp.arange(size, dtype=jnp.int32)
     offsets = (cu_seqlens, cu_seqlens)
@@ -230,7 +230,7 @@ def zero_padding(
             if ids in operands:
                 valid.append(operands[ids] >= 0)
             if offsets in operands:
-                valid.append(_in_sequence(operands[offsets], size, most))
+                valid.append(in_sequence(operands[offsets], size, most))
             for one in valid:
                 result[name] = jnp.where(one[..., None, None], result[name], 0)
     return result

@@ -53,6 +53,14 @@ HEAD_DIMS = {
             (256, 256),
         ),
     },
+    "mha_fwd_intervals": {
+        "sm90": ((64, 64), (128, 128), (256, 256)),
+        "sm80": ((128, 128), (256, 256)),
+    },
+    "mha_bwd_intervals": {
+        "sm90": ((64, 64), (128, 128), (256, 256)),
+        "sm80": ((128, 128), (256, 256)),
+    },
 }
 """Operation -> kernel family -> (query/key width, value width) of its instantiations.
 
@@ -74,11 +82,16 @@ class Support:
         for some values.
       decode: whether the decode kernels take it, None where `decode_mha` has no such
         argument.
+      intervals: whether it takes the kernels with intervals, see `intervals`.
+      switched: whether its kernels are off unless JAX_FLASH_OPTION_KERNELS=1 is in the
+        environment, because no GPU has run them yet.
     """
 
     kernels: tuple[str, ...] = ()
     cudnn: bool = False
     decode: bool | None = None
+    intervals: bool = False
+    switched: bool = False
 
 
 FAMILIES = ("sm90", "sm80")
@@ -90,16 +103,16 @@ OPTIONS = {
     "key_value_seq_lengths": Support(FAMILIES),
     "return_lse": Support(FAMILIES, decode=True),
     "deterministic": Support(FAMILIES),
-    "softcap": Support(decode=True),
+    "softcap": Support(FAMILIES, decode=True, intervals=True, switched=True),
     "sinks": Support(FAMILIES, decode=True),
     "bias": Support(),
-    "alibi_slopes": Support(),
+    "alibi_slopes": Support(FAMILIES, intervals=True, switched=True),
     "mask": Support(),
-    "q_segment_ids": Support(),
-    "kv_segment_ids": Support(),
+    "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
+    "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
     "dropout_rate": Support(),
-    "cu_seqlens_q": Support(),
-    "cu_seqlens_k": Support(),
+    "cu_seqlens_q": Support(FAMILIES, intervals=True, switched=True),
+    "cu_seqlens_k": Support(FAMILIES, intervals=True, switched=True),
 }
 """Every option of attention, by argument: the one table of what runs where."""
 
@@ -107,6 +120,19 @@ OPTIONS = {
 def supported(option: str) -> bool:
     """Whether all kernels take an option, which decides if "cuda" may run a call."""
     return OPTIONS[option].kernels == FAMILIES
+
+
+def needs_intervals(options: Iterable[str]) -> bool:
+    """Whether a call takes the kernels with intervals.
+
+    `options` are the names of what it has beyond query, key and value.
+    """
+    return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
+
+
+def operation(op: str, options: Iterable[str]) -> str:
+    """The kernels that run a call, in `HEAD_DIMS`: `op`, or `op` with intervals."""
+    return f"{op}_intervals" if needs_intervals(options) else op
 
 
 MAX_BATCH_DIMS = 8
@@ -164,7 +190,7 @@ def choose(
     """The first instantiation that can run a call, None if there is none.
 
     Args:
-      op: "mha_fwd" or "mha_bwd".
+      op: a key of `HEAD_DIMS`.
       dtype: of query, key and value.
       head_dim: width of query and key.
       head_dim_v: width of value.
@@ -225,8 +251,11 @@ def backward_workspace(
     dtype: Any,
     head_dim: int,
     head_dim_v: int,
+    op: str = "mha_bwd",
 ) -> int:
     """Floats of workspace with which any kernel that may be chosen can run a backward.
+
+    `op` is "mha_bwd" or "mha_bwd_intervals".
 
     For each head of each sequence and each padded row: the sum of the gradient of
     query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
@@ -235,7 +264,7 @@ def backward_workspace(
     """
     rows = padded_rows(query_length)
     kernels = (
-        backward_kernel(dtype, head_dim, head_dim_v, capability, force_sm80=forced)
+        choose(op, dtype, head_dim, head_dim_v, capability, force_sm80=forced)
         for capability in (HOPPER, OTHER)
         for forced in (False, True)
     )

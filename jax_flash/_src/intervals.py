@@ -1,0 +1,235 @@
+"""Masks as data: what kernels with intervals read besides query, key and value.
+
+Lives here: the four arrays that describe the mask of a call, computed from its
+canonical operands. `mask` is what they mean, csrc/host/intervals.h lists their fields,
+docs/design/intervals.md says how they are found. There is no array [T, S] on the way.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash._src import compat, mask
+from jax_flash._src.config import TRAILING, AttentionConfig
+from jax_flash._src.scores import Operands
+
+OPERANDS = (
+    "q_segment_ids",
+    "kv_segment_ids",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+)
+"""The operands that masks depend on."""
+
+TILE = 64
+"""Rows, and keys, that one record sums up."""
+
+MAX_LENGTH = 1 << 30
+"""An end beyond all keys; a larger length is no problem for the kernels."""
+
+
+class Intervals(NamedTuple):
+    """int32 arrays with the same batch dimensions, of size 1 where sequences share one.
+
+    Attributes:
+      rows: [*B, R, 4], first key, end, id and aligned position of each row; R is T in
+        whole tiles.
+      row_tiles: [*B, R / TILE, 8], hull and core of the keys of the rows of a tile (two
+        numbers each), whether some are dead, whether ids count, and two zeros.
+      keys: [*B, S'], the id of each key, -1 if it is dead; S' is S in whole tiles.
+      key_tiles: [*B, S' / TILE, 8], rows that may see some key of a tile and rows that
+        all see all of them (two numbers each), whether some are dead, and three zeros.
+    """
+
+    rows: jax.Array
+    row_tiles: jax.Array
+    keys: jax.Array
+    key_tiles: jax.Array
+
+
+def intervals(config: AttentionConfig, o: Operands) -> Intervals:
+    """The mask of a call by segment ids, lengths, offsets and windows.
+
+    Args:
+      config: the call.
+      o: its canonical operands by name, none of them empty.
+    """
+    query, key = o["query"], o["key"]
+    given = {name: o[name] for name in OPERANDS if name in o}
+    sizes = query.shape[-3], key.shape[-3]
+    made = _intervals(given, config, sizes, query.ndim - TRAILING["query"])
+    return Intervals(*(compat.vary_like(x, query) for x in made))
+
+
+# One function of the program, however many calls have such a mask.
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "batch_dims"))
+@compat.allows_rank_promotion
+def _intervals(
+    o: Operands, config: AttentionConfig, sizes: tuple[int, int], batch_dims: int
+) -> Intervals:
+    """The same from the operands that the mask depends on, T, S, and the rank of *B."""
+    rows, keys = sizes
+    row_count, key_count = -(-rows // TILE), -(-keys // TILE)
+    row = jnp.arange(row_count * TILE, dtype=jnp.int32)
+    where = mask.locate(config, o, row, rows, keys)
+    limit = jnp.asarray(keys, jnp.int32)
+    first, end = (jnp.clip(x, 0, limit) for x in (where.first, where.end))
+    if "q_segment_ids" in o:
+        row_ids = _padded(o["q_segment_ids"], row_count * TILE - rows)
+        kv_ids = o["kv_segment_ids"]
+        first, end, count = _narrowed(row_ids, kv_ids, first, end, keys)
+        live = (row_ids >= 0) & (count > 0)
+        mixed = live & (count < end - first)
+    else:
+        row_ids = jnp.zeros_like(row)
+        live = first < end
+        mixed = jnp.zeros_like(live)
+    key_ids = _padded(_key_ids(config, o, keys), key_count * TILE - keys)
+    columns = [
+        jnp.where(live, x, dead)
+        for x, dead in ((first, 0), (end, 0), (row_ids, -1), (where.position, 0))
+    ]
+
+    shapes = [x.shape[:-1] for x in (key_ids, *columns)]
+    batch = jnp.broadcast_shapes((1,) * batch_dims, *shapes)
+    live, mixed, key_ids, *columns = (
+        jnp.broadcast_to(x, batch + x.shape[-1:])
+        for x in (live, mixed, key_ids, *columns)
+    )
+    by_tile = (*batch, row_count, TILE)
+    tiles = _row_tiles(*(x.reshape(by_tile) for x in (*columns[:2], live, mixed)))
+    dead_keys = (key_ids < 0).reshape(*batch, key_count, TILE).any(-1)
+    return Intervals(
+        jnp.stack(columns, -1), tiles, key_ids, _key_tiles(tiles, dead_keys)
+    )
+
+
+def _padded(ids: jax.Array, count: int) -> jax.Array:
+    """Ids [*B, n] and `count` more of -1."""
+    tail = jnp.full((*ids.shape[:-1], count), -1, jnp.int32)
+    return jnp.concatenate([ids, tail], -1)
+
+
+def _key_ids(config: AttentionConfig, o: Operands, keys: int) -> jax.Array:
+    """The id of each key, 0 where there are no segments, -1 if padding: [*B|(), S]."""
+    place = jnp.arange(keys, dtype=jnp.int32)
+    ids = jnp.maximum(o.get("kv_segment_ids", jnp.zeros_like(place)), -1)
+    if "key_value_seq_lengths" in o:
+        ids = jnp.where(place < o["key_value_seq_lengths"][..., None], ids, -1)
+    if "cu_seqlens_k" in o:
+        valid = mask.in_sequence(o["cu_seqlens_k"], keys, config.max_seqlen_k)
+        ids = jnp.where(valid, ids, -1)
+    return ids
+
+
+def _narrowed(
+    row_ids: jax.Array,
+    kv_ids: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    keys: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Intervals from the first to the last key in them that has the row's id.
+
+    Among keys sorted by id, then position, those that a row sees are neighbours: from
+    the first that is not before (id, first) to the last before (id, end).
+
+    Args:
+      row_ids: [*B, R].
+      kv_ids: [*B, S].
+      first: [*B, R].
+      end: [*B, R].
+      keys: S.
+
+    Returns:
+      `(first, end, count)`, how many keys a row sees; 0 or less if there are none.
+    """
+    place = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), kv_ids.shape)
+    ids, places = jax.lax.sort((kv_ids, place), num_keys=1, is_stable=True)
+    limit = jnp.asarray(keys, jnp.int32)
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:
+        index = jnp.clip(index, 0, limit - 1)
+        x = x.reshape((1,) * (index.ndim - x.ndim) + x.shape)
+        return jnp.take_along_axis(x, index, -1, mode="promise_in_bounds")
+
+    # How many sorted keys come before (id, bound): binary search, unrolled.
+    bounds = jnp.stack(jnp.broadcast_arrays(first, end, row_ids)[:2])
+    count = jnp.zeros(bounds.shape, jnp.int32)
+    bits = keys.bit_length() if isinstance(keys, int) else MAX_LENGTH.bit_length()
+    for bit in reversed(range(bits)):
+        more = count + (1 << bit)
+        an_id, a_place = at(ids, more - 1), at(places, more - 1)
+        less = (an_id < row_ids) | ((an_id == row_ids) & (a_place < bounds))
+        count = jnp.where((more <= limit) & less, more, count)
+    start, stop = count[0], count[1]
+    return at(places, start), at(places, stop - 1) + 1, stop - start
+
+
+def _row_tiles(
+    first: jax.Array, end: jax.Array, live: jax.Array, mixed: jax.Array
+) -> jax.Array:
+    """Records of tiles of rows from their rows [*B, tiles, TILE]."""
+    some = live.any(-1)
+    ids_count = mixed.any(-1)
+    hull_first = jnp.where(some, jnp.where(live, first, MAX_LENGTH).min(-1), 0)
+    core_first = jnp.where(live, first, 0).max(-1)
+    core_end = jnp.where(live, end, MAX_LENGTH).min(-1)
+    # Where ids count, a row need not see what lies in its interval.
+    core_first, core_end = (jnp.where(ids_count, 0, x) for x in (core_first, core_end))
+    fields = (
+        hull_first,
+        jnp.where(live, end, 0).max(-1),
+        core_first,
+        core_end,
+        ~live.all(-1),
+        ids_count,
+    )
+    return _records(fields)
+
+
+def _key_tiles(row_tiles: jax.Array, dead: jax.Array) -> jax.Array:
+    """Records of tiles of keys.
+
+    Args:
+      row_tiles: [*B, row tiles, 8].
+      dead: bool [*B, key tiles].
+
+    Looks at every pair of tiles, T * S / TILE^2 of them, in sums that XLA fuses.
+    """
+    hull_first, hull_end, core_first, core_end = (
+        row_tiles[..., i, None] for i in range(4)
+    )
+    row_count, key_count = row_tiles.shape[-2], dead.shape[-1]
+    tile = jnp.arange(row_count, dtype=jnp.int32)[:, None]
+    beyond = jnp.asarray(row_count, jnp.int32)
+    key = TILE * jnp.arange(key_count, dtype=jnp.int32)
+    some = hull_first < hull_end
+    meets = some & (hull_first < key + TILE) & (hull_end > key)
+    first = jnp.where(meets, tile, beyond).min(-2)
+    end = jnp.where(meets, tile + 1, 0).max(-2)
+    # The first run of tiles whose rows all see these keys; dead tiles do not begin one.
+    sees = (core_first <= key) & (core_end >= key + TILE)
+    core_first = jnp.where(sees & some, tile, beyond).min(-2)
+    ends_run = ~sees & (tile > core_first[..., None, :])
+    core_end = jnp.where(ends_run, tile, beyond).min(-2)
+    none = dead | (core_first == beyond)
+    fields = (
+        jnp.where(end == 0, 0, first) * TILE,
+        end * TILE,
+        jnp.where(none, 0, core_first) * TILE,
+        jnp.where(none, 0, core_end) * TILE,
+        dead,
+    )
+    return _records(fields)
+
+
+def _records(fields: tuple[jax.Array, ...]) -> jax.Array:
+    """Eight int32 of each tile, zeros after the fields."""
+    zeros = jnp.zeros_like(fields[0])
+    columns = [*fields, *[zeros] * (8 - len(fields))]
+    return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
