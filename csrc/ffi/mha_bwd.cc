@@ -1,7 +1,7 @@
 // FFI target jax_flash_mha_bwd: decode, check, fill the parameters, launch.
 //
 // query, key and value as for jax_flash_mha_fwd, out and dout [*batch, T, N, Hv], lse f32
-// [*batch, N, T], then dlse like lse and the lengths, each if its attribute says so -> the
+// [*batch, N, T], then dlse like lse if its attribute says so, and the lengths or intervals -> the
 // gradients of query, key and value, each with the full batch and in query's type or f32, and a
 // workspace f32 [floats], of which plan.py in jax_flash/_src says the size.
 #include <algorithm>
@@ -88,7 +88,7 @@ ffi::Error launch(MhaBwdParams* params, ElementType type, const ffi::AnyBuffer& 
                 dense_row_alignment(params->dvalue, params->head_dim_v)});
   const MhaBwdKernel* const kernel = choose_mha_bwd_kernel(
       {type, params->head_dim, params->head_dim_v, params->key_length, params->batch_dims,
-       alignment, device.compute_capability, force_sm80()});
+       alignment, device.compute_capability, force_sm80(), params->intervals.rows != nullptr});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params->head_dim, " and ",
                   params->head_dim_v);
   JAX_FLASH_RETURN_IF_ERROR(divide_workspace(workspace, bwd_sum_width(kernel->head_dim), params));
@@ -104,11 +104,13 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    ffi::Result<ffi::AnyBuffer> dvalue, ffi::Result<ffi::AnyBuffer> workspace,
                    bool has_dlse, bool deterministic, float scale, int64_t window_left,
                    int64_t window_right, bool bottom_right, bool has_query_lengths,
-                   bool has_kv_lengths, Dims query_order, Dims key_order, Dims value_order) {
+                   bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
+                   Dims query_order, Dims key_order, Dims value_order) {
   MhaBwdParams params{};
-  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, query_order, key_order, value_order},
-                       &params);
+  MhaOperands operands(
+      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
+       has_intervals, has_slopes, softcap, query_order, key_order, value_order},
+      &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   // The batch of dout is full, that of every other operand may be shared.
   JAX_FLASH_CHECK(
@@ -117,7 +119,7 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
       to_string(query.dimensions()));
   const size_t skipped = has_dlse ? 1 : 0;
   JAX_FLASH_CHECK(others.size() >= skipped, "has_dlse is true, but there is no dlse");
-  JAX_FLASH_RETURN_IF_ERROR(operands.decode_lengths(others, skipped));
+  JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(others, skipped));
 
   const int64_t rows = params.query_length;
   const int64_t heads = params.heads;

@@ -1,8 +1,9 @@
 // FFI target jax_flash_mha_fwd: decode, check, fill the parameters, launch.
 //
 // query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv], then int32 [*batch]
-// query lengths and key lengths, each if its attribute says so -> out [*batch, T, N, Hv] in
-// query's type, lse f32 [*batch, N, T]. Batch dims of an operand are full or 1 (shared).
+// query lengths and key lengths, each if its attribute says so, or with intervals the arrays of
+// host/intervals.h and, if there are any, slopes -> out [*batch, T, N, Hv] in query's type, lse f32
+// [*batch, N, T]. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
 
@@ -25,7 +26,7 @@ ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t str
                 dense_row_alignment(params.out, params.head_dim_v)});
   const MhaFwdKernel* const kernel = choose_mha_fwd_kernel(
       {type, params.head_dim, params.head_dim_v, params.key_length, params.batch_dims, alignment,
-       device.compute_capability, force_sm80()});
+       device.compute_capability, force_sm80(), params.intervals.rows != nullptr});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params.head_dim, " and ",
                   params.head_dim_v);
   const cudaError_t error = kernel->launch(params, device, stream);
@@ -34,17 +35,18 @@ ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t str
 }
 
 ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
-                   ffi::AnyBuffer value, ffi::RemainingArgs lengths,
-                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse, float scale,
-                   int64_t window_left, int64_t window_right, bool bottom_right,
-                   bool has_query_lengths, bool has_kv_lengths, Dims query_order, Dims key_order,
-                   Dims value_order) {
+                   ffi::AnyBuffer value, ffi::RemainingArgs mask, ffi::Result<ffi::AnyBuffer> out,
+                   ffi::Result<ffi::AnyBuffer> lse, float scale, int64_t window_left,
+                   int64_t window_right, bool bottom_right, bool has_query_lengths,
+                   bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
+                   Dims query_order, Dims key_order, Dims value_order) {
   MhaFwdParams params{};
-  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, query_order, key_order, value_order},
-                       &params);
+  MhaOperands operands(
+      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
+       has_intervals, has_slopes, softcap, query_order, key_order, value_order},
+      &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
-  JAX_FLASH_RETURN_IF_ERROR(operands.decode_lengths(lengths, 0));
+  JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(mask, 0));
 
   const Dims q = query.dimensions();
   const int64_t rows = operands.batch_size() * params.query_length * params.heads;

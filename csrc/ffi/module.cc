@@ -41,8 +41,9 @@ nb::dict build_info() {
   return info;
 }
 
-constexpr const char* kForward = "mha_fwd";
-constexpr const char* kBackward = "mha_bwd";
+// Of calls without and with intervals.
+constexpr const char* kForward[] = {"mha_fwd", "mha_fwd_intervals"};
+constexpr const char* kBackward[] = {"mha_bwd", "mha_bwd_intervals"};
 
 template <typename Params>
 nb::tuple describe(const char* op, const Kernel<Params>& kernel) {
@@ -59,8 +60,14 @@ nb::object describe(const char* op, const Kernel<Params>* kernel) {
 
 nb::list kernels() {
   nb::list rows;
-  for (const MhaFwdKernel& kernel : mha_fwd_kernels()) rows.append(describe(kForward, kernel));
-  for (const MhaBwdKernel& kernel : mha_bwd_kernels()) rows.append(describe(kBackward, kernel));
+  for (const bool intervals : {false, true}) {
+    for (const MhaFwdKernel& kernel : mha_fwd_kernels(intervals)) {
+      rows.append(describe(kForward[intervals], kernel));
+    }
+    for (const MhaBwdKernel& kernel : mha_bwd_kernels(intervals)) {
+      rows.append(describe(kBackward[intervals], kernel));
+    }
+  }
   return rows;
 }
 
@@ -69,10 +76,12 @@ nb::object choose_kernel(const std::string& op, const std::string& dtype, int he
                          int compute_capability, bool force_sm80) {
   if (dtype != "bf16" && dtype != "f16") return nb::none();
   const ElementType type = dtype == "bf16" ? ElementType::kBf16 : ElementType::kF16;
-  const MhaFacts facts = {type,       head_dim,  head_dim_v,         key_length,
-                          batch_dims, alignment, compute_capability, force_sm80};
-  if (op == kForward) return describe(kForward, choose_mha_fwd_kernel(facts));
-  if (op == kBackward) return describe(kBackward, choose_mha_bwd_kernel(facts));
+  for (const bool intervals : {false, true}) {
+    const MhaFacts facts = {type,      head_dim,           head_dim_v, key_length, batch_dims,
+                            alignment, compute_capability, force_sm80, intervals};
+    if (op == kForward[intervals]) return describe(op.c_str(), choose_mha_fwd_kernel(facts));
+    if (op == kBackward[intervals]) return describe(op.c_str(), choose_mha_bwd_kernel(facts));
+  }
   return nb::none();
 }
 

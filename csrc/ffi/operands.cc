@@ -1,6 +1,7 @@
 #include "ffi/operands.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "tile/mask.cuh"
 
@@ -98,13 +99,23 @@ ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
-ffi::Error MhaOperands::decode_lengths(const ffi::RemainingArgs& args, size_t skipped) {
+ffi::Error MhaOperands::decode_mask(const ffi::RemainingArgs& args, size_t skipped) {
+  const bool has_intervals = attributes_.has_intervals;
+  const bool has_lengths = attributes_.has_query_lengths || attributes_.has_kv_lengths;
+  const bool has_options = attributes_.has_slopes || attributes_.softcap != 0;
+  JAX_FLASH_CHECK(has_intervals ? !has_lengths : !has_options, "calls ",
+                  has_intervals ? "with intervals have no lengths"
+                                : "without intervals have neither slopes nor a softcap");
+  JAX_FLASH_CHECK(attributes_.softcap >= 0, "softcap must not be negative, got ",
+                  attributes_.softcap);
+  const size_t expected =
+      has_intervals ? size_t{4} + attributes_.has_slopes
+                    : size_t{attributes_.has_query_lengths} + size_t{attributes_.has_kv_lengths};
+  JAX_FLASH_CHECK(args.size() == skipped + expected, "expected ", skipped + expected,
+                  " operands after the tensors, got ", args.size());
+  if (has_intervals) return decode_intervals(args, skipped);
   LengthsView* const views[] = {attributes_.has_query_lengths ? &params_->query_lengths : nullptr,
                                 attributes_.has_kv_lengths ? &params_->key_lengths : nullptr};
-  const size_t expected =
-      size_t{attributes_.has_query_lengths} + size_t{attributes_.has_kv_lengths};
-  JAX_FLASH_CHECK(args.size() == skipped + expected, "expected ", expected,
-                  " length operands, got ", args.size() - skipped);
   size_t next = skipped;
   for (LengthsView* const view : views) {
     if (view == nullptr) continue;
@@ -118,6 +129,64 @@ ffi::Error MhaOperands::decode_lengths(const ffi::RemainingArgs& args, size_t sk
     view->data = static_cast<const int32_t*>(buffer->untyped_data());
     add(dims, row_major_strides(dims), view->batch_strides);
   }
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::decode_intervals(const ffi::RemainingArgs& args, size_t first) {
+  const int64_t row_tiles = interval_tiles(params_->query_length);
+  const int64_t key_tiles = interval_tiles(params_->key_length);
+  struct Array {
+    const char* name;
+    std::vector<int64_t> trailing;
+    const void* data;
+  };
+  Array arrays[] = {{"rows", {row_tiles * kIntervalRows, sizeof(RowRecord) / 4}, nullptr},
+                    {"row_tiles", {row_tiles, sizeof(RowTile) / 4}, nullptr},
+                    {"keys", {key_tiles * kIntervalKeys}, nullptr},
+                    {"key_tiles", {key_tiles, sizeof(KeyTile) / 4}, nullptr}};
+  Dims batch;  // of the first, and so of all
+  for (size_t i = 0; i < std::size(arrays); ++i) {
+    Array& array = arrays[i];
+    const auto buffer = args.get<ffi::AnyBuffer>(first + i);
+    if (!buffer.has_value()) return buffer.error();
+    const Dims dims = buffer->dimensions();
+    JAX_FLASH_CHECK(buffer->element_type() == ffi::S32, array.name, " must be int32, got ",
+                    buffer->element_type());
+    JAX_FLASH_CHECK(
+        dims.size() == batch_.rank() + array.trailing.size() &&
+            std::equal(array.trailing.begin(), array.trailing.end(), dims.begin() + batch_.rank()),
+        array.name, " must be [*batch, ...] with the trailing dims ",
+        to_string(Dims(array.trailing.data(), array.trailing.size())), ", got ", to_string(dims));
+    if (i == 0) batch = Dims(dims.begin(), batch_.rank());
+    JAX_FLASH_CHECK(std::equal(batch.begin(), batch.end(), dims.begin()), array.name, " ",
+                    to_string(dims), " must have the batch dims of rows, ", to_string(batch));
+    array.data = buffer->untyped_data();
+  }
+  JAX_FLASH_CHECK(join(batch), "rows of the batch dims ", to_string(batch), " do not fit those of ",
+                  to_string(dims_[0]));
+  IntervalsView& view = params_->intervals;
+  view.rows = static_cast<const RowRecord*>(arrays[0].data);
+  view.row_tiles = static_cast<const RowTile*>(arrays[1].data);
+  view.keys = static_cast<const int32_t*>(arrays[2].data);
+  view.key_tiles = static_cast<const KeyTile*>(arrays[3].data);
+  view.softcap = attributes_.softcap;
+  add(batch, row_major_strides(batch), view.batch_strides);
+  if (!attributes_.has_slopes) return ffi::Error::Success();
+  const auto slopes = args.get<ffi::AnyBuffer>(first + std::size(arrays));
+  if (!slopes.has_value()) return slopes.error();
+  return decode_slopes(*slopes);
+}
+
+ffi::Error MhaOperands::decode_slopes(const ffi::AnyBuffer& slopes) {
+  const Dims dims = slopes.dimensions();
+  JAX_FLASH_CHECK(slopes.element_type() == ffi::F32, "slopes must be f32, got ",
+                  slopes.element_type());
+  JAX_FLASH_CHECK(
+      dims.size() == batch_.rank() + 1 && dims[batch_.rank()] == params_->heads && join(dims),
+      "slopes ", to_string(dims), " do not fit the batch dims and heads of ", to_string(dims_[0]));
+  IntervalsView& view = params_->intervals;
+  view.slopes = static_cast<const float*>(slopes.untyped_data());
+  add(dims, row_major_strides(dims), view.slope_strides);
   return ffi::Error::Success();
 }
 

@@ -23,6 +23,9 @@ struct MhaAttributes {
   bool bottom_right;
   bool has_query_lengths;
   bool has_kv_lengths;
+  bool has_intervals;  // then there are no lengths, windows and alignment
+  bool has_slopes;
+  float softcap;     // 0: none
   Dims query_order;  // dims from major to minor, as they lie in memory
   Dims key_order;
   Dims value_order;
@@ -38,6 +41,9 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<bool>("bottom_right")
       .template Attr<bool>("has_query_lengths")
       .template Attr<bool>("has_kv_lengths")
+      .template Attr<bool>("has_intervals")
+      .template Attr<bool>("has_slopes")
+      .template Attr<float>("softcap")
       .template Attr<Dims>("query_order")
       .template Attr<Dims>("key_order")
       .template Attr<Dims>("value_order");
@@ -49,9 +55,8 @@ int32_t row_alignment(const void* data, std::span<const int64_t> strides);
 // The same for a dense array with rows of `width` elements.
 int32_t dense_row_alignment(const void* data, int64_t width);
 
-// Checks query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv] and int32
-// [*batch] lengths, and fills the parameters from them. Batch dims of an operand are full or 1
-// (shared).
+// Checks query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv] and what says the
+// mask, and fills the parameters from them. Batch dims of an operand are full or 1 (shared).
 class MhaOperands {
  public:
   MhaOperands(const MhaAttributes& attributes, MhaParams* params)
@@ -61,8 +66,9 @@ class MhaOperands {
   ffi::Error decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key,
                     const ffi::AnyBuffer& value);
 
-  // The lengths that there are follow the first `skipped` of `args`.
-  ffi::Error decode_lengths(const ffi::RemainingArgs& args, size_t skipped);
+  // What follows the first `skipped` of `args`: the lengths that there are, int32 [*batch], or
+  // int32 arrays as IntervalsView has them, then slopes f32 [*batch, N] if there are any.
+  ffi::Error decode_mask(const ffi::RemainingArgs& args, size_t skipped);
 
   // Takes the batch dims of another operand [*batch, ...] into account, of which there are as many
   // as query has; false if they do not fit.
@@ -78,6 +84,8 @@ class MhaOperands {
   int64_t batch_size() const { return batch_.count(); }
 
  private:
+  ffi::Error decode_intervals(const ffi::RemainingArgs& args, size_t first);
+  ffi::Error decode_slopes(const ffi::AnyBuffer& slopes);
   void add(Dims dims, std::vector<int64_t> strides, int64_t* merged);
 
   const MhaAttributes attributes_;

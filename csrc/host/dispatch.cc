@@ -18,9 +18,21 @@ constexpr MhaFwdKernel sm80_fwd() {
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaFwdKernel sm80_fwd_intervals() {
+  return {Family::kSm80, kType, kHeadDim, kHeadDimV,
+          sm80::launch_mha_fwd_intervals<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr MhaFwdKernel sm90_fwd() {
   return {Family::kSm90, kType, kHeadDim, kHeadDimV,
           sm90::launch_mha_fwd<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaFwdKernel sm90_fwd_intervals() {
+  return {Family::kSm90, kType, kHeadDim, kHeadDimV,
+          sm90::launch_mha_fwd_intervals<kType, kHeadDim, kHeadDimV>};
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
@@ -30,9 +42,21 @@ constexpr MhaBwdKernel sm80_bwd() {
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaBwdKernel sm80_bwd_intervals() {
+  return {Family::kSm80, kType, kHeadDim, kHeadDimV,
+          sm80::launch_mha_bwd_intervals<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr MhaBwdKernel sm90_bwd() {
   return {Family::kSm90, kType, kHeadDim, kHeadDimV,
           sm90::launch_mha_bwd<kType, kHeadDim, kHeadDimV>};
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr MhaBwdKernel sm90_bwd_intervals() {
+  return {Family::kSm90, kType, kHeadDim, kHeadDimV,
+          sm90::launch_mha_bwd_intervals<kType, kHeadDim, kHeadDimV>};
 }
 
 constexpr auto kBf16 = ElementType::kBf16;
@@ -69,6 +93,22 @@ constexpr MhaBwdKernel kMhaBwdKernels[] = {
     sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),
 };
 
+constexpr MhaFwdKernel kMhaFwdIntervalsKernels[] = {
+    sm90_fwd_intervals<kBf16, 64, 64>(),   sm90_fwd_intervals<kF16, 64, 64>(),    //
+    sm90_fwd_intervals<kBf16, 128, 128>(), sm90_fwd_intervals<kF16, 128, 128>(),  //
+    sm90_fwd_intervals<kBf16, 256, 256>(), sm90_fwd_intervals<kF16, 256, 256>(),  //
+    sm80_fwd_intervals<kBf16, 128, 128>(), sm80_fwd_intervals<kF16, 128, 128>(),  //
+    sm80_fwd_intervals<kBf16, 256, 256>(), sm80_fwd_intervals<kF16, 256, 256>(),
+};
+
+constexpr MhaBwdKernel kMhaBwdIntervalsKernels[] = {
+    sm90_bwd_intervals<kBf16, 64, 64>(),   sm90_bwd_intervals<kF16, 64, 64>(),    //
+    sm90_bwd_intervals<kBf16, 128, 128>(), sm90_bwd_intervals<kF16, 128, 128>(),  //
+    sm90_bwd_intervals<kBf16, 256, 256>(), sm90_bwd_intervals<kF16, 256, 256>(),  //
+    sm80_bwd_intervals<kBf16, 128, 128>(), sm80_bwd_intervals<kF16, 128, 128>(),  //
+    sm80_bwd_intervals<kBf16, 256, 256>(), sm80_bwd_intervals<kF16, 256, 256>(),
+};
+
 // The code is for sm_90a alone, and its operands are read by TMA: rows at multiples of 16 bytes, no
 // empty dim, and two of at most five dims for the batch.
 bool sm90_runs(const MhaFacts& facts) {
@@ -93,14 +133,20 @@ const Kernel<Params>* choose(std::span<const Kernel<Params>> kernels, const MhaF
 
 }  // namespace
 
-std::span<const MhaFwdKernel> mha_fwd_kernels() { return kMhaFwdKernels; }
-std::span<const MhaBwdKernel> mha_bwd_kernels() { return kMhaBwdKernels; }
+std::span<const MhaFwdKernel> mha_fwd_kernels(bool intervals) {
+  if (intervals) return kMhaFwdIntervalsKernels;
+  return kMhaFwdKernels;
+}
+std::span<const MhaBwdKernel> mha_bwd_kernels(bool intervals) {
+  if (intervals) return kMhaBwdIntervalsKernels;
+  return kMhaBwdKernels;
+}
 
 const MhaFwdKernel* choose_mha_fwd_kernel(const MhaFacts& facts) {
-  return choose(mha_fwd_kernels(), facts);
+  return choose(mha_fwd_kernels(facts.intervals), facts);
 }
 const MhaBwdKernel* choose_mha_bwd_kernel(const MhaFacts& facts) {
-  return choose(mha_bwd_kernels(), facts);
+  return choose(mha_bwd_kernels(facts.intervals), facts);
 }
 
 bool force_sm80() {

@@ -25,9 +25,10 @@ struct Kernel {
 using MhaFwdKernel = Kernel<MhaFwdParams>;
 using MhaBwdKernel = Kernel<MhaBwdParams>;
 
-// Every instantiation, in the order of preference; plan.py in jax_flash/_src mirrors it.
-std::span<const MhaFwdKernel> mha_fwd_kernels();
-std::span<const MhaBwdKernel> mha_bwd_kernels();
+// Every instantiation, for calls with intervals or those without, in the order of preference;
+// plan.py in jax_flash/_src mirrors it.
+std::span<const MhaFwdKernel> mha_fwd_kernels(bool intervals);
+std::span<const MhaBwdKernel> mha_bwd_kernels(bool intervals);
 
 // All that the choice of a kernel depends on.
 struct MhaFacts {
@@ -39,6 +40,7 @@ struct MhaFacts {
   int alignment;           // bytes that all addresses of rows are multiples of: 16, 4 or 2
   int compute_capability;  // 10 * major + minor
   bool force_sm80;
+  bool intervals;  // whether the call has intervals, which other kernels read
 };
 
 // The first kernel that can run the call, or null.
