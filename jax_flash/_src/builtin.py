@@ -108,6 +108,8 @@ def cuda_details(call: Call) -> str:
     present = [name for name in KERNEL_OPERANDS if name in call.present]
     batches = [getattr(call, name).shape[: len(call.batch)] for name in present]
     forward = _kernels_named("mha_fwd", call, plan.merged_batch_dims(batches))
+    if call.sinks is not None:
+        forward += ", sinks joined by XLA"
     return f"{forward}; gradients by {_gradients_by(call, batches)}"
 
 
