@@ -32,8 +32,11 @@ def attention(
     bias = oracle.bias_of((batch, heads, rows, key.shape[1]), given)
     if bias is not None:
         bias = bias.astype(np.float32)
+    sinks = given.get("sinks")
+    if sinks is not None:
+        sinks = np.broadcast_to(np.asarray(sinks, np.float32), (batch, heads))
     with jax.numpy_dtype_promotion("standard"):
-        return _attention(query, key, value, ok, scale, softcap, bias)
+        return _attention(query, key, value, ok, scale, softcap, bias, sinks)
 
 
 @jax.jit
@@ -45,6 +48,7 @@ def _attention(
     scale: jax.Array,
     softcap: jax.Array | None,
     bias: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """One program for a shape, whatever the mask and the scale."""
     groups = query.shape[2] // key.shape[2]
@@ -63,7 +67,11 @@ def _attention(
         s = softcap * jnp.tanh(s / softcap)
     if bias is not None:
         s = s + bias
-    p = jax.nn.softmax(jnp.where(ok, s, -1e30), axis=-1)
+    s = jnp.where(ok, s, -1e30)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks[..., None, None], (*s.shape[:-1], 1))
+        s = jnp.concatenate([s, column], -1)
+    p = jax.nn.softmax(s, axis=-1)[..., : ok.shape[-1]]
     # The barrier keeps the rounding, which XLA may drop where it computes in float32.
     p = jax.lax.optimization_barrier(jnp.where(ok, p, 0).astype(query.dtype))
     return jnp.einsum("bnts,bsnh->btnh", p, values, precision=precision)
@@ -80,7 +88,8 @@ def gradients(
     """The textbook backward from the output, in NumPy: no program for each shape.
 
     Sums and exponentials in float32; output, weights and `dout @ value^T` rounded to
-    the dtype of the inputs, as products of 16-bit operands are. Without padding.
+    the dtype of the inputs, as products of 16-bit operands are. Without padding. The
+    gradient of sinks is float32 [B, N].
     """
     dtype = query.dtype
     scale = scale_of(query, given)
@@ -90,11 +99,17 @@ def gradients(
 
     q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    dsinks = np.zeros((query.shape[0], query.shape[2]), np.float32)
     for index, pair, p in weights(q, k, scale, given):
         delta = (rounded(rounded(p) @ v[pair]) * do[index]).sum(-1, keepdims=True)
         if dlse is not None:
             b, rows, n = index
             delta = delta - dlse[b, n, rows, None]
+        if "sinks" in given:
+            b, _, n = index
+            live = p.any(-1, keepdims=True)
+            share = np.where(live, 1 - p.sum(-1, keepdims=True, dtype=np.float64), 0)
+            dsinks[b, n] -= (share * delta).sum()
         dv[pair] += rounded(p).T @ do[index]
         ds = rounded(do[index] @ v[pair].T)
         ds -= delta
@@ -102,9 +117,10 @@ def gradients(
         ds *= scale
         dq[index] = ds @ k[pair]
         dk[pair] += ds.T @ q[index]
-    return {
+    result = {
         name: x.astype(dtype) for name, x in (("query", dq), ("key", dk), ("value", dv))
     }
+    return result | ({"sinks": dsinks} if "sinks" in given else {})
 
 
 def scale_of(query: np.ndarray, given: dict[str, Any]) -> np.float32:
@@ -126,15 +142,19 @@ def weights(
     groups = heads // key.shape[2]
     shape = (batch, heads, rows, key.shape[1])
     ok = oracle.allowed(shape, given)
+    sinks = np.broadcast_to(
+        np.asarray(given.get("sinks", -np.inf), query.dtype), shape[:2]
+    )
     for b, n, part in oracle.blocks(shape):
         index, pair = (b, part, n), (b, slice(None), n // groups)
         e = query[index] @ key[pair].T
         e *= scale
         np.copyto(e, -np.inf, where=~ok[b, n, part])
-        top = e.max(-1, keepdims=True, initial=-np.inf)
-        e -= np.where(np.isfinite(top), top, 0)
+        top = np.maximum(e.max(-1, keepdims=True, initial=-np.inf), sinks[b, n])
+        top = np.where(np.isfinite(top), top, 0)
+        e -= top
         np.exp(e, out=e)
-        total = e.sum(-1, keepdims=True)
+        total = e.sum(-1, keepdims=True) + np.exp(sinks[b, n] - top)
         total[total == 0] = 1
         e /= total
         yield index, pair, e

@@ -210,7 +210,6 @@ KERNEL_LIMITS = {
         r"alibi_slopes \(of shape \(1, 4\)\)",
     ),
     "mask": ({"mask": zeros(6, 5, dtype=bool)}, r"mask \(of shape \(1, 1, 6, 5\)\)"),
-    "sinks": ({"sinks": zeros(4)}, r"sinks \(of shape \(1, 4\)\)"),
     "segments": (
         {
             "q_segment_ids": zeros(2, 6, dtype=int),

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flash._src import inner, reference, reference_grad, registry
+from jax_flash._src import inner, intervals, reference, reference_grad, registry
 from jax_flash._src.config import OPERANDS, AttentionConfig, Backward
+
+LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
 
 METADATA_EXTENSION = 1
 OLDEST_MINOR_VERSION = 3
@@ -75,12 +77,12 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def _lowered_as_on_cuda() -> Iterator[None]:
+def _lowered_as_on_cuda(option_kernels: bool = False) -> Iterator[None]:
     jax.clear_caches()
     mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
     mlir.register_lowering(inner.backward_i, inner._backward_cuda, platform="cpu")
     try:
-        with registry.assume_kernels():
+        with registry.assume_kernels(option_kernels=option_kernels):
             yield
     finally:
         mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
@@ -91,18 +93,18 @@ def _lowered_as_on_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_cpu() -> Iterator[None]:
+def on_cpu(option_kernels: bool = False) -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to the stand-in."""
     _register()
-    with _lowered_as_on_cuda():
+    with _lowered_as_on_cuda(option_kernels):
         yield
 
 
 @contextlib.contextmanager
-def emulated() -> Iterator[None]:
+def emulated(option_kernels: bool = False) -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to jnp operations for those of kernels."""
     with (
-        _lowered_as_on_cuda(),
+        _lowered_as_on_cuda(option_kernels),
         mock.patch.object(jax.ffi, "ffi_call", _emulation),
     ):
         yield
@@ -122,54 +124,81 @@ def _emulation(
     """`jax.ffi.ffi_call` for the targets of forward and backward."""
 
     def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
-        lengths = tuple(
-            name
-            for name, given in (
-                ("query_seq_lengths", attributes["has_query_lengths"]),
-                ("key_value_seq_lengths", attributes["has_kv_lengths"]),
-            )
-            if given
-        )
-        config = AttentionConfig(
-            scale=float(attributes["scale"]),
-            window_left=int(attributes["window_left"]),
-            window_right=int(attributes["window_right"]),
-            bottom_right=attributes["bottom_right"],
-            present=OPERANDS[:3] + lengths,
-        )
         assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
         wide = [
             x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
             for x in operands
         ]
-        if target == registry.FORWARD_TARGET:
-            computed = reference.forward(*wide, config=config)
+        has_dlse = attributes.get("has_dlse", False)
+        cotangents = ("dout", "dlse") if has_dlse else ("dout",)
+        backward = target == registry.BACKWARD_TARGET
+        assert backward or target == registry.FORWARD_TARGET
+        residuals = ("out", "lse", *cotangents) if backward else ()
+        names = (*OPERANDS[:3], *residuals, *_mask_operands(attributes))
+        given = dict(zip(names, wide, strict=True))
+        if attributes["has_intervals"]:
+            given = _dense(given)
+        config = AttentionConfig(
+            scale=float(attributes["scale"]),
+            window_left=int(attributes["window_left"]),
+            window_right=int(attributes["window_right"]),
+            bottom_right=attributes["bottom_right"],
+            softcap=float(attributes["softcap"]) or None,
+            present=tuple(name for name in OPERANDS if name in given),
+        )
+        args = [given[name] for name in (*config.present, *residuals)]
+        if backward:
+            batch = results[0].shape[:-3]
+            for name in residuals:
+                assert given[name].shape[: len(batch)] == batch, name
+            which = Backward(OPERANDS[:3], ((),) * 3, has_dlse)
+            computed = reference_grad.backward(*args, config=config, backward=which)
+            # The workspace, of which nobody reads what is in it.
+            computed.append(jnp.full(results[3].shape, jnp.nan, results[3].dtype))
         else:
-            assert target == registry.BACKWARD_TARGET
-            has_dlse = attributes["has_dlse"]
-            computed = _emulated_gradients(wide, config, lengths, has_dlse, results)
+            computed = reference.forward(*args, config=config)
         return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
     return run
 
 
-def _emulated_gradients(
-    operands: Sequence[jax.Array],
-    config: AttentionConfig,
-    lengths: tuple[str, ...],
-    has_dlse: bool,
-    results: Sequence[jax.ShapeDtypeStruct],
-) -> list[jax.Array]:
-    """The three gradients in float32, and a workspace."""
-    cotangents = ("dout", "dlse") if has_dlse else ("dout",)
-    names = (*OPERANDS[:3], "out", "lse", *cotangents, *lengths)
-    given = dict(zip(names, operands, strict=True))
-    batch = results[0].shape[:-3]
-    for name in ("out", "lse", *cotangents):
-        assert given[name].shape[: len(batch)] == batch, name
-    gradients = reference_grad.backward(
-        *(given[name] for name in (*config.present, "out", "lse", *cotangents)),
-        config=config,
-        backward=Backward(OPERANDS[:3], ((),) * 3, has_dlse),
+def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the operands after rows, keys and values."""
+    if not attributes["has_intervals"]:
+        assert not attributes["has_slopes"]
+        assert attributes["softcap"] == 0
+        has = attributes["has_query_lengths"], attributes["has_kv_lengths"]
+        return tuple(n for n, given in zip(LENGTHS, has, strict=True) if given)
+    for name in ("has_query_lengths", "has_kv_lengths"):
+        assert not attributes[name], name
+    assert (attributes["window_left"], attributes["window_right"]) == (-1, -1)
+    slopes = ("slopes",) if attributes["has_slopes"] else ()
+    return ("rows", "row_tiles", "keys", "key_tiles", *slopes)
+
+
+def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Operands with a boolean mask, and a bias, instead of intervals and slopes.
+
+    Ids are looked at only where a record says so, and what is dead is not looked at.
+    """
+    given = dict(given)
+    rows, row_tiles, keys, _ = (
+        given.pop(name) for name in ("rows", "row_tiles", "keys", "key_tiles")
     )
-    return [*gradients, jnp.full(results[3].shape, jnp.nan, results[3].dtype)]
+    row_count, key_count = (given[name].shape[-3] for name in ("query", "key"))
+    mixed = jnp.repeat(row_tiles[..., 5] != 0, intervals.TILE, -1)[..., :row_count]
+    first, end, row_id, position = (rows[..., :row_count, i, None] for i in range(4))
+    key = jnp.arange(key_count, dtype=jnp.int32)
+    keys = keys[..., None, :key_count]
+    seen = (first <= key) & (key < end) & ((row_id == keys) | ~mixed[..., None])
+    if "slopes" in given:
+        distance = jnp.abs(position - key)[..., None, :, :].astype(jnp.float32)
+        given["bias"] = -given.pop("slopes")[..., None, None] * distance
+    live_rows = (row_id >= 0)[..., None]
+    live_keys = (keys[..., 0, :] >= 0)[..., None, None]
+    for name in ("query", "out", "dout"):
+        if name in given:
+            given[name] = jnp.where(live_rows, given[name], 0)
+    for name in ("key", "value"):
+        given[name] = jnp.where(live_keys, given[name], 0)
+    return given | {"mask": seen[..., None, :, :]}

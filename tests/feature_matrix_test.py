@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from jax_flash._src import builtin, plan
+from jax_flash._src import builtin, intervals, plan
 from jax_flash._src.config import OPERANDS
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -22,4 +22,13 @@ def test_table_knows_every_option() -> None:
 
 def test_kernels_take_what_their_calls_have() -> None:
     taken = {n for n in OPERANDS[3:] if n != "dropout_seeds" and plan.supported(n)}
-    assert taken == set(builtin.KERNEL_OPERANDS[3:])
+    joined = {"sinks"}  # to what the kernels compute without them
+    assert taken == {*intervals.OPERANDS, "alibi_slopes"} | joined
+
+
+def test_what_a_switch_keeps_off() -> None:
+    """Options of kernels with intervals, and only they: that no GPU has run."""
+    switched = {name for name, support in plan.OPTIONS.items() if support.switched}
+    assert switched == {n for n, support in plan.OPTIONS.items() if support.intervals}
+    lengths = {"query_seq_lengths", "key_value_seq_lengths"}
+    assert switched == {*intervals.OPERANDS, "alibi_slopes", "softcap"} - lengths
