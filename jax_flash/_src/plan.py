@@ -150,7 +150,8 @@ class Kernel:
     head_dim_v: int
 
     def __str__(self) -> str:
-        return f"{self.family} {self.head_dim}x{self.head_dim_v}"
+        kind = " with intervals" if self.op.endswith("_intervals") else ""
+        return f"{self.family} {self.head_dim}x{self.head_dim_v}{kind}"
 
 
 KERNELS = tuple(
