@@ -31,12 +31,12 @@ struct FwdPlan {
   int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
   int32_t front;       // rows before the first, of warpgroups that have no others; see front_rows
 
-  float logit_scale;  // of q.k, where softcap or slopes make logits; softmax has scale 1 then
-
   FastDivisor inner_batch;  // size of the inner of two batch dims
 
   SectionOrder order;       // of blocks of rows, from the last to the first
   FastDivisor head_groups;  // packs of heads in a batch
+
+  float logit_scale;  // of q.k, where softcap or slopes make logits; softmax has scale 1 then
 };
 
 // What a block with intervals has beside the others.
@@ -135,19 +135,19 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     KeyInterval core = block.mask.core(begin, past);
     // Only padding rows, whose results are dropped.
     bool padding = begin >= block.mask.query_length;
-    // Any other scale goes through the careful path, which multiplies it in.
-    bool careful = params.scale.first != 1.0f;
+    bool careful = false;
     if constexpr (Config::kIntervals) {
       const KeyInterval seen = block.mask.hull(begin, past);
       padding = seen.first >= seen.end;
-      careful = careful || ScoreOptions::any(params);
+      careful = ScoreOptions::any(params);
       // Rows may begin anywhere: all tiles are before those that are seen in full.
       if (core.first >= core.end) core.first = kMaxLength;
       block.mixed[w] = block.mask.mixed(begin, past);
       block.dead[w] = block.mask.dead_rows(begin, past);
     }
     if (padding) core = {0, kMaxLength};
-    const bool none = core.first >= core.end || careful;
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = core.first >= core.end || careful || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;

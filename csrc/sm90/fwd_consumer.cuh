@@ -141,11 +141,11 @@ struct FwdConsumer {
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
     const bool left = tile < block.full_first[warpgroup];
-    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
     if constexpr (Config::kIntervals) {
-      if (ScoreOptions::any(params)) apply_options(block, row, tile * Config::kKeys);
+      if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
     }
     if (left || tile >= block.full_end[warpgroup]) {
+      const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
       if constexpr (Config::kIntervals) {
         softmax.apply_mask(s, block.mask, row, tile * Config::kKeys, left, block.mixed[warpgroup]);
       } else {
@@ -155,10 +155,10 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Soft cap and ALiBi make logits of scores; `row` is this lane's first.
-  __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int row,
-                                                int first_key) {
+  // Soft cap and ALiBi make logits of scores.
+  __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
     const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
+    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
     int distances[2] = {0, 0};  // from this lane's first key
     if (options.slope != 0.0f) {
 #pragma unroll
@@ -237,8 +237,9 @@ struct FwdConsumer {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
-      if (is_dropped(block, 0)) softmax.reference[0] = 0.0f;
-      if (is_dropped(block, 1)) softmax.reference[1] = 0.0f;
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
+      if (is_dropped(block, row)) softmax.reference[0] = 0.0f;
+      if (is_dropped(block, row + 8)) softmax.reference[1] = 0.0f;
     } else if (moved) {
       scale_out(factor);
     }
@@ -253,9 +254,8 @@ struct FwdConsumer {
     return Left::kNothing;
   }
 
-  // Whether a row (the half `h` of this lane's) is padding, or dead.
-  __device__ __forceinline__ bool is_dropped(const FwdBlock<Config>& block, int h) const {
-    const int row = 64 * warpgroup + warp_row() + fragment_row() + 8 * h;
+  // Whether row `row` of the block, one of this warpgroup's, is padding or dead.
+  __device__ __forceinline__ bool is_dropped(const FwdBlock<Config>& block, int row) const {
     if (row >= block.rows) return true;
     if constexpr (Config::kIntervals) {
       return block.dead[warpgroup] && block.mask.row(block.first_row + row).id < 0;
@@ -343,10 +343,9 @@ struct FwdConsumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
-      if (is_dropped(block, h)) {
-        inverse[h] = 0.0f;
-        if (Config::kIntervals) softmax.sum[h] = 0.0f;  // lse is -inf
-      }
+      if (is_dropped(block, row + 8 * h)) inverse[h] = 0.0f;
+      // Then lse is -inf.
+      if (Config::kIntervals && inverse[h] == 0.0f) softmax.sum[h] = 0.0f;
       if (lane_id() % 4 == 0) {
         shared.rows[row + 8 * h] = make_float2(softmax.reference[h], softmax.sum[h]);
       }
