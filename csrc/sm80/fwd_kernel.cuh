@@ -16,6 +16,7 @@
 #include "tile/copy.cuh"
 #include "tile/copy_live.cuh"
 #include "tile/fragment.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 #include "tile/score_options.cuh"
@@ -255,12 +256,13 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + 16 * i + 8 * h;
       bool dead = warp_row + row >= state.mask.query_length;
-      const float inverse = warp.softmax.finish(i, h);
+      float inverse = warp.softmax.finish(i, h);
       if constexpr (Config::kIntervals) {
         // Such a row's sums are anything, if there are tiles that all others see.
         const KeyInterval keys = state.mask.interval(warp_row + row);
         dead = keys.first >= keys.end;
         if (dead) {
+          inverse = 0.0f;
 #pragma unroll
           for (int j = 0; j < FwdWarp<Config>::kOutTiles; ++j) {
             warp.out[i][j][2 * h] = warp.out[i][j][2 * h + 1] = 0.0f;
@@ -329,7 +331,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
   if (at.batch < 0) return false;
   const int block_row = at.row_block * Config::kRows;
   const int warp_row = block_row + warp_offset;
-  const auto mask = sequence_mask<typename Config::Mask>(params, at.batch);
+  const auto mask = mask_of<typename Config::Mask>(params, at.batch);
   const KeyInterval keys = mask.hull(block_row, block_row + Config::kRows);
   if (keys.first >= keys.end) [[unlikely]] {
     store_empty<Config>(params, at, warp_row);

@@ -1,10 +1,7 @@
 // A sequence's lengths and mask, from the parameters of a call.
 #pragma once
 
-#include <type_traits>
-
 #include "host/params.h"
-#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 
@@ -20,16 +17,6 @@ __device__ __forceinline__ RowMask row_mask(const MhaParams& params, int batch) 
   return RowMask::make(sequence_length(params.query_lengths, batch, params.query_length, params),
                        sequence_length(params.key_lengths, batch, params.key_length, params),
                        params.window_left, params.window_right, params.bottom_right);
-}
-
-// The same as a kernel's `Mask`, RowMask or IntervalMask.
-template <typename Mask>
-__device__ __forceinline__ Mask sequence_mask(const MhaParams& params, int batch) {
-  if constexpr (std::is_same_v<Mask, IntervalMask>) {
-    return IntervalMask::make(params, batch);
-  } else {
-    return row_mask(params, batch);
-  }
 }
 
 }  // namespace jax_flash
