@@ -39,7 +39,7 @@ struct SoftmaxScale {
   static constexpr float kSlackLog2 = 8.0f;
   static constexpr float kLog2e = 1.4426950408889634f;
 
-  static SoftmaxScale make(float scale) {
+  static constexpr SoftmaxScale make(float scale) {
     const bool direct = scale > 1e-20f;
     const float second = direct ? scale : 1.0f;
     return {direct ? 1.0f : scale, second, second * kLog2e, kSlackLog2 / (second * kLog2e)};

@@ -8,7 +8,9 @@
 #include "ptx/cp_async.cuh"
 #include "sm80/bwd_config.cuh"
 #include "tile/copy.cuh"
+#include "tile/copy_live.cuh"
 #include "tile/copy_part.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -27,10 +29,11 @@ struct BwdPlan {
 };
 
 // What is needed only now and then lives in shared memory; registers hold the accumulators.
+template <typename Config>
 struct BwdBlock {
-  RowMask mask;
+  typename Config::Mask mask;
   RowInterval rows;   // that see a key of this block, from the first row of a tile on
-  RowInterval valid;  // that see any key: other rows are not read
+  RowInterval valid;  // that see any key: other rows are not read. Not with intervals
   int key_block;
   int kv_head;
   int64_t flat_key;      // batch * key_length + first key
@@ -41,6 +44,7 @@ struct BwdBlock {
   const Element16* dout;
   const float* row_lse;
   const float* row_delta;
+  int batch;  // with intervals
 };
 
 // A tile of queries of one head of the group.
@@ -55,10 +59,18 @@ __device__ __forceinline__ const Element16* head_rows(const TensorView& view, in
          batch_offset(view.batch_strides, batch, params) + head * view.head_stride;
 }
 
+// With intervals: whether the rows of a tile reach a key of this block.
+template <typename Config>
+__device__ __forceinline__ bool reaches(const BwdBlock<Config>& block, int row) {
+  const KeyInterval keys = block.mask.hull(row, row + Config::kRows);
+  const int first_key = block.key_block * Config::kKeys;
+  return keys.first < first_key + Config::kKeys && keys.end > first_key;
+}
+
 // False if there is no work.
 template <typename Config>
 __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const BwdPlan& plan,
-                                           BwdBlock& block) {
+                                           BwdBlock<Config>& block) {
   const int upper = plan.section.divide(blockIdx.x);
   const int section = plan.key_blocks.divide(upper);
   const int section_heads = plan.section.divisor;
@@ -70,13 +82,20 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
   const int head = kv_head * plan.group;
   const int first_key = key_block * Config::kKeys;
 
-  block.mask = row_mask(params, batch);
+  block.mask = mask_of<typename Config::Mask>(params, batch);
   block.rows = block.mask.rows(first_key, first_key + Config::kKeys);
-  if (block.rows.first < block.rows.end) {
-    block.rows.first = block.rows.first / Config::kRows * Config::kRows;
-  }
-  block.valid = block.mask.rows(0, block.mask.key_length);
   block.key_block = key_block;
+  if constexpr (Config::kIntervals) {
+    while (block.rows.first < block.rows.end && !reaches(block, block.rows.first)) {
+      block.rows.first += Config::kRows;
+    }
+    block.batch = batch;
+  } else {
+    if (block.rows.first < block.rows.end) {
+      block.rows.first = block.rows.first / Config::kRows * Config::kRows;
+    }
+    block.valid = block.mask.rows(0, block.mask.key_length);
+  }
   block.flat_key = int64_t{batch} * params.key_length + first_key;
   block.kv_head = kv_head;
   block.flat_head = int64_t{batch} * params.heads + head;
@@ -91,8 +110,10 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
 }
 
 template <typename Config>
-__device__ __forceinline__ BwdStep next_step(const BwdBlock& block, BwdStep step) {
-  step.row += Config::kRows;
+__device__ __forceinline__ BwdStep next_step(const BwdBlock<Config>& block, BwdStep step) {
+  do {
+    step.row += Config::kRows;
+  } while (Config::kIntervals && step.row < block.rows.end && !reaches(block, step.row));
   if (step.row >= block.rows.end) {
     step.row = block.rows.first;
     ++step.head;
@@ -100,31 +121,71 @@ __device__ __forceinline__ BwdStep next_step(const BwdBlock& block, BwdStep step
   return step;
 }
 
-// Keys past the end of the sequence become zeros: padding may hold anything.
-template <typename Config>
-__device__ __forceinline__ void copy_keys(const MhaBwdParams& params, const BwdBlock& block,
-                                          uint32_t tiles) {
-  TileCopy<Config::kKeys, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
-      tiles + Config::kKeyOffset, block.key, params.key.row_stride, block.key_block * Config::kKeys,
-      block.mask.key_length, params.head_dim, params.key.alignment);
+// Of this block's keys, or values: those past the end of the sequence, and dead ones, become zeros.
+// They may hold anything.
+template <typename Config, int kWidth>
+__device__ __forceinline__ void copy_key_rows(const BwdBlock<Config>& block, uint32_t tile,
+                                              const Element16* operand, int64_t row_stride,
+                                              int width, int alignment) {
+  const int first_key = block.key_block * Config::kKeys;
+  if constexpr (Config::kIntervals) {
+    if (block.mask.dead_keys(first_key, first_key + Config::kKeys)) {
+      copy_live_rows<Config::kKeys, kWidth, Config::kThreads, Config::kWide>(
+          tile, operand, row_stride, first_key, width,
+          [&](int key) { return block.mask.id(key) >= 0; });
+      return;
+    }
+  }
+  TileCopy<Config::kKeys, kWidth, Config::kThreads, Config::kWide>::copy(
+      tile, operand, row_stride, first_key, block.mask.key_length, width, alignment);
 }
 template <typename Config>
-__device__ __forceinline__ void copy_values(const MhaBwdParams& params, const BwdBlock& block,
-                                            uint32_t tiles) {
-  TileCopy<Config::kKeys, Config::kHeadDimV, Config::kThreads, Config::kWide>::copy(
-      tiles + Config::kValueOffset, block.value, params.value.row_stride,
-      block.key_block * Config::kKeys, block.mask.key_length, params.head_dim_v,
-      params.value.alignment);
+__device__ __forceinline__ void copy_keys(const MhaBwdParams& params, const BwdBlock<Config>& block,
+                                          uint32_t tiles) {
+  copy_key_rows<Config, Config::kHeadDim>(block, tiles + Config::kKeyOffset, block.key,
+                                          params.key.row_stride, params.head_dim,
+                                          params.key.alignment);
+}
+template <typename Config>
+__device__ __forceinline__ void copy_values(const MhaBwdParams& params,
+                                            const BwdBlock<Config>& block, uint32_t tiles) {
+  copy_key_rows<Config, Config::kHeadDimV>(block, tiles + Config::kValueOffset, block.value,
+                                           params.value.row_stride, params.head_dim_v,
+                                           params.value.alignment);
+}
+
+// Of a tile of queries, or output gradients: rows that see no key become zeros.
+template <typename Config, int kWidth>
+__device__ __forceinline__ void copy_query_rows(const BwdBlock<Config>& block, uint32_t tile,
+                                                const Element16* operand, int64_t row_stride,
+                                                int row, int width, int alignment) {
+  if constexpr (Config::kIntervals) {
+    if (block.mask.dead_rows(row, row + Config::kRows)) {
+      const auto is_live = [&](int row) {
+        const KeyInterval keys = block.mask.interval(row);
+        return keys.first < keys.end;
+      };
+      copy_live_rows<Config::kRows, kWidth, Config::kThreads, Config::kWide>(
+          tile, operand, row_stride, row, width, is_live);
+    } else {
+      TileCopy<Config::kRows, kWidth, Config::kThreads, Config::kWide>::copy(
+          tile, operand, row_stride, row, block.mask.query_length, width, alignment);
+    }
+  } else {
+    copy_valid_rows<Config::kRows, kWidth, Config::kThreads, Config::kWide>(
+        tile, operand, row_stride, row, block.valid, width, alignment);
+  }
 }
 
 // Queries, and lse and delta of the same rows.
 template <typename Config>
-__device__ __forceinline__ void copy_queries(const MhaBwdParams& params, const BwdBlock& block,
-                                             uint32_t tiles, int stage, BwdStep step) {
-  copy_valid_rows<Config::kRows, Config::kHeadDim, Config::kThreads, Config::kWide>(
-      tiles + Config::kStageOffset + stage * Config::kStageBytes,
+__device__ __forceinline__ void copy_queries(const MhaBwdParams& params,
+                                             const BwdBlock<Config>& block, uint32_t tiles,
+                                             int stage, BwdStep step) {
+  copy_query_rows<Config, Config::kHeadDim>(
+      block, tiles + Config::kStageOffset + stage * Config::kStageBytes,
       block.query + step.head * params.query.head_stride, params.query.row_stride, step.row,
-      block.valid, params.head_dim, params.query.alignment);
+      params.head_dim, params.query.alignment);
   constexpr int kChunks = Config::kRows / 4;
   const int chunk = threadIdx.x;
   if (chunk < 2 * kChunks) {
@@ -137,13 +198,13 @@ __device__ __forceinline__ void copy_queries(const MhaBwdParams& params, const B
 }
 
 template <typename Config>
-__device__ __forceinline__ void copy_douts(const MhaBwdParams& params, const BwdBlock& block,
-                                           uint32_t tiles, int stage, BwdStep step) {
+__device__ __forceinline__ void copy_douts(const MhaBwdParams& params,
+                                           const BwdBlock<Config>& block, uint32_t tiles, int stage,
+                                           BwdStep step) {
   const int width = params.head_dim_v;
-  copy_valid_rows<Config::kRows, Config::kHeadDimV, Config::kThreads, Config::kWide>(
-      tiles + Config::kStageOffset + stage * Config::kStageBytes + Config::kQueryBytes,
-      block.dout + step.head * width, static_cast<int64_t>(params.heads) * width, step.row,
-      block.valid, width,
+  copy_query_rows<Config, Config::kHeadDimV>(
+      block, tiles + Config::kStageOffset + stage * Config::kStageBytes + Config::kQueryBytes,
+      block.dout + step.head * width, static_cast<int64_t>(params.heads) * width, step.row, width,
       width % 2 == 0 && reinterpret_cast<uintptr_t>(params.dout) % 4 == 0 ? 4 : 2);
 }
 

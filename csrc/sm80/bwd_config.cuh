@@ -1,8 +1,12 @@
 // Tile sizes of the sm_80 backward kernel and what they use of a multiprocessor.
 #pragma once
 
+#include <type_traits>
+
 #include "host/dispatch.h"
 #include "tile/element.cuh"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
 #include "tile/swizzle.cuh"
 
 namespace jax_flash::sm80 {
@@ -51,13 +55,17 @@ inline constexpr BwdTiles kBwdSmallTiles<192, 192>{64, 32, 8, 1, 4, 2, 2};
 template <>
 inline constexpr BwdTiles kBwdSmallTiles<256, 256>{32, 32, 4, 1, 2, 2, 2};
 
-// kWideArg: the rows of all operands and results start at multiples of 16 bytes.
-template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles>
+// kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
+// mask is data, and scores may have options.
+template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles,
+          bool kIntervalsArg = false>
 struct BwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
   static constexpr bool kWide = kWideArg;
+  static constexpr bool kIntervals = kIntervalsArg;
+  using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   static constexpr int kRows = kTiles.rows;
   static constexpr int kKeys = kTiles.keys;
   static constexpr int kWarps = kTiles.warps;
@@ -102,6 +110,7 @@ struct BwdConfig {
 
   static_assert(kRows > 0, "kBwdTiles has no entry for these widths");
   static_assert(128 % kRows == 0, "tiles do not cross the padding of the workspace");
+  static_assert(!kIntervals || kTurnRows == kIntervalRows, "one hull says who adds to a turn");
   static_assert(kStages == 1 || kStages == 2);
   static_assert(kScoreRows % 16 == 0 && kDqueryRows % 16 == 0 && kKeys % (16 * kKeyWarps) == 0 &&
                     kHeadDim % (16 * kKeyColumnWarps) == 0 &&

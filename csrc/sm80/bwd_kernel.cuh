@@ -15,6 +15,7 @@
 #include "sm80/bwd_config.cuh"
 #include "sm80/bwd_warp.cuh"
 #include "tile/copy.cuh"
+#include "tile/score_options.cuh"
 
 namespace jax_flash::sm80 {
 
@@ -27,7 +28,7 @@ struct BwdTurn {
   bool first;  // whether `step` is this block's first tile of these rows
   bool last;
 
-  __device__ __forceinline__ BwdTurn(const MhaBwdParams& params, const BwdBlock& block,
+  __device__ __forceinline__ BwdTurn(const MhaBwdParams& params, const BwdBlock<Config>& block,
                                      BwdStep step) {
     const int row = step.row / Config::kTurnRows * Config::kTurnRows;
     const int64_t head = block.flat_head + step.head;
@@ -56,8 +57,9 @@ struct BwdTurn {
 };
 
 template <typename Config>
-__device__ __forceinline__ void add_dquery(const MhaBwdParams& params, const BwdBlock& block,
-                                           BwdStep step, uint32_t dscore_tile, uint32_t key_tile) {
+__device__ __forceinline__ void add_dquery(const MhaBwdParams& params,
+                                           const BwdBlock<Config>& block, BwdStep step,
+                                           uint32_t dscore_tile, uint32_t key_tile) {
   using Warp = BwdWarp<Config>;
   float dquery[Warp::kDqueryBlocks][Warp::kDqueryTiles][4];
   Warp::multiply_dscores(dquery, dscore_tile, key_tile);
@@ -78,8 +80,8 @@ __device__ __forceinline__ void add_dquery(const MhaBwdParams& params, const Bwd
 // gradients are on their way, as two groups of copies.
 template <typename Config>
 __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& plan,
-                                     const BwdBlock& block, BwdWarp<Config>& warp, uint32_t tiles,
-                                     BwdStep step) {
+                                     const BwdBlock<Config>& block, BwdWarp<Config>& warp,
+                                     uint32_t tiles, BwdStep step) {
   using Warp = BwdWarp<Config>;
   constexpr int kStages = Config::kStages;
   const uint32_t key_tile = tiles + Config::kKeyOffset;
@@ -106,9 +108,21 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
 
     typename Warp::Scores scores;
     Warp::multiply_keys(scores, query_tile, key_tile);
-    Warp::softmax(scores, block.mask, step.row, block.key_block * Config::kKeys, lses,
-                  params.scale);
-    Warp::store_scores(probability_tile, scores);
+    bool options = false;
+    if constexpr (Config::kIntervals) {
+      options = ScoreOptions::any(params);
+      if (options) {
+        const int head = block.kv_head * plan.group + step.head;
+        Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,
+                                   lses, ScoreOptions::make(params, block.batch, head),
+                                   probability_tile);
+      }
+    }
+    if (!options) {
+      Warp::softmax(scores, block.mask, step.row, block.key_block * Config::kKeys, lses,
+                    params.scale);
+      Warp::store_scores(probability_tile, scores);
+    }
     if constexpr (kStages == 1) {
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // the output gradients' copies before their reads
@@ -148,7 +162,7 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
 // A gradient of keys or of values, in the operands' type through the shared tile or in f32.
 template <typename Config, typename Layout, int kWidth, int kTiles>
 __device__ __forceinline__ void store_gradient(
-    const MhaBwdParams& params, const BwdBlock& block, uint32_t tile,
+    const MhaBwdParams& params, const BwdBlock<Config>& block, uint32_t tile,
     const float (&gradient)[BwdWarp<Config>::kKeyBlocks][kTiles][4], float factor, void* target,
     bool f32, int width) {
   const int64_t row_stride = int64_t{params.kv_heads} * width;
@@ -177,15 +191,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     mha_bwd_kernel(const __grid_constant__ MhaBwdParams params,
                    const __grid_constant__ BwdPlan plan) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  BwdBlock& block = *reinterpret_cast<BwdBlock*>(shared);
+  BwdBlock<Config>& block = *reinterpret_cast<BwdBlock<Config>*>(shared);
   static_assert(sizeof(block) <= Config::kStateBytes);
   const uint32_t tiles = ptx::shared_address(shared) + Config::kStateBytes;
 
   BwdStep step;
   bool any_rows;
   {
-    BwdBlock found;
-    if (!find_block<Config>(params, plan, found)) return;
+    BwdBlock<Config> found;
+    if (!find_block(params, plan, found)) return;
     step = {0, found.rows.first};
     any_rows = found.rows.first < found.rows.end;
     if (any_rows) {

@@ -62,17 +62,16 @@ inline bool rows_aligned_16(const void* data, int width) {
   return width % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
-                           cudaStream_t stream) {
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kIntervals>
+cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
   constexpr BwdTiles kLarge = kBwdTiles<kHeadDim, kHeadDimV>;
   constexpr BwdTiles kSmall = kBwdSmallTiles<kHeadDim, kHeadDimV>;
-  using Large = BwdConfig<kType, kHeadDim, kHeadDimV, true, kLarge>;
-  using Small = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall>;
-  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall>;
+  using Large = BwdConfig<kType, kHeadDim, kHeadDimV, true, kLarge, kIntervals>;
+  using Small = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall, kIntervals>;
+  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall, kIntervals>;
   static_assert(Small::kSharedBytes <= 99 * 1024);
   using Element = typename Large::Element;
-  cudaError_t error = launch_bwd_prepare<Element>(params, kHeadDim, stream);
+  cudaError_t error = launch_bwd_prepare<Element, typename Large::Mask>(params, kHeadDim, stream);
   if (error != cudaSuccess) return error;
 
   const bool wide = params.query.alignment == 16 && params.key.alignment == 16 &&
@@ -89,6 +88,18 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
   }
   if (error != cudaSuccess) return error;
   return launch_bwd_finish<Element, DquerySum<kHeadDim>>(params, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
+                           cudaStream_t stream) {
+  return launch_all<kType, kHeadDim, kHeadDimV, false>(params, device, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  return launch_all<kType, kHeadDim, kHeadDimV, true>(params, device, stream);
 }
 
 }  // namespace jax_flash::sm80

@@ -8,8 +8,11 @@
 #include "ptx/shared.cuh"
 #include "sm80/bwd_products.cuh"
 #include "sm80/bwd_sum.cuh"
+#include "sm80/interval_scores.cuh"
 #include "tile/fragment.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
+#include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
 
 namespace jax_flash::sm80 {
@@ -17,6 +20,7 @@ namespace jax_flash::sm80 {
 template <typename Config>
 struct BwdWarp {
   using Element = typename Config::Element;
+  using Mask = typename Config::Mask;
   using ScoreLayout = typename Config::ScoreLayout;
   static constexpr int kScoreBlocks = Config::kScoreRows / 16;
   static constexpr int kScoreTiles = Config::kScoreKeys / 8;
@@ -76,9 +80,8 @@ struct BwdWarp {
   }
 
   // Scores (in place) become probabilities. `row` and `key` are the first of the tile.
-  static __device__ __forceinline__ void softmax(Scores& scores, const RowMask& mask, int row,
-                                                 int key, uint32_t lses,
-                                                 const SoftmaxScale& scale) {
+  static __device__ __forceinline__ void softmax(Scores& scores, const Mask& mask, int row, int key,
+                                                 uint32_t lses, const SoftmaxScale& scale) {
     if (scale.first != 1.0f) [[unlikely]] {
 #pragma unroll
       for (int i = 0; i < kScoreBlocks; ++i) {
@@ -111,20 +114,54 @@ struct BwdWarp {
     }
   }
 
+  // The same for scores with options, and store_scores of the probabilities to `tile`. Scores
+  // become probabilities times derivatives of logits by scores: what gradients are multiplied by.
+  static __device__ __forceinline__ void softmax_with_options(Scores& scores,
+                                                              const IntervalMask& mask, int row,
+                                                              int key, uint32_t lses,
+                                                              const ScoreOptions& options,
+                                                              uint32_t tile) {
+    const uint32_t address = score_address(tile);
+    row += score_row() + fragment_row();
+    key += score_key() + fragment_column();
+    const bool mixed = compares_ids(mask, row, key);
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const RowRecord record = mask.row(row + 16 * i + 8 * h);
+        const float lse = row_state(lses, i, h);
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+          float probabilities[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& score = scores[i][j][2 * h + e];
+            const int column = key + 8 * j + e;
+            const float capped = options.capped(score);
+            const float logit = options.biased(capped, record.position - column);
+            const bool seen = column >= record.first && column < record.end &&
+                              (!mixed || mask.id(column) == record.id);
+            const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
+            probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
+            score = probabilities[e] * options.derivative(capped);
+          }
+          store_pair(address, i, j, h, probabilities[0], probabilities[1]);
+        }
+      }
+    }
+  }
+
   // Rounded to 16 bits, to a tile [row][key].
   static __device__ __forceinline__ void store_scores(uint32_t tile, const Scores& scores) {
-    const uint32_t address = tile +
-                             ScoreLayout::offset(score_row() + fragment_row(), score_key() / 8) +
-                             2 * fragment_column();
+    const uint32_t address = score_address(tile);
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int j = 0; j < kScoreTiles; ++j) {
-          // The bits of j are zero in the warp's first chunk.
-          ptx::st_shared((address ^ (j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch,
-                         ptx::cvt_rn_x2<Element>(scores[i][j][2 * h], scores[i][j][2 * h + 1]));
+          store_pair(address, i, j, h, scores[i][j][2 * h], scores[i][j][2 * h + 1]);
         }
       }
     }
@@ -209,7 +246,7 @@ struct BwdWarp {
   }
 
   // Keys outside a row's interval get a score of -inf. `row` and `key` are this lane's first.
-  static __device__ __forceinline__ void apply_mask(Scores& scores, const RowMask& mask, int row,
+  static __device__ __forceinline__ void apply_mask(Scores& scores, const Mask& mask, int row,
                                                     int key) {
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
@@ -228,6 +265,26 @@ struct BwdWarp {
         }
       }
     }
+    if constexpr (Config::kIntervals) {
+      if (compares_ids(mask, row, key)) mask_ids(scores, mask, row, key);
+    }
+  }
+
+  // Whether ids may hide keys from this warp's rows. No ids are there past the last key.
+  static __device__ __forceinline__ bool compares_ids(const IntervalMask& mask, int row, int key) {
+    return mask.mixed(row, row + 1) && key < mask.key_length;
+  }
+
+  // Where this lane's first pair of scores is in the tile [row][key].
+  static __device__ __forceinline__ uint32_t score_address(uint32_t tile) {
+    return tile + ScoreLayout::offset(score_row() + fragment_row(), score_key() / 8) +
+           2 * fragment_column();
+  }
+  // The bits of j are zero in the warp's first chunk.
+  static __device__ __forceinline__ void store_pair(uint32_t address, int i, int j, int h,
+                                                    float left, float right) {
+    ptx::st_shared((address ^ (j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch,
+                   ptx::cvt_rn_x2<Element>(left, right));
   }
 
   // Calls f(block, tile, half, row, chunk) for this lane's pairs of a gradient of keys or values.

@@ -1,8 +1,12 @@
 // Tile sizes of the sm_80 forward kernel and what they use of a multiprocessor.
 #pragma once
 
+#include <type_traits>
+
 #include "host/dispatch.h"
 #include "tile/element.cuh"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
 #include "tile/swizzle.cuh"
 
 namespace jax_flash::sm80 {
@@ -47,13 +51,17 @@ constexpr FwdTiles narrow_tiles(FwdTiles tiles) {
   return tiles;
 }
 
-// kWideArg: the rows of all operands start at multiples of 16 bytes.
-template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, FwdTiles kTiles>
+// kWideArg: the rows of all operands start at multiples of 16 bytes. kIntervalsArg: the mask is
+// data, and scores may have options.
+template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, FwdTiles kTiles,
+          bool kIntervalsArg = false>
 struct FwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
   static constexpr bool kWide = kWideArg;
+  static constexpr bool kIntervals = kIntervalsArg;
+  using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   static constexpr int kBlocks = kTiles.blocks;
   static constexpr int kWarps = kTiles.warps;
   static constexpr int kThreads = 32 * kWarps;

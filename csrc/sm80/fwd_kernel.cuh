@@ -12,10 +12,14 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
 #include "sm80/fwd_config.cuh"
+#include "sm80/interval_scores.cuh"
 #include "tile/copy.cuh"
+#include "tile/copy_live.cuh"
 #include "tile/fragment.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score_options.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
 
@@ -142,7 +146,8 @@ struct FwdWarp {
 
   // Keys outside a row's interval get a score of -inf. `row` is this lane's first row.
   static __device__ __forceinline__ void apply_mask(float (&scores)[kBlocks][kScoreTiles][4],
-                                                    const RowMask& mask, int row, int first_key) {
+                                                    const typename Config::Mask& mask, int row,
+                                                    int first_key) {
     const int first_column = first_key + fragment_column();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
@@ -160,6 +165,9 @@ struct FwdWarp {
           }
         }
       }
+    }
+    if constexpr (Config::kIntervals) {
+      if (mask.mixed(row, row + 1)) mask_ids(scores, mask, row, first_column);
     }
   }
 };
@@ -201,12 +209,23 @@ struct WarpKeys {
 template <typename Config>
 struct BlockState {
   BlockCoordinate at;
-  RowMask mask;
+  typename Config::Mask mask;
   const Element16* key;  // row 0 of this block's head
   const Element16* value;
   int end_key;  // of the keys that the block sees
   WarpKeys warp_keys[Config::kWarps];
+  ScoreOptions options;  // of calls with intervals
 };
+
+// Of the exponentials.
+template <typename Config>
+__device__ __forceinline__ SoftmaxScale softmax_scale(const MhaFwdParams& params) {
+  if constexpr (Config::kIntervals) {
+    return exponent_scale(params);
+  } else {
+    return params.scale;
+  }
+}
 
 template <typename Config>
 __device__ __forceinline__ void store_empty(const MhaFwdParams& params, const BlockCoordinate& at,
@@ -236,11 +255,23 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + 16 * i + 8 * h;
-      const bool padding = warp_row + row >= state.mask.query_length;
-      const float inverse = warp.softmax.finish(i, h);
+      bool dead = warp_row + row >= state.mask.query_length;
+      float inverse = warp.softmax.finish(i, h);
+      if constexpr (Config::kIntervals) {
+        // Such a row's sums are anything, if there are tiles that all others see.
+        const KeyInterval keys = state.mask.interval(warp_row + row);
+        dead = keys.first >= keys.end;
+        if (dead) {
+          inverse = 0.0f;
+#pragma unroll
+          for (int j = 0; j < FwdWarp<Config>::kOutTiles; ++j) {
+            warp.out[i][j][2 * h] = warp.out[i][j][2 * h + 1] = 0.0f;
+          }
+        }
+      }
       if (column_bytes == 0 && warp_row + row < params.query_length) {
         *lse_row(params, state.at, warp_row + row) =
-            padding ? kMinusInfinity : warp.softmax.lse(i, h, params.scale);
+            dead ? kMinusInfinity : warp.softmax.lse(i, h, softmax_scale<Config>(params));
       }
 #pragma unroll
       for (int j = 0; j < FwdWarp<Config>::kOutTiles; ++j) {
@@ -262,9 +293,20 @@ __device__ __forceinline__ void copy_keys(const MhaFwdParams& params, const Elem
   TileCopy<Config::kKeys, Config::kHeadDim, Config::kThreads, Config::kWide>::copy(
       stage, operand, params.key.row_stride, key, end_key, params.head_dim, params.key.alignment);
 }
+// Values of dead keys become zeros, too. The dead keys themselves need not: they are masked.
 template <typename Config>
-__device__ __forceinline__ void copy_values(const MhaFwdParams& params, const Element16* operand,
-                                            uint32_t stage, int key, int end_key) {
+__device__ __forceinline__ void copy_values(const MhaFwdParams& params,
+                                            const typename Config::Mask& mask,
+                                            const Element16* operand, uint32_t stage, int key,
+                                            int end_key) {
+  if constexpr (Config::kIntervals) {
+    if (mask.dead_keys(key, key + Config::kKeys)) [[unlikely]] {
+      copy_live_rows<Config::kKeys, Config::kHeadDimV, Config::kThreads, Config::kWide>(
+          stage + Config::kKeyBytes, operand, params.value.row_stride, key, params.head_dim_v,
+          [&](int row) { return row < end_key && mask.key_ids[row] >= 0; });
+      return;
+    }
+  }
   TileCopy<Config::kKeys, Config::kHeadDimV, Config::kThreads, Config::kWide>::copy(
       stage + Config::kKeyBytes, operand, params.value.row_stride, key, end_key, params.head_dim_v,
       params.value.alignment);
@@ -289,7 +331,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
   if (at.batch < 0) return false;
   const int block_row = at.row_block * Config::kRows;
   const int warp_row = block_row + warp_offset;
-  const RowMask mask = row_mask(params, at.batch);
+  const auto mask = mask_of<typename Config::Mask>(params, at.batch);
   const KeyInterval keys = mask.hull(block_row, block_row + Config::kRows);
   if (keys.first >= keys.end) [[unlikely]] {
     store_empty<Config>(params, at, warp_row);
@@ -308,7 +350,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     const uint32_t stage = stage_address<Config>(query_tile, key);
     copy_keys<Config>(params, key_rows, stage, key, keys.end);
     ptx::cp_async_commit_group();
-    copy_values<Config>(params, value_rows, stage, key, keys.end);
+    copy_values<Config>(params, mask, value_rows, stage, key, keys.end);
     ptx::cp_async_commit_group();
   }
 #pragma unroll
@@ -317,7 +359,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     if (ahead < keys.end) {
       const uint32_t stage = stage_address<Config>(query_tile, ahead);
       copy_keys<Config>(params, key_rows, stage, ahead, keys.end);
-      copy_values<Config>(params, value_rows, stage, ahead, keys.end);
+      copy_values<Config>(params, mask, value_rows, stage, ahead, keys.end);
     }
     ptx::cp_async_commit_group();
   }
@@ -329,6 +371,9 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     state.key = key_rows;
     state.value = value_rows;
     state.end_key = keys.end;
+    if constexpr (Config::kIntervals) {
+      state.options = ScoreOptions::make(params, at.batch, at.head);
+    }
   }
   if (lane_id() == 0) {
     state.warp_keys[warp_id] = {mask.hull(warp_row, warp_row + Config::kWarpRows),
@@ -346,6 +391,9 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
   constexpr int kStages = Config::kStages;
   const auto stage_of = [&](int key) { return stage_address<Config>(query_tile, key); };
   const int warp_id = threadIdx.x / 32;
+  const auto this_row = [&] {  // this lane's first
+    return state.at.row_block * Config::kRows + warp_id * Config::kWarpRows + fragment_row();
+  };
   bool first = true;
   do {
     if (kStages == 1 && first) {
@@ -358,12 +406,14 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     __syncthreads();
     if (Config::kQuerySteps > 0 && first) warp.keep_queries();
     if constexpr (kStages == 1) {
-      if (!first) copy_values<Config>(params, state.value, stage_of(key), key, state.end_key);
+      if (!first) {
+        copy_values<Config>(params, state.mask, state.value, stage_of(key), key, state.end_key);
+      }
     } else {
       const int ahead = key + (kStages - 1) * Config::kKeys;
       if (ahead < state.end_key) {
         copy_keys<Config>(params, state.key, stage_of(ahead), ahead, state.end_key);
-        copy_values<Config>(params, state.value, stage_of(ahead), ahead, state.end_key);
+        copy_values<Config>(params, state.mask, state.value, stage_of(ahead), ahead, state.end_key);
       }
     }
     first = false;
@@ -383,16 +433,21 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
       ptx::cp_async_commit_group();
     }
     if (active) {
-      if (params.scale.first != 1.0f) [[unlikely]] {
+      bool scaled = params.scale.first != 1.0f;
+      if constexpr (Config::kIntervals) {
+        if (ScoreOptions::any(params)) {
+          apply_options(scores, state.options, state.mask, this_row(), key + fragment_column());
+          scaled = false;
+        }
+      }
+      if (scaled) [[unlikely]] {
         Warp::apply_scale(scores, params.scale.first);
       }
       if (key < warp_keys.unmasked.first || key + Config::kKeys > warp_keys.unmasked.end)
           [[unlikely]] {
-        Warp::apply_mask(
-            scores, state.mask,
-            state.at.row_block * Config::kRows + warp_id * Config::kWarpRows + fragment_row(), key);
+        Warp::apply_mask(scores, state.mask, this_row(), key);
       }
-      warp.softmax.update(scores, warp.out, params.scale);
+      warp.softmax.update(scores, warp.out, softmax_scale<Config>(params));
       warp.multiply_values(scores, stage_of(key) + Config::kKeyBytes);
     }
     key += Config::kKeys;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "host/launch.h"
 #include "sm80/fwd.h"
 #include "sm80/fwd_kernel.cuh"
 
@@ -41,19 +42,32 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
+                       Config::kSharedBytes, stream, params);
+}
+
+inline bool rows_aligned_16(const MhaFwdParams& params) {
+  return params.query.alignment == 16 && params.key.alignment == 16 && params.value.alignment == 16;
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  const bool wide =
-      params.query.alignment == 16 && params.key.alignment == 16 && params.value.alignment == 16;
   constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
   using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
   using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles)>;
-  return wide ? launch<Wide>(params, device, stream) : launch<Narrow>(params, device, stream);
+  return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
+                                 : launch<Narrow>(params, device, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+  using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles, true>;
+  using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles), true>;
+  return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
+                                 : launch<Narrow>(params, device, stream);
 }
 
 }  // namespace jax_flash::sm80

@@ -2,10 +2,13 @@
 // follows from numbers.
 #pragma once
 
+#include <type_traits>
+
 #include "host/intervals.h"
 #include "host/params.h"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 
 namespace jax_flash {
 
@@ -34,6 +37,11 @@ struct IntervalMask {
   __device__ __forceinline__ RowRecord row(int row) const {
     const int4 words = __ldg(reinterpret_cast<const int4*>(row_records + row));
     return {words.x, words.y, words.z, words.w};
+  }
+
+  // -1 where a key is dead.
+  __device__ __forceinline__ int id(int key) const {
+    return key < interval_tiles(key_length) * kIntervalKeys ? __ldg(key_ids + key) : -1;
   }
 
   // Not all of these keys need be visible: ids count too.
@@ -114,5 +122,15 @@ struct IntervalMask {
     return false;
   }
 };
+
+// The mask of a sequence, of the kind that a kernel has.
+template <typename Mask>
+__device__ __forceinline__ Mask mask_of(const MhaParams& params, int batch) {
+  if constexpr (std::is_same_v<Mask, IntervalMask>) {
+    return IntervalMask::make(params, batch);
+  } else {
+    return row_mask(params, batch);
+  }
+}
 
 }  // namespace jax_flash

@@ -1,0 +1,67 @@
+// Scores of calls with intervals, in the fragments of one warp: options, and ids that differ.
+//
+// `row` and `key` are this lane's first in all of these.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
+#include "tile/score_options.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm80 {
+
+// Of the exponentials.
+__device__ __forceinline__ SoftmaxScale exponent_scale(const MhaParams& params) {
+  return ScoreOptions::any(params) ? SoftmaxScale::make(1.0f) : params.scale;
+}
+
+// Scores q.k become logits.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4],
+                                              const ScoreOptions& options, const IntervalMask& mask,
+                                              int row, int key) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int distance = mask.row(row + 16 * i + 8 * h).position - key;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[i][j][2 * h + e];
+          score = options.logit(score, distance - (8 * j + e));
+        }
+      }
+    }
+  }
+}
+
+// Keys with another id than the row's get a score of -inf.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void mask_ids(float (&scores)[kBlocks][kTiles][4],
+                                         const IntervalMask& mask, int row, int key) {
+  int row_ids[kBlocks][2];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_ids[i][h] = mask.row(row + 16 * i + 8 * h).id;
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int2 key_ids = *reinterpret_cast<const int2*>(mask.key_ids + key + 8 * j);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (key_ids.x != row_ids[i][h]) scores[i][j][2 * h] = kMinusInfinity;
+        if (key_ids.y != row_ids[i][h]) scores[i][j][2 * h + 1] = kMinusInfinity;
+      }
+    }
+  }
+}
+
+}  // namespace jax_flash::sm80
