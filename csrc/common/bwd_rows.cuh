@@ -13,6 +13,7 @@
 #include "host/params.h"
 #include "ptx/math.cuh"
 #include "tile/copy.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/sequence.cuh"
 
@@ -78,8 +79,8 @@ __device__ __forceinline__ float partial_delta(const Element16* out, const Eleme
   return sum;
 }
 
-// `width`: floats of a row of dquery_sum.
-template <typename Element>
+// `width`: floats of a row of dquery_sum. Mask: of the main kernel.
+template <typename Element, typename Mask>
 __global__ void __launch_bounds__(kBwdRowThreads)
     bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width) {
   const BwdRowGroup group = bwd_row_group(params);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
     params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
   }
 
-  const RowMask mask = row_mask(params, group.batch);
+  const Mask mask = mask_of<Mask>(params, group.batch);
   const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
 #pragma unroll 1
@@ -183,12 +184,12 @@ __global__ void __launch_bounds__(kBwdRowThreads)
 }
 
 // Writes row_lse, row_delta, and zeros to turns and, unless the first to add stores, dquery_sum.
-template <typename Element>
+template <typename Element, typename Mask = RowMask>
 cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream) {
   const int64_t blocks = bwd_row_blocks(params);
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  return launch_kernel(bwd_prepare_kernel<Element>, dim3(static_cast<unsigned>(blocks)),
+  return launch_kernel(bwd_prepare_kernel<Element, Mask>, dim3(static_cast<unsigned>(blocks)),
                        kBwdRowThreads, 0, stream, params, width);
 }
 

@@ -2,10 +2,13 @@
 // follows from numbers.
 #pragma once
 
+#include <type_traits>
+
 #include "host/intervals.h"
 #include "host/params.h"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 
 namespace jax_flash {
 
@@ -114,5 +117,15 @@ struct IntervalMask {
     return false;
   }
 };
+
+// The mask of a sequence, of the kind that a kernel has.
+template <typename Mask>
+__device__ __forceinline__ Mask mask_of(const MhaParams& params, int batch) {
+  if constexpr (std::is_same_v<Mask, IntervalMask>) {
+    return IntervalMask::make(params, batch);
+  } else {
+    return row_mask(params, batch);
+  }
+}
 
 }  // namespace jax_flash

@@ -35,11 +35,19 @@ struct ScoreOptions {
     return 1.0f - __fdividef(2.0f, 1.0f + power);
   }
 
-  // The logit of a score q.k of a key `distance` away from the one that the row is aligned with.
+  // The logit of a score q.k before ALiBi.
+  __device__ __forceinline__ float capped(float score) const {
+    const float x = score * scale;
+    return softcap == 0.0f ? x : softcap * tanh(x * (1.0f / softcap));
+  }
+
+  // With ALiBi, of a key `distance` away from the one that the row is aligned with.
+  __device__ __forceinline__ float biased(float capped, int distance) const {
+    return fmaf(-slope, static_cast<float>(distance < 0 ? -distance : distance), capped);
+  }
+
   __device__ __forceinline__ float logit(float score, int distance) const {
-    float x = score * scale;
-    if (softcap != 0.0f) x = softcap * tanh(x * (1.0f / softcap));
-    return fmaf(-slope, static_cast<float>(distance < 0 ? -distance : distance), x);
+    return biased(capped(score), distance);
   }
 
   // The derivative of a logit by scale * q.k, from the logit before ALiBi.
