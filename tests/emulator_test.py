@@ -26,7 +26,8 @@ if shutil.which("g++") is None:
 # fmt: off
 _POINTERS = (
     "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
-    "key_lengths", "dquery", "dkey", "dvalue", "workspace",
+    "key_lengths", "dquery", "dkey", "dvalue", "workspace", "rows", "row_tiles", "keys",
+    "key_tiles", "slopes",
 )
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
@@ -42,8 +43,11 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("batch_strides", ctypes.c_int64 * 3),
+        ("interval_stride", ctypes.c_int64),
+        ("slope_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
@@ -84,7 +88,10 @@ def call(
     results: dict[str, np.ndarray],
     **ways: Any,
 ) -> None:
-    """Calls a function of the library: `given` are options of `mha`."""
+    """Calls a function of the library: `given` are options of `mha`.
+
+    Among `arrays` may be those of a call with intervals, and `slopes` [1 or B, N].
+    """
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     lengths = {
         ours: np.asarray(given[theirs], np.int32)
@@ -105,6 +112,8 @@ def call(
         **{name: x.ctypes.data for name, x in (held | results).items()},
         **ways,
         batch_strides=(ctypes.c_int64 * 3)(*(x[0].size for x in (query, key, value))),
+        interval_stride=len(arrays.get("rows", ())) > 1,
+        slope_stride=heads * (len(arrays.get("slopes", ())) > 1),
         batch=batch,
         query_length=rows,
         key_length=key.shape[1],
@@ -117,6 +126,7 @@ def call(
         bottom_right=given.get("causal_alignment") != "top_left",
         f16=query.dtype == np.float16,
         scale=given.get("scale", width**-0.5),
+        softcap=given.get("softcap", 0),
     )
     assert function(ctypes.byref(arguments)) == 0
 

@@ -22,7 +22,14 @@ struct Arguments {
   void* dkey;
   void* dvalue;
   float* workspace;
+  const RowRecord* rows;  // these five: of kernels with intervals
+  const RowTile* row_tiles;
+  const int32_t* keys;
+  const KeyTile* key_tiles;
+  const float* slopes;
   int64_t batch_strides[3];
+  int64_t interval_stride;
+  int64_t slope_stride;
   int32_t batch;
   int32_t query_length;
   int32_t key_length;
@@ -38,6 +45,7 @@ struct Arguments {
   int32_t deterministic;
   int32_t multiprocessors;
   float scale;
+  float softcap;
 };
 
 inline TensorView view(const void* data, int64_t batch_stride, int heads, int width) {
@@ -68,6 +76,9 @@ inline void describe(const Arguments& from, MhaParams& to) {
   to.window_left = from.window_left;
   to.window_right = from.window_right;
   to.bottom_right = from.bottom_right != 0;
+  to.intervals = {
+      from.rows,   from.row_tiles,      from.keys,   from.key_tiles, {from.interval_stride},
+      from.slopes, {from.slope_stride}, from.softcap};
 }
 
 }  // namespace jax_flash

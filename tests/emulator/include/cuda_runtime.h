@@ -86,6 +86,9 @@ struct alignas(16) float4 {
 struct uint2 {
   uint32_t x, y;
 };
+struct alignas(16) int4 {
+  int32_t x, y, z, w;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -118,6 +121,11 @@ inline bool __any_sync(unsigned, bool value) {
   const uint64_t bits = value;
   auto& all = emulator::exchange(&bits, 1);
   return std::any_of(all, all + 32, [](const uint64_t* lane) { return lane[0] != 0; });
+}
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
 }
 
 inline float __uint_as_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }

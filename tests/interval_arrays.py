@@ -1,0 +1,128 @@
+"""The arrays that kernels with intervals read, from a dense mask: literal and slow.
+
+csrc/host/intervals.h says what each field holds. Nothing here shares code with the
+package, which computes the arrays without a dense mask.
+"""
+
+import numpy as np
+
+TILE = 64
+"""Rows, and keys, that one record sums up."""
+
+MAX_LENGTH = 1 << 30
+
+
+def interval_arrays(
+    seen: np.ndarray,
+    q_ids: np.ndarray,
+    kv_ids: np.ndarray,
+    position: np.ndarray,
+    wide: bool = False,
+) -> dict[str, np.ndarray]:
+    """The arrays `rows`, `row_tiles`, `keys` and `key_tiles`, all int32.
+
+    Args:
+      seen: bool [B, T, S], which keys each row sees; only such with its own id, and all
+        of those between the first and the last.
+      q_ids: int [B, T], not negative where a row sees something.
+      kv_ids: int [B, S], negative where a key is dead.
+      position: int [B, T], the key that each row is aligned with.
+      wide: intervals reach as far over keys with other ids as they may, instead of from
+        the first key seen to the last.
+    """
+    parts = [
+        _sequence(seen[b], q_ids[b], kv_ids[b], position[b], wide)
+        for b in range(len(seen))
+    ]
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def _sequence(
+    seen: np.ndarray,
+    q_ids: np.ndarray,
+    kv_ids: np.ndarray,
+    position: np.ndarray,
+    wide: bool,
+) -> dict[str, np.ndarray]:
+    rows, keys = seen.shape
+    all_rows, all_keys = (-(-n // TILE) * TILE for n in (rows, keys))
+    key_ids = np.full(all_keys, -1)
+    key_ids[:keys] = np.maximum(kv_ids, -1)
+    records = np.tile([0, 0, -1, 0], (all_rows, 1))
+    for r in range(rows):
+        records[r, 3] = position[r]
+        if seen[r].any():
+            records[r, :3] = (
+                *_interval(seen[r], q_ids[r], key_ids[:keys], wide),
+                q_ids[r],
+            )
+    sees = np.zeros((all_rows, all_keys), bool)
+    sees[:rows, :keys] = seen
+    alive = sees.any(1)
+    interval = np.zeros_like(sees)
+    for r in range(rows):
+        interval[r, records[r, 0] : records[r, 1]] = True
+    dead_key = key_ids < 0
+    row_tiles = np.zeros((all_rows // TILE, 8), int)
+    for i, tile in enumerate(row_tiles):
+        part = slice(i * TILE, (i + 1) * TILE)
+        live = records[part][alive[part]]
+        mixed = (interval[part] & ~sees[part]).any()
+        core = (
+            (0, MAX_LENGTH) if len(live) == 0 else _core(live, sees[part][alive[part]])
+        )
+        hull = (live[:, 0].min(), live[:, 1].max()) if len(live) else (0, 0)
+        tile[:6] = *hull, *core, not alive[part].all(), mixed
+    key_tiles = np.zeros((all_keys // TILE, 8), int)
+    for i, tile in enumerate(key_tiles):
+        part = slice(i * TILE, (i + 1) * TILE)
+        meets = (row_tiles[:, 0] < part.stop) & (row_tiles[:, 1] > part.start)
+        meets = np.flatnonzero(meets & (row_tiles[:, 0] < row_tiles[:, 1]))
+        if len(meets):
+            tile[:2] = meets[0] * TILE, (meets[-1] + 1) * TILE
+        if not dead_key[part].any():
+            tile[2:4] = _longest_run(sees[:, part].all(1), alive)
+        tile[4] = dead_key[part].any()
+    return {
+        "rows": records.astype(np.int32),
+        "row_tiles": row_tiles.astype(np.int32),
+        "keys": key_ids.astype(np.int32),
+        "key_tiles": key_tiles.astype(np.int32),
+    }
+
+
+def _interval(
+    seen: np.ndarray, row_id: int, key_ids: np.ndarray, wide: bool
+) -> tuple[int, int]:
+    """A row's first key and end."""
+    first, end = np.flatnonzero(seen)[[0, -1]] + [0, 1]
+    expected = np.zeros_like(seen)
+    expected[first:end] = key_ids[first:end] == row_id
+    np.testing.assert_array_equal(seen, expected, "no interval of one id")
+    while wide and first > 0 and key_ids[first - 1] != row_id:
+        first -= 1
+    while wide and end < len(seen) and key_ids[end] != row_id:
+        end += 1
+    return first, end
+
+
+def _core(live: np.ndarray, sees: np.ndarray) -> tuple[int, int]:
+    """The keys that the rows of a tile all see."""
+    first, end = live[:, 0].max(), live[:, 1].min()
+    if first < end and sees[:, first:end].all():
+        return first, end
+    return 0, 0
+
+
+def _longest_run(sees_all: np.ndarray, alive: np.ndarray) -> tuple[int, int]:
+    """Rows [first, end) that all see a tile, dead ones between them not counted."""
+    best = (0, 0)
+    first = None
+    for r in range(len(alive)):
+        if sees_all[r]:
+            first = r if first is None else first
+            if r + 1 - first > best[1] - best[0]:
+                best = (first, r + 1)
+        elif alive[r]:
+            first = None
+    return best

@@ -1,0 +1,322 @@
+"""What tests of kernels with intervals share: problems, and checks against float64."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from emulator_test import aligned, call
+from interval_arrays import interval_arrays
+
+from jax_flash._src import plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mask that is data, and options of scores. A batch size of 1 is shared.
+
+    Attributes:
+      shape: (B, T, S, N, K).
+      q_ids: int [1 or B, T], negative where a row is dead.
+      kv_ids: int [1 or B, S], negative where a key is dead.
+      seen: bool [1 or B, T, S], which keys each row sees.
+      position: int [1 or B, T], the key that each row is aligned with.
+      wide: as for `interval_arrays`.
+      options: `softcap` and `scale`, as of `mha`.
+      slopes: f32 [1 or B, N], or none.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    q_ids: np.ndarray
+    kv_ids: np.ndarray
+    seen: np.ndarray
+    position: np.ndarray
+    wide: bool = False
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    slopes: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Operands beside those of attention."""
+        result = interval_arrays(
+            self.seen, self.q_ids, self.kv_ids, self.position, self.wide
+        )
+        if self.slopes is not None:
+            result["slopes"] = self.slopes.astype(np.float32)
+        return result
+
+    def given(self) -> dict[str, Any]:
+        """The same for `oracle.attention`."""
+        keys = self.shape[2]
+        given = self.options | {"mask": self.seen[:, None]}
+        if self.slopes is not None:
+            distance = np.abs(self.position[..., None] - np.arange(keys))
+            given["bias"] = -self.slopes[:, :, None, None] * distance[:, None]
+        return given
+
+
+def of_options(
+    shape: tuple[int, int, int, int, int],
+    q_ids: Any = 0,
+    kv_ids: Any = 0,
+    *,
+    rest: dict[str, Any] | None = None,
+    **given: Any,
+) -> Case:
+    """A case by ids (no axis for the batch: shared) and other options of `mha`."""
+    batch, rows, keys, _, _ = shape
+    q_ids, kv_ids = np.atleast_2d(q_ids), np.atleast_2d(kv_ids)
+    of_lengths = ("query_seq_lengths", "key_value_seq_lengths")
+    batch = batch if any(name in given for name in of_lengths) else 1
+    batch = max(batch, len(q_ids), len(kv_ids))
+    q_ids = np.broadcast_to(q_ids, (batch, rows)).copy()
+    kv_ids = np.broadcast_to(kv_ids, (batch, keys)).copy()
+    for ids, name in zip((q_ids, kv_ids), of_lengths, strict=True):
+        for b, length in enumerate(given.get(name, ())):
+            ids[b, length:] = -1
+    full = (batch, 1, rows, keys)
+    seen = oracle.allowed(
+        full, given | {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+    )
+    position = oracle.aligned(full, given)
+    return Case(shape, q_ids, kv_ids, seen[:, 0], position, **(rest or {}))
+
+
+def packed(
+    shape: tuple[int, int, int, int, int],
+    sequences: list[tuple[int, int]],
+    is_causal: bool,
+    **rest: Any,
+) -> Case:
+    """Sequences of (rows, keys) one after another, as of `mha_varlen`; then padding."""
+    _, rows, keys, _, _ = shape
+    q_ids, kv_ids = np.full((1, rows), -1), np.full((1, keys), -1)
+    position = np.zeros((1, rows), int)
+    row = key = 0
+    for i, (some_rows, some_keys) in enumerate(sequences):
+        q_ids[0, row : row + some_rows] = i
+        kv_ids[0, key : key + some_keys] = i
+        # The last row is aligned with the last key.
+        position[0, row : row + some_rows] = key + some_keys - some_rows
+        position[0, row : row + some_rows] += np.arange(some_rows)
+        row, key = row + some_rows, key + some_keys
+    seen = (q_ids[..., None] == kv_ids[:, None]) & (q_ids >= 0)[..., None]
+    if is_causal:
+        seen &= np.arange(keys) <= position[..., None]
+    return Case(shape, q_ids, kv_ids, seen, position, **rest)
+
+
+def _sorted(rng: np.random.Generator, length: int, ids: int) -> np.ndarray:
+    return np.sort(rng.integers(0, ids, length))
+
+
+def _cases() -> dict[str, Callable[[], Case]]:
+    rng = np.random.default_rng(5)
+    runs = [np.stack([_sorted(rng, n, 5) for _ in range(2)]) for n in (200, 230)]
+    mixed = [rng.integers(0, 3, n) for n in (170, 300)]
+    holes = [np.stack([_sorted(rng, n, 3) for _ in range(2)]) for n in (280, 400)]
+    for ids in holes:
+        ids[rng.random(ids.shape) < 0.3] = -1
+    holes[0][0, 64:200] = holes[1][0, 100:330] = -7  # whole tiles
+    holes[0][1] = -1  # nothing at all
+    scattered = np.where(rng.random(300) < 0.2, -1, 0)
+    alternating = np.arange(200) // 3 % 4
+    return {
+        # Whole tiles are clean here.
+        "one id": lambda: of_options((1, 150, 600, 2, 1)),
+        "one row and key": lambda: of_options((1, 1, 1, 1, 1)),
+        "causal": lambda: of_options((2, 300, 300, 2, 1), is_causal=True),
+        "dead rows in clean tiles": lambda: of_options((1, 300, 512, 1, 1), scattered),
+        "sorted ids": lambda: of_options((2, 200, 230, 2, 2), runs[0], runs[1]),
+        "sorted ids, causal": lambda: of_options(
+            (2, 200, 230, 2, 1),
+            runs[0],
+            runs[1],
+            is_causal=True,
+            causal_alignment="top_left",
+        ),
+        "unsorted ids": lambda: of_options((2, 170, 300, 2, 1), mixed[0], mixed[1]),
+        "unsorted ids, causal, wide": lambda: of_options(
+            (1, 200, 200, 2, 1),
+            alternating,
+            alternating,
+            rest={"wide": True},
+            is_causal=True,
+        ),
+        "negative ids": lambda: of_options((2, 280, 400, 1, 1), holes[0], holes[1]),
+        "negative ids, window, wide": lambda: of_options(
+            (2, 280, 400, 2, 1),
+            holes[0],
+            holes[1],
+            rest={"wide": True},
+            window_size=(90, 30),
+        ),
+        "lengths": lambda: of_options(
+            (3, 150, 177, 2, 1),
+            is_causal=True,
+            window_size=(40, None),
+            query_seq_lengths=(150, 70, 0),
+            key_value_seq_lengths=(100, 177, 9),
+        ),
+        "packed": lambda: packed(
+            (1, 330, 420, 2, 1),
+            [(1, 1), (70, 90), (64, 0), (0, 20), (30, 15), (128, 256), (3, 3)],
+            False,
+        ),
+        "packed, causal": lambda: packed(
+            (1, 330, 420, 4, 2),
+            [(128, 128), (1, 130), (100, 70), (60, 60)],
+            True,
+            slopes=np.array([[0.5, 0.25, 0.1, 0.0]]),
+        ),
+        "soft cap": lambda: of_options(
+            (2, 150, 300, 2, 1), rest={"options": {"softcap": 2.0, "scale": 0.5}}
+        ),
+        "slopes": lambda: of_options(
+            (2, 200, 180, 2, 2),
+            rest={"slopes": np.array([[0.3, 0.05], [0.02, -0.01]])},
+            is_causal=True,
+        ),
+        "soft cap and slopes": lambda: of_options(
+            (2, 130, 300, 4, 2),
+            rest={
+                "options": {"softcap": 1.5, "scale": -0.4},
+                "slopes": np.array([[0.1, 0.02, 0.2, 0.0]]),
+            },
+            window_size=(200, 100),
+        ),
+    }
+
+
+CASES = _cases()
+
+
+@functools.cache
+def case(name: str) -> Case:
+    return CASES[name]()
+
+
+def operands(
+    shape: tuple[int, ...], widths: tuple[int, int], dtype: str
+) -> dict[str, np.ndarray]:
+    """Random query, key and value."""
+    batch, rows, keys, heads, kv_heads = shape
+    rng = np.random.default_rng(0)
+    shapes = {
+        "query": (batch, rows, heads, widths[0]),
+        "key": (batch, keys, kv_heads, widths[0]),
+        "value": (batch, keys, kv_heads, widths[1]),
+    }
+    return {
+        name: rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+        for name, shape in shapes.items()
+    }
+
+
+def spoil(arrays: dict[str, np.ndarray], case: Case, dead_rows: np.ndarray) -> None:
+    """NaN in everything that belongs to dead keys and to dead rows [B, T]."""
+    dead_keys = np.broadcast_to(case.kv_ids < 0, arrays["key"].shape[:2])
+    for name in ("key", "value"):
+        arrays[name][dead_keys] = np.nan
+    for name in ("query", "out", "dout"):
+        if name in arrays:
+            arrays[name][dead_rows] = np.nan
+
+
+def dead_rows_of(case: Case) -> np.ndarray:
+    """Which rows see nothing: bool [B, T]."""
+    batch, rows = case.shape[:2]
+    return np.broadcast_to(~case.seen.any(-1), (batch, rows))
+
+
+def check_forward(
+    function: Any, case: Case, arrays: dict[str, np.ndarray], multiprocessors: int
+) -> None:
+    """Runs a forward on `arrays`, which are spoiled."""
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    expected = oracle.attention(query, key, value, **case.given())
+    batch, rows, heads, _ = query.shape
+    dead_rows = dead_rows_of(case)
+    spoil(arrays, case, dead_rows)
+    out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
+    lse = aligned((batch, heads, rows), np.float32)
+    call(
+        function,
+        case.options,
+        arrays | case.arrays(),
+        {"out": out, "lse": lse},
+        multiprocessors=multiprocessors,
+    )
+    dead = np.broadcast_to(dead_rows[:, None], lse.shape)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    lse_error = np.abs(np.where(dead, 0, lse) - np.where(dead, 0, expected.lse))
+    assert lse_error.max() <= 2e-6 * max(1, np.abs(expected.lse[~dead]).max(initial=0))
+    step = 2.0**-8 if query.dtype != np.float16 else 2.0**-11
+    error = np.abs(out.astype(np.float64) - expected.out)
+    assert error.max() <= 2 * step * np.abs(expected.out).max(initial=0)
+
+
+def run_backward(
+    function: Any,
+    case: Case,
+    widths: tuple[int, int],
+    dtype: str,
+    tile: int,
+    with_dlse: bool = False,
+    **ways: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The gradients of a backward, and those expected, both by operand.
+
+    `tile`, the kernel's width, sizes the workspace; `ways` are `f32_results`,
+    `deterministic` and `multiprocessors` of `Arguments`.
+    """
+    arrays = operands(case.shape, widths, dtype)
+    query, key, value = arrays.values()
+    batch, rows, heads, _ = query.shape
+    rng = np.random.default_rng(1)
+    given = case.given()
+    exact = oracle.attention(query, key, value, **given)
+    arrays["lse"] = exact.lse.astype(np.float32)
+    arrays["out"] = exact.out.astype(query.dtype)
+    dout = rng.standard_normal(exact.out.shape, np.float32)
+    arrays["dout"] = dout.astype(query.dtype)
+    dead_rows = dead_rows_of(case)
+    dead = np.broadcast_to(dead_rows[:, None], exact.lse.shape)
+    if with_dlse:
+        arrays["dlse"] = rng.standard_normal(exact.lse.shape, np.float32)
+    expected = oracle.gradients(
+        query,
+        key,
+        value,
+        np.where(dead_rows[..., None, None], 0, arrays["dout"]),
+        np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
+        **given,
+    )
+    spoil(arrays, case, dead_rows)
+    if with_dlse:
+        arrays["dlse"][dead] = np.nan
+    result_dtype = np.dtype(np.float32) if ways.get("f32_results") else query.dtype
+    results = {
+        f"d{name}": aligned(arrays[name].shape, result_dtype)
+        for name in ("query", "key", "value")
+    }
+    padded = plan.padded_rows(rows) * batch * heads
+    size = padded * (tile + 2) + padded // plan.TURN_ROWS
+    results["workspace"] = aligned((size,), np.float32)
+    call(function, case.options, arrays | case.arrays(), results, **ways)
+    del results["workspace"]
+    expected.pop("bias", None)
+    return {name[1:]: x for name, x in results.items()}, expected
+
+
+def check_gradients(
+    results: dict[str, np.ndarray], expected: dict[str, np.ndarray], dtype: str
+) -> None:
+    """Norms of errors, as tests/emulator_test.py has them."""
+    for name, x in expected.items():
+        result = results[name].astype(np.float64)
+        assert np.isfinite(result).all(), name
+        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
+        assert np.linalg.norm(result - x) <= bound + 1e-5, name
