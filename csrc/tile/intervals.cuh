@@ -39,6 +39,11 @@ struct IntervalMask {
     return {words.x, words.y, words.z, words.w};
   }
 
+  // -1 where a key is dead.
+  __device__ __forceinline__ int id(int key) const {
+    return key < interval_tiles(key_length) * kIntervalKeys ? __ldg(key_ids + key) : -1;
+  }
+
   // Not all of these keys need be visible: ids count too.
   __device__ __forceinline__ KeyInterval interval(int row) const {
     if (row >= query_length) return {0, 0};

@@ -18,38 +18,18 @@ namespace {
 
 using namespace jax_flash;
 
-MhaBwdParams make_params(const Arguments& from, int width) {
-  MhaBwdParams to{};
-  describe(from, to);
-  to.factor = from.scale;
-  to.out = from.out;
-  to.dout = from.dout;
-  to.lse = from.lse;
-  to.dlse = from.dlse;
-  to.dquery = from.dquery;
-  to.dkey = from.dkey;
-  to.dvalue = from.dvalue;
-  to.f32_dquery = to.f32_dkey = to.f32_dvalue = from.f32_results != 0;
-  to.deterministic = from.deterministic != 0;
-  const int64_t rows = int64_t{from.batch} * from.heads * bwd_padded_rows(from.query_length);
-  to.dquery_sum = from.workspace;
-  to.row_lse = to.dquery_sum + rows * width;
-  to.row_delta = to.row_lse + rows;
-  to.turns = reinterpret_cast<int32_t*>(to.row_delta + rows);
-  return to;
-}
-
 // Few widths, because they take the C++ compiler longer than the tests take.
 cudaError_t launch_sm80(const Arguments& arguments, const DeviceInfo& device) {
   const int width = std::max(arguments.head_dim, arguments.head_dim_v);
   constexpr auto kBf16 = ElementType::kBf16;
   constexpr auto kF16 = ElementType::kF16;
   if (arguments.f16 != 0) {
-    return sm80::launch_mha_bwd<kF16, 128, 128>(make_params(arguments, 128), device, nullptr);
+    return sm80::launch_mha_bwd<kF16, 128, 128>(backward_params(arguments, 128), device, nullptr);
   }
   return width <= 64
-             ? sm80::launch_mha_bwd<kBf16, 64, 64>(make_params(arguments, 64), device, nullptr)
-             : sm80::launch_mha_bwd<kBf16, 256, 256>(make_params(arguments, 256), device, nullptr);
+             ? sm80::launch_mha_bwd<kBf16, 64, 64>(backward_params(arguments, 64), device, nullptr)
+             : sm80::launch_mha_bwd<kBf16, 256, 256>(backward_params(arguments, 256), device,
+                                                     nullptr);
 }
 
 // As for sm_80: the widest with bf16, those before with f16.
@@ -58,20 +38,22 @@ cudaError_t launch_sm90(const Arguments& arguments, const DeviceInfo& device) {
   const int wider = std::max(arguments.head_dim, arguments.head_dim_v);
   if constexpr (kType == ElementType::kBf16) {
     if (wider > 192) {
-      return sm90::launch_mha_bwd<kType, 256, 256>(make_params(arguments, 256), device, nullptr);
+      return sm90::launch_mha_bwd<kType, 256, 256>(backward_params(arguments, 256), device,
+                                                   nullptr);
     }
     if (wider > 64 && wider <= 96) {
-      return sm90::launch_mha_bwd<kType, 96, 96>(make_params(arguments, 128), device, nullptr);
+      return sm90::launch_mha_bwd<kType, 96, 96>(backward_params(arguments, 128), device, nullptr);
     }
   } else if (wider > 128) {
-    return arguments.head_dim_v <= 128
-               ? sm90::launch_mha_bwd<kType, 192, 128>(make_params(arguments, 192), device, nullptr)
-               : sm90::launch_mha_bwd<kType, 192, 192>(make_params(arguments, 192), device,
-                                                       nullptr);
+    return arguments.head_dim_v <= 128 ? sm90::launch_mha_bwd<kType, 192, 128>(
+                                             backward_params(arguments, 192), device, nullptr)
+                                       : sm90::launch_mha_bwd<kType, 192, 192>(
+                                             backward_params(arguments, 192), device, nullptr);
   }
   return wider <= 64
-             ? sm90::launch_mha_bwd<kType, 64, 64>(make_params(arguments, 64), device, nullptr)
-             : sm90::launch_mha_bwd<kType, 128, 128>(make_params(arguments, 128), device, nullptr);
+             ? sm90::launch_mha_bwd<kType, 64, 64>(backward_params(arguments, 64), device, nullptr)
+             : sm90::launch_mha_bwd<kType, 128, 128>(backward_params(arguments, 128), device,
+                                                     nullptr);
 }
 
 }  // namespace

@@ -81,4 +81,26 @@ inline void describe(const Arguments& from, MhaParams& to) {
       from.slopes, {from.slope_stride}, from.softcap};
 }
 
+// `width`: of the sum of the gradient of queries in the workspace.
+inline MhaBwdParams backward_params(const Arguments& from, int width) {
+  MhaBwdParams to{};
+  describe(from, to);
+  to.factor = from.scale;
+  to.out = from.out;
+  to.dout = from.dout;
+  to.lse = from.lse;
+  to.dlse = from.dlse;
+  to.dquery = from.dquery;
+  to.dkey = from.dkey;
+  to.dvalue = from.dvalue;
+  to.f32_dquery = to.f32_dkey = to.f32_dvalue = from.f32_results != 0;
+  to.deterministic = from.deterministic != 0;
+  const int64_t rows = int64_t{from.batch} * from.heads * bwd_padded_rows(from.query_length);
+  to.dquery_sum = from.workspace;
+  to.row_lse = to.dquery_sum + rows * width;
+  to.row_delta = to.row_lse + rows;
+  to.turns = reinterpret_cast<int32_t*>(to.row_delta + rows);
+  return to;
+}
+
 }  // namespace jax_flash
