@@ -76,14 +76,19 @@ def test_missing_files() -> None:
 
 
 def name(
-    dtype: int, head_dim: int, head_dim_v: int, keys: int, warpgroups: int = 2
+    dtype: int,
+    head_dim: int,
+    head_dim_v: int,
+    keys: int,
+    warpgroups: int = 2,
+    intervals: bool = False,
 ) -> str:
     """The kernel with these template arguments, as the compiler mangles it."""
     return (
         "_ZN9jax_flash4sm9014mha_fwd_kernelINS0_9FwdConfigILNS_11ElementTypeE"
         f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi{warpgroups}ELi{keys}"
-        "ELi1ELi2"
-        "EEEEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
+        f"ELi1ELi2ELi4EEELb{intervals:d}"
+        "EEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
     )
 
 
@@ -131,9 +136,19 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
     [
         ("9BwdConfigILNS_11ElementTypeE1ELi128ELi80ELb0E", "128x128", (80, 128)),
         (
-            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1E",
+            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1ENS_7RowMaskE",
             "192x128",
             (64, 128, 192),
+        ),
+        (
+            "9BwdConfigILNS_11ElementTypeE1ELi64ELi64ELb0ENS_12IntervalMaskE",
+            "intervals 64x64",
+            (32, 64),
+        ),
+        (
+            "13BwdWideConfigILNS_11ElementTypeE1ELi256ELi256ELb0ENS_12IntervalMaskE",
+            "intervals 256x256",
+            (64, 256),
         ),
     ],
 )
@@ -145,15 +160,26 @@ def test_matrix_instructions_of_the_backward(
         "EEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
     )
     right = {f"HGMMA.64x{width}x16.F32" for width in widths}
-    others = check_build.judge_hgmma({})
-    assert set(check_build.judge_hgmma({name: right})) < set(others)
-    fault = check_build.judge_hgmma({name: right | {"HGMMA.64x32x16.F32"}})[0]
-    assert fault.startswith(f"bwd_f16_{kernel}: ['HGMMA.64x")
+    kind, _, size = kernel.rpartition(" ")
+    stem = f"bwd_{kind}_f16_{size}" if kind else f"bwd_f16_{size}"
+    faults = check_build.judge_hgmma({name: right})
+    assert all(f.endswith(": no sm_90a code of it") for f in faults)
+    assert f"{stem}: no sm_90a code of it" not in faults
+    fault = check_build.judge_hgmma({name: right | {"HGMMA.64x24x16.F32"}})[0]
+    assert fault.startswith(f"{stem}: ['HGMMA.64x")
 
 
 def test_missing_matrix_instructions() -> None:
     faults = check_build.judge_hgmma({name(0, 64, 64, 128): set()})
     assert "fwd_bf16_64x64: [], expected" in faults[0]
+
+
+def test_kernels_with_intervals_have_files_of_their_own() -> None:
+    wrong = name(0, 64, 64, 128, intervals=True)
+    faults = check_build.judge_hgmma({wrong: set()})
+    assert faults[0].startswith("fwd_intervals_bf16_64x64: [], expected")
+    (fault,) = check_build.judge_collectives({wrong: check_build.Counter()})
+    assert fault.startswith("fwd_intervals_bf16_64x64: {}, expected")
 
 
 def test_narrow_tiles() -> None:

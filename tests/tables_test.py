@@ -124,6 +124,36 @@ def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> N
     assert kernel == ("mha_bwd", available, "bf16", 128, 128)
 
 
+@pytest.mark.parametrize("op", ["mha_fwd_intervals", "mha_bwd_intervals"])
+@pytest.mark.parametrize(
+    ("widths", "hopper", "other"),
+    [
+        ((1, 1), 128, 128),
+        ((8, 64), 64, 128),
+        ((72, 8), 128, 128),
+        ((128, 136), 256, 256),
+        ((256, 256), 256, 256),
+        ((264, 8), None, None),
+    ],
+)
+def test_choice_with_intervals(
+    op: str, widths: tuple[int, int], hopper: int | None, other: int | None
+) -> None:
+    for dtype in plan.DTYPES:
+        for capability, width in ((HOPPER, hopper), (80, other), (120, other)):
+            kernel = plan.choose(op, dtype, *widths, capability)
+            assert widths_of(kernel) == (width and (width, width))
+            assert kernel is None or kernel.op == op
+
+
+def test_operation() -> None:
+    assert plan.operation("mha_fwd", ()) == "mha_fwd"
+    lengths = ("query_seq_lengths", "is_causal", "sinks", "dropout_seeds")
+    assert plan.operation("mha_bwd", lengths) == "mha_bwd"
+    for name in ("softcap", "alibi_slopes", "q_segment_ids", "cu_seqlens_q"):
+        assert plan.operation("mha_bwd", (*lengths, name)) == "mha_bwd_intervals"
+
+
 def test_extension_knows_its_operations(built: Any) -> None:
     """Every target is registered, and nothing is chosen for another name."""
     targets = {
@@ -244,8 +274,9 @@ def workspace_of(kernel: plan.Kernel, batch: int, heads: int, query_length: int)
 @pytest.mark.parametrize(
     "widths", [(1, 1), (64, 64), (72, 40), (128, 36), (192, 8), (192, 250)]
 )
+@pytest.mark.parametrize("op", ["mha_bwd", "mha_bwd_intervals"])
 def test_workspace_suffices_everywhere(
-    query_length: int, widths: tuple[int, int]
+    query_length: int, widths: tuple[int, int], op: str
 ) -> None:
     sizes = [
         workspace_of(kernel, 3, 5, query_length)
@@ -253,7 +284,8 @@ def test_workspace_suffices_everywhere(
             (HOPPER, *OTHERS), (1, 3), (False, True)
         )
         if (
-            kernel := plan.backward_kernel(
+            kernel := plan.choose(
+                op,
                 "bfloat16",
                 *widths,
                 capability,
@@ -262,7 +294,7 @@ def test_workspace_suffices_everywhere(
             )
         )
     ]
-    got = plan.backward_workspace(3, 5, query_length, "bfloat16", *widths)
+    got = plan.backward_workspace(3, 5, query_length, "bfloat16", *widths, op)
     assert got == max(sizes)
 
 

@@ -44,16 +44,18 @@ HGMMA = re.compile(r"\bHGMMA\.\S+")
 # Instructions of a whole warpgroup, and whether they depend on a predicate.
 COLLECTIVE = re.compile(r"(@!?U?P\w+\s+)?\b(HGMMA|WARPGROUP\.(?:ARRIVE|DEPBAR))\b")
 # As the compiler writes sm90::mha_fwd_kernel<FwdConfig<type, head_dim, head_dim_v,
-# FwdTiles{warpgroups, keys, ...}>>.
+# FwdTiles{warpgroups, keys, ...}, intervals>>.
 SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
+    r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])E)?"
 )
-# sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic>> and, over width
-# 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic>>.
+# sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic, mask>> and, over
+# width 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, mask>>.
 SM90_BACKWARD = re.compile(
     r"4sm90\d+mha_bwd_kernelI.*?Bwd(?P<wide>Wide)?ConfigILNS_11ElementTypeE"
-    r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)E"
+    r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)ELb[01]E"
+    r"(?P<intervals>NS_12IntervalMaskE)?"
 )
 WIDE_BACKWARD_TILE = 64
 """Queries, and keys, of a tile of the backward over width 128."""
@@ -190,12 +192,18 @@ def differences(kernel: str, dtype: str, got: set[str], widths: set[int]) -> lis
     return [] if got == want else [f"{kernel}: {sorted(got)}, expected {sorted(want)}"]
 
 
+def forward_kind(match: re.Match[str]) -> str:
+    """How the file names of a forward kernel begin."""
+    return "fwd_intervals" if match["intervals"] == "1" else "fwd"
+
+
 def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     """Kernels whose matrix instructions are not those their tiles ask for.
 
     Scores take instructions as wide as a tile of keys, outputs as wide as the values;
-    the backward's as wide as a tile of queries, and as the heads. Anything else means a
-    tile that was cut up.
+    the backward's as wide as a tile of queries, and as the heads; with intervals each
+    of two warpgroups has half of the gradient of queries. Anything else means a tile
+    that was cut up.
     """
     faults = []
     seen = set()
@@ -207,7 +215,10 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
                 widths.add(head_dim_v)
             else:
                 head_dim_v, rows = int(match["head_dim"]), int(match["second"])
-            kernel = f"bwd_{dtype}_{match['head_dim']}x{head_dim_v}"
+                if match["intervals"]:
+                    widths.add(head_dim_v // 2)
+            kind = "bwd_intervals" if match["intervals"] else "bwd"
+            kernel = f"{kind}_{dtype}_{match['head_dim']}x{head_dim_v}"
             seen.add(kernel)
             faults += differences(kernel, dtype, got, widths | {rows})
             continue
@@ -217,7 +228,9 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
                 faults.append(f"{name}: {sorted(got)} in a kernel with unknown tiles")
             continue
         dtype, keys = TYPES[int(match["type"])], int(match["keys"])
-        kernel = f"fwd_{dtype}_{match['head_dim']}x{match['head_dim_v']}"
+        kernel = (
+            f"{forward_kind(match)}_{dtype}_{match['head_dim']}x{match['head_dim_v']}"
+        )
         seen.add(kernel)
         faults += differences(kernel, dtype, got, {keys, int(match["head_dim_v"])})
         if keys < MINIMUM_KEYS:
@@ -270,7 +283,8 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
             }
         )
         if got != want:
-            kernel = f"fwd_{TYPES[int(match['type'])]}_{head_dim}x{head_dim_v}"
+            dtype = TYPES[int(match["type"])]
+            kernel = f"{forward_kind(match)}_{dtype}_{head_dim}x{head_dim_v}"
             faults.append(f"{kernel}: {dict(got)}, expected {dict(want)}")
     return faults
 
