@@ -55,8 +55,9 @@ def build(name: str, folder: Path) -> ctypes.CDLL:
     """Compiles `emulator/<name>.cc` with the kernels it includes."""
     here = ROOT / "tests" / "emulator"
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wno-psabi"]
-    command += ["-D__CUDACC__", f"-I{here}", f"-I{here / 'include'}"]
-    command += [f"-I{ROOT / 'csrc'}", "-o", str(folder / f"{name}.so")]
+    command += ["-U_FORTIFY_SOURCE", "-D__CUDACC__", f"-I{here}"]
+    command += [f"-I{here / 'include'}", f"-I{ROOT / 'csrc'}"]
+    command += ["-o", str(folder / f"{name}.so")]
     subprocess.run([*command, str(here / f"{name}.cc")], check=True)
     return ctypes.CDLL(str(folder / f"{name}.so"))
 
@@ -191,7 +192,8 @@ def test_forward_sm90(forward: ctypes.CDLL, widths: tuple[int, int], case: str) 
     shape, given = CASES[case]
     number = list(CASES).index(case) + widths[0]
     dtype = ("bfloat16", "float16")[number % 2]
-    check_forward(forward, problem(shape, *widths, dtype), given, 1 + number % 3)
+    arrays = problem(shape, *widths, dtype)
+    check_forward(forward.mha_fwd_sm90, arrays, given, 1 + number % 3)
 
 
 @pytest.mark.parametrize("jump", [5, 30, 100])
@@ -204,11 +206,11 @@ def test_forward_sm90_of_growing_scores(
     arrays["query"][..., 0] = 32
     shift = growing(600, jump) * width**0.5 / 32
     arrays["key"][..., 0] = shift[None, :, None]
-    check_forward(forward, arrays, {}, 1)
+    check_forward(forward.mha_fwd_sm90, arrays, {}, 1)
 
 
 def check_forward(
-    library: ctypes.CDLL,
+    function: Any,
     arrays: dict[str, np.ndarray],
     given: dict[str, Any],
     multiprocessors: int,
@@ -220,7 +222,7 @@ def check_forward(
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
     call(
-        library.mha_fwd_sm90,
+        function,
         given,
         arrays,
         {"out": out, "lse": lse},

@@ -54,23 +54,31 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t shared, bool transposed) {
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) { load_matrices(r, shared, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) { load_matrices(r, shared, true); }
 
+// The two elements of a register as floats: lanes exchange these, so that each converts its own.
+template <typename T>
+uint64_t pair_of_floats(uint32_t pair) {
+  const auto bits = [&](int half) {
+    const auto element = emulator::bit_cast<T>(pair >> (16 * half) & 0xffff);
+    return emulator::bits_of(static_cast<float>(element));
+  };
+  return bits(0) | bits(1) << 32;
+}
+
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const uint64_t words[5] = {a[0], a[1] | uint64_t{a[2]} << 32, a[3], b0, b1};
-  auto& all = emulator::exchange(words, 5);
+  const uint64_t words[6] = {pair_of_floats<T>(a[0]), pair_of_floats<T>(a[1]),
+                             pair_of_floats<T>(a[2]), pair_of_floats<T>(a[3]),
+                             pair_of_floats<T>(b0),   pair_of_floats<T>(b1)};
+  auto& all = emulator::exchange(words, 6);
   const int lane = emulator::lane();
-  const auto element = [](uint64_t word, int half) {
-    return static_cast<float>(emulator::bit_cast<T>(word >> (16 * half) & 0xffff));
-  };
   for (int i = 0; i < 4; ++i) {
     const int column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint64_t* const from = all[lane / 4 * 4 + k % 8 / 2];
-      const int part = k / 8 * 2 + i / 2;  // of a
-      const uint64_t left = part == 0   ? from[0]
-                            : part == 3 ? from[2]
-                                        : from[1] >> (32 * (part - 1));
-      d[i] += element(left, k % 2) * element(all[column * 4 + k % 8 / 2][3 + k / 8], k % 2);
+      const uint64_t left = all[lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + i / 2];
+      const uint64_t right = all[column * 4 + k % 8 / 2][4 + k / 8];
+      const int shift = k % 2 * 32;
+      d[i] += emulator::bit_cast<float>(left >> shift & 0xffffffff) *
+              emulator::bit_cast<float>(right >> shift & 0xffffffff);
     }
   }
 }
