@@ -75,12 +75,12 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def _lowered_as_on_cuda() -> Iterator[None]:
+def _lowered_as_on_cuda(option_kernels: bool = False) -> Iterator[None]:
     jax.clear_caches()
     mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
     mlir.register_lowering(inner.backward_i, inner._backward_cuda, platform="cpu")
     try:
-        with registry.assume_kernels():
+        with registry.assume_kernels(option_kernels=option_kernels):
             yield
     finally:
         mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
@@ -91,18 +91,18 @@ def _lowered_as_on_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_cpu() -> Iterator[None]:
+def on_cpu(option_kernels: bool = False) -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to the stand-in."""
     _register()
-    with _lowered_as_on_cuda():
+    with _lowered_as_on_cuda(option_kernels):
         yield
 
 
 @contextlib.contextmanager
-def emulated() -> Iterator[None]:
+def emulated(option_kernels: bool = False) -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to jnp operations for those of kernels."""
     with (
-        _lowered_as_on_cuda(),
+        _lowered_as_on_cuda(option_kernels),
         mock.patch.object(jax.ffi, "ffi_call", _emulation),
     ):
         yield
@@ -142,6 +142,11 @@ def _emulation(
             x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
             for x in operands
         ]
+        heads, kv_heads = (
+            int(attributes[name]) for name in ("packed_heads", "packed_kv_heads")
+        )
+        if heads:
+            wide[:3] = _unpacked(wide[:3], heads, kv_heads)
         if target == registry.FORWARD_TARGET:
             computed = reference.forward(*wide, config=config)
         else:
@@ -151,6 +156,16 @@ def _emulation(
         return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
     return run
+
+
+def _unpacked(same: Sequence[jax.Array], heads: int, kv_heads: int) -> list[jax.Array]:
+    """Query, key and value from what is given for each: [*B, T, (N + 2 K) H]."""
+    *lead, width = same[0].shape
+    assert [x.shape for x in same] == [(*lead, width)] * 3
+    width //= heads + 2 * kv_heads
+    ends = [heads * width, (heads + kv_heads) * width]
+    cut = [jnp.split(x, ends, axis=-1)[i] for i, x in enumerate(same)]
+    return [x.reshape(*lead, -1, width) for x in cut]
 
 
 def _emulated_gradients(

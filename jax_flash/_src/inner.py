@@ -18,13 +18,14 @@ from jax.interpreters import mlir, xla
 from jax_flash._src import (
     avals,
     compat,
+    packed,
     plan,
     reference,
     reference_grad,
     registry,
     sinks,
 )
-from jax_flash._src.config import OPERANDS, TRAILING, AttentionConfig, Backward
+from jax_flash._src.config import OPERANDS, QKV, TRAILING, AttentionConfig, Backward
 from jax_flash._src.decode_call import DecodeConfig
 
 TENSORS = OPERANDS[:3]
@@ -60,18 +61,22 @@ def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
     Raises:
       NotImplementedError: neither may.
     """
-    query, _, value = ctx.avals_in[:3]
+    query = ctx.avals_in[0]
+    if config.qkv_heads is None:
+        widths = query.shape[-1], ctx.avals_in[2].shape[-1]
+    else:
+        width = packed.shapes(config.qkv_heads, query.shape)[0][-1]
+        widths = width, width
     shapes = [x.shape for x in (*ctx.avals_in, *ctx.avals_out)]
     if "cuda" not in config.implementations or any(0 in shape for shape in shapes):
         return False
-    batch_dims = query.ndim - 3
+    batch_dims = query.ndim - TRAILING[config.present[0]]
     if batch_dims > plan.MAX_BATCH_DIMS:
         reason = (
             f"takes at most {plan.MAX_BATCH_DIMS} batch dimensions (vmap adds one "
             f"each), got {batch_dims}"
         )
     else:
-        widths = query.shape[-1], value.shape[-1]
         built = registry.extension().kernels
         missing = plan.missing_kernel(op, query.dtype, *widths, built)
         reason = None if missing is None else f"has no {op} kernel for {missing}"
@@ -80,24 +85,41 @@ def _runs_kernel(ctx: Any, config: AttentionConfig, op: str) -> bool:
     return reason is None
 
 
-def _layouts(config: AttentionConfig, names: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """Physical order, major to minor, of operands: of query, key, value their own."""
-    batch_dims = len(config.orders[0]) - 3
-    return [*config.orders] + [
-        tuple(range(batch_dims + TRAILING[name])) for name in names[3:]
-    ]
+def _tensors(
+    config: AttentionConfig, given: dict[str, jax.Array]
+) -> tuple[list[jax.Array], list[tuple[int, ...]]]:
+    """What the kernel takes for query, key and value, and the shape of each of them.
+
+    An array of all three is given three times; the kernel finds the heads in it.
+    """
+    if config.qkv_heads is None:
+        tensors = [given[name] for name in TENSORS]
+        return tensors, [x.shape for x in tensors]
+    whole = given[QKV]
+    return [whole] * 3, packed.shapes(config.qkv_heads, whole.shape)
 
 
-def _kernel_operands(config: AttentionConfig) -> tuple[str, ...]:
-    """The operands that the kernels are given: all but the sinks."""
-    return tuple(name for name in config.present if name != "sinks")
+def _others(config: AttentionConfig) -> tuple[str, ...]:
+    """The operands that the kernels are given besides: all but the sinks."""
+    return tuple(n for n in config.present[len(config.orders) :] if n != "sinks")
+
+
+def _orders(config: AttentionConfig) -> tuple[tuple[int, ...], ...]:
+    """Physical order, major to minor, of what is given for query, key and value."""
+    return config.orders * (3 // len(config.orders))
+
+
+def _layouts(config: AttentionConfig, others: Iterable[jax.Array]) -> list[tuple]:
+    """Physical orders of these, and of `others`, which are row-major."""
+    return [*_orders(config), *(tuple(range(x.ndim)) for x in others)]
 
 
 def _attributes(config: AttentionConfig) -> dict[str, Any]:
     """What forward and backward tell the kernel about the mask and the operands."""
     query_order, key_order, value_order = (
-        np.asarray(order, np.int64) for order in config.orders
+        np.asarray(order, np.int64) for order in _orders(config)
     )
+    heads, kv_heads = config.qkv_heads or (0, 0)
     # numpy scalars, because a Python float would become an f64 attribute.
     return {
         "scale": np.float32(config.scale),
@@ -106,6 +128,8 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
         "bottom_right": config.bottom_right,
         "has_query_lengths": "query_seq_lengths" in config.present,
         "has_kv_lengths": "key_value_seq_lengths" in config.present,
+        "packed_heads": np.int64(heads),
+        "packed_kv_heads": np.int64(kv_heads),
         "query_order": query_order,
         "key_order": key_order,
         "value_order": value_order,
@@ -133,23 +157,22 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     The kernel gets no sinks: they are joined to its results.
     """
     given = dict(zip(config.present, args, strict=True))
-    names = _kernel_operands(config)
-    batch = _full_batch(given, names)
-    query, _, value = args[:3]
-    rows, heads, _ = query.shape[-3:]
-    out_shape = (*batch, rows, heads, value.shape[-1])
+    batch = _full_batch(given, (name for name in given if name != "sinks"))
+    tensors, (query_shape, _, value_shape) = _tensors(config, given)
+    query, (rows, heads, _) = args[0], query_shape[-3:]
+    others = [given[name] for name in _others(config)]
     results = [
-        jax.ShapeDtypeStruct(out_shape, query.dtype),
+        jax.ShapeDtypeStruct((*batch, rows, heads, value_shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
     ]
     run = jax.ffi.ffi_call(
-        registry.FORWARD_TARGET, results, input_layouts=_layouts(config, names)
+        registry.FORWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
-    out, lse = run(*(given[name] for name in names), **_attributes(config))
+    out, lse = run(*tensors, *others, **_attributes(config))
     if "sinks" not in given:
         return [out, lse]
     out, lse = (compat.vary_like(x, query) for x in (out, lse))
-    return sinks.join(config, given, out, lse)
+    return sinks.join(config, given, value_shape[-3], out, lse)
 
 
 _forward_by_kernel = mlir.lower_fun(call_forward, multiple_results=True)
@@ -186,7 +209,7 @@ def call_backward(
     by_name = {}
     if "sinks" in shared:
         by_name["sinks"] = sinks.gradient(given)
-    if set(TENSORS) & set(shared):
+    if {QKV, *TENSORS} & set(shared):
         by_name |= _run_backward(given, batch, shared, config, backward)
 
     def finished(name: str) -> jax.Array:
@@ -206,38 +229,36 @@ def _run_backward(
     backward: Backward,
 ) -> dict[str, jax.Array]:
     """The FFI call: gradients of query, key and value, each with the full batch."""
-    operands = _kernel_operands(config)
-    lengths = operands[3:]
-    names = avals.backward_operands(config, backward)
-    ordered = (*operands[:3], *names[len(config.present) :], *lengths)
-    query, key, value = (given[name] for name in TENSORS)
+    residuals = avals.backward_operands(config, backward)[len(config.present) :]
+    others = [given[name] for name in (*residuals, *_others(config))]
+    tensors, shapes = _tensors(config, given)
+    dtype = tensors[0].dtype
+    dtypes = [
+        jnp.float32 if shared.get(name) or shared.get(QKV) else dtype
+        for name in TENSORS
+    ]
     results = [
-        jax.ShapeDtypeStruct(
-            batch + x.shape[len(batch) :], jnp.float32 if shared.get(name) else x.dtype
-        )
-        for name, x in zip(TENSORS, (query, key, value), strict=True)
+        jax.ShapeDtypeStruct(batch + shape[len(batch) :], one)
+        for shape, one in zip(shapes, dtypes, strict=True)
     ]
     count = 1
     for size in batch:
         count *= size
-    workspace = plan.backward_workspace(
-        count,
-        query.shape[-2],
-        query.shape[-3],
-        query.dtype,
-        query.shape[-1],
-        value.shape[-1],
-    )
+    rows, heads, width = shapes[0][-3:]
+    workspace = plan.backward_workspace(count, heads, rows, dtype, width, shapes[2][-1])
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     run = jax.ffi.ffi_call(
-        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, ordered)
+        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
     gradients = run(
-        *(given[name] for name in ordered),
+        *tensors,
+        *others,
         **_attributes(config),
         has_dlse=backward.has_dlse,
         deterministic=config.deterministic or compat.deterministic_ops(),
     )
+    if config.qkv_heads is not None:
+        return {QKV: packed.join(gradients[:3])}
     return dict(zip(TENSORS, gradients, strict=False))
 
 

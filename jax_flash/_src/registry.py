@@ -34,6 +34,8 @@ class Extension:
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
       quantised_kernels: whether decoding may use those for 8-bit caches.
+      option_kernels: whether attention may use what no GPU has run yet: `mha_qkvpacked`
+        reading in place.
       missing: why there is no extension, None if there is one.
     """
 
@@ -41,6 +43,7 @@ class Extension:
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
     quantised_kernels: bool = True
+    option_kernels: bool = False
     missing: str | None = None
 
 
@@ -59,7 +62,8 @@ def _load() -> Extension:
     info = tuple(sorted(kernels.build_info().items()))
     # Until these kernels have passed on a GPU.
     quantised = os.environ.get("JAX_FLASH_QUANTISED_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), quantised)
+    options = os.environ.get("JAX_FLASH_OPTION_KERNELS") == "1"
+    return Extension(table, info, kernels.force_sm80(), quantised, options)
 
 
 _assumed: list[Extension] = []
@@ -72,14 +76,21 @@ def extension() -> Extension:
 
 @contextlib.contextmanager
 def assume_kernels(
-    kernels: Iterable[plan.Kernel] = plan.KERNELS, *, force_sm80: bool = False
+    kernels: Iterable[plan.Kernel] = plan.KERNELS,
+    *,
+    force_sm80: bool = False,
+    option_kernels: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
+    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does.
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
-    _assumed.append(Extension(tuple(kernels), force_sm80=force_sm80))
+    assumed = Extension(
+        tuple(kernels), force_sm80=force_sm80, option_kernels=option_kernels
+    )
+    _assumed.append(assumed)
     try:
         yield
     finally:
