@@ -212,8 +212,7 @@ def test_error_is_within_twice_that_of_xla() -> None:
         config = AttentionConfig(scale=0.125, window_right=0)
         joined, lse = sinks.join(
             config,
-            {"sinks": sink[None]},
-            key.shape[1],
+            {"key": jnp.asarray(key), "sinks": sink[None]},
             kernel,
             jnp.asarray(without.lse, jnp.float32),
         )

@@ -172,7 +172,7 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     if "sinks" not in given:
         return [out, lse]
     out, lse = (compat.vary_like(x, query) for x in (out, lse))
-    return sinks.join(config, given, value_shape[-3], out, lse)
+    return sinks.join(config, given, out, lse)
 
 
 _forward_by_kernel = mlir.lower_fun(call_forward, multiple_results=True)

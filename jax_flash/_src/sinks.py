@@ -22,14 +22,13 @@ from jax_flash._src.scores import Operands
 
 
 def join(
-    config: AttentionConfig, o: Operands, keys: int, out: jax.Array, lse: jax.Array
+    config: AttentionConfig, o: Operands, out: jax.Array, lse: jax.Array
 ) -> list[jax.Array]:
     """Adds the sinks to the results of a call without them.
 
     Args:
       config: the call.
       o: its canonical operands by name, sinks [*B, N] among them.
-      keys: S.
       out: [*B, T, N, Hv], without sinks.
       lse: float32 [*B, N, T], without sinks; -inf in rows without keys.
 
@@ -40,20 +39,19 @@ def join(
     """
     sink = o["sinks"].astype(lse.dtype)[..., None]
     total = jnp.logaddexp(lse, sink)
-    live = _has_keys(config, o, keys, lse) & (total != -jnp.inf)
+    live = _has_keys(config, o, lse) & (total != -jnp.inf)
     share = jnp.where(live, jnp.exp(lse - jnp.where(live, total, 0)), 0)
     by_row = jnp.swapaxes(share, -1, -2)[..., None]
     joined = (out.astype(lse.dtype) * by_row).astype(out.dtype)
     return [joined, jnp.where(live, total, -jnp.inf)]
 
 
-def _has_keys(
-    config: AttentionConfig, o: Operands, keys: int, lse: jax.Array
-) -> jax.Array:
+def _has_keys(config: AttentionConfig, o: Operands, lse: jax.Array) -> jax.Array:
     """Which rows may attend a key, as far as that can be told without the scores."""
     if {"mask", "q_segment_ids"} & set(o):
         return lse != -jnp.inf
     rows = lse.shape[-1]
+    keys = o["key"].shape[-3] if "key" in o else rows  # where one array has both
     where = mask.locate(config, o, jnp.arange(rows, dtype=jnp.int32), rows, keys)
     return (where.first < where.end)[..., None, :]
 
