@@ -5,7 +5,6 @@ import itertools
 import shutil
 
 import interval_cases
-import numpy as np
 import pytest
 from emulator_test import build
 

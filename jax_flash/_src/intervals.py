@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._src import compat, mask
-from jax_flash._src.config import TRAILING, AttentionConfig
+from jax_flash._src.config import QKV, TRAILING, AttentionConfig
 from jax_flash._src.scores import Operands
 
 OPERANDS = (
@@ -58,11 +58,12 @@ def intervals(config: AttentionConfig, o: Operands) -> Intervals:
       config: the call.
       o: its canonical operands by name, none of them empty.
     """
-    query, key = o["query"], o["key"]
     given = {name: o[name] for name in OPERANDS if name in o}
-    sizes = query.shape[-3], key.shape[-3]
-    made = _intervals(given, config, sizes, query.ndim - TRAILING["query"])
-    return Intervals(*(compat.vary_like(x, query) for x in made))
+    names = (QKV, QKV) if QKV in o else ("query", "key")
+    sizes = tuple(o[name].shape[-TRAILING[name]] for name in names)
+    whole = o[names[0]]
+    made = _intervals(given, config, sizes, whole.ndim - TRAILING[names[0]])
+    return Intervals(*(compat.vary_like(x, whole) for x in made))
 
 
 # One function of the program, however many calls have such a mask.
