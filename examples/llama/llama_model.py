@@ -1,9 +1,9 @@
 """A decoder of the Llama family in Flax NNX, on the operations of `jax_flash`.
 
-Lives here: `Config`, the model, the caches of its layers, and the functions that run it:
-`prefill` reads the beginnings of sequences, `step` up to 64 more tokens of each, and
-`next_tokens` is one of the two and `jax_flash.sample` in one jitted program. Weights come
-from `llama_weights`, text becomes tokens in `llama_tokenizer`.
+Lives here: `Config`, the model, the caches of its layers, and the functions that run
+it: `prefill` reads the beginnings of sequences, `step` up to 64 more tokens of each, and
+`next_tokens` is one of the two and `jax_flash.sample` in one jitted program. Weights
+come from `llama_weights`, text becomes tokens in `llama_tokenizer`.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Caches:
       k: for each layer [B, S, K, H], or pages [pages, page, K, H].
       v: the same of values.
       lengths: int32 [B], tokens of each sequence; negative: switched off.
-      page_table: int32 [B, max_pages] as in `PagedKVCache`, with -1 where a sequence has
-        no page; or None: contiguous.
+      page_table: int32 [B, max_pages] as in `PagedKVCache`, with -1 where a sequence
+        has no page; or None: contiguous.
     """
 
     k: list[jax.Array]
@@ -168,7 +168,8 @@ class Caches:
     def copy_pages(self, source: Any, target: Any) -> Self:
         """`PagedKVCache.copy_pages` in every layer."""
         layers = [
-            self.layer(index).copy_pages(source, target) for index in range(len(self.k))
+            PagedKVCache(k, v, self.page_table, self.lengths).copy_pages(source, target)
+            for k, v in zip(self.k, self.v, strict=True)
         ]
         return dataclasses.replace(
             self, k=[layer.k for layer in layers], v=[layer.v for layer in layers]
@@ -201,8 +202,8 @@ class Sampling:
 
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""From the index of a layer and its query [B, T, N, H], key and value [B, T, K, H], none
-of them turned yet, to [B, T, N, H]."""
+"""From the index of a layer and its query [B, T, N, H], key and value [B, T, K, H],
+none of them turned yet, to [B, T, N, H]."""
 
 
 def _dense(sizes: tuple[int, int], config: Config, rngs: nnx.Rngs) -> nnx.Linear:
@@ -326,7 +327,7 @@ class Llama(nnx.Module):
         )
 
     def turned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotary embedding of [B, T, heads, H] at int32 positions that broadcast to [B, T].
+        """Rotary embedding of [B, T, heads, H] at int32 positions [B, T] or [T].
 
         Element i of the first half of a head turns with element i of the second.
         """
@@ -400,15 +401,16 @@ def step(
 ) -> tuple[jax.Array, Caches]:
     """Reads up to 64 more tokens of each sequence, with `jax_flash.decode_mha`.
 
-    Decoding (T = 1) and chunks of prompts are the same, also in one call. Padding may be
-    written behind the new tokens of a sequence, into its own room and pages: the next
-    tokens go over it. Nothing is written for a sequence without new tokens.
+    Decoding (T = 1) and chunks of prompts are the same, also in one call. Padding may
+    be written behind the new tokens of a sequence, into its own room and pages: the
+    next tokens go over it. Nothing is written for a sequence without new tokens.
 
     Args:
       model: the model.
       tokens: int32 [B, T], T from 1 to 64, padded behind the counts with any tokens.
       counts: int32 [B], how many are new in each sequence, from 0 to T; they need room
-        in the caches, and in shared pages the copy that `PageAllocator.extend` asks for.
+        in the caches, and in a shared page the copy that `PageAllocator.extend` asks
+        for.
       caches: contiguous or paged; sequences of negative length are left as they are.
       all_logits: whether to return those of every position.
 
@@ -445,7 +447,7 @@ def step(
 
 
 def _rolled(x: jax.Array, by: jax.Array) -> jax.Array:
-    """[B, T, N, H] with the tokens of each sequence moved up by int32 [B], in a ring."""
+    """[B, T, N, H] with the tokens of each sequence moved by int32 [B], in a ring."""
     length = x.shape[1]
     if length == 1:
         return x
