@@ -1,9 +1,9 @@
 """A decoder of the Llama family in Flax NNX, on the operations of `jax_flash`.
 
-Lives here: `Config`, the model, the caches of its layers, and the functions that run
-it: `prefill` reads the beginnings of sequences, `step` up to 64 more tokens of each, and
-`next_tokens` is one of the two and `jax_flash.sample` in one jitted program. Weights
-come from `llama_weights`, text becomes tokens in `llama_tokenizer`.
+Lives here: `Config`, the model, the caches of its layers, and what runs it: `prefill`
+reads the beginnings of sequences, `step` up to 64 more tokens of each, `next_tokens` is
+one of the two and `jax_flash.sample` in one jitted program. Weights come from
+`llama_weights`, text becomes tokens in `llama_tokenizer`.
 """
 
 from __future__ import annotations
@@ -167,6 +167,8 @@ class Caches:
 
     def copy_pages(self, source: Any, target: Any) -> Self:
         """`PagedKVCache.copy_pages` in every layer."""
+        if self.page_table is None:
+            raise ValueError("copy_pages needs paged caches, got contiguous ones")
         layers = [
             PagedKVCache(k, v, self.page_table, self.lengths).copy_pages(source, target)
             for k, v in zip(self.k, self.v, strict=True)
