@@ -250,6 +250,13 @@ class Engine:
         pages = range(self.allocator.num_pages)
         return sum(self.allocator.owners(page) > 1 for page in pages)
 
+    def warm_up(self) -> None:
+        """Compiles what the engine runs, so that no request waits for it."""
+        for rows, length in ((self.read_rows, self.chunk), (len(self._slots), 1)):
+            self._advance(self._batch(rows, length))
+        self._pools = copy_page(self._pools, np.int32(0), np.int32(0))
+        jax.block_until_ready(self._pools)
+
     def add_prefix(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Reads tokens and keeps them, for requests that begin with them.
 
