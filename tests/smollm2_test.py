@@ -67,27 +67,31 @@ def test_tokens(tokenizer: Tokenizer) -> None:
             assert tokenizer.decode(entry["tokens"]) == prompt
 
 
-def test_probabilities(model: Llama) -> None:
+@pytest.fixture(scope="module")
+def logits(model: Llama) -> np.ndarray:
+    """Without a cache, of each prompt and its continuation: float32 [5, T, V]."""
+    rows = [entry["tokens"] + entry["continuation"] for entry in reference()]
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    return np.asarray(forward(model, table(rows)))
+
+
+def test_probabilities(logits: np.ndarray) -> None:
     """The likeliest token at every position, and the largest probabilities."""
-
-    @jax.jit
-    def probabilities(model: Llama, tokens: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model(tokens))
-
-    rows = [entry["tokens"] for entry in reference()]
-    everything = np.asarray(probabilities(model, table(rows)))
     worst = 0.0
-    for entry, found in zip(reference(), everything, strict=True):
+    for entry, found in zip(reference(), logits, strict=True):
         likeliest = np.array(entry["likeliest"])
         found = found[: len(likeliest)]
         np.testing.assert_array_equal(found.argmax(-1), likeliest[:, 0])
-        ours = np.take_along_axis(found, likeliest, axis=1)
+        shares = np.asarray(jax.nn.softmax(found))
+        ours = np.take_along_axis(shares, likeliest, axis=1)
         worst = max(worst, np.abs(ours - np.array(entry["probabilities"])).max())
     print(f"probabilities differ by {worst:.1e} at most")
     assert worst <= TOLERANCE
 
 
-def test_greedy_continuations(model: Llama, tokenizer: Tokenizer) -> None:
+def test_greedy_continuations(
+    model: Llama, tokenizer: Tokenizer, logits: np.ndarray
+) -> None:
     """64 tokens of each prompt, by every way to read the prompts and to keep the keys.
 
     Without a cache it is one call: what stands behind a token does not change its
@@ -109,14 +113,8 @@ def test_greedy_continuations(model: Llama, tokenizer: Tokenizer) -> None:
         text = np.stack(list(itertools.islice(written, steps)), axis=1)
         np.testing.assert_array_equal(text, wanted, err_msg=f"{paged=}, {chunk=}")
 
-    @jax.jit
-    def likeliest(model: Llama, tokens: jax.Array) -> jax.Array:
-        return model(tokens).argmax(-1)
-
-    rows = [[*p, *w] for p, w in zip(prompts, wanted.tolist(), strict=True)]
-    everything = np.asarray(likeliest(model, table(rows)))
-    for prompt, found, text in zip(prompts, everything, wanted, strict=True):
+    for prompt, found, text in zip(prompts, logits, wanted, strict=True):
         start = len(prompt) - 1
-        np.testing.assert_array_equal(found[start : start + steps], text)
+        np.testing.assert_array_equal(found[start : start + steps].argmax(-1), text)
     answer = tokenizer.decode(wanted[0].tolist())
     assert answer.startswith("The capital of France is Paris.")
