@@ -1,7 +1,7 @@
 """Text to tokens and back, from the metadata of a GGUF file or from tokenizer.json.
 
-Lives here: `Tokenizer`, and how a byte-level BPE is built for `tokenizers` from what GGUF
-files say about it.
+Lives here: `Tokenizer`, and how a byte-level BPE is built for `tokenizers` from what a
+GGUF file says about it.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        ends: Iterable[int],
+        ends: Iterable[int | None],
         template: str | None,
         names: dict[str, str],
     ) -> None:
         self._tokenizer = tokenizer
-        self.ends = frozenset(ends)
+        self.ends = frozenset(end for end in ends if end is not None)
         self._names = names
         self._template = None if template is None else _compiled(template)
 
@@ -86,7 +86,7 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=not control)
 
     def stream(self) -> Callable[[int], str]:
-        """A function from each token of a text in turn to the text that it completes."""
+        """A function from each token of a text in turn to the text it completes."""
         decoder = decoders.DecodeStream(skip_special_tokens=True)
         return lambda token: decoder.step(self._tokenizer, int(token)) or ""
 
@@ -167,12 +167,12 @@ def from_metadata(metadata: dict[str, Any]) -> Tokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[begin]} $A", special_tokens=[(tokens[begin], begin)]
         )
-    ends = {tokenizer.token_to_id(name) for name in END_NAMES if name in control}
-    ends |= {get("eot_token_id", end), end}
+    ends = [tokenizer.token_to_id(name) for name in END_NAMES if name in control]
+    ends += [get("eot_token_id"), end]
     named = {"bos_token": begin, "eos_token": end}
     names = {name: tokens[i] for name, i in named.items() if i is not None}
     template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(tokenizer, ends - {None}, template, names)
+    return Tokenizer(tokenizer, ends, template, names)
 
 
 def _of_type(tokens: list[str], types: list[int], kind: int) -> list[str]:
@@ -196,9 +196,9 @@ def _from_directory(path: pathlib.Path) -> Tokenizer:
         if token is not None:
             names[name] = token["content"] if isinstance(token, dict) else token
     named = [*END_NAMES, names.get("eos_token", END_NAMES[0])]
-    ends = {tokenizer.token_to_id(name) for name in named} - {None}
-    given = entries("generation_config.json").get("eos_token_id", [])
-    ends |= set(given if isinstance(given, list) else [given])
+    ends = [tokenizer.token_to_id(name) for name in named]
+    given = entries("generation_config.json").get("eos_token_id")
+    ends += given if isinstance(given, list) else [given]
     template = options.get("chat_template")
     apart = path / "chat_template.jinja"
     if apart.is_file():

@@ -97,7 +97,7 @@ def load_model(
     dtype: Any = jnp.float32,
     implementation: str | None = None,
 ) -> Llama:
-    """The model of a GGUF file or of a directory with config.json and safetensors files.
+    """The model of a GGUF file, or of a directory of safetensors with config.json.
 
     Args:
       path: of the file or directory.
