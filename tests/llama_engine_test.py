@@ -291,12 +291,16 @@ def test_two_shapes_are_compiled_and_the_pools_stay(
 
 def test_what_never_fits_is_refused() -> None:
     e = engine(SCARCE)
-    with pytest.raises(ValueError, match=r"40 tokens with an answer of 9 has 49 tokens"):
+    with pytest.raises(
+        ValueError, match=r"40 tokens with an answer of 9 has 49 tokens"
+    ):
         e.submit(prompts(40)[0], 9)
     prefix = prompts(29)[0]
     e.add_prefix(prefix)
     # 4 of 12 pages are left, beside the 7 that who begins alike shares.
-    with pytest.raises(ValueError, match=r"needs 5 pages of 4 .* all 12 only 4 are ever"):
+    with pytest.raises(
+        ValueError, match=r"needs 5 pages of 4 .* all 12 only 4 are ever"
+    ):
         e.submit(prompts(8, seed=1)[0], 10)
     first = e.submit(prompts(8, seed=1)[0], 9)  # the last token needs no place
     second = e.submit(np.concatenate([prefix, prefix[:13]]), 3)
@@ -331,9 +335,12 @@ def test_errors() -> None:
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([5], {"seed": -1}, "seed must be from 0 .* got -1"),
     ):
+        given: dict[str, Any] = {"prompt": prompt, "max_new_tokens": 3, **options}
         with pytest.raises(ValueError, match=message):
-            e.submit(prompt, **{"max_new_tokens": 3, **options})
-    with pytest.raises(ValueError, match="tokens must be at most max_tokens=48, got 49"):
+            e.submit(**given)
+    with pytest.raises(
+        ValueError, match="tokens must be at most max_tokens=48, got 49"
+    ):
         e.add_prefix(np.zeros(49, np.int32))
     e.submit([5], 3)
     with pytest.raises(ValueError, match="add_prefix must come before requests, got 1"):

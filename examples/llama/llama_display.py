@@ -1,5 +1,4 @@
-"""Shows what an engine does: on a terminal a block that is drawn again and again, else
-lines.
+"""Shows what an engine does: a block on a terminal, drawn again and again, or lines.
 
 Lives here: `Texts`, from tokens to text as it grows; `Meter`, speeds; and the two
 displays, `Live` and `Lines`.
@@ -19,6 +18,8 @@ from llama_engine import DONE, READING, WAITING, WRITING, Engine, Request
 
 WINDOW = 3.0
 """Seconds over which the current speed is measured."""
+REDRAW = 0.05
+"""Seconds between two drawings of `Live`."""
 LONGEST = 72
 """Characters after which a line of `Lines` ends at the next space."""
 
@@ -83,7 +84,9 @@ class Meter:
     def speed(self) -> float:
         """Tokens a second, lately."""
         now = time.perf_counter()
-        return sum(n for _, n in self._recent) / max(min(WINDOW, now - self.start), 1e-9)
+        return sum(n for _, n in self._recent) / max(
+            min(WINDOW, now - self.start), 1e-9
+        )
 
     def summary(self, engine: Engine, requests: Sequence[Request]) -> str:
         """What all of it took."""
@@ -107,9 +110,7 @@ class Meter:
 
 def first_tokens(requests: Sequence[Request]) -> list[float]:
     """Seconds to the first token, of those that have one."""
-    return [
-        r.first_token - r.submitted for r in requests if r.first_token is not None
-    ]
+    return [r.first_token - r.submitted for r in requests if r.first_token is not None]
 
 
 def state(engine: Engine, requests: Sequence[Request], meter: Meter) -> str:
@@ -155,9 +156,7 @@ class Lines:
         changed: Sequence[Request],
         meter: Meter,
     ) -> None:
-        """After each step: complete lines of text, who is done, and now and then how it
-        goes.
-        """
+        """After each step: lines that are complete, who is done, and how it goes."""
         for request in changed:
             text = self._pending.get(request, "") + self._texts.grow(request)
             self._pending[request] = self._shown(request, text)
@@ -210,7 +209,7 @@ class Live:
             if request.state == DONE:
                 done.append(request)
         now = time.perf_counter()
-        if not done and now - self._drawn < 0.05:
+        if not done and now - self._drawn < REDRAW:
             return
         self._drawn = now
         size = shutil.get_terminal_size()
@@ -247,4 +246,6 @@ class Live:
     def _answer(self, request: Request) -> str:
         title = printable(self._titles[request])
         text = printable(self._texts.of(request), keep="\n").strip()
-        return f"\x1b[1m[{request.number}] {title}\x1b[0m\n{text}\n({ending(request)})\n"
+        return (
+            f"\x1b[1m[{request.number}] {title}\x1b[0m\n{text}\n({ending(request)})\n"
+        )

@@ -1,8 +1,8 @@
 """Continuous batching: many texts written together over one pool of pages.
 
-Lives here: `Request`, one text from prompt to answer, and `Engine`, which decides on the
-host who reads, who writes and who waits, and runs the model on the device. Nothing here
-knows text; `serve` does, and `llama_display` shows it.
+Lives here: `Request`, one text from prompt to answer, and `Engine`, which decides on
+the host who reads, who writes and who waits, and runs the model on the device. Nothing
+here knows text; `serve` does, and `llama_display` shows it.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ class Batch:
       sampling: arrays [R].
     """
 
-    tokens: np.ndarray
-    counts: np.ndarray
-    lengths: np.ndarray
-    page_table: np.ndarray
-    slots: np.ndarray
-    seeds: np.ndarray
-    numbers: np.ndarray
+    tokens: Any
+    counts: Any
+    lengths: Any
+    page_table: Any
+    slots: Any
+    seeds: Any
+    numbers: Any
     sampling: Sampling
 
 
@@ -170,11 +170,11 @@ class Engine:
 
     A text gets pages as it grows. If there is none for the next token, the youngest
     text that has pages gives up its own: it waits again, keeps its answer, and reads it
-    behind the prompt when its turn comes. So the oldest always goes on, and each request
-    is done sometime, because `submit` refuses one that does not fit even alone.
+    behind the prompt when its turn comes. So the oldest always goes on, and each
+    request is done sometime, because `submit` refuses one that does not fit even alone.
 
-    The model runs in two shapes, each compiled once: `read_rows` x `chunk` and `slots` x
-    1. The pools are donated; of each call only the drawn tokens come to the host.
+    The model runs in two shapes, each compiled once: `read_rows` x `chunk` and `slots`
+    x 1. The pools are donated; of each call only the drawn tokens come to the host.
     """
 
     def __init__(

