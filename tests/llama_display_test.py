@@ -25,7 +25,7 @@ TEXT = "".join(WORDS)
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """It runs no model: the i-th token of an answer is i."""
 
-    def advance(model: Any, pools: Any, last: Any, batch: Any) -> Any:
+    def advance(_: Any, weights: Any, pools: Any, last: Any, batch: Any) -> Any:
         return jnp.asarray(batch.numbers), pools, last
 
     monkeypatch.setattr(llama_engine, "advance", advance)

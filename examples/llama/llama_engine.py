@@ -119,14 +119,21 @@ Pools = tuple[list[jax.Array], list[jax.Array]]
 """Keys and values of each layer, [pages, page, K, H]."""
 
 
-@functools.partial(jax.jit, donate_argnames=("pools", "last"))
+@functools.partial(
+    jax.jit, static_argnames="structure", donate_argnames=("pools", "last")
+)
 def advance(
-    model: Llama, pools: Pools, last: jax.Array, batch: Batch
+    structure: Any,
+    weights: list[jax.Array],
+    pools: Pools,
+    last: jax.Array,
+    batch: Batch,
 ) -> tuple[jax.Array, Pools, jax.Array]:
     """Reads the tokens of a batch and draws one behind each row.
 
     Args:
-      model: the model.
+      structure: the tree of the model.
+      weights: its leaves. To take a module apart costs milliseconds: once is enough.
       pools: donated.
       last: int32 [slots], tokens drawn last; donated.
       batch: what to do.
@@ -135,6 +142,7 @@ def advance(
       The tokens drawn, int32 [R] (of rows without tokens they mean nothing), pools and
       last.
     """
+    model = jax.tree.unflatten(structure, weights)
     kept = last[jnp.minimum(batch.slots, jnp.int32(len(last) - 1))]
     tokens = jnp.where(batch.tokens < 0, kept[:, None], batch.tokens)
     caches = Caches(*pools, lengths=batch.lengths, page_table=batch.page_table)
@@ -215,12 +223,13 @@ class Engine:
                 f" ({num_pages * page_size}) and the model's context"
                 f" ({model.config.context}) allow, got {max_tokens}"
             )
-        self.model = model
+        self.vocabulary = model.config.vocabulary
         self.chunk = chunk
         self.read_rows = read_rows
         self.preemptions = 0
         self.copied_pages = 0
         self._max_pages = self._pages(self.max_tokens)
+        self._weights, self._structure = jax.tree.flatten(model)
         caches = Caches.paged(model.config, num_pages, page_size, 1, 1)
         self._pools: Pools = (caches.k, caches.v)
         self._last = jnp.zeros(slots, jnp.int32)
@@ -524,7 +533,7 @@ class Engine:
 
     def _advance(self, batch: Batch) -> jax.Array:
         drawn, self._pools, self._last = advance(
-            self.model, self._pools, self._last, batch
+            self._structure, self._weights, self._pools, self._last, batch
         )
         return drawn
 
@@ -544,9 +553,9 @@ class Engine:
                 f" {array.dtype}{list(array.shape)}"
             )
         low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.model.config.vocabulary:
+        if low < 0 or high >= self.vocabulary:
             raise ValueError(
-                f"{name} must be from 0 to {self.model.config.vocabulary - 1}, got"
+                f"{name} must be from 0 to {self.vocabulary - 1}, got"
                 f" {low if low < 0 else high}"
             )
         return array.astype(np.int32)
