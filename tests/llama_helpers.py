@@ -83,8 +83,8 @@ def tensors(model: Llama) -> dict[tuple[str, int | None], np.ndarray]:
 
 def expected_logits(model: Llama, tokens: np.ndarray) -> np.ndarray:
     """Logits of one sequence, int [T] -> float64 [T, V], by the book."""
-    config, parts = model.config, tensors(model)
-    weights = {name: np.float64(x) for name, x in parts.items()}
+    config = model.config
+    weights = {name: x.astype(np.float64) for name, x in tensors(model).items()}
     half, length = config.head_dim // 2, len(tokens)
 
     def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

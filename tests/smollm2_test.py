@@ -55,10 +55,11 @@ def table(rows: list[list[int]]) -> jax.Array:
 def test_tokens(tokenizer: Tokenizer) -> None:
     for entry in reference():
         prompt = entry["prompt"]
-        encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.chat
-        assert encode(prompt).tolist() == entry["tokens"]
         if isinstance(prompt, str):
+            assert tokenizer.encode(prompt).tolist() == entry["tokens"]
             assert tokenizer.decode(entry["tokens"]) == prompt
+        else:
+            assert tokenizer.chat(prompt).tolist() == entry["tokens"]
 
 
 @pytest.fixture(scope="module")

@@ -298,13 +298,16 @@ class Llama(nnx.Module):
         What stands behind a token does not change its logits.
         """
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        turned = functools.partial(
+            jax_flash.rope, positions=positions, inv_freq=self.config.frequencies
+        )
 
         def attend(
             _: int, query: jax.Array, key: jax.Array, value: jax.Array
         ) -> jax.Array:
             return jax_flash.mha(
-                self.turned(query, positions),
-                self.turned(key, positions),
+                turned(query),
+                turned(key),
                 value,
                 is_causal=True,
                 implementation=self.config.implementation,
@@ -327,18 +330,6 @@ class Llama(nnx.Module):
         return jnp.einsum(
             "...c,vc->...v", x, table[...], preferred_element_type=jnp.float32
         )
-
-    def turned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotary embedding of [B, T, heads, H] at int32 positions [B, T] or [T].
-
-        Element i of the first half of a head turns with element i of the second.
-        """
-        frequencies = jnp.asarray(self.config.frequencies)
-        angles = positions[..., None, None].astype(jnp.float32) * frequencies
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-        return turned.astype(x.dtype)
 
 
 def prefill(
@@ -367,6 +358,9 @@ def prefill(
     config = model.config
     active = counts > 0
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    turned = functools.partial(
+        jax_flash.rope, positions=positions, inv_freq=config.frequencies
+    )
     # A negative length writes nothing.
     starts = jnp.where(active, jnp.int32(0), jnp.int32(-1))
     before = dataclasses.replace(caches, lengths=starts)
@@ -375,7 +369,7 @@ def prefill(
     def attend(
         index: int, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> jax.Array:
-        query, key = model.turned(query, positions), model.turned(key, positions)
+        query, key = turned(query), turned(key)
         layers.append(before.layer(index).append(key, value))
         return jax_flash.mha(
             query,
@@ -422,19 +416,18 @@ def step(
       tokens, mean nothing.
     """
     config = model.config
-    length = tokens.shape[1]
     active = (counts > 0) & (caches.lengths >= 0)
     starts = jnp.where(active, caches.lengths, jnp.int32(-1))
     ends = jnp.where(active, caches.lengths + counts, caches.lengths)
-    positions = starts[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     before = dataclasses.replace(caches, lengths=starts)
     layers = []
 
     def attend(
         index: int, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> jax.Array:
-        query, key = model.turned(query, positions), model.turned(key, positions)
-        cache = before.layer(index).append(key, value)
+        query, cache = before.layer(index).rope_append(
+            query, key, value, inv_freq=config.frequencies
+        )
         layers.append(cache)
         # The new tokens are the last ones of their sequence: padding goes before them.
         cache = dataclasses.replace(cache, lengths=jnp.where(active, ends, 0))
