@@ -47,6 +47,8 @@ def serve(engine: Engine, display: Lines | Live, titles: dict[Request, str]) -> 
         changed = engine.step()
         meter.count(engine, len(changed))
         display.update(engine, requests, changed, meter)
+        if requests[1].answer == [0, 1]:
+            display.note("a\rnote")
     display.close()
     assert meter.tokens == 3 * len(WORDS)
     print(meter.summary(engine, requests))
@@ -63,6 +65,7 @@ SUMMARY = (
 def test_lines(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     serve(engine, Lines(Texts(stream), every=0.0), {})
     lines = capsys.readouterr().out.splitlines()
+    assert lines.count("# a note") == 1
     own = [line[4:] for line in lines if line.startswith("[1] ")]
     assert own[:-1] == ["one two three", "  [2Jfour 五."]
     assert re.fullmatch(
@@ -70,7 +73,7 @@ def test_lines(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
         r" shared",
         own[-1],
     )
-    states = [line for line in lines if line.startswith("# ")]
+    states = [line for line in lines if re.match("# .* done", line)]
     assert re.fullmatch(
         r"# 0 done, 2 writing, 0 reading, 1 waiting; \S+ tokens/s, first token after"
         r" \S+ s; cache 4/10 pages \(40%\), 0 shared",
@@ -125,12 +128,13 @@ def test_live(
     serve(engine, Live(Texts(stream), titles), titles)
     out = capsys.readouterr().out
     lines = screen(out)
+    assert lines[0] == "a note"
     for number in range(3):
         at = lines.index(f"[{number}] title {number} !")
         assert lines[at + 1 : at + 3] == ["one two three", "  [2Jfour 五."]
         assert lines[at + 3].startswith("(6 tokens (length), the first after ")
     assert re.fullmatch(SUMMARY, lines[-2])
-    assert len(lines) == 3 * 5 + 2
+    assert len(lines) == 1 + 3 * 5 + 2
     # In between: the state, the cache, and a row for each text that runs.
     frames = [screen(x) for x in out.split("\x1b[J")]
     frame = next(x for x in frames if x[0].startswith("0 done, 2 writing"))

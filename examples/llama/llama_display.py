@@ -167,6 +167,10 @@ class Lines:
             self._next = time.perf_counter() + self._every
             print(f"# {state(engine, requests, meter)}", flush=True)
 
+    def note(self, text: str) -> None:
+        """A line of one's own."""
+        print(f"# {printable(text)}", flush=True)
+
     def close(self) -> None:
         """There is nothing to clear."""
 
@@ -220,6 +224,11 @@ class Live:
         sys.stdout.write(self._clear() + "".join(f"{x}\n" for x in [*above, *block]))
         sys.stdout.flush()
         self._height = len(block)
+
+    def note(self, text: str) -> None:
+        """A line of one's own, above the block."""
+        self.close()
+        print(printable(text), flush=True)
 
     def close(self) -> None:
         """Takes the block away."""

@@ -112,7 +112,7 @@ def serve(
                         ends=tokenizer.ends,
                     )
                 except ValueError as error:
-                    print(f"prompt {index}: {error}", file=sys.stderr)
+                    display.note(f"prompt {index + 1} is refused: {error}")
                     results.append(None)
                 else:
                     names[request] = titles[index]
