@@ -11,6 +11,7 @@ from jax_flash.backends import explain
 from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flash.decode import append_kv, decode_mha, merge_partials
 from jax_flash.normalization import rms_norm, silu_mul, split_qkv
+from jax_flash.rotary import rope, rope_append_kv
 from jax_flash.sampling import sample, top_k
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "mha_qkvpacked",
     "mha_varlen",
     "rms_norm",
+    "rope",
+    "rope_append_kv",
     "sample",
     "silu_mul",
     "split_qkv",

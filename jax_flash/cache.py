@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import decode
+from jax_flash import decode, rotary
 
 __all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCache"]
 
@@ -128,6 +128,34 @@ class KVCache:
         )
         lengths = _longer(self.lengths, k_new, self.max_length)
         return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
+    def rope_append(
+        self, query: Any, k_new: Any, v_new: Any, **options: Any
+    ) -> tuple[jax.Array, Self]:
+        """`append` of keys turned by `rope`, and the queries turned alike.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          k_new: [B, K, H] or [B, T, K, H].
+          v_new: [B, K, Hv] or [B, T, K, Hv].
+          **options: of `rope`.
+
+        Returns:
+          The turned query, for `attend`, and the cache with T more tokens.
+        """
+        query, k, v = rotary.rope_append_kv(
+            query,
+            k_new,
+            v_new,
+            self.k,
+            self.v,
+            self.lengths,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            **options,
+        )
+        lengths = _longer(self.lengths, k_new, self.max_length)
+        return query, dataclasses.replace(self, k=k, v=v, lengths=lengths)
 
     def attend(self, query: Any, **options: Any) -> Any:
         """`decode_mha` of queries that stand at the last positions in the cache.
@@ -248,6 +276,36 @@ class PagedKVCache:
         room = self.page_table.shape[-1] * self.page_size
         lengths = _longer(self.lengths, k_new, room)
         return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
+    def rope_append(
+        self, query: Any, k_new: Any, v_new: Any, **options: Any
+    ) -> tuple[jax.Array, Self]:
+        """`append` of keys turned by `rope`, and the queries turned alike.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          k_new: [B, K, H] or [B, T, K, H].
+          v_new: [B, K, Hv] or [B, T, K, Hv].
+          **options: of `rope`.
+
+        Returns:
+          The turned query, for `attend`, and the cache with T more tokens.
+        """
+        query, k, v = rotary.rope_append_kv(
+            query,
+            k_new,
+            v_new,
+            self.k,
+            self.v,
+            self.lengths,
+            page_table=self.page_table,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            **options,
+        )
+        room = self.page_table.shape[-1] * self.page_size
+        lengths = _longer(self.lengths, k_new, room)
+        return query, dataclasses.replace(self, k=k, v=v, lengths=lengths)
 
     def attend(self, query: Any, **options: Any) -> Any:
         """`decode_mha` of queries that stand at the last positions in the cache.

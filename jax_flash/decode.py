@@ -147,6 +147,8 @@ def append_kv(
     What has no place is dropped: positions beyond the cache or the page table, pages
     that do not exist, sequences whose length is negative (which switches them off).
 
+    Gradients reach new tokens and caches, not through 8-bit ones.
+
     Two sequences that write to the same place of a shared page leave one of the values
     there; `PageAllocator.extend` says which pages to copy before.
 

@@ -294,6 +294,29 @@ def test_quantised_round_trip(quantised: str) -> None:
     assert_close(out, want, 0.05 if quantised == "int8" else 0.15)
 
 
+@pytest.mark.parametrize("page", [None, 8])
+def test_gradients_of_append(page: int | None) -> None:
+    """New values take the places of old ones, which then count for nothing."""
+    _, k, v, _, *tables = problem(page)
+    table = tables[0] if tables else None
+    lengths = np.array([0, 2, 23, -1], np.int32)
+    rng = np.random.default_rng(1)
+    new, weight = normal(rng, 4, 2, 4, 16), normal(rng, *k.shape)
+
+    def loss(k, new):
+        got, _ = append_kv(k, v, new, new[..., :8], lengths, page_table=table)
+        return (got * weight).sum()
+
+    got = jax.grad(loss, (0, 1))(k, new)
+    places = appended(
+        np.zeros(k.shape), 1 + np.arange(8.0).reshape(4, 2, 1, 1), lengths, table
+    )
+    want = np.zeros(new.shape)
+    for i in range(8):
+        want[i // 2, i % 2] = np.where(places == 1 + i, weight, 0).sum((0, 1))
+    assert_close(got, (np.where(places, 0, weight), want), 1e-6)
+
+
 # Not bfloat16: XLA's scatter on the CPU may take it through float32. For GPUs
 # gpu/decode_kernel_test.py has all types.
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

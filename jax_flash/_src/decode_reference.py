@@ -99,11 +99,13 @@ def append(
     What has no place is dropped: beyond the cache or the page table, in a page that
     does not exist, in a sequence of negative length.
     """
-    dtype = cache.dtype
-    if dtype == jnp.float8_e4m3fn:
+    if cache.dtype == jnp.float8_e4m3fn:
         # XLA would compute a scatter of this type in a wider one: on the whole cache.
         cache, new = (lax.bitcast_convert_type(x, jnp.uint8) for x in (cache, new))
-    return lax.bitcast_convert_type(_written(cache, new, lengths, page_table), dtype)
+        result = _written(cache, new, lengths, page_table)
+        return lax.bitcast_convert_type(result, jnp.float8_e4m3fn)
+    # Without a bitcast, which would stop gradients.
+    return _written(cache, new, lengths, page_table)
 
 
 def _written(

@@ -1,0 +1,227 @@
+"""Rotary position embedding, alone and together with writing to a cache.
+
+Lives here: `rope` and `rope_append_kv`, their docstrings, checks and computation, all
+in jnp, which XLA fuses.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import decode
+from jax_flash._src import compat, decode_call, norm_op, validate
+
+__all__ = ["rope", "rope_append_kv"]
+
+THETA = 10000.0
+
+
+def rope(
+    x: Any,
+    positions: Any,
+    *,
+    theta: float | None = None,
+    inv_freq: Any = None,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> jax.Array:
+    """Rotary position embedding: pairs turned by angles that grow with the position.
+
+    Pair i of a head at position p turns by `p * inv_freq[i]`: (a, b) becomes
+    (a cos - b sin, a sin + b cos). Angles and products are float32 (float64 for
+    float64), the result is rounded once. Su et al. 2021 (arXiv:2104.09864).
+
+    Args:
+      x: [*B, N, H], floating: queries or keys, any number of heads N.
+      positions: integers, broadcastable to [*B]: `jnp.arange(T)` for [B, T, N, H].
+      theta: number above 0, the base: `inv_freq[i] = theta ** (-2 * i / rotary_dim)`.
+        None = 10000. Not with inv_freq.
+      inv_freq: floating [rotary_dim / 2], frequencies of the pairs in radians a token:
+        how models with longer contexts stretch them is up to the caller.
+      rotary_dim: how many of the H elements are turned, the first ones; the others stay
+        as they are. Even, None = twice the length of inv_freq, else H.
+      interleaved: whether neighbours are pairs, (0, 1), (2, 3), ..., as in GPT-J and in
+        Llama's own layout. By default elements of the two halves are, (0, R / 2),
+        (1, R / 2 + 1), ..., as in GPT-NeoX and in Llama's weights for transformers.
+
+    Returns:
+      An array of the shape and dtype of x.
+
+    Raises:
+      ValueError: an argument is wrong; the message names it and its value.
+      NotImplementedError: it is right but unsupported.
+    """
+    given = _floating("x", x)
+    if len(given.shape) < 2:
+        raise ValueError(f"x must be [*B,N,H], got shape {given.shape}")
+    frequencies = _frequencies(given, theta, inv_freq, rotary_dim)
+    interleaved = validate._flag("interleaved", interleaved)
+    at = decode_call.shape_of("positions", positions)
+    if not jnp.issubdtype(at.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, got dtype {at.dtype}")
+    if not validate.broadcasts(at.shape, given.shape[:-2]):
+        raise ValueError(
+            f"positions must broadcast to [*B] = {given.shape[:-2]} of x "
+            f"{given.shape}, got shape {at.shape}"
+        )
+    positions = jnp.asarray(validate.as_int32(positions))
+    x = jnp.asarray(x)
+    return _turned(x, positions, frequencies, interleaved).astype(x.dtype)
+
+
+def rope_append_kv(
+    query: Any,
+    k_new: Any,
+    v_new: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cache_seqlens: Any,
+    *,
+    page_table: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    theta: float | None = None,
+    inv_freq: Any = None,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rope` of queries and new keys, which then are written behind those in the cache.
+
+    Token t of a sequence stands at position `cache_seqlens + t`: lengths are those
+    *before* the new tokens, as for `append_kv`, and `decode_mha` goes on with
+    `cache_seqlens + T`. What `append_kv` says about donated caches, tokens without a
+    place and negative lengths holds here. A turned key is rounded once, to the dtype of
+    the cache.
+
+    Args:
+      query: floating [B, N, H] or [B, T, N, H], N a multiple of K.
+      k_new: floating [B, K, H] or [B, T, K, H]; T as in query.
+      v_new: floating [B, K, Hv] or [B, T, K, Hv].
+      k_cache: as for `append_kv`.
+      v_cache: as for `append_kv`.
+      cache_seqlens: integers [B].
+      page_table: as for `append_kv`.
+      k_scale: as for `append_kv`.
+      v_scale: as for `append_kv`.
+      theta: as for `rope`.
+      inv_freq: as for `rope`.
+      rotary_dim: as for `rope`.
+      interleaved: as for `rope`.
+
+    Returns:
+      `(query, k_cache, v_cache)`: the turned query in its shape and dtype, and the
+      caches with the new tokens.
+
+    Raises:
+      ValueError: an argument is wrong; the message names it and its value.
+      NotImplementedError: it is right but unsupported.
+    """
+    q, key = _floating("query", query), _floating("k_new", k_new)
+    for name, x in (("query", q), ("k_new", key)):
+        if len(x.shape) not in (3, 4):
+            heads = "N" if name == "query" else "K"
+            raise ValueError(
+                f"{name} must be [B,{heads},H] or [B,T,{heads},H], got shape {x.shape}"
+            )
+    if (q.shape[:-2], q.shape[-1]) != (key.shape[:-2], key.shape[-1]):
+        raise ValueError(
+            f"k_new must have all but the heads of query {q.shape}, got {key.shape}"
+        )
+    if not key.shape[-2] or q.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"query must have a multiple of k_new's heads, got N={q.shape[-2]} and "
+            f"K={key.shape[-2]}"
+        )
+    layout, batch = "int32 [B]", q.shape[0]
+    decode_call.check_integers("cache_seqlens", cache_seqlens, 1, layout, batch)
+    frequencies = _frequencies(q, theta, inv_freq, rotary_dim)
+    interleaved = validate._flag("interleaved", interleaved)
+    positions = lengths = jnp.asarray(validate.as_int32(cache_seqlens))
+    if len(q.shape) == 4:
+        positions = lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    query, turned = (
+        _turned(jnp.asarray(x), positions, frequencies, interleaved)
+        for x in (query, k_new)
+    )
+    k_cache, v_cache = decode.append_kv(
+        k_cache,
+        v_cache,
+        turned,
+        v_new,
+        lengths,
+        page_table=page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    return query.astype(q.dtype), k_cache, v_cache
+
+
+@compat.allows_rank_promotion
+def _turned(
+    x: jax.Array, positions: jax.Array, inv_freq: jax.Array, interleaved: bool
+) -> jax.Array:
+    """`rope` of checked arguments, in the dtype of arithmetic."""
+    wide = norm_op.widened(x)
+    angles = positions.astype(wide.dtype)[..., None, None] * inv_freq.astype(wide.dtype)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    half = inv_freq.shape[0]
+    turned, rest = wide[..., : 2 * half], wide[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+    a, b = a * cos - b * sin, a * sin + b * cos
+    if interleaved:
+        turned = jnp.stack([a, b], -1).reshape(turned.shape)
+        return jnp.concatenate([turned, rest], -1)
+    return jnp.concatenate([a, b, rest], -1)
+
+
+def _frequencies(
+    x: jax.ShapeDtypeStruct, theta: Any, inv_freq: Any, rotary_dim: Any
+) -> jax.Array:
+    """Radians a token of each pair, floating [R / 2], from the arguments of `rope`."""
+    width = x.shape[-1]
+    if rotary_dim is not None:
+        rotary_dim = validate.static_int("rotary_dim", rotary_dim)
+        if rotary_dim % 2 or not 2 <= rotary_dim <= width:
+            raise ValueError(
+                f"rotary_dim must be even, from 2 to the width H={width}, got "
+                f"{rotary_dim}"
+            )
+    if inv_freq is None:
+        theta = THETA if theta is None else validate.number("theta", theta)
+        if theta <= 0:
+            raise ValueError(f"theta must be positive, got {theta}")
+        if rotary_dim is None:
+            rotary_dim = width
+            if width % 2 or not width:
+                raise ValueError(
+                    f"rotary_dim must be given for an odd width H={width}, got None"
+                )
+        powers = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+        return jnp.asarray(powers, norm_op.accumulator(x.dtype))
+    if theta is not None:
+        raise ValueError(f"theta must be None where inv_freq is given, got {theta!r}")
+    given = _floating("inv_freq", inv_freq)
+    wanted = width // 2 if rotary_dim is None else rotary_dim // 2
+    right = len(given.shape) == 1 and 1 <= given.shape[0] <= wanted
+    if not right or (rotary_dim is not None and given.shape[0] != wanted):
+        most = "at most " * (rotary_dim is None)
+        raise ValueError(
+            f"inv_freq must be [{most}{wanted}], one number for each pair of "
+            f"rotary_dim={rotary_dim} and H={width}, got shape {given.shape}"
+        )
+    return jnp.asarray(inv_freq)
+
+
+def _floating(name: str, x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a floating argument."""
+    got = decode_call.shape_of(name, x)
+    if not jnp.issubdtype(got.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got dtype {got.dtype}")
+    if str(got.dtype) not in validate.FLOAT_DTYPES:
+        raise NotImplementedError(f"{name} of dtype {got.dtype} is not supported")
+    return got
