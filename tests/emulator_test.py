@@ -197,6 +197,30 @@ def test_forward_sm90_of_growing_scores(
     check_forward(forward, arrays, {}, 1)
 
 
+SPLITS = {
+    "2, packed heads": ((1, 5, 1100, 8, 2), 64, {}),
+    "2, lengths": (
+        (2, 40, 700, 1, 1),
+        256,
+        {"is_causal": True, "key_value_seq_lengths": (90, 650)},
+    ),
+    "4, no rows or keys": (
+        (2, 70, 2100, 1, 1),
+        128,
+        {"query_seq_lengths": (70, 1), "key_value_seq_lengths": (0, 2001)},
+    ),
+    "8": ((1, 33, 2080, 1, 1), 256, {"window_size": (2050, 0)}),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
+    """Clusters of thread blocks that share the keys, and each other's memory."""
+    shape, width, given = SPLITS[case]
+    dtype = ("bfloat16", "float16")[len(case) % 2]
+    check_forward(forward, problem(shape, width, width, dtype), given, 132)
+
+
 def check_forward(
     library: ctypes.CDLL,
     arrays: dict[str, np.ndarray],

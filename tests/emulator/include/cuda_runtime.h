@@ -65,14 +65,15 @@ extern unsigned char* emulated_shared_memory;
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Params&... params) {
-  if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
+  if (config->dynamicSmemBytes > emulator::kSharedBytes) return cudaErrorInvalidConfiguration;
+  int cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
-      emulator::fail("clusters are not emulated");
+      cluster = static_cast<int>(config->attrs[i].val.clusterDim.x);
     }
   }
   emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
-                   static_cast<int>(config->blockDim.x), emulated_shared_memory,
+                   static_cast<int>(config->blockDim.x), cluster, emulated_shared_memory,
                    [&] { kernel(params...); });
   return cudaSuccess;
 }
