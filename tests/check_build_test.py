@@ -131,7 +131,7 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
     [
         ("9BwdConfigILNS_11ElementTypeE1ELi128ELi80ELb0E", "128x128", (80, 128)),
         (
-            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1E",
+            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1ELb0E",
             "192x128",
             (64, 128, 192),
         ),

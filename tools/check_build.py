@@ -50,7 +50,7 @@ SM90_FORWARD = re.compile(
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
 )
 # sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic>> and, over width
-# 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic>>.
+# 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, paired>>.
 SM90_BACKWARD = re.compile(
     r"4sm90\d+mha_bwd_kernelI.*?Bwd(?P<wide>Wide)?ConfigILNS_11ElementTypeE"
     r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)E"

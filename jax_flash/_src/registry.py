@@ -33,6 +33,8 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
+      paired_backward: whether JAX_FLASH_PAIRED_BACKWARD makes thread blocks of the
+        "sm90" backward over width 128 work in pairs.
       quantised_kernels: whether decoding may use those for 8-bit caches.
       missing: why there is no extension, None if there is one.
     """
@@ -40,6 +42,7 @@ class Extension:
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
+    paired_backward: bool = False
     quantised_kernels: bool = True
     missing: str | None = None
 
@@ -59,7 +62,8 @@ def _load() -> Extension:
     info = tuple(sorted(kernels.build_info().items()))
     # Until these kernels have passed on a GPU.
     quantised = os.environ.get("JAX_FLASH_QUANTISED_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), quantised)
+    forced, paired = kernels.force_sm80(), kernels.paired_backward()
+    return Extension(table, info, forced, paired, quantised)
 
 
 _assumed: list[Extension] = []
@@ -72,14 +76,21 @@ def extension() -> Extension:
 
 @contextlib.contextmanager
 def assume_kernels(
-    kernels: Iterable[plan.Kernel] = plan.KERNELS, *, force_sm80: bool = False
+    kernels: Iterable[plan.Kernel] = plan.KERNELS,
+    *,
+    force_sm80: bool = False,
+    paired_backward: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
-    _assumed.append(Extension(tuple(kernels), force_sm80=force_sm80))
+    _assumed.append(
+        Extension(
+            tuple(kernels), force_sm80=force_sm80, paired_backward=paired_backward
+        )
+    )
     try:
         yield
     finally:

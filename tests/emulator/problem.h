@@ -37,6 +37,7 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
+  int32_t paired;
   float scale;
 };
 

@@ -60,6 +60,12 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
+// As many as the emulated device, which the driver knows of and this does not.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  *count = std::max(1, static_cast<int>(config->gridDim.x / config->attrs->val.clusterDim.x));
+  return cudaSuccess;
+}
 // Runs the kernel at once. `emulated_shared_memory` is that array of the kernel's namespace.
 extern unsigned char* emulated_shared_memory;
 template <typename... Params>

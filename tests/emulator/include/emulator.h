@@ -15,7 +15,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -91,7 +90,7 @@ inline ucontext_t scheduler;
 inline long progress;  // changes when some fiber gets on
 inline unsigned char* shared_memory;
 inline Cluster* cluster;
-inline std::deque<std::function<void()>> late;  // copies that were asked for
+inline std::vector<std::function<void()>> late;  // copies that were asked for
 
 inline int lane() { return current->thread.x % 32; }
 inline int warp() { return current->thread.x / 32; }
@@ -176,12 +175,16 @@ inline Mbarrier& mbarrier_at(uint32_t address) {
   return found->second;
 }
 
-// Does `copy` now or, every other time or so, when nothing else can be done.
-inline void copy_some_time(std::function<void()> copy) {
+inline uint32_t random_below(uint32_t end) {
   static uint32_t random = 1;
   random = 1664525 * random + 1013904223;
+  return static_cast<uint32_t>(uint64_t{random} * end >> 32);
+}
+
+// Does `copy` now or, every other time or so, when nothing but such copies can be done.
+inline void copy_some_time(std::function<void()> copy) {
   ++progress;
-  if (random >> 31 == 0) {
+  if (random_below(2) == 0) {
     copy();
   } else {
     late.push_back(std::move(copy));
@@ -245,8 +248,10 @@ inline void run_cluster(std::vector<std::vector<Fiber>>& fibers) {
     }
     if (progress != before) continue;
     if (late.empty()) fail("threads wait for each other; so many are left", cluster->left);
-    late.front()();
-    late.pop_front();
+    const auto next = late.begin() + random_below(static_cast<uint32_t>(late.size()));
+    const std::function<void()> copy = std::move(*next);
+    late.erase(next);
+    copy();
   }
   if (!late.empty()) fail("copies that nobody waits for", static_cast<long>(late.size()));
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "emulator.h"
+#include "ptx/mbarrier.cuh"
 
 namespace jax_flash::ptx {
 
@@ -31,5 +32,22 @@ T ld_cluster(uint32_t address) {
 }
 inline float4 ld_cluster_v4(uint32_t address) { return ld_cluster<float4>(address); }
 inline float2 ld_cluster_v2(uint32_t address) { return ld_cluster<float2>(address); }
+
+inline void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier) {
+  mbarrier_arrive_if(arrives, barrier);
+}
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+}
+inline void bulk_copy_cluster(uint32_t target, uint32_t source, uint32_t bytes, uint32_t barrier) {
+  if (target % 16 != 0 || source % 16 != 0 || bytes % 16 != 0) {
+    emulator::fail("a bulk copy is not aligned", bytes);
+  }
+  source = mapa(source, cluster_ctarank());  // whichever runs then
+  emulator::copy_some_time([=] {
+    std::memcpy(emulator::shared_pointer(target), emulator::shared_pointer(source), bytes);
+    mbarrier_complete(barrier, bytes);
+  });
+}
 
 }  // namespace jax_flash::ptx
