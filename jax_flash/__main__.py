@@ -104,6 +104,8 @@ def _versions() -> list[str]:
         lines.append(f"kernels    {' '.join(key)}: widths {' '.join(widths)}")
     if extension.force_sm80:
         lines.append("kernels    JAX_FLASH_FORCE_SM80=1: sm90 is not used")
+    if extension.paired_backward:
+        lines.append("kernels    JAX_FLASH_PAIRED_BACKWARD=1: pairs over width 128")
     return lines
 
 

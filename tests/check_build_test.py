@@ -136,7 +136,7 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
     [
         ("9BwdConfigILNS_11ElementTypeE1ELi128ELi80ELb0E", "128x128", (80, 128)),
         (
-            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1ENS_7RowMaskE",
+            "13BwdWideConfigILNS_11ElementTypeE1ELi192ELi128ELb1ELb0ENS_7RowMaskE",
             "192x128",
             (64, 128, 192),
         ),
@@ -146,7 +146,7 @@ def test_wrong_matrix_instructions(change: dict[str, Any], got: str) -> None:
             (32, 64),
         ),
         (
-            "13BwdWideConfigILNS_11ElementTypeE1ELi256ELi256ELb0ENS_12IntervalMaskE",
+            "13BwdWideConfigILNS_11ElementTypeE1ELi256ELi256ELb0ELb0ENS_12IntervalMaskE",
             "intervals 256x256",
             (64, 256),
         ),

@@ -32,7 +32,7 @@ _POINTERS = (
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors",
+    "deterministic", "multiprocessors", "paired",
 )
 # fmt: on
 
@@ -209,6 +209,30 @@ def test_forward_sm90_of_growing_scores(
     check_forward(forward.mha_fwd_sm90, arrays, {}, 1)
 
 
+SPLITS = {
+    "2, packed heads": ((1, 5, 1100, 8, 2), 64, {}),
+    "2, lengths": (
+        (2, 40, 700, 1, 1),
+        256,
+        {"is_causal": True, "key_value_seq_lengths": (90, 650)},
+    ),
+    "4, no rows or keys": (
+        (2, 70, 2100, 1, 1),
+        128,
+        {"query_seq_lengths": (70, 1), "key_value_seq_lengths": (0, 2001)},
+    ),
+    "8": ((1, 33, 2080, 1, 1), 256, {"window_size": (2050, 0)}),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
+    """Clusters of thread blocks that share the keys, and each other's memory."""
+    shape, width, given = SPLITS[case]
+    dtype = ("bfloat16", "float16")[len(case) % 2]
+    check_forward(forward, problem(shape, width, width, dtype), given, 132)
+
+
 def check_forward(
     function: Any,
     arrays: dict[str, np.ndarray],
@@ -266,6 +290,32 @@ def test_wide_backward_sm90(
     check_backward(backward.mha_bwd_sm90, widths, case, number, f16, tile)
 
 
+CASES_OF_PAIRS = CASES | {
+    "one of a pair is not seen": (
+        (1, 60, 128, 2, 1),
+        {"is_causal": True, "causal_alignment": "top_left"},
+    ),
+    "pairs are not seen": (
+        (1, 90, 400, 1, 1),
+        {"window_size": (50, 0), "key_value_seq_lengths": (350,)},
+    ),
+}
+WIDTHS_OF_PAIRS = ((256, 256), (192, 128), (200, 232), (160, 192))
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("case", [c for c in CASES_OF_PAIRS if c != "packed heads"])
+def test_paired_backward_sm90(backward: ctypes.CDLL, case: str, turn: int) -> None:
+    """Clusters of two thread blocks, which exchange dS; each case at two widths."""
+    number = list(CASES_OF_PAIRS).index(case)
+    widths = WIDTHS_OF_PAIRS[(number + turn) % 4]
+    tile = 256 if max(widths) > 192 else 192
+    number += number // 4 + 3 * turn
+    check_backward(
+        backward.mha_bwd_sm90, widths, case, number, tile == 192, tile, paired=True
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("widths", "f16", "tile"),
@@ -290,9 +340,11 @@ def check_backward(
     number: int,
     f16: bool,
     tile: int,
+    *,
+    paired: bool = False,
 ) -> None:
     """One case, run in one of several ways by its number."""
-    shape, given = CASES[case]
+    shape, given = CASES_OF_PAIRS[case]
     dtype = "float16" if f16 else "bfloat16"
     ways = list(itertools.product((False, True), repeat=3))
     with_dlse, f32_results, deterministic = ways[number % len(ways)]
@@ -338,7 +390,8 @@ def check_backward(
         f32_results=f32_results,
         deterministic=deterministic,
         # Thread blocks run one after another: none may wait for a later one.
-        multiprocessors=1 if deterministic else 1 + number % 3,
+        multiprocessors=(1 + paired) * (1 if deterministic else 1 + number % 3),
+        paired=paired,
     )
     for name, x in expected.items():
         result = results[f"d{name}"].astype(np.float64)

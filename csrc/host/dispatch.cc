@@ -131,6 +131,11 @@ const Kernel<Params>* choose(std::span<const Kernel<Params>> kernels, const MhaF
   return nullptr;
 }
 
+bool is_set(const char* variable) {
+  const char* const value = std::getenv(variable);
+  return value != nullptr && std::string_view(value) == "1";
+}
+
 }  // namespace
 
 std::span<const MhaFwdKernel> mha_fwd_kernels(bool intervals) {
@@ -150,11 +155,13 @@ const MhaBwdKernel* choose_mha_bwd_kernel(const MhaFacts& facts) {
 }
 
 bool force_sm80() {
-  static const bool forced = [] {
-    const char* const value = std::getenv("JAX_FLASH_FORCE_SM80");
-    return value != nullptr && std::string_view(value) == "1";
-  }();
+  static const bool forced = is_set("JAX_FLASH_FORCE_SM80");
   return forced;
+}
+
+bool paired_backward() {
+  static const bool paired = is_set("JAX_FLASH_PAIRED_BACKWARD");
+  return paired;
 }
 
 }  // namespace jax_flash

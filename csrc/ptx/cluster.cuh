@@ -45,4 +45,44 @@ __device__ __forceinline__ float2 ld_cluster_v2(uint32_t address) {
   return v;
 }
 
+// Arrives at a barrier of any thread block of the cluster. For what the other one then overwrites
+// and this one has read by products or copies that are complete: ordinary accesses are ordered
+// within this thread block alone. A release at cluster scope is a fence of the whole GPU.
+__device__ __forceinline__ void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.u32 arrives, %0, 0;\n"
+      "@arrives mbarrier.arrive.shared::cluster.b64 _, [%1];\n"
+      "}" ::"r"(static_cast<uint32_t>(arrives)),
+      "r"(barrier)
+      : "memory");
+}
+
+// Waits at a barrier of this thread block at which others of the cluster arrive.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Contiguous bytes, a multiple of 16, from this thread block's shared memory to another one's; they
+// count towards `barrier`, which is there, too.
+__device__ __forceinline__ void bulk_copy_cluster(uint32_t target, uint32_t source, uint32_t bytes,
+                                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(target),
+      "r"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace jax_flash::ptx

@@ -28,6 +28,20 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// The same to the same place of all thread blocks of the cluster whose ranks are bits of `ranks`;
+// in each, the bytes count towards its own barrier at this place.
+__device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap* map,
+                                                      uint32_t barrier, uint64_t policy,
+                                                      uint16_t ranks, int c0, int c1, int c2,
+                                                      int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(
+          shared),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "h"(ranks), "l"(policy)
+      : "memory");
+}
+
 // Contiguous bytes, a multiple of 16, to shared memory; they count towards `barrier`.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes,
                                           uint32_t barrier) {

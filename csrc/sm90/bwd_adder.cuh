@@ -25,6 +25,7 @@ struct BwdAdder {
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
   int warpgroup;
+  int rank;  // in the cluster
 
   // What the first to come adds to an entry of `turns` when its store is there to be added to.
   static constexpr int kStored = 1 << 20;
@@ -42,7 +43,8 @@ struct BwdAdder {
     int before;
     if (ordered()) {
       const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
-      before = (keys.end - 1) / Config::kKeys - block.first_key / Config::kKeys;
+      constexpr int kKeys = Config::kClusterKeys;
+      before = (keys.end - 1) / kKeys - block.first_key / kKeys;
       while (ptx::ld_acquire(turn) < before) {
       }
     } else {
@@ -61,21 +63,25 @@ struct BwdAdder {
   __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int64_t part) const {
     int32_t* const turn = params.turns + part;
     bool stores = false;
-    if (lane_id() == 0) {
-      stores = wait_for_turn(turn, block, tile);
-      constexpr int kBytes = 4 * Config::kSumFloats;
-      float* const sum = params.dquery_sum + part * Config::kSumFloats;
-      const uint32_t source = tiles + Config::kSumOffset + warpgroup * kBytes;
-      if (stores) {
-        ptx::bulk_store(sum, source, kBytes);
-      } else {
-        ptx::bulk_add_f32(sum, source, kBytes);
+#pragma unroll
+    for (int piece = 0; piece < Config::kSumPieces; ++piece) {
+      ptx::bar_sync(Config::kSumReady + warpgroup, Config::kSumThreads);
+      if (lane_id() == 0) {
+        if (piece == 0) stores = wait_for_turn(turn, block, tile);
+        constexpr int kFloats = Config::kSumFloats / Config::kSumPieces;
+        float* const sum = params.dquery_sum + part * Config::kSumFloats + piece * kFloats;
+        const uint32_t source = tiles + Config::kSumOffset + warpgroup * 4 * kFloats;
+        if (stores) {
+          ptx::bulk_store(sum, source, 4 * kFloats);
+        } else {
+          ptx::bulk_add_f32(sum, source, 4 * kFloats);
+        }
+        ptx::tma_store_commit_group();
+        ptx::tma_store_wait_read();
       }
-      ptx::tma_store_commit_group();
-      ptx::tma_store_wait_read();
+      __syncwarp();
+      ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
     }
-    __syncwarp();
-    ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
     // `stores` is only ever set in the lane that adds.
     if (ordered() ? lane_id() == 0 : stores) {
       ptx::tma_store_wait();
@@ -102,10 +108,9 @@ struct BwdAdder {
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
           if (!block.meets(tile)) continue;
           const int64_t first_part =
-              int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup);
+              int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup, rank);
 #pragma unroll 1
-          for (int part = 0; part < Config::parts_of(warpgroup); ++part) {
-            ptx::bar_sync(Config::kSumReady + warpgroup, Config::kSumThreads);
+          for (int part = 0; part < Config::parts_of(warpgroup, rank, tile); ++part) {
             add(block, tile, first_part + part);
           }
         }

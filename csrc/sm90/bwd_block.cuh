@@ -1,4 +1,5 @@
-// A block of work of the backward: kKeys keys of one key head, and the queries that see them.
+// A block of work of the backward: kKeys keys of one key head, and the queries that see them. Of a
+// pair of thread blocks both have the queries that see any of the keys of both.
 #pragma once
 
 #include <cuda.h>
@@ -93,14 +94,16 @@ __device__ __forceinline__ BwdStep<Config> make_step(const BwdBlock<Config>& blo
   return step;
 }
 
-// Block `id`; false where a section is padded.
+// Block `id`, for the thread block `rank_in_cluster`; false where a section is padded.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const BwdPlan& plan, int id,
-                                           BwdBlock<Config>& block) {
+                                           int rank_in_cluster, BwdBlock<Config>& block) {
   constexpr int kRows = Config::kRows;
   const auto [rank, flat_head] = plan.order.place_of(id);
   if (rank >= plan.order.blocks) return false;
-  block.first_key = (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kKeys;
+  const int cluster_key =
+      (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kClusterKeys;
+  block.first_key = cluster_key + rank_in_cluster * Config::kKeys;
   block.batch = plan.kv_heads.divide(flat_head);
   block.head = flat_head - block.batch * params.kv_heads;
   block.mask = mask_of<typename Config::Mask>(params, block.batch);
@@ -112,10 +115,10 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     }
     block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
   } else {
-    block.keys = block.mask.key_length - block.first_key;
+    block.keys = max(block.mask.key_length - block.first_key, 0);
     block.live = block.mask.rows(0, block.mask.key_length);
   }
-  const RowInterval rows = block.mask.rows(block.first_key, block.first_key + Config::kKeys);
+  const RowInterval rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
   const int group = params.heads / params.kv_heads;

@@ -22,11 +22,13 @@ struct BwdConfig {
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
+  static constexpr bool kPaired = false;        // see BwdWideConfig
   static constexpr int kHeadDim = kHeadDimArg;  // of queries, keys and values, after padding
   static constexpr int kHeadDimV = kHeadDim;
   static constexpr int kRows = kRowsArg;
   static constexpr int kWarpgroups = 2;  // consumers of a thread block
   static constexpr int kKeys = 64 * kWarpgroups;
+  static constexpr int kClusterKeys = kKeys;
   static constexpr int kKeyStep = 64;  // from the keys of a warpgroup to those of the next
   static constexpr int kStages = 2;    // of queries
   static constexpr int kDoutStages = 2;
@@ -55,10 +57,11 @@ struct BwdConfig {
   static constexpr bool kSplitsColumns = kHeadDim > 64;
   static constexpr int kSumRows = kSplitsColumns ? kRows : kRows / kWarpgroups;
   static constexpr int kSumFloats = 64 * kSumRows;  // of a warpgroup's part of a tile
+  static constexpr int kSumPieces = 1;              // in which a part is handed over
   static constexpr int kSumWidth = bwd_sum_width(kHeadDim);
   static constexpr int kSumParts = kWarpgroups;  // of a tile
-  static constexpr int first_part(int warpgroup) { return warpgroup; }
-  static constexpr int parts_of(int) { return 1; }
+  static constexpr int first_part(int warpgroup, int) { return warpgroup; }
+  static constexpr int parts_of(int, int, int) { return 1; }
 
   using KeyLayout = SlabLayout<kKeys, kHeadDim>;
   using ValueLayout = KeyLayout;

@@ -3,19 +3,22 @@
 // Thread blocks stay and work off blocks of keys (bwd_block.cuh). One warp plans and copies; two
 // consumer warpgroups own 64 keys each and go through the queries that see them, of all query heads
 // that share the key head, so dK and dV are summed in registers. dQ is added to a sum in global
-// memory, which bwd_finish.cuh turns into the result. docs/design/bwd_sm90.md has limits, barriers
-// and measurements.
+// memory, which bwd_finish.cuh turns into the result. Over width 128 thread blocks may work in
+// pairs. docs/design/bwd_sm90.md has limits, barriers and measurements.
 #pragma once
 
 #include <cstdint>
 
 #include "host/params.h"
 #include "ptx/address.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_adder.cuh"
 #include "sm90/bwd_consumer.cuh"
+#include "sm90/bwd_paired_consumer.cuh"
 #include "sm90/bwd_producer.cuh"
+#include "sm90/bwd_sender.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_wide_config.cuh"
 #include "sm90/bwd_wide_consumer.cuh"
@@ -28,8 +31,13 @@ struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
 template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>> {
-  using Type = BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>>;
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, false, Mask>> {
+  using Type =
+      BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, false, Mask>>;
+};
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, true>> {
+  using Type = BwdPairedConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, true>>;
 };
 
 template <typename Config>
@@ -42,6 +50,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const uint32_t tiles = ptx::shared_address(memory);
   // Uniform over the warp, and known to be.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int rank = Config::kPaired ? ptx::cluster_ctarank() : 0;
   if (threadIdx.x == 0) {
     const auto init = [](uint64_t& barrier, int arrivals) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
@@ -58,26 +67,45 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       init(shared.score_full[i], Config::kScoreWarps);
       init(shared.score_empty[i], Config::kConsumerWarps);
       init(shared.block_full[i], 1);
-      init(shared.block_empty[i], (128 + 32) * Config::kWarpgroups);
+      init(shared.block_empty[i], (128 + 32) * Config::kWarpgroups + (Config::kPaired ? 32 : 0));
+    }
+    if constexpr (Config::kPaired) {
+      for (uint64_t& barrier : shared.query_open) init(barrier, 1);
+      for (uint64_t& barrier : shared.dout_open) init(barrier, 1);
+      for (uint64_t& barrier : shared.other_score_full) init(barrier, 1);
+      for (uint64_t& barrier : shared.sent_score_empty) init(barrier, Config::kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (Config::kPaired) {
+    ptx::cluster_arrive();  // the other one uses these barriers, too
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
 
   if (warpgroup == Config::kWarpgroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) % 128 / 32, 0);
     if (warp == 0) {
-      BwdProducer<Config> producer{params, plan, shared, tiles};
+      BwdProducer<Config> producer{params, plan, shared, tiles, rank};
       producer.run();
     } else if (warp <= Config::kWarpgroups) {
-      BwdAdder<Config> adder{params, shared, tiles, warp - 1};
+      BwdAdder<Config> adder{params, shared, tiles, warp - 1, rank};
       adder.run();
+    } else if constexpr (Config::kPaired) {
+      BwdSender<Config> sender{shared, tiles, rank};
+      sender.run();
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     typename ConsumerOf<Config>::Type consumer{params, plan, shared, tiles, warpgroup};
+    if constexpr (Config::kPaired) consumer.rank = rank;
     consumer.run();
+  }
+  if constexpr (Config::kPaired) {
+    ptx::cluster_arrive();  // the other one may still arrive here
+    ptx::cluster_wait();
   }
 }
 

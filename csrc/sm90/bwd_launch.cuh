@@ -39,18 +39,20 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks,
       .heads;
 }
 
+// multiprocessors: or pairs of them.
 template <typename Config>
-cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdPlan* plan) {
-  const int64_t key_blocks = (int64_t{params.key_length} + Config::kKeys - 1) / Config::kKeys;
+cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64_t l2_bytes,
+                      BwdPlan* plan) {
+  constexpr int kKeys = Config::kClusterKeys;
+  const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
   const int64_t all = int64_t{params.batch} * params.kv_heads;
-  const int64_t multiprocessors = device.multiprocessors;
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
   int64_t turn = 0;
   if (params.window_right != kUnbounded) {
-    section = bwd_section_heads(params, key_blocks, Config::kRows, Config::kKeys, multiprocessors,
-                                device.l2_bytes);
+    section =
+        bwd_section_heads(params, key_blocks, Config::kRows, kKeys, multiprocessors, l2_bytes);
     multiple = 2 * multiprocessors;
     turn = section_turn(multiprocessors);
   }
@@ -65,10 +67,11 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
   plan->kv_heads = FastDivisor::make(params.kv_heads);
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
+  constexpr int kRows = Config::kPaired ? Config::kRows / 2 : Config::kRows;  // of a copy
   cudaError_t error =
       make_tensor_map(params, params.query,
                       {params.head_dim, params.query_length, params.query.row_stride, params.heads,
-                       params.query.head_stride, Config::kRows, 1},
+                       params.query.head_stride, kRows, 1},
                       &plan->query);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params, params.key,
@@ -91,25 +94,24 @@ cudaError_t make_plan(const MhaBwdParams& params, const DeviceInfo& device, BwdP
   flat.batch_sizes[0] = params.batch;
   return make_tensor_map(flat, dout,
                          {params.head_dim_v, params.query_length, dout.row_stride, params.heads,
-                          dout.head_stride, Config::kRows, 1},
+                          dout.head_stride, kRows, 1},
                          &plan->dout);
 }
 
 // Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
 // the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
-// are a large part of the work and few add to the same part at a time. wide: BwdWideConfig, whose
-// blocks have half as many keys.
-inline bool bwd_first_stores(const MhaBwdParams& params, bool wide) {
+// are a large part of the work and few add to the same part at a time. keys: of a block.
+inline bool bwd_first_stores(const MhaBwdParams& params, int keys) {
   if (params.deterministic) return true;
   const bool diagonal = params.window_right != kUnbounded;
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 4096 : wide ? 512 : 2048);
+  return seen <= (diagonal ? 4096 : keys < 128 ? 512 : 2048);
 }
 
-// Thread blocks of the main kernel. Where blocks of keys keep their distance, each has its place
-// among those of a head, if that leaves few multiprocessors idle.
+// Thread blocks of the main kernel, or pairs of them. Where blocks of keys keep their distance,
+// each has its place among those of a head, if that leaves few multiprocessors idle.
 inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
   if (plan.order.reverses || plan.order.blocks > multiprocessors) return multiprocessors;
   const int whole = multiprocessors / plan.order.blocks * plan.order.blocks;
@@ -125,21 +127,40 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     params.window_left = params.window_right = kUnbounded;
     params.first_stores = params.deterministic;
   } else {
-    params.first_stores = bwd_first_stores(params, Config::kKeyStep == 0);
+    params.first_stores = bwd_first_stores(params, Config::kClusterKeys);
   }
+
+  const auto kernel = mha_bwd_kernel<Config>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           kBwdSharedBytes<Config>);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = kBwdSharedBytes<Config>;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = Config::kPaired ? 1 : 0;
+  int groups = device.multiprocessors;
+  if constexpr (Config::kPaired) {
+    // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
+    // than fit must not be launched: those that wait for their turn would keep the others out.
+    config.gridDim = dim3(device.multiprocessors / 2 * 2);
+    error = cudaOccupancyMaxActiveClusters(&groups, kernel, &config);
+    if (error != cudaSuccess) return error;
+    if (groups == 0) return cudaErrorInvalidConfiguration;
+  }
+
   BwdPlan plan{};
-  cudaError_t error = make_plan<Config>(params, device, &plan);
+  error = make_plan<Config>(params, groups, device.l2_bytes, &plan);
   if (error != cudaSuccess) return error;
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
-
-  const auto kernel = mha_bwd_kernel<Config>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               kBwdSharedBytes<Config>);
-  if (error != cudaSuccess) return error;
-  const int grid = std::min(plan.order.ids, bwd_grid(plan, device.multiprocessors));
-  error = launch_kernel(kernel, dim3(grid), Config::kThreads, kBwdSharedBytes<Config>, stream,
-                        params, plan);
+  const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
+  config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
+  error = cudaLaunchKernelEx(&config, kernel, params, plan);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
@@ -160,11 +181,16 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)
                : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, device, stream);
   };
-  if constexpr (kHeadDim > 128) {
+  const auto launch_wide = [&]<bool kPaired>() {
     return params.deterministic
-               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, device, stream)
-               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(params, device,
-                                                                              stream);
+               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true, kPaired>>(
+                     params, device, stream)
+               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, kPaired>>(
+                     params, device, stream);
+  };
+  if constexpr (kHeadDim > 128) {
+    return params.paired ? launch_wide.template operator()<true>()
+                         : launch_wide.template operator()<false>();
   } else if constexpr (kHeadDim == 64) {
     return launch.template operator()<128>();
   } else {
@@ -179,7 +205,7 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
   if constexpr (kHeadDim > 128) {
-    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask>>(
+    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, false, IntervalMask>>(
         params, device, stream);
   } else {
     return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask>>(

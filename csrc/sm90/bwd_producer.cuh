@@ -5,6 +5,7 @@
 
 #include "host/params.h"
 #include "ptx/address.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -24,6 +25,7 @@ struct BwdProducer {
   const BwdPlan& plan;
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
+  int rank;        // in the cluster
   RingIndex<Config::kKeyStages> key_ring;
   int copied = 0;  // tiles of queries
 
@@ -50,16 +52,52 @@ struct BwdProducer {
         block.head, batch_coordinate(params.value, block.batch, params, plan.inner_batch));
     ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[stage]), key_ring.parity() ^ 1);
     barrier = ptx::shared_address(&shared.key_full[stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes);
-    copy_tile<typename Config::KeyLayout>(
-        keys, &plan.key, barrier, ptx::kEvictFirst, block.first_key, block.head,
-        batch_coordinate(params.key, block.batch, params, plan.inner_batch));
+    const BatchCoordinate batch =
+        batch_coordinate(params.key, block.batch, params, plan.inner_batch);
+    if constexpr (Config::kPaired) {
+      using OtherLayout = typename Config::OtherKeyLayout;
+      ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes + OtherLayout::kBytes);
+#pragma unroll
+      for (int slab = 0; slab < OtherLayout::kSlabs; ++slab) {
+        ptx::tma_load_5d(tiles + Config::kOtherKeyOffset + slab * OtherLayout::kSlabBytes,
+                         &plan.key, barrier, ptx::kEvictFirst,
+                         64 * (Config::first_other_slab(rank) + slab),
+                         block.first_key ^ Config::kKeys, block.head, batch.inner, batch.outer);
+      }
+    } else {
+      ptx::mbarrier_arrive_expect_tx(barrier, Config::KeyLayout::kBytes);
+    }
+    copy_tile<typename Config::KeyLayout>(keys, &plan.key, barrier, ptx::kEvictFirst,
+                                          block.first_key, block.head, batch);
     key_ring.next();
   }
 
   // Waits until all consumers are done with what the next of `stages` tiles held before.
   __device__ __forceinline__ void wait_released(int barrier, int stages) const {
     if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
+  }
+
+  // All slabs of a tile of queries or output gradients, whose stage is free. Of a pair, each copies
+  // half of the rows to both, when both stages are free: this thread has the other's word for it at
+  // `open`.
+  template <typename Layout>
+  __device__ __forceinline__ void copy_rows(uint32_t target, const CUtensorMap* map,
+                                            uint32_t barrier, const uint64_t& open, int stages,
+                                            int row, int head, const BatchCoordinate& batch) const {
+    if constexpr (Config::kPaired) {
+      constexpr int kHalf = Config::kRows / 2;
+      const uint32_t opened = ptx::shared_address(&open);
+      ptx::mbarrier_arrive_cluster_if(true, ptx::mapa(opened, rank ^ 1));
+      ptx::mbarrier_wait_cluster(opened, copied / stages % 2);
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::tma_load_5d_multicast(target + slab * Layout::kSlabBytes + rank * kHalf * 128, map,
+                                   barrier, ptx::kEvictLast, 3, 64 * slab, row + rank * kHalf, head,
+                                   batch.inner, batch.outer);
+      }
+    } else {
+      copy_tile<Layout>(target, map, barrier, ptx::kEvictLast, row, head, batch);
+    }
   }
 
   // A tile of queries of a head with their lse, and their output gradients with their delta.
@@ -83,8 +121,9 @@ struct BwdProducer {
       } else {
         ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes);
       }
-      copy_tile<QueryLayout>(tiles + Config::kQueryOffset + stage * QueryLayout::kBytes,
-                             &plan.query, barrier, ptx::kEvictLast, row, head,
+      copy_rows<QueryLayout>(tiles + Config::kQueryOffset + stage * QueryLayout::kBytes,
+                             &plan.query, barrier, shared.query_open[stage], Config::kStages, row,
+                             head,
                              batch_coordinate(params.query, block.batch, params, plan.inner_batch));
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
@@ -94,8 +133,9 @@ struct BwdProducer {
       const int stage = copied % Config::kDoutStages;
       const uint32_t barrier = ptx::shared_address(&shared.dout_full[stage]);
       ptx::mbarrier_arrive_expect_tx(barrier, DoutLayout::kBytes + kStateBytes);
-      copy_tile<DoutLayout>(tiles + Config::kDoutOffset + stage * DoutLayout::kBytes, &plan.dout,
-                            barrier, ptx::kEvictLast, row, head, {block.batch, 0});
+      copy_rows<DoutLayout>(tiles + Config::kDoutOffset + stage * DoutLayout::kBytes, &plan.dout,
+                            barrier, shared.dout_open[stage], Config::kDoutStages, row, head,
+                            {block.batch, 0});
       ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
                      kStateBytes, barrier);
     }
@@ -124,16 +164,17 @@ struct BwdProducer {
 
   __device__ __forceinline__ void run() {
     const int group = params.heads / params.kv_heads;
-    const int groups = gridDim.x;
+    constexpr int kCluster = Config::kPaired ? 2 : 1;
+    const int groups = gridDim.x / kCluster;
     const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
     for (int round = 0; round * groups < plan.order.ids; ++round) {
-      const int id = plan.order.id_of(round, blockIdx.x, groups);
+      const int id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
       if (id >= plan.order.ids) continue;
       BwdBlock<Config>& block = empty_slot(slots);
       bool made = false;
-      if (lane_id() == 0) made = make_block(params, plan, id, block);
+      if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();
       if (!__any_sync(0xffffffffu, made)) continue;
       if constexpr (Config::kIntervals) count_steps(block, group);

@@ -39,6 +39,12 @@ struct BwdShared
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];
   BwdBlock<Config> blocks[kBlockSlots];
+
+  // Of a pair of thread blocks.
+  uint64_t query_open[Config::kStages];     // the other one's stage may be written
+  uint64_t dout_open[Config::kDoutStages];  // the same
+  uint64_t other_score_full[2];             // the other one's dS has come
+  uint64_t sent_score_empty[2];             // the other one is done with dS of this one
 };
 
 template <typename Config>

@@ -30,7 +30,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   using Base::kScores;
   using Base::kSums;
   static constexpr int kParts = 2;  // of dQ, of a warpgroup: at most
-  static_assert(Config::parts_of(0) == 2 && Config::parts_of(1) <= 2, "what waits count on");
+  static_assert(Config::kPaired ||
+                    (Config::parts_of(0, 0, 0) == 2 && Config::parts_of(1, 0, 0) <= 2),
+                "what waits count on");
 
   using Base::blocks;
   using Base::params;
@@ -75,14 +77,14 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   template <int kRole>
   __device__ __forceinline__ void issue_dqueries(float (&d)[kParts][kSums], uint32_t step) const {
 #pragma unroll
-    for (int part = 0; part < Config::parts_of(kRole); ++part) {
-      this->issue_dquery(d[part], step, Config::first_part(kRole) + part);
+    for (int part = 0; part < Config::parts_of(kRole, 0, 0); ++part) {
+      this->issue_dquery(d[part], step, Config::first_part(kRole, 0) + part);
     }
   }
   template <int kRole>
   __device__ __forceinline__ void hand_over_all(const float (&d)[kParts][kSums]) const {
 #pragma unroll
-    for (int part = 0; part < Config::parts_of(kRole); ++part) this->hand_over(d[part]);
+    for (int part = 0; part < Config::parts_of(kRole, 0, 0); ++part) this->hand_over(d[part]);
   }
 
   // This lane's part of P in the place of dS.
@@ -99,10 +101,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
   }
 
-  // One tile of queries of one head; see BwdConsumer. The first warpgroup's part.
+  // P of a tile of queries of one head, in registers and where the other warpgroup finds it.
   template <bool kClean>
-  __device__ __forceinline__ void step_scores(const BwdBlock<Config>& block, Gradient<0>& dvalue,
-                                              int tile, bool first) {
+  __device__ __forceinline__ void share_probabilities(uint32_t (&p)[kScores / 2],
+                                                      const BwdBlock<Config>& block,
+                                                      int tile) const {
     const int first_row = tile * kRows;
     wait(shared.query_full[this->stage()], this->parity());
     if constexpr (!kClean) {
@@ -110,7 +113,6 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       this->clear_dead_rows(block, first_row);
     }
     float s[kScores];
-    uint32_t p[kScores / 2];
     uint32_t weights[kScores / 2];
     ptx::wgmma_fence();
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
@@ -119,6 +121,10 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ptx::wgmma_wait_group<0>();
     this->template take_probabilities<kClean>(p, weights, s, early, block, first_row);
     wait_scores_used();
+    if constexpr (Config::kPaired) {  // nor does the other thread block need what was sent there
+      ptx::mbarrier_wait_cluster(ptx::shared_address(&shared.sent_score_empty[steps % 2]),
+                                 (steps / 2 + 1) % 2);
+    }
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
       const uint32_t words[4] = {weights[4 * i], weights[4 * i + 1], weights[4 * i + 2],
@@ -126,7 +132,14 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       ptx::st_shared_v4(probabilities(steps) + 2048 * i, words);
     }
     ptx::bar_arrive(Config::kScored, 256);
+  }
 
+  // One tile of queries of one head; see BwdConsumer. The first warpgroup's part.
+  template <bool kClean>
+  __device__ __forceinline__ void step_scores(const BwdBlock<Config>& block, Gradient<0>& dvalue,
+                                              int tile, bool first) {
+    uint32_t p[kScores / 2];
+    share_probabilities<kClean>(p, block, tile);
     wait(shared.dout_full[this->dout_stage()], this->dout_parity());
     ptx::wgmma_fence();
     issue_gradient<DoutLayout>(dvalue, p, this->dout_tile());
@@ -147,10 +160,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ++steps;
   }
 
-  // The second warpgroup's.
+  // dS of a tile, in registers and where all who need it find it.
   template <bool kClean>
-  __device__ __forceinline__ void step_gradients(const BwdBlock<Config>& block, Gradient<1>& dkey,
-                                                 int tile, bool first) {
+  __device__ __forceinline__ void share_score_gradients(uint32_t (&ds)[kScores / 2],
+                                                        const BwdBlock<Config>& block,
+                                                        int tile) const {
     const int first_row = tile * kRows;
     wait(shared.dout_full[this->dout_stage()], this->dout_parity());
     if constexpr (!kClean) {
@@ -159,7 +173,6 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     }
     float dp[kScores];
     uint32_t p[kScores / 2];
-    uint32_t ds[kScores / 2];
     ptx::wgmma_fence();
     issue_scores<ValueLayout, DoutLayout>(dp, this->fresh_key_tile() + Config::kValueOffset,
                                           this->dout_tile());
@@ -181,7 +194,14 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     this->store_scores(ds);
     ptx::fence_proxy_async_shared();
     warp_arrive(shared.score_full[steps % 2]);
+  }
 
+  // The second warpgroup's.
+  template <bool kClean>
+  __device__ __forceinline__ void step_gradients(const BwdBlock<Config>& block, Gradient<1>& dkey,
+                                                 int tile, bool first) {
+    uint32_t ds[kScores / 2];
+    share_score_gradients<kClean>(ds, block, tile);
     wait(shared.query_full[this->stage()], this->parity());
     wait_scores();
     float dquery[kParts][kSums];
@@ -224,8 +244,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ++blocks;
   }
 
-  template <int kRole>
-  __device__ __forceinline__ void run_role() {
+  // run_block<kRole>(block, gradient) has the steps of a block of work.
+  template <int kRole, typename RunBlock>
+  __device__ __forceinline__ void run_role(RunBlock run_block) {
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
     while (true) {
@@ -235,7 +256,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       Gradient<kRole> gradient;
 #pragma unroll
       for (float& x : gradient) x = 0.0f;
-      if (block.tiles > 0) run_block<kRole>(block, gradient);
+      if (block.tiles > 0) run_block.template operator()<kRole>(block, gradient);
       if constexpr (kRole == 0) {
         this->store_gradient(gradient, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v,
                              block);
@@ -249,14 +270,20 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);  // the last arrival's partner
   }
 
-  __device__ __forceinline__ void run() {
+  template <typename RunBlock>
+  __device__ __forceinline__ void run_roles(RunBlock run_block) {
     if (warpgroup == 0) {
-      run_role<0>();
+      run_role<0>(run_block);
       wait_scores_used();  // the last arrival's partner
     } else {
       warp_arrive(shared.score_full[1]);  // of the step before the first
-      run_role<1>();
+      run_role<1>(run_block);
     }
+  }
+  __device__ __forceinline__ void run() {
+    run_roles([&]<int kRole>(const BwdBlock<Config>& block, Gradient<kRole>& gradient) {
+      run_block<kRole>(block, gradient);
+    });
   }
 };
 

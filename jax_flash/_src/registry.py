@@ -33,6 +33,8 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
+      paired_backward: whether JAX_FLASH_PAIRED_BACKWARD makes thread blocks of the
+        "sm90" backward over width 128 work in pairs.
       quantised_kernels: whether decoding may use those for 8-bit caches.
       option_kernels: whether attention may use what no GPU has run yet: the kernels for
         options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
@@ -42,6 +44,7 @@ class Extension:
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
+    paired_backward: bool = False
     quantised_kernels: bool = True
     option_kernels: bool = False
     missing: str | None = None
@@ -63,7 +66,14 @@ def _load() -> Extension:
     # Until these kernels have passed on a GPU.
     quantised = os.environ.get("JAX_FLASH_QUANTISED_KERNELS") == "1"
     options = os.environ.get("JAX_FLASH_OPTION_KERNELS") == "1"
-    return Extension(table, info, kernels.force_sm80(), quantised, options)
+    return Extension(
+        table,
+        info,
+        kernels.force_sm80(),
+        kernels.paired_backward(),
+        quantised_kernels=quantised,
+        option_kernels=options,
+    )
 
 
 _assumed: list[Extension] = []
@@ -80,6 +90,7 @@ def assume_kernels(
     *,
     force_sm80: bool = False,
     option_kernels: bool = False,
+    paired_backward: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
@@ -88,7 +99,10 @@ def assume_kernels(
     cannot be run there.
     """
     assumed = Extension(
-        tuple(kernels), force_sm80=force_sm80, option_kernels=option_kernels
+        tuple(kernels),
+        force_sm80=force_sm80,
+        paired_backward=paired_backward,
+        option_kernels=option_kernels,
     )
     _assumed.append(assumed)
     try:

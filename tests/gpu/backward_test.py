@@ -15,6 +15,7 @@ from gpu_helpers import in_new_process
 from gradient_helpers import Problem, assert_all, gradients_of, problem_of
 
 from jax_flash import mha
+from jax_flash._src import registry
 
 SMALL, LARGE = 10, 4
 """Problems of a program, for sequences up to 400 and longer ones."""
@@ -293,6 +294,41 @@ def test_repeated_gradients_are_equal() -> None:
     for _ in range(REPEATS):
         found = differences(first, program(arguments))
         assert sum(map(int, jax.tree.leaves(found))) == 0, found
+
+
+# --- pairs of thread blocks over width 128
+
+
+def test_in_pairs() -> None:
+    if registry.extension().force_sm80:
+        pytest.skip("the environment chooses sm80")
+    in_new_process(in_pairs, JAX_FLASH_PAIRED_BACKWARD="1")
+
+
+def in_pairs() -> None:
+    """Whole, odd and missing tiles of keys, more pairs than fit, NaN where not read."""
+    assert registry.extension().paired_backward
+    options: list[dict[str, Any]] = [
+        {"is_causal": True},
+        {"window_size": (100, 20)},
+        {"key_lengths": (0, 1, 300), "query_lengths": (190, 33, 1)},
+        {"is_causal": True, "causal_alignment": "top_left"},
+        {},
+    ]
+    widths = ((256, 256), (192, 128), (192, 192), (200, 136))
+    chosen = [
+        specs.Spec(3, 190, 320, 4, 2, *w, dtype=specs.DTYPES[i % 2], **option)
+        for i, (w, option) in enumerate(itertools.product(widths, options))
+    ]
+    chosen += [
+        specs.Spec(1, 1500, 1450, 4, 1, 256, is_causal=True),
+        specs.Spec(2, 2000, 2000, 8, 8, 192, 128),
+    ]
+    for deterministic in (False, True):
+        for group in groups_of(chosen, SMALL):
+            problems = [problem_of(s, i, True).poisoned() for i, s in enumerate(group)]
+            assert_all(group, problems, deterministic=deterministic)
+    test_repeated_gradients_are_equal()
 
 
 def test_more_elements_than_31_bits() -> None:

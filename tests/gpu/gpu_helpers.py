@@ -22,7 +22,7 @@ Problem = tuple[Sequence[np.ndarray], dict[str, Any]]
 Result = tuple[np.ndarray, np.ndarray]
 
 
-def in_new_process(function: Callable[[], None]) -> None:
+def in_new_process(function: Callable[[], None], **environment: str) -> None:
     """Calls a function of a test module; its memory is free for others afterwards.
 
     JAX keeps what it has once allocated until the process ends.
@@ -30,7 +30,7 @@ def in_new_process(function: Callable[[], None]) -> None:
     module, name = function.__module__, function.__name__
     result = subprocess.run(
         [sys.executable, "-P", "-c", f"import {module}; {module}.{name}()"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -25,7 +25,7 @@ FAMILIES = [
     (op, family)
     for op in KERNELS
     for family in (("chosen", "sm80") if op.startswith("mha") else ("chosen",))
-]
+] + [("mha_bwd", "paired")]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -40,6 +40,8 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:
         pytest.skip("the environment chooses sm80, too")
+    if family == "paired":
+        environment["JAX_FLASH_PAIRED_BACKWARD"] = "1"
     command = [
         sanitizer,
         f"--tool={tool}",

@@ -61,19 +61,26 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
+// As many as the emulated device, which the driver knows of and this does not.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  *count = std::max(1, static_cast<int>(config->gridDim.x / config->attrs->val.clusterDim.x));
+  return cudaSuccess;
+}
 // Runs the kernel at once. `emulated_shared_memory` is that array of the kernel's namespace.
 extern unsigned char* emulated_shared_memory;
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Params&... params) {
-  if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
+  if (config->dynamicSmemBytes > emulator::kSharedBytes) return cudaErrorInvalidConfiguration;
+  int cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
-      emulator::fail("clusters are not emulated");
+      cluster = static_cast<int>(config->attrs[i].val.clusterDim.x);
     }
   }
   emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
-                   static_cast<int>(config->blockDim.x), emulated_shared_memory,
+                   static_cast<int>(config->blockDim.x), cluster, emulated_shared_memory,
                    [&] { kernel(params...); });
   return cudaSuccess;
 }

@@ -2,9 +2,11 @@
 //
 // The headers beside this one stand in for those of CUDA and for csrc/ptx; everything else of the
 // kernels is compiled as it is. Each thread of a thread block is a fiber that runs until it has to
-// wait; thread blocks run one after another. Copies and matrix products are done when they are
-// asked for, so this finds wrong logic (indices, masks, barriers that are never completed or
-// arrived at too often), and neither races nor what a real machine does in the meantime.
+// wait; thread blocks run one after another, those of a cluster by turns: each until all of its
+// threads wait. Matrix products, and copies but for those between the thread blocks of a cluster,
+// are done when they are asked for, so this finds wrong logic (indices, masks, barriers that are
+// never completed or arrived at too often), and neither races nor what a real machine does in the
+// meantime.
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -43,11 +46,25 @@ struct Barrier {
   int round = 0;
 };
 
+struct Mbarrier {
+  int expected;
+  int pending;
+  long bytes;
+  uint32_t phase;
+};
+
+inline constexpr size_t kSharedBytes = 227 << 10;
+
 struct Block {
   Warp warps[32];
   Barrier barriers[16];  // 0 is that of __syncthreads
   int votes[2];          // of threads that arrive there in an even or odd round
   int threads = 0;
+  int left = 0;  // threads that have not ended
+  Index index;
+  int rank = 0;  // in its cluster
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::unique_ptr<unsigned char[]> memory;  // while another one of the cluster runs
 };
 
 struct Fiber {
@@ -56,7 +73,15 @@ struct Fiber {
   bool started = false;
   Index thread;
   Block* block;
+  int cluster_round = 0;  // of its last arrival
   bool done = false;
+};
+
+// The thread blocks that run together, and their barrier.
+struct Cluster {
+  std::vector<Block> blocks;
+  Barrier barrier;
+  int left = 0;  // threads that have not ended
 };
 
 inline Fiber* current;
@@ -67,6 +92,8 @@ inline Index blockDim;
 inline jmp_buf scheduler;
 inline long progress;  // changes when some fiber gets on
 inline unsigned char* shared_memory;
+inline Cluster* cluster;
+inline std::vector<std::function<void()>> late;  // copies that were asked for
 
 inline int lane() { return current->thread.x % 32; }
 inline int warp() { return current->thread.x / 32; }
@@ -129,9 +156,56 @@ inline int vote(bool is_for) {
   return votes;
 }
 
+// Of all threads of the cluster that have not ended, as they arrive and end.
+inline void complete_cluster_barrier() {
+  if (cluster->barrier.arrived == 0 || cluster->barrier.arrived < cluster->left) return;
+  cluster->barrier.arrived = 0;
+  ++cluster->barrier.round;
+  ++progress;
+}
+
+// An address of shared memory: an offset, and above it 0 or 1 + the rank of another thread block.
+inline uint32_t cluster_address(uint32_t address, int rank) {
+  if (address >> 24 != 0 || rank >= static_cast<int>(cluster->blocks.size())) {
+    fail("no shared memory in this cluster", rank);
+  }
+  return address | (rank + 1) << 24;
+}
+// Whose it is.
+inline Block& block_of(uint32_t address) {
+  if (address >> 24 == 0) return *current->block;
+  Block& block = cluster->blocks[(address >> 24) - 1];
+  if (block.left == 0) fail("shared memory of a thread block that has ended", address);
+  return block;
+}
+
 inline void* shared_pointer(uint32_t address) {
-  if (address >= 227 * 1024) fail("shared address out of range", address);
-  return shared_memory + address;
+  const uint32_t offset = address & 0xffffff;
+  if (offset >= kSharedBytes) fail("shared address out of range", address);
+  Block& block = block_of(address);
+  return (&block == current->block ? shared_memory : block.memory.get()) + offset;
+}
+
+inline Mbarrier& mbarrier_at(uint32_t address) {
+  const auto found = block_of(address).mbarriers.find(address & 0xffffff);
+  if (found == block_of(address).mbarriers.end()) fail("no mbarrier there", address);
+  return found->second;
+}
+
+inline uint32_t random_below(uint32_t end) {
+  static uint32_t random = 1;
+  random = 1664525 * random + 1013904223;
+  return static_cast<uint32_t>(uint64_t{random} * end >> 32);
+}
+
+// Does `copy` now or, every other time or so, when nothing but such copies can be done.
+inline void copy_some_time(std::function<void()> copy) {
+  ++progress;
+  if (random_below(2) == 0) {
+    copy();
+  } else {
+    late.push_back(std::move(copy));
+  }
 }
 
 template <typename T>
@@ -153,47 +227,92 @@ inline std::function<void()> body;
 inline void run_fiber() {
   body();
   current->done = true;
+  --current->block->left;
+  --cluster->left;
   ++progress;
+  complete_cluster_barrier();
   _longjmp(scheduler, 1);
 }
 
-// Runs `kernel` for each thread of each thread block.
-inline void launch(int grid_x, int grid_y, int threads, unsigned char* shared,
+// Lets the threads of a block, which `shared_memory` now belongs to, run until all of them wait.
+inline void run_block(std::vector<Fiber>& fibers, const Block& block) {
+  blockIdx = block.index;
+  long before;
+  do {
+    before = progress;
+    for (Fiber& fiber : fibers) {
+      if (fiber.done) continue;
+      current = &fiber;
+      threadIdx = fiber.thread;
+      resume();
+    }
+  } while (progress != before && block.left > 0);
+}
+
+// Runs the thread blocks of one cluster by turns. fibers: of each.
+inline void run_cluster(std::vector<std::vector<Fiber>>& fibers) {
+  Block* active = &cluster->blocks[0];
+  while (cluster->left > 0) {
+    const long before = progress;
+    for (Block& block : cluster->blocks) {
+      if (block.left == 0) continue;
+      if (&block != active) {
+        std::memcpy(active->memory.get(), shared_memory, kSharedBytes);
+        std::memcpy(shared_memory, block.memory.get(), kSharedBytes);
+        active = &block;
+      }
+      run_block(fibers[block.rank], block);
+    }
+    if (progress != before) continue;
+    if (late.empty()) fail("threads wait for each other; so many are left", cluster->left);
+    const auto next = late.begin() + random_below(static_cast<uint32_t>(late.size()));
+    const std::function<void()> copy = std::move(*next);
+    late.erase(next);
+    copy();
+  }
+  if (!late.empty()) fail("copies that nobody waits for", static_cast<long>(late.size()));
+}
+
+// Runs `kernel` for each thread of each thread block, `cluster_size` of which are a cluster.
+inline void launch(int grid_x, int grid_y, int threads, int cluster_size, unsigned char* shared,
                    std::function<void()> kernel) {
   constexpr size_t kStack = 192 << 10;
+  if (grid_x % cluster_size != 0) fail("a grid of no whole clusters", grid_x);
   body = std::move(kernel);
   gridDim = {grid_x, grid_y, 1};
   blockDim = {threads, 1, 1};
   shared_memory = shared;
-  std::vector<std::unique_ptr<char[]>> stacks(threads);
+  std::vector<std::unique_ptr<char[]>> stacks(threads * cluster_size);
   for (auto& stack : stacks) stack.reset(new char[kStack]);
-  for (int id = 0; id < grid_x * grid_y; ++id) {
-    Block block;
-    block.threads = threads;
-    blockIdx = {id % grid_x, id / grid_x, 0};
-    std::memset(shared, 0xab, 227 * 1024);
-    std::vector<Fiber> fibers(threads);
-    for (int t = 0; t < threads; ++t) {
-      Fiber& fiber = fibers[t];
-      fiber.thread = {t, 0, 0};
-      fiber.block = &block;
-      getcontext(&fiber.start);
-      fiber.start.uc_stack.ss_sp = stacks[t].get();
-      fiber.start.uc_stack.ss_size = kStack;
-      fiber.start.uc_link = nullptr;
-      makecontext(&fiber.start, run_fiber, 0);
-    }
-    for (int left = threads; left > 0;) {
-      const long before = progress;
-      for (Fiber& fiber : fibers) {
-        if (fiber.done) continue;
-        current = &fiber;
-        threadIdx = fiber.thread;
-        resume();
-        left -= fiber.done;
+  for (int id = 0; id < grid_x * grid_y; id += cluster_size) {
+    Cluster together;
+    cluster = &together;
+    together.blocks = std::vector<Block>(cluster_size);
+    together.left = threads * cluster_size;
+    std::vector<std::vector<Fiber>> fibers(cluster_size);
+    std::memset(shared, 0xab, kSharedBytes);
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      Block& block = together.blocks[rank];
+      block.threads = block.left = threads;
+      block.index = {(id + rank) % grid_x, (id + rank) / grid_x, 0};
+      block.rank = rank;
+      if (cluster_size > 1) {
+        block.memory.reset(new unsigned char[kSharedBytes]);
+        std::memset(block.memory.get(), 0xab, kSharedBytes);
       }
-      if (progress == before) fail("threads wait for each other; so many are left", left);
+      fibers[rank] = std::vector<Fiber>(threads);
+      for (int t = 0; t < threads; ++t) {
+        Fiber& fiber = fibers[rank][t];
+        fiber.thread = {t, 0, 0};
+        fiber.block = &block;
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = stacks[rank * threads + t].get();
+        fiber.start.uc_stack.ss_size = kStack;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, run_fiber, 0);
+      }
     }
+    run_cluster(fibers);
   }
 }
 

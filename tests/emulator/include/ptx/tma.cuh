@@ -48,6 +48,18 @@ inline void tma_load_5d(uint32_t shared, const CUtensorMap* map, uint32_t barrie
                         int c1, int c2, int c3, int c4) {
   mbarrier_complete(barrier, move_box(shared, map, {c0, c1, c2, c3, c4}, false));
 }
+inline void tma_load_5d_multicast(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
+                                  uint64_t, uint16_t ranks, int c0, int c1, int c2, int c3,
+                                  int c4) {
+  for (int rank = 0; ranks >> rank != 0; ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    const uint32_t target = emulator::cluster_address(shared, rank);
+    const uint32_t there = emulator::cluster_address(barrier, rank);
+    emulator::copy_some_time([=, map = *map] {
+      mbarrier_complete(there, move_box(target, &map, {c0, c1, c2, c3, c4}, false));
+    });
+  }
+}
 inline void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2, int c3,
                          int c4) {
   move_box(shared, map, {c0, c1, c2, c3, c4}, true);
