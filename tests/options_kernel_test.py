@@ -210,7 +210,11 @@ def test_switch_in_the_environment(
 ) -> None:
     """Read when the extension, here a stand-in, is loaded."""
     module = types.SimpleNamespace(
-        registrations=dict, kernels=list, build_info=dict, force_sm80=lambda: False
+        registrations=dict,
+        kernels=list,
+        build_info=dict,
+        force_sm80=lambda: False,
+        paired_backward=lambda: False,
     )
     monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

@@ -115,7 +115,7 @@ def test_off_by_default(kernels: None) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"softcap": 2.0},
+        {"bias": np.zeros(ROWS, np.float32)},
         {"implementation": "xla"},
         {"precision": "highest"},
         {"mask": np.ones((ROWS, ROWS), bool)},
@@ -159,6 +159,29 @@ def test_values_and_gradients() -> None:
     got, expected = in_place(results(attend), *args), jax.jit(results(unpacked))(*args)
     assert_close(got[0], expected[0], STEP)
     assert_close(got[1], expected[1], 2e-2)
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 1, 1, 1, 2, -1, -1], [2, 0, 2, 1, 0, -1, 1, 2]])
+def test_with_intervals(ids: list[int]) -> None:
+    """One call reads the whole array, and a mask by ids."""
+    segments = jnp.broadcast_to(jnp.array(ids, jnp.int32), (BATCH, ROWS))
+    options = {"q_segment_ids": segments, "kv_segment_ids": segments, "softcap": 2.0}
+
+    def results(f: Callable) -> Callable:
+        def of(x: jax.Array) -> Any:
+            return f(x, is_causal=True, **options)
+
+        return lambda x: (of(x), jax.grad(loss(of))(x))
+
+    qkv = inputs()
+    got, expected = in_place(results(attend), qkv), jax.jit(results(unpacked))(qkv)
+    assert_close(got[0], expected[0], STEP)
+    assert_close(got[1], expected[1], 2e-2)
+    with registry.assume_kernels(option_kernels=True):
+        text = cuda_text(lambda x: attend(x, is_causal=True, **options), qkv)
+    line = call_of(registry.FORWARD_TARGET, text)
+    assert "packed_heads = 4 : i64" in line
+    assert "has_intervals = true" in line
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)

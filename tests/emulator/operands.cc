@@ -27,19 +27,20 @@ void copy(const MhaParams& params, const TensorView& view, int length, int heads
 }
 
 ffi::Error read(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                ffi::RemainingArgs lengths, ffi::Result<ffi::AnyBuffer> query_read,
+                ffi::RemainingArgs mask, ffi::Result<ffi::AnyBuffer> query_read,
                 ffi::Result<ffi::AnyBuffer> key_read, ffi::Result<ffi::AnyBuffer> value_read,
                 ffi::Result<ffi::AnyBuffer> facts, float scale, int64_t window_left,
                 int64_t window_right, bool bottom_right, bool has_query_lengths,
-                bool has_kv_lengths, int64_t packed_heads, int64_t packed_kv_heads,
-                Dims query_order, Dims key_order, Dims value_order) {
+                bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
+                int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
+                Dims value_order) {
   MhaParams params{};
-  MhaOperands operands(
-      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
-       packed_heads, packed_kv_heads, query_order, key_order, value_order},
-      &params);
+  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
+                        has_kv_lengths, has_intervals, has_slopes, softcap, packed_heads,
+                        packed_kv_heads, query_order, key_order, value_order},
+                       &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
-  JAX_FLASH_RETURN_IF_ERROR(operands.decode_lengths(lengths, 0));
+  JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(mask, 0));
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   copy(params, params.query, params.query_length, params.heads, params.head_dim, *query_read);
   copy(params, params.key, params.key_length, params.kv_heads, params.head_dim, *key_read);
