@@ -155,6 +155,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
         ),
         "lengths": lambda: of_options(
             (3, 150, 177, 2, 1),
+            rest={"options": {"scale": -0.3}},
             is_causal=True,
             window_size=(40, None),
             query_seq_lengths=(150, 70, 0),
@@ -172,7 +173,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
             slopes=np.array([[0.5, 0.25, 0.1, 0.0]]),
         ),
         "soft cap": lambda: of_options(
-            (2, 150, 300, 2, 1), rest={"options": {"softcap": 2.0, "scale": 0.5}}
+            (1, 150, 300, 2, 1), rest={"options": {"softcap": 2.0, "scale": 0.5}}
         ),
         "slopes": lambda: of_options(
             (2, 200, 180, 2, 2),
@@ -180,12 +181,12 @@ def _cases() -> dict[str, Callable[[], Case]]:
             is_causal=True,
         ),
         "soft cap and slopes": lambda: of_options(
-            (2, 130, 300, 4, 2),
+            (1, 130, 200, 4, 2),
             rest={
                 "options": {"softcap": 1.5, "scale": -0.4},
                 "slopes": np.array([[0.1, 0.02, 0.2, 0.0]]),
             },
-            window_size=(200, 100),
+            window_size=(100, 50),
         ),
     }
 

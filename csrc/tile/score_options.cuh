@@ -3,6 +3,7 @@
 
 #include "host/params.h"
 #include "ptx/math.cuh"
+#include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 
 namespace jax_flash {
@@ -15,7 +16,7 @@ struct ScoreOptions {
   float slope;    // 0: none
 
   // Whether scores change at all; otherwise they stay q.k and the kernel scales them as ever.
-  __device__ __forceinline__ static bool any(const MhaParams& params) {
+  JAX_FLASH_HOST_DEVICE static bool any(const MhaParams& params) {
     return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr;
   }
 

@@ -86,6 +86,9 @@ struct alignas(16) float4 {
 struct uint2 {
   uint32_t x, y;
 };
+struct alignas(8) int2 {
+  int32_t x, y;
+};
 struct alignas(16) int4 {
   int32_t x, y, z, w;
 };
