@@ -63,7 +63,7 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   // Whether this block adds to the gradient of a tile of queries.
   __device__ __forceinline__ bool meets(int tile) const {
     if constexpr (Config::kIntervals) {
-      const KeyInterval keys = mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
+      const RowTile& keys = mask.row_tiles[tile];
       return keys.first < first_key + Config::kKeys && first_key < keys.end;
     } else {
       return true;
@@ -81,17 +81,17 @@ struct BwdStep {
 };
 
 template <typename Config>
-__device__ __forceinline__ BwdStep<Config> make_step(const BwdBlock<Config>& block, int head,
-                                                     int tile) {
-  const RowTile& rows = block.mask.row_tiles[tile];
-  BwdStep<Config> step;
+__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
+                                          BwdStep<Config>& step) {
   step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
-  step.dead = rows.dead != 0;
+  const RowTile& rows = block.mask.row_tiles[tile];
   step.mixed = rows.mixed != 0;
+  const bool dead = rows.dead != 0;
+  step.dead = dead;
+#pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
-    step.clean[w] = !step.dead && tile >= block.clean_first[w] && tile < block.clean_end[w];
+    step.clean[w] = !dead && tile >= block.clean_first[w] && tile < block.clean_end[w];
   }
-  return step;
 }
 
 // Block `id`, for the thread block `rank_in_cluster`; false where a section is padded.

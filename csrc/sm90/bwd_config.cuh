@@ -39,8 +39,8 @@ struct BwdConfig {
   static constexpr int kScoreWarps = kConsumerWarps;  // that write dS
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kIntervals && kHeadDim == 64 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kIntervals && kHeadDim == 64 ? 232 : 240;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
 
   // Named barriers, one for each stage, at which the consumers give queries and output gradients
   // back to the producer's warp. The ones before: turns and warpgroups (bwd_consumer.cuh).

@@ -256,53 +256,61 @@ struct BwdConsumer {
   }
 
   // With intervals, where a tile is not clean or scores have options: P = 2^(S - lse) of this
-  // step's queries, and P times the derivatives of the logits. s is used up.
+  // step's queries, and P times the derivatives of the logits. s is used up. kOptions: whether
+  // scores have options.
   template <bool kOptions>
   __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
                                                              uint32_t (&weights)[kScores / 2],
-                                                             const float (&s)[kScores],
+                                                             float (&s)[kScores],
                                                              const float2 (&early)[kEarlyLoads],
                                                              const BwdBlock<Config>& block) const {
     const BwdStep<Config>& step = shared.steps[stage()];
     const ScoreOptions options = {params.scale.first * params.scale.second,
                                   params.intervals.softcap, step.slope};
+    const float inverse = options.inverse();
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
+    const int first_key =
+        block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
     const bool mixed = step.mixed;
-    const int first_key = block.first_key + Config::kKeyStep * warpgroup +
-                          static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
     const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
                         mixed ? block.mask.id(first_key + 8) : 0};
     const RowRecord* const records = shared.records[stage()] + fragment_column();
     const float* const lse = lse_columns();
 #pragma unroll
+    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
+    if (kOptions && options.softcap != 0.0f) {
+#pragma unroll
+      for (float& score : s) score = options.cap(score, inverse);
+    }
+#pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
-      const RowRecord rows[2] = {records[8 * j], records[8 * j + 1]};
+      float probability[2][2];
+      float weight[2][2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int key = first_key + 8 * h;
-        float probability[2];
-        float weight[2];
+      for (int e = 0; e < 2; ++e) {
+        const RowRecord row = records[8 * j + e];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const RowRecord& row = rows[e];
+        for (int h = 0; h < 2; ++h) {
+          const int key = first_key + 8 * h;
           float score = s[4 * j + 2 * h + e];
           float derivative = 1.0f;
           if constexpr (kOptions) {
-            score = options.capped(score);
-            derivative = options.derivative(score);
+            derivative = options.derivative(score, inverse);
             score = options.biased(score, row.position - key);
-          } else {
-            score *= params.scale.first;
           }
           const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
-          const bool seen = key >= row.first && key < row.end && (!mixed || ids[h] == row.id);
-          probability[e] = seen ? power : 0.0f;
-          weight[e] = probability[e] * derivative;
+          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
+          probability[h][e] = seen ? power : 0.0f;
+          weight[h][e] = probability[h][e] * derivative;
         }
-        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[0], probability[1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
         weights[2 * j + h] =
-            kOptions ? ptx::cvt_rn_x2<Element>(weight[0], weight[1]) : p[2 * j + h];
+            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
       }
     }
   }
@@ -500,7 +508,6 @@ struct BwdConsumer {
   template <typename Step>
   __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
     int left = block.steps;
-    bool first = true;
     const auto is_clean = [&] {
       wait(shared.query_full[stage()], parity());
       return shared.steps[stage()].clean[warpgroup];
@@ -508,12 +515,10 @@ struct BwdConsumer {
     while (left > 0) {
 #pragma unroll 1
       for (; left > 0 && is_clean(); --left) {
-        step.template operator()<true>(0, first);
-        first = false;
+        step.template operator()<true>(0, left == block.steps);
       }
       if (left == 0) break;
-      step.template operator()<false>(0, first);
-      first = false;
+      step.template operator()<false>(0, left == block.steps);
       --left;
     }
   }

@@ -114,7 +114,7 @@ struct BwdProducer {
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
       if constexpr (Config::kIntervals) {
         constexpr int kRecordBytes = sizeof shared.records[0];
-        shared.steps[stage] = make_step(block, head, tile);
+        make_step(block, head, tile, shared.steps[stage]);
         ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes + kRecordBytes);
         ptx::bulk_load(ptx::shared_address(shared.records[stage]), block.mask.row_records + row,
                        kRecordBytes, barrier);
@@ -145,6 +145,7 @@ struct BwdProducer {
   // With intervals: how many steps there are.
   __device__ __forceinline__ void count_steps(BwdBlock<Config>& block, int group) const {
     int met = 0;
+#pragma unroll 1
     for (int i = lane_id(); i < block.tiles; i += 32) met += block.meets(block.first_tile + i);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) met += __shfl_xor_sync(0xffffffffu, met, step);
