@@ -90,7 +90,7 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
 
     def varlen(query: Any, key: Any, value: Any, offsets: Any) -> jax.Array:
         options = {"is_causal": True, "implementation": implementation}
-        tensors = (x[0] for x in (query, key, value))
+        tensors = query[0], key[0], value[0]
         return jax_flash.mha_varlen(*tensors, offsets, **options)[None]
 
     def softcap(query: Any, key: Any, value: Any) -> jax.Array:
