@@ -100,7 +100,7 @@ def gradients(
     q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     dsinks = np.zeros((query.shape[0], query.shape[2]), np.float32)
-    for index, pair, p in weights(q, k, scale, given):
+    for index, pair, p, slope in weights(q, k, scale, given):
         delta = (rounded(rounded(p) @ v[pair]) * do[index]).sum(-1, keepdims=True)
         if dlse is not None:
             b, rows, n = index
@@ -114,7 +114,7 @@ def gradients(
         ds = rounded(do[index] @ v[pair].T)
         ds -= delta
         ds *= p
-        ds *= scale
+        ds *= scale * slope
         dq[index] = ds @ k[pair]
         dk[pair] += ds.T @ q[index]
     result = {
@@ -131,17 +131,19 @@ def scale_of(query: np.ndarray, given: dict[str, Any]) -> np.float32:
 
 def weights(
     query: np.ndarray, key: np.ndarray, scale: np.float32, given: dict[str, Any]
-) -> Iterator[tuple[Any, Any, np.ndarray]]:
+) -> Iterator[tuple[Any, Any, np.ndarray, Any]]:
     """The softmax in NumPy, in the dtype of query and key, by blocks of a head's rows.
 
     Yields:
       The index of the block's rows in arrays [B, T, N, width], that of its head in
-      arrays [B, S, K, width], and the weights [t, S], 0 in rows that attend nothing.
+      arrays [B, S, K, width], the weights [t, S], 0 in rows that attend nothing, and
+      the derivative of the soft cap [t, S], or 1.
     """
     batch, rows, heads, _ = query.shape
     groups = heads // key.shape[2]
     shape = (batch, heads, rows, key.shape[1])
     ok = oracle.allowed(shape, given)
+    softcap, bias = given.get("softcap"), oracle.bias_of(shape, given)
     sinks = np.broadcast_to(
         np.asarray(given.get("sinks", -np.inf), query.dtype), shape[:2]
     )
@@ -149,6 +151,13 @@ def weights(
         index, pair = (b, part, n), (b, slice(None), n // groups)
         e = query[index] @ key[pair].T
         e *= scale
+        slope: Any = np.float32(1)
+        if softcap is not None:
+            e = np.tanh(e / np.float32(softcap))
+            slope = 1 - e * e
+            e *= np.float32(softcap)
+        if bias is not None:
+            e += bias[b, n, part].astype(e.dtype)
         np.copyto(e, -np.inf, where=~ok[b, n, part])
         top = np.maximum(e.max(-1, keepdims=True, initial=-np.inf), sinks[b, n])
         top = np.where(np.isfinite(top), top, 0)
@@ -157,7 +166,7 @@ def weights(
         total = e.sum(-1, keepdims=True) + np.exp(sinks[b, n] - top)
         total[total == 0] = 1
         e /= total
-        yield index, pair, e
+        yield index, pair, e, slope
 
 
 def assert_accurate(

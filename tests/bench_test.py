@@ -17,7 +17,7 @@ import pytest
 # The benchmarks are no part of the package, so the repository must be on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import baselines, bench, gradients, memory, timing
+from benchmarks import baselines, bench, gradients, memory, options, timing
 from benchmarks.baselines import Cell
 from benchmarks.timing import Call
 
@@ -324,3 +324,21 @@ def test_memory_smoke(capsys: pytest.CaptureFixture[str]) -> None:
         [str(length), str(round(8 * length * 8 * 128 * 2 / 1e6))]
         for length in memory.SMOKE_LENGTHS
     ]
+
+
+def test_options_smoke(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call runs, and its pairs are those that its mask leaves."""
+    monkeypatch.setattr(sys, "argv", ["options", "--smoke"])
+    options.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 7
+    assert "Error" not in "".join(lines)
+    problem = options.Problem(96, 2, 16)
+    document = np.repeat(np.arange(options.DOCUMENTS), np.diff(problem.offsets()))
+    distance = np.subtract.outer(np.arange(96), np.arange(96))
+    seen = np.equal.outer(document, document) & (distance >= 0)
+    pairs = [row.pairs for row in options.rows(problem, "xla").values()]
+    dense, packed, within = 96 * 97 / 2, seen.sum(), (seen & (distance <= 6)).sum()
+    assert pairs == [dense, packed, packed, dense, dense, within]

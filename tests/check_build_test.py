@@ -81,6 +81,7 @@ def name(
     head_dim_v: int,
     keys: int,
     warpgroups: int = 2,
+    *,
     intervals: bool = False,
 ) -> str:
     """The kernel with these template arguments, as the compiler mangles it."""

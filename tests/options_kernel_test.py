@@ -40,7 +40,7 @@ ROUNDING = 2e-2
 SLOPES = jnp.asarray([0.5, 0.1, 0.0, 0.2], jnp.float32)
 Q_IDS = np.repeat([[0, 3, 7, -1]], [20, 30, 12, 8], -1).astype(np.int32)
 KV_IDS = np.repeat([[0, 3, 5, -2]], [20, 60, 30, 20], -1).astype(np.int32)
-DOCUMENTS = {"q_segment_ids": Q_IDS, "kv_segment_ids": KV_IDS}
+DOCUMENTS: dict[str, Any] = {"q_segment_ids": Q_IDS, "kv_segment_ids": KV_IDS}
 LENGTHS = {
     "query_seq_lengths": np.array([70, 33], np.int32),
     "key_value_seq_lengths": np.array([90, 0], np.int32),
@@ -411,9 +411,9 @@ def test_varlen(options: dict[str, Any]) -> None:
             )
             return out.astype(jnp.float32), lse
 
-        offsets, *args = args
-        single = jax.grad(loss(one), (1, 2, 3))(offsets[0], *args)
-        return jax.vmap(one, (0, None, None, None))(offsets, *args), single
+        offsets, *rest = args
+        single = jax.grad(loss(one), (1, 2, 3))(offsets[0], *rest)
+        return jax.vmap(one, (0, None, None, None))(offsets, *rest), single
 
     got, expected = both(f, more, query, key, value)
     assert_close(got[0], expected[0], 2.0**-7)
@@ -460,7 +460,7 @@ def test_named_sharding() -> None:
 def test_shard_map(partly: bool) -> None:
     """check_vma is on: intervals made of shapes alone vary as the operands do."""
     specs = SPECS[:3]
-    names = {"axis_names": {"x"}} if partly else {}
+    names: dict[str, Any] = {"axis_names": {"x"}} if partly else {}
     specs = (P("x"),) * 3 if partly else specs
     lse = P("x") if partly else P("x", "y")
 

@@ -118,7 +118,7 @@ def plain(query: Any, key: Any, value: Any, **given: Any) -> np.ndarray:
     """`baseline.attention` in NumPy: no program to compile for each shape."""
     q, k, v = (x.astype(np.float32) for x in (query, key, value))
     out = np.empty((*query.shape[:3], value.shape[-1]), query.dtype)
-    for index, pair, p in baseline.weights(
+    for index, pair, p, _ in baseline.weights(
         q, k, baseline.scale_of(query, given), given
     ):
         out[index] = p.astype(query.dtype).astype(np.float32) @ v[pair]

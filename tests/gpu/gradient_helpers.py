@@ -62,6 +62,13 @@ class Problem:
             for x, poison in cut:
                 beyond = np.arange(x.shape[1]) >= lengths[:, None]
                 x[beyond] = poison
+        for name, cut in (
+            ("q_segment_ids", ((query, np.inf),)),
+            ("kv_segment_ids", ((key, np.nan), (value, np.inf))),
+        ):
+            for x, poison in cut:
+                ids = np.broadcast_to(self.given.get(name, 0), x.shape[:2])
+                x[ids < 0] = poison
         empty = self.empty_rows()
         dout = self.dout.copy()
         np.moveaxis(dout, 1, 2)[empty] = np.nan

@@ -1,8 +1,9 @@
 """Small kernel calls for `sanitizer_test`: every instantiation, each kind of mask.
 
-python tests/gpu/sanitizer_script.py mha_fwd  # mha_bwd, decode, sample, top_k, rms_norm
+python tests/gpu/sanitizer_script.py mha_fwd  # or another key of CALLS
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash import decode_mha, mha, rms_norm, sample, top_k
+from jax_flash import alibi, decode_mha, mha, rms_norm, sample, top_k
 from jax_flash._src import plan
 
 # Every instantiation of both families, then widths that only the other loads can read.
@@ -88,6 +89,29 @@ def backward_calls() -> Iterator[Call]:
             yield problem, {"is_causal": True, "deterministic": deterministic}
 
 
+def interval_calls(op: str) -> Iterator[Call]:
+    """Arrays and options: ids in runs and in any order, soft cap, ALiBi, padding."""
+    rng = np.random.default_rng(1)
+    runs = {
+        "q_segment_ids": np.sort(rng.integers(-1, 4, (2, 150)), -1),
+        "kv_segment_ids": np.sort(rng.integers(-1, 4, (1, 170)), -1),
+    }
+    mixed = {name: rng.permuted(ids, axis=-1) for name, ids in runs.items()}
+    slopes = np.array([0.5, 0.1, 0, 0.2], np.float32)
+    lengths = np.array([131, 3], np.int32)
+    for dtype in DTYPES:
+        for i, widths in enumerate(WIDTHS[op]):
+            problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
+            deterministic = {"deterministic": i % 2 == 0}
+            yield problem, {**runs, "is_causal": True, **deterministic}
+            yield problem, {**mixed, "window_size": (90, 20), "softcap": 2.0}
+            rest = {"bias": alibi(slopes), "key_value_seq_lengths": lengths}
+            yield problem, rest | {"is_causal": True, **deterministic}
+            problem = arrays(dtype, (1, 600, 4), (600, 2), *widths)
+            ids = np.repeat(np.array([[0, 1]]), [250, 350], -1)
+            yield problem, {"q_segment_ids": ids, "kv_segment_ids": ids}
+
+
 def decode_calls() -> Iterator[Call]:
     """Query, caches and lengths; both kinds of tile, pages, and every option."""
     for dtype in DTYPES:
@@ -150,6 +174,8 @@ def norm_calls() -> Iterator[Call]:
 CALLS = {
     "mha_fwd": forward_calls,
     "mha_bwd": backward_calls,
+    "mha_fwd_intervals": functools.partial(interval_calls, "mha_fwd_intervals"),
+    "mha_bwd_intervals": functools.partial(interval_calls, "mha_bwd_intervals"),
     "decode": decode_calls,
     "sample": logits_calls,
     "top_k": top_k_calls,
@@ -189,6 +215,8 @@ def run_norm(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
 RUN = {
     "mha_fwd": run_forward,
     "mha_bwd": run_backward,
+    "mha_fwd_intervals": run_forward,
+    "mha_bwd_intervals": run_backward,
     "decode": run_decode,
     "sample": lambda problem, options: sample(problem[0], jax.random.key(0), **options),
     "top_k": lambda problem, options: top_k(*problem, **options),

@@ -16,6 +16,8 @@ SCRIPT = Path(sanitizer_script.__file__)
 KERNELS = {
     "mha_fwd": "mha_fwd_kernel",
     "mha_bwd": "bwd",
+    "mha_fwd_intervals": "mha_fwd_kernel",
+    "mha_bwd_intervals": "bwd",
     "decode": "decode",
     "sample": "sample_kernel",
     "top_k": "top_k_kernel",
@@ -36,6 +38,7 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
         pytest.skip("compute-sanitizer is not installed")
     # One allocation for each buffer, so that memcheck sees its end.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    environment["JAX_FLASH_OPTION_KERNELS"] = "1"
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:
