@@ -298,11 +298,11 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
                 outs = _bind_parts(mesh, split, heads, stage, *xs)
             else:
                 outs = list(_bind(stage, *xs))
-        if stage.backward is not None:
-            for i, name in enumerate(stage.results):
-                axes = partial_over(name)
-                if axes:
-                    outs[i] = lax.psum(outs[i], axes)
+            if stage.backward is not None:
+                for i, name in enumerate(stage.results):
+                    axes = partial_over(name)
+                    if axes:
+                        outs[i] = lax.psum(outs[i], axes)
         return tuple(outs)
 
     operand_shardings = tuple(map(local, stage.operands, operands))
