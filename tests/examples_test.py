@@ -85,7 +85,7 @@ def test_llama(tmp_path: pathlib.Path) -> None:
     out = run_python("examples/llama/generate.py", "hello", *options)
     assert re.search(r"^\d+ tokens read, [1-6] written: ", out, re.MULTILINE), out
     assert "float32, paged cache" in out
-    out = run_python("examples/llama/generate.py", "hello" * 30, *options, status=1)
+    out = run_python("examples/llama/generate.py", "hello" * 80, *options, status=1)
     assert "the model's context is 64" in out
 
 
