@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import llama_helpers
 import pytest
 
 import jax_flash
@@ -71,6 +73,36 @@ def test_generate(temperature: str) -> None:
 def test_generate_rejects_nonsense() -> None:
     out = run_python("examples/generate.py", "--temperature", "-1", status=2)
     assert "--temperature >= 0" in out
+
+
+def test_llama(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    metadata = llama_helpers.tokenizer_metadata()
+    size = len(metadata["tokenizer.ggml.tokens"])
+    config = dataclasses.replace(llama_helpers.TINY, vocabulary=size, context=64)
+    llama_helpers.write_gguf(file, llama_helpers.random_model(config), metadata)
+    options = ["--model", str(file), "--tokens", "6", "--chunk", "8"]
+    out = run_python("examples/llama/generate.py", "hello", *options)
+    assert re.search(r"^\d+ tokens read, [1-6] written: ", out, re.MULTILINE), out
+    assert "float32, paged cache" in out
+    out = run_python("examples/llama/generate.py", "hello" * 30, *options, status=1)
+    assert "the model's context is 64" in out
+
+
+def test_llama_rejects_nonsense() -> None:
+    out = run_python("examples/llama/generate.py", "x", "--chunk", "65", status=2)
+    assert "--chunk from 1 to 64, got 65" in out
+
+
+def test_llama_benchmark_smoke(tmp_path: pathlib.Path) -> None:
+    results = tmp_path / "llama.json"
+    out = run_python("-m", "benchmarks.llama", "--smoke", "--json", str(results))
+    rows = json.loads(results.read_text())["rows"]
+    found = {(row["cell"], row["arm"]) for row in rows}
+    decoded = {("decode b2 n128", arm) for arm in ("jax_flash", "jax_nn", "paged")}
+    read = {("prefill b1 n64", arm) for arm in ("jax_flash", "jax_nn")}
+    assert found == decoded | read, out
+    assert all(row["ms"] > 0 and row["bound_ms"] > 0 for row in rows)
 
 
 def test_benchmark_smoke(tmp_path: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from llama_model import Config, Llama
 from safetensors import flax as safetensors_flax
+from tokenizers.pre_tokenizers import ByteLevel
 
 TINY = Config(
     vocabulary=97,
@@ -28,6 +29,36 @@ TINY = Config(
     hidden=64,
     rope_theta=500.0,
 )
+CONTROL = ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+MERGES = ["h e", "l l", "he ll", "hell o", "1 2", "12 3", "Ġ w", "Ã ¼"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer_metadata(**changes: Any) -> dict[str, Any]:
+    """Of a vocabulary of bytes and few merges; `changes` are of `tokenizer.ggml.*`."""
+    tokens = [*CONTROL, *sorted(ByteLevel.alphabet())]
+    tokens += [merge.replace(" ", "") for merge in MERGES] + ["<user>"]
+    types = [gguf.TokenType.CONTROL] * len(CONTROL)
+    types += [gguf.TokenType.NORMAL] * (len(tokens) - len(CONTROL) - 1)
+    types += [gguf.TokenType.USER_DEFINED]
+    entries = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [int(kind) for kind in types],
+        "merges": MERGES,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        **changes,
+    }
+    named = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+    return named | {"tokenizer.chat_template": CHAT_TEMPLATE}
 
 
 def smollm2() -> pathlib.Path:

@@ -6,47 +6,17 @@ import json
 import pathlib
 from typing import Any
 
-import gguf
 import llama_helpers
 import pytest
+from llama_helpers import CHAT_TEMPLATE, tokenizer_metadata
 from llama_tokenizer import from_metadata, load_tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-
-CONTROL = ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-MERGES = ["h e", "l l", "he ll", "hell o", "1 2", "12 3", "Ġ w", "Ã ¼"]
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}\n"
-    "{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}\n"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def metadata(**changes: Any) -> dict[str, Any]:
-    """Of a vocabulary of bytes and few merges; `changes` are of `tokenizer.ggml.*`."""
-    tokens = [*CONTROL, *sorted(ByteLevel.alphabet())]
-    tokens += [merge.replace(" ", "") for merge in MERGES] + ["<user>"]
-    types = [gguf.TokenType.CONTROL] * len(CONTROL)
-    types += [gguf.TokenType.NORMAL] * (len(tokens) - len(CONTROL) - 1)
-    types += [gguf.TokenType.USER_DEFINED]
-    entries = {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": tokens,
-        "token_type": [int(kind) for kind in types],
-        "merges": MERGES,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        **changes,
-    }
-    named = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
-    return named | {"tokenizer.chat_template": TEMPLATE}
 
 
 def pieces(text: str, **changes: Any) -> list[str]:
-    tokens = metadata()["tokenizer.ggml.tokens"]
-    return [tokens[i] for i in from_metadata(metadata(**changes)).encode(text)]
+    tokens = tokenizer_metadata()["tokenizer.ggml.tokens"]
+    return [
+        tokens[i] for i in from_metadata(tokenizer_metadata(**changes)).encode(text)
+    ]
 
 
 def test_merges_and_digits() -> None:
@@ -57,17 +27,17 @@ def test_merges_and_digits() -> None:
 
 
 def test_control_tokens() -> None:
-    tokenizer = from_metadata(metadata())
+    tokenizer = from_metadata(tokenizer_metadata())
     tokens = tokenizer.encode("<|im_start|>hello<|im_end|>")
     assert tokens.tolist()[::2] == [1, 2]
     assert tokenizer.decode(tokens) == "hello"
     assert tokenizer.decode(tokens, control=True) == "<|im_start|>hello<|im_end|>"
     assert tokenizer.ends == {2, 3}
-    assert from_metadata(metadata(eot_token_id=1)).ends == {1, 2, 3}
+    assert from_metadata(tokenizer_metadata(eot_token_id=1)).ends == {1, 2, 3}
 
 
 def test_the_token_that_begins_a_text() -> None:
-    tokenizer = from_metadata(metadata(add_bos_token=True))
+    tokenizer = from_metadata(tokenizer_metadata(add_bos_token=True))
     assert tokenizer.encode("hello").tolist()[0] == 0
     assert len(tokenizer.encode("hello")) == 2
     assert len(tokenizer.encode("hello", begin=False)) == 1
@@ -75,7 +45,7 @@ def test_the_token_that_begins_a_text() -> None:
 
 @pytest.mark.parametrize("text", ["naß 🚲 “x”\n\n\t 12", "", " ", "日本語"])
 def test_round_trip_and_stream(text: str) -> None:
-    tokenizer = from_metadata(metadata())
+    tokenizer = from_metadata(tokenizer_metadata())
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     stream = tokenizer.stream()
@@ -85,31 +55,33 @@ def test_round_trip_and_stream(text: str) -> None:
 
 
 def test_chat() -> None:
-    tokenizer = from_metadata(metadata(add_bos_token=True))
+    tokenizer = from_metadata(tokenizer_metadata(add_bos_token=True))
     user = {"role": "user", "content": "hello"}
     tokens = tokenizer.chat([user])
     text = tokenizer.decode(tokens, control=True)
     assert text == "<s><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
     with pytest.raises(ValueError, match="no tools"):
         tokenizer.chat([{"role": "tool", "content": ""}])
-    plain = {k: v for k, v in metadata().items() if k != "tokenizer.chat_template"}
+    plain = {
+        k: v for k, v in tokenizer_metadata().items() if k != "tokenizer.chat_template"
+    }
     with pytest.raises(ValueError, match="no chat template"):
         from_metadata(plain).chat([user])
 
 
 def test_kinds_that_are_not_supported() -> None:
     with pytest.raises(NotImplementedError, match="model 'llama' is not supported"):
-        from_metadata(metadata(model="llama"))
+        from_metadata(tokenizer_metadata(model="llama"))
     with pytest.raises(NotImplementedError, match="pre 'qwen2' is not supported"):
-        from_metadata(metadata(pre="qwen2"))
+        from_metadata(tokenizer_metadata(pre="qwen2"))
 
 
 def test_files(tmp_path: pathlib.Path) -> None:
     """A GGUF file, and a directory with the same tokenizer as tokenizer.json."""
     file = tmp_path / "tiny.gguf"
-    llama_helpers.write_gguf(file, llama_helpers.random_model(), metadata())
+    llama_helpers.write_gguf(file, llama_helpers.random_model(), tokenizer_metadata())
     tokenizer = load_tokenizer(file)
-    expected = from_metadata(metadata())
+    expected = from_metadata(tokenizer_metadata())
     text = "hello <|im_end|> 123 wü"
     assert tokenizer.encode(text).tolist() == expected.encode(text).tolist()
     user = [{"role": "user", "content": "hello"}]
@@ -123,7 +95,7 @@ def test_files(tmp_path: pathlib.Path) -> None:
     options = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}
     options["chat_template"] = "not this one"
     (directory / "tokenizer_config.json").write_text(json.dumps(options))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     tokenizer = load_tokenizer(directory)
     assert tokenizer.encode(text).tolist() == expected.encode(text).tolist()
