@@ -76,8 +76,8 @@ def test_lines(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     states = [line for line in lines if re.match("# .* done", line)]
     assert re.fullmatch(
         r"# 0 done, 2 writing, 0 reading, 1 waiting; \S+ tokens/s, first token after"
-        r" \S+ s; cache 4/10 pages \(40%\), 0 shared",
-        states[0],
+        r" \S+ s; cache 5/10 pages \(50%\), 0 shared",
+        states[1],
     )
     assert states[-1].startswith("# 3 done, 0 writing, 0 reading, 0 waiting; ")
     assert re.fullmatch(SUMMARY, lines[-1])
@@ -137,11 +137,14 @@ def test_live(
     assert len(lines) == 1 + 3 * 5 + 2
     # In between: the state, the cache, and a row for each text that runs.
     frames = [screen(x) for x in out.split("\x1b[J")]
-    frame = next(x for x in frames if x[0].startswith("0 done, 2 writing"))
+    frame = next(x for x in frames if "[0] writing    1 one" in x)
+    assert frame[0].startswith(
+        "0 done, 2 writing, 0 reading, 1 waiting; "[: size[0] - 1]
+    )
     assert all(len(line) < size[0] for line in frame)
     assert len(frame) - 1 == min(4, size[1] - 1)
-    assert frame[1] == "▓▓▓▓░░░░░░"
-    assert frame[2].startswith("[0] writing    1 one")
+    bar = "▓▓▓▓▓░░░░░" if size[0] == 100 else "▓▓▓░░░"
+    assert frame[1] == f"cache 5/10 pages (50%), 0 shared {bar}"
 
 
 def test_cut() -> None:

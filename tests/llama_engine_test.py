@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_answers_are_those_of_requests_alone(options: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_arrivals_at_any_time(seed: int) -> None:
-    """Some repeat what others said, so that they share pages; pages are scarce."""
+    """Some share what others said, some end early; pages are scarce."""
     rng = np.random.default_rng(seed)
     e = engine(SCARCE)
     common = prompts(11, seed=seed)[0]
@@ -118,13 +119,19 @@ def test_arrivals_at_any_time(seed: int) -> None:
             keep = common[: rng.integers(0, 12)]
             prompt = np.concatenate([keep, own])
             counts.append(int(rng.integers(1, 48 - 24)))
-            requests.append(e.submit(prompt, counts[-1]))
+            ends = rng.integers(0, TINY.vocabulary, 12).tolist()
+            requests.append(e.submit(prompt, counts[-1], ends=ends))
         e.step()
         check_pages(e)
         if len(requests) == 14 and not e.running and not e.waiting:
             break
         assert step < 199
-    check_answers(requests, counts)
+    for request, count in zip(requests, counts, strict=True):
+        whole = alone(request.prompt, count)
+        want = list(itertools.takewhile(lambda x, r=request: x not in r.ends, whole))
+        assert request.answer == want, request.number
+        assert request.finish == ("length" if want == whole else "end")
+    assert {r.finish for r in requests} == {"length", "end"}
     assert any(r.shared for r in requests)
     e.clear_prefixes()
     assert e.used_pages == 0

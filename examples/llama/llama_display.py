@@ -113,16 +113,22 @@ def first_tokens(requests: Sequence[Request]) -> list[float]:
     return [r.first_token - r.submitted for r in requests if r.first_token is not None]
 
 
-def state(engine: Engine, requests: Sequence[Request], meter: Meter) -> str:
-    """How many do what, how fast, and how much of the cache they use."""
+def state(requests: Sequence[Request], meter: Meter) -> str:
+    """How many do what, and how fast."""
     counts = collections.Counter(r.state for r in requests)
     waits = first_tokens(requests)
     first = f", first token after {statistics.median(waits):.2f} s" if waits else ""
-    pages, used = engine.allocator.num_pages, engine.used_pages
     return (
         f"{counts[DONE]} done, {counts[WRITING]} writing, {counts[READING]} reading,"
-        f" {counts[WAITING]} waiting; {meter.speed():.1f} tokens/s{first};"
-        f" cache {used}/{pages} pages ({100 * used // pages}%),"
+        f" {counts[WAITING]} waiting; {meter.speed():.1f} tokens/s{first}"
+    )
+
+
+def cache(engine: Engine) -> str:
+    """How much of the cache is used."""
+    pages, used = engine.allocator.num_pages, engine.used_pages
+    return (
+        f"cache {used}/{pages} pages ({100 * used // pages}%),"
         f" {engine.shared_pages} shared"
     )
 
@@ -165,7 +171,7 @@ class Lines:
                 self._line(request, f"= {ending(request)}")
         if time.perf_counter() >= self._next:
             self._next = time.perf_counter() + self._every
-            print(f"# {state(engine, requests, meter)}", flush=True)
+            print(f"# {state(requests, meter)}; {cache(engine)}", flush=True)
 
     def note(self, text: str) -> None:
         """A line of one's own."""
@@ -217,7 +223,7 @@ class Live:
             return
         self._drawn = now
         size = shutil.get_terminal_size()
-        block = [state(engine, requests, meter), self._bar(engine, size.columns - 1)]
+        block = [state(requests, meter), self._bar(engine, size.columns - 1)]
         block += [self._row(request, size.columns - 1) for request in engine.running]
         above = [self._answer(request) for request in done]
         block = [cut(line, size.columns - 1) for line in block][: size.lines - 1]
@@ -240,12 +246,12 @@ class Live:
         return f"\x1b[{self._height}F\x1b[J" if self._height else ""
 
     def _bar(self, engine: Engine, columns: int) -> str:
-        """A character for each page, or for as many as there is room for."""
-        pages = engine.allocator.num_pages
-        width = min(pages, columns)
+        """Use of the cache, and a character for so many pages."""
+        head, pages = cache(engine), engine.allocator.num_pages
+        width = max(0, min(pages, columns - len(head) - 1))
         full = engine.used_pages * width // pages
         shared = engine.shared_pages * width // pages
-        return "█" * shared + "▓" * (full - shared) + "░" * (width - full)
+        return f"{head} {'█' * shared}{'▓' * (full - shared)}{'░' * (width - full)}"
 
     def _row(self, request: Request, columns: int) -> str:
         head = f"[{request.number}] {request.state} {len(request.answer):4d} "

@@ -47,6 +47,7 @@ class Request:
       submitted: time at which it came, like the others of `time.perf_counter`.
       first_token: when it had one.
       finished: when it was done.
+      drawn: how many tokens were drawn, one that is on its way to the host included.
       cached: how many of its tokens are in the cache.
       sequence: its number in the allocator, while it has pages.
       slot: its row in the batch, while it has one.
@@ -66,6 +67,7 @@ class Request:
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
+    drawn: int = 0
     cached: int = 0
     sequence: int = -1
     slot: int = -1
@@ -114,6 +116,9 @@ class Batch:
     numbers: Any
     sampling: Sampling
 
+
+Call = tuple[dict[int, Request], jax.Array]
+"""Requests by the rows that draw a token for them, and the tokens, on the device."""
 
 Pools = tuple[list[jax.Array], list[jax.Array]]
 """Keys and values of each layer, [pages, page, K, H]."""
@@ -182,7 +187,9 @@ class Engine:
     request is done sometime, because `submit` refuses one that does not fit even alone.
 
     The model runs in two shapes, each compiled once: `read_rows` x `chunk` and `slots`
-    x 1. The pools are donated; of each call only the drawn tokens come to the host.
+    x 1. The pools are donated; of each call only the drawn tokens come to the host,
+    and a call is under way while those of the one before are looked at. So the device
+    does not wait for the host, and draws a token too much where a text has ended.
     """
 
     def __init__(
@@ -237,6 +244,8 @@ class Engine:
         self._waiting: list[Request] = []
         self._prefixes: list[Prefix] = []
         self._submitted = 0
+        self._under_way: list[Call] = []
+        self._changed: list[Request] = []
 
     @property
     def waiting(self) -> tuple[Request, ...]:
@@ -350,30 +359,46 @@ class Engine:
         """Admits who can be, reads a chunk of prompts, and writes one token of texts.
 
         Returns:
-          The requests that have a new token or are done.
+          The requests that have a new token or are done, by what the step before drew.
         """
         self._admit()
         reading = [r for r in self.running if r.state == READING][: self.read_rows]
         # Before anything is read: a text that gives up its pages does not read.
         writing = self._grown([r for r in self.running if r.state == WRITING])
         reading = [r for r in reading if r.state == READING]
-        results = []
+        calls: list[Call] = []
         if reading:
             drawn = self._read([(r, r.tokens) for r in reading])
-            results.append((reading, drawn))
+            complete = {
+                row: r for row, r in enumerate(reading) if r.cached == len(r.tokens)
+            }
+            if complete:
+                calls.append((complete, drawn))
         if writing:
-            results.append((writing, self._write(writing)))
-        changed = []
-        for requests, drawn in results:
-            tokens = None
-            for row, request in enumerate(requests):
-                if request.state == READING and request.cached < len(request.tokens):
-                    continue
-                if tokens is None:  # the only array that comes to the host
-                    tokens = np.asarray(drawn)
-                self._take(request, int(tokens[row]))
-                changed.append(request)
+            calls.append((dict(enumerate(writing)), self._write(writing)))
+        for requests, _ in calls:
+            for request in requests.values():
+                request.state = WRITING
+                request.drawn += 1
+        before, self._under_way = self._under_way, calls
+        self._collect(before)
+        if not (reading or writing):
+            self._collect_all()
+        changed, self._changed = self._changed, []
         return changed
+
+    def _collect(self, calls: list[Call]) -> None:
+        """Waits for calls, and gives the requests their tokens."""
+        for requests, drawn in calls:
+            tokens = np.asarray(drawn)  # all that ever comes to the host
+            for row, request in requests.items():
+                if request.state != DONE:  # else it ended before this draw
+                    self._take(request, int(tokens[row]))
+                    self._changed.append(request)
+
+    def _collect_all(self) -> None:
+        calls, self._under_way = self._under_way, []
+        self._collect(calls)
 
     # --- who has a slot and pages
 
@@ -398,16 +423,19 @@ class Engine:
         """Those of the requests, oldest first, that have room for one more token."""
         ready = []
         for request in requests:
-            while request.state == WRITING:
+            while request.state == WRITING and request.drawn < request.max_new_tokens:
                 try:
                     copies = self.allocator.extend(request.sequence, 1)
                 except OutOfPagesError:
-                    self._preempt(self.running[-1])
+                    if self._under_way:  # a text may turn out to be done
+                        self._collect_all()
+                    else:
+                        self._preempt(self.running[-1])
                 else:
                     self._copy(copies)
                     ready.append(request)
                     break
-        return ready
+        return [request for request in ready if request.state == WRITING]
 
     def _preempt(self, request: Request) -> None:
         self._leave(request, WAITING)
@@ -421,12 +449,12 @@ class Engine:
         self._slots[request.slot] = None
         request.sequence = request.slot = -1
         request.cached = 0
+        request.drawn = len(request.answer)
         request.state = state
 
     def _take(self, request: Request, token: int) -> None:
         """What a drawn token does to a request."""
         now = time.perf_counter()
-        request.state = WRITING
         if token in request.ends:
             request.finish = "end"
         else:
@@ -453,8 +481,9 @@ class Engine:
         """
         best, length = None, 0
         for source in sources:
-            size = min(source.cached, len(tokens))
-            differ = np.flatnonzero(source.tokens[:size] != tokens[:size])
+            have = source.tokens  # a token on its way to the host is not among them
+            size = min(source.cached, len(have), len(tokens))
+            differ = np.flatnonzero(have[:size] != tokens[:size])
             same = int(differ[0]) if len(differ) else size
             if same > length and same >= self.allocator.page_size:
                 best, length = source, same
@@ -525,7 +554,7 @@ class Engine:
             return
         batch.slots[row] = owner.slot
         batch.seeds[row] = owner.seed
-        batch.numbers[row] = len(owner.answer)
+        batch.numbers[row] = owner.drawn
         for name in ("temperature", "top_k", "top_p", "min_p"):
             value = getattr(owner.sampling, name)
             if value is not None:

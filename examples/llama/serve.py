@@ -220,6 +220,7 @@ def main() -> int:
     """Returns 1 if a prompt does not fit or a check fails, 130 on Ctrl-C."""
     arguments = parse_arguments()
     path = arguments.model or default_weights()
+    print(f"reading {path}", file=sys.stderr)
     model = load_model(path, dtype=jnp.dtype(arguments.dtype))
     tokenizer = load_tokenizer(path)
     prompts = [
@@ -237,6 +238,7 @@ def main() -> int:
         chunk=arguments.chunk,
         read_rows=arguments.read_rows,
     )
+    print("compiling", file=sys.stderr)
     engine.warm_up()
     prefix = common_prefix(prompts)
     if len(prompts) > 1 and len(prefix) >= arguments.page_size:
