@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import pathlib
+import sys
 
 import generate
 import jax
@@ -12,8 +14,11 @@ import jax.numpy as jnp
 import llama_helpers
 import numpy as np
 import pytest
+from helpers import kernel_calls
 from llama_helpers import TINY
 from llama_model import Caches, Config, Llama, Sampling, next_tokens, prefill, step
+
+from jax_flash._src import registry
 
 LENGTH = 20
 TOLERANCE = 2e-5
@@ -212,3 +217,68 @@ def test_chunks_are_limited() -> None:
     new, counts = jnp.zeros((3, 65), jnp.int32), jnp.full(3, 65, jnp.int32)
     with pytest.raises((ValueError, NotImplementedError), match="64"):
         jax.eval_shape(step, model(), new, counts, caches)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("first", [True, False])
+def test_kernels_on_a_gpu(kernels: None, kind: str, first: bool) -> None:
+    """Attention in every layer, every norm and the draw are kernels in bfloat16."""
+    config = dataclasses.replace(TINY, dtype=jnp.dtype("bfloat16"))
+    bfloat16 = llama_helpers.random_model(config)
+    caches = jax.tree.map(
+        lambda x: x.astype("bfloat16") if x.ndim == 4 else x, caches_of(kind)
+    )
+
+    def f(tokens: jax.Array, counts: jax.Array, caches: Caches) -> jax.Array:
+        key, number = jax.random.key(0), jnp.int32(0)
+        sampling = Sampling(0.7, top_k=50, top_p=0.9)
+        return next_tokens(
+            bfloat16, tokens, counts, caches, key, number, sampling, first=first
+        )[0]
+
+    attention = [registry.DECODE_TARGET, registry.FORWARD_TARGET]
+    wanted = dict(zip(attention, (0, 2) if first else (2, 0), strict=True))
+    wanted |= {registry.RMS_NORM_TARGET: 5, registry.SAMPLE_TARGET: 1}
+    given = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32), caches
+    found = {name: kernel_calls(f, *given, target=name) for name in wanted}
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk", "65"], "--chunk from 1 to 64, got 65"),
+        (["--tokens", "0"], "--tokens >= 1, got 0"),
+        (["--temperature", "-1"], "--temperature from 0.0 to inf, got -1.0"),
+        (["--top-k", "0"], "--top-k from 1 to inf, got 0"),
+        (["--top-p", "1.5"], "--top-p from 0.0 to 1.0, got 1.5"),
+        (["--min-p", "nan"], "--min-p from 0.0 to 1.0, got nan"),
+        (["--raw", "--system", "x"], "--system needs the chat template"),
+    ],
+)
+def test_command_line_rejects_nonsense(
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "hello", *options])
+    with pytest.raises(SystemExit):
+        generate.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_longer_than_the_context(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    metadata = llama_helpers.tokenizer_metadata()
+    size = len(metadata["tokenizer.ggml.tokens"])
+    config = dataclasses.replace(TINY, vocabulary=size, context=64)
+    llama_helpers.write_gguf(file, llama_helpers.random_model(config), metadata)
+    arguments = ["generate.py", "hello" * 64, "--raw", "--model", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert generate.main() == 1
+    assert "64 tokens, the model's context is 64" in capsys.readouterr().err
