@@ -15,6 +15,13 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp, subnormal numbers taken for zeros.
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two f32 to one packed 16-bit pair, `low` in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t cvt_rn_x2(float low, float high);

@@ -45,6 +45,7 @@ struct Wgmma;
 #define JAX_FLASH_TEN(t)                                                                           \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9, "
+#define JAX_FLASH_LIST_16 JAX_FLASH_TEN() "%10, %11, %12, %13, %14, %15"
 #define JAX_FLASH_LIST_32 JAX_FLASH_TEN() JAX_FLASH_TEN(1) JAX_FLASH_TEN(2) "%30, %31"
 #define JAX_FLASH_LIST_40 JAX_FLASH_TEN() JAX_FLASH_TEN(1) JAX_FLASH_TEN(2) "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
 #define JAX_FLASH_LIST_48 \
@@ -74,6 +75,7 @@ struct Wgmma;
 #define JAX_FLASH_EIGHT(i)                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define JAX_FLASH_REGS_16 JAX_FLASH_EIGHT(0), JAX_FLASH_EIGHT(8)
 #define JAX_FLASH_REGS_32 \
   JAX_FLASH_EIGHT(0), JAX_FLASH_EIGHT(8), JAX_FLASH_EIGHT(16), JAX_FLASH_EIGHT(24)
 #define JAX_FLASH_REGS_40 JAX_FLASH_REGS_32, JAX_FLASH_EIGHT(32)
@@ -116,6 +118,7 @@ struct Wgmma;
   JAX_FLASH_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \
   JAX_FLASH_WGMMA(__half, "f16", __VA_ARGS__)
 
+JAX_FLASH_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
 JAX_FLASH_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 JAX_FLASH_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
 JAX_FLASH_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)

@@ -13,4 +13,9 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream);
 
+// The same of a call with intervals.
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream);
+
 }  // namespace jax_flash::sm90

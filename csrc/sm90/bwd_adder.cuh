@@ -29,12 +29,18 @@ struct BwdAdder {
   // What the first to come adds to an entry of `turns` when its store is there to be added to.
   static constexpr int kStored = 1 << 20;
 
+  // Whether thread blocks add in an order.
+  __device__ __forceinline__ bool ordered() const {
+    if constexpr (Config::kIntervals) return params.deterministic;
+    return Config::kDeterministic;
+  }
+
   // Waits until this block may add to a part of a tile; returns whether it is to store instead.
   // With an order, key blocks add from the last that the tile sees to the first.
   __device__ __forceinline__ bool wait_for_turn(int32_t* turn, const BwdBlock<Config>& block,
                                                 int tile) const {
     int before;
-    if constexpr (Config::kDeterministic) {
+    if (ordered()) {
       const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
       before = (keys.end - 1) / Config::kKeys - block.first_key / Config::kKeys;
       while (ptx::ld_acquire(turn) < before) {
@@ -71,10 +77,10 @@ struct BwdAdder {
     __syncwarp();
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
     // `stores` is only ever set in the lane that adds.
-    if (Config::kDeterministic ? lane_id() == 0 : stores) {
+    if (ordered() ? lane_id() == 0 : stores) {
       ptx::tma_store_wait();
       ptx::fence_proxy_async_global();
-      ptx::red_release_add(turn, Config::kDeterministic ? 1 : kStored);
+      ptx::red_release_add(turn, ordered() ? 1 : kStored);
     }
   }
 
@@ -94,6 +100,7 @@ struct BwdAdder {
       for (int head = 0; head < group; ++head) {
 #pragma unroll 1
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
+          if (!block.meets(tile)) continue;
           const int64_t first_part =
               int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup);
 #pragma unroll 1

@@ -3,11 +3,15 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "host/params.h"
 #include "sm90/bwd_config.cuh"
 #include "sm90/section_order.h"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
-#include "tile/sequence.cuh"
+#include "tile/schedule.cuh"
+#include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -25,25 +29,69 @@ struct BwdPlan {
   bool first_to_last;  // which it starts with
 };
 
+// With intervals.
+struct BwdIntervalBlock {
+  const float* slopes;  // of the sequence's query heads, or null
+  bool dead_keys;       // whether there are keys that may hold anything
+};
+// Where the mask is one of numbers.
+struct BwdPlainBlock {
+  int keys;          // which exist in the sequence; the others are padding
+  RowInterval live;  // rows that see any key; the others may hold anything
+};
+
 // The producer writes it to shared memory, the consumers read it there.
 template <typename Config>
-struct BwdBlock {
-  int tiles;       // of queries, for each query head; negative: there are no more blocks
+struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPlainBlock> {
+  // Of queries, for each query head; negative: there are no more blocks. With intervals some of
+  // them may be passed over.
+  int tiles;
   int first_tile;  // of them
   int steps;       // of all query heads together
   int in_sum;      // number of the first tile of the first head in the sum for dQ
   int next_head;   // from the last tile of a head to the first of the next, there
   int first_key;
-  int keys;  // of which exist in the sequence; the others are padding
   int head;  // key head
   int batch;
-  RowMask mask;
-  RowInterval live;  // rows that see any key; the others may hold anything
+  typename Config::Mask mask;
   // Per warpgroup: tiles [first, end) whose queries, those that exist, see all of its keys, and
-  // whose rows are all live.
+  // whose rows are all live; with intervals the live ones of their rows see all keys.
   int clean_first[Config::kWarpgroups];
   int clean_end[Config::kWarpgroups];
+
+  // Whether this block adds to the gradient of a tile of queries.
+  __device__ __forceinline__ bool meets(int tile) const {
+    if constexpr (Config::kIntervals) {
+      const RowTile& keys = mask.row_tiles[tile];
+      return keys.first < first_key + Config::kKeys && first_key < keys.end;
+    } else {
+      return true;
+    }
+  }
 };
+
+// What consumers know of a step, with intervals; the others follow from the block.
+template <typename Config>
+struct BwdStep {
+  float slope;  // of its query head
+  bool dead;    // whether some queries may hold anything
+  bool mixed;   // whether ids count
+  bool clean[Config::kWarpgroups];
+};
+
+template <typename Config>
+__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
+                                          BwdStep<Config>& step) {
+  step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
+  const RowTile& rows = block.mask.row_tiles[tile];
+  step.mixed = rows.mixed != 0;
+  const bool dead = rows.dead != 0;
+  step.dead = dead;
+#pragma unroll 1
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    step.clean[w] = !dead && tile >= block.clean_first[w] && tile < block.clean_end[w];
+  }
+}
 
 // Block `id`; false where a section is padded.
 template <typename Config>
@@ -55,9 +103,18 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.first_key = (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kKeys;
   block.batch = plan.kv_heads.divide(flat_head);
   block.head = flat_head - block.batch * params.kv_heads;
-  block.mask = row_mask(params, block.batch);
-  block.keys = block.mask.key_length - block.first_key;
-  block.live = block.mask.rows(0, block.mask.key_length);
+  block.mask = mask_of<typename Config::Mask>(params, block.batch);
+  if constexpr (Config::kIntervals) {
+    const IntervalsView& view = params.intervals;
+    block.slopes = view.slopes;
+    if (view.slopes != nullptr) {
+      block.slopes += batch_offset(view.slope_strides, block.batch, params);
+    }
+    block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
+  } else {
+    block.keys = block.mask.key_length - block.first_key;
+    block.live = block.mask.rows(0, block.mask.key_length);
+  }
   const RowInterval rows = block.mask.rows(block.first_key, block.first_key + Config::kKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
@@ -71,8 +128,9 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
-    // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f;
+    // Any other scale goes through the careful path, which multiplies it in; options of scores do.
+    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
+                      (Config::kIntervals && ScoreOptions::any(params));
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

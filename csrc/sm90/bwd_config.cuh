@@ -1,17 +1,24 @@
 // Tile sizes of the sm_90 backward kernel and what they use of a multiprocessor.
 #pragma once
 
+#include <type_traits>
+
 #include "host/dispatch.h"
 #include "host/params.h"
 #include "sm90/fwd_config.cuh"
 #include "tile/element.cuh"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
 
 // kRowsArg: queries of a tile; two warpgroups own 64 keys each. kDeterministicArg: thread blocks
-// add to dQ in an order.
-template <ElementType kTypeArg, int kHeadDimArg, int kRowsArg, bool kDeterministicArg>
+// add to dQ in an order; with intervals the call says so. MaskArg: RowMask or IntervalMask.
+template <ElementType kTypeArg, int kHeadDimArg, int kRowsArg, bool kDeterministicArg,
+          typename MaskArg = RowMask>
 struct BwdConfig {
+  using Mask = MaskArg;
+  static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
@@ -71,6 +78,7 @@ struct BwdConfig {
 
   static_assert(kSumWidth == 64 * (kSplitsColumns ? kWarpgroups : 1),
                 "one product for dQ for each warpgroup");
+  static_assert(!kIntervals || kRows == kIntervalRows, "a record for each tile");
 };
 
 }  // namespace jax_flash::sm90

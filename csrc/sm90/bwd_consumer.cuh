@@ -19,6 +19,7 @@
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
 #include "tile/quad.cuh"
+#include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -154,6 +155,18 @@ struct BwdConsumer {
       }
     }
   }
+  // The same for those rows of which is_dead(row) holds.
+  template <typename Layout, typename IsDead>
+  __device__ __forceinline__ void clear_rows_if(uint32_t tile, int rows, IsDead is_dead) const {
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    for (int i = threadIdx.x % 128; i < rows * 8; i += 128) {
+      if (!is_dead(i / 8)) continue;
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + 16 * i, zeros);
+      }
+    }
+  }
   // Makes that visible to this warpgroup's products; the other one does the same for itself.
   __device__ __forceinline__ void end_clearing() const {
     ptx::fence_proxy_async_shared();
@@ -199,14 +212,24 @@ struct BwdConsumer {
   // Zeroes the rows of queries and output gradients that may hold anything.
   __device__ __forceinline__ void clear_dead_rows(const BwdBlock<Config>& block,
                                                   int first_row) const {
-    const RowInterval live = block.live;
-    if (live.first <= first_row && min(first_row + kRows, params.query_length) <= live.end) return;
-    const int begin = min(max(live.first - first_row, 0), kRows);
-    const int end = min(max(live.end - first_row, begin), kRows);
-    clear_rows<QueryLayout>(query_tile(), 0, begin);
-    clear_rows<QueryLayout>(query_tile(), end, kRows);
-    clear_rows<DoutLayout>(dout_tile(), 0, begin);
-    clear_rows<DoutLayout>(dout_tile(), end, kRows);
+    if constexpr (Config::kIntervals) {
+      if (!shared.steps[stage()].dead) return;
+      const RowRecord* const records = shared.records[stage()];
+      const auto is_dead = [&](int row) { return records[row].first >= records[row].end; };
+      clear_rows_if<QueryLayout>(query_tile(), kRows, is_dead);
+      clear_rows_if<DoutLayout>(dout_tile(), kRows, is_dead);
+    } else {
+      const RowInterval live = block.live;
+      if (live.first <= first_row && min(first_row + kRows, params.query_length) <= live.end) {
+        return;
+      }
+      const int begin = min(max(live.first - first_row, 0), kRows);
+      const int end = min(max(live.end - first_row, begin), kRows);
+      clear_rows<QueryLayout>(query_tile(), 0, begin);
+      clear_rows<QueryLayout>(query_tile(), end, kRows);
+      clear_rows<DoutLayout>(dout_tile(), 0, begin);
+      clear_rows<DoutLayout>(dout_tile(), end, kRows);
+    }
     end_clearing();
   }
 
@@ -225,7 +248,84 @@ struct BwdConsumer {
     }
   }
 
-  // P = 2^(S - lse) of this step's queries, from `first_row` on. s is used up.
+  // With intervals, where a tile is not clean or scores have options: P = 2^(S - lse) of this
+  // step's queries, and P times the derivatives of the logits. s is used up. kOptions: whether
+  // scores have options.
+  template <bool kOptions>
+  __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
+                                                             uint32_t (&weights)[kScores / 2],
+                                                             float (&s)[kScores],
+                                                             const float2 (&early)[kEarlyLoads],
+                                                             const BwdBlock<Config>& block) const {
+    const BwdStep<Config>& step = shared.steps[stage()];
+    const ScoreOptions options = {params.scale.first * params.scale.second,
+                                  params.intervals.softcap, step.slope};
+    const float inverse = options.inverse();
+    const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
+    const int first_key =
+        block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
+    const bool mixed = step.mixed;
+    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
+                        mixed ? block.mask.id(first_key + 8) : 0};
+    const RowRecord* const records = shared.records[stage()] + fragment_column();
+    const float* const lse = lse_columns();
+#pragma unroll
+    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
+    if (kOptions && options.softcap != 0.0f) {
+#pragma unroll
+      for (float& score : s) score = options.cap(score, inverse);
+    }
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      float probability[2][2];
+      float weight[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const RowRecord row = records[8 * j + e];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int key = first_key + 8 * h;
+          float score = s[4 * j + 2 * h + e];
+          float derivative = 1.0f;
+          if constexpr (kOptions) {
+            derivative = options.derivative(score, inverse);
+            score = options.biased(score, row.position - key);
+          }
+          const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
+          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
+          probability[h][e] = seen ? power : 0.0f;
+          weight[h][e] = probability[h][e] * derivative;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
+        weights[2 * j + h] =
+            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
+      }
+    }
+  }
+
+  // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
+  // P unless scores have options. s is used up.
+  template <bool kClean>
+  __device__ __forceinline__ void take_probabilities(
+      uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2], float (&s)[kScores],
+      const float2 (&early)[kEarlyLoads], const BwdBlock<Config>& block, int first_row) const {
+    if constexpr (kClean || !Config::kIntervals) {
+      take_exponentials<kClean>(p, s, early, block, first_row);
+#pragma unroll
+      for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
+    } else if (ScoreOptions::any(params)) {
+      take_interval_exponentials<true>(p, weights, s, early, block);
+    } else {
+      take_interval_exponentials<false>(p, weights, s, early, block);
+    }
+  }
+
+  // P where the mask is one of numbers or does not matter.
   template <bool kClean>
   __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2], float (&s)[kScores],
                                                     const float2 (&early)[kEarlyLoads],
@@ -252,7 +352,7 @@ struct BwdConsumer {
     }
   }
 
-  // dS = P (dP - delta).
+  // dS = P (dP - delta), with P times the derivatives of the logits.
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
                                                        const uint32_t (&p)[kScores / 2],
                                                        const float (&dp)[kScores],
@@ -282,6 +382,7 @@ struct BwdConsumer {
     float s[kScores];
     float dp[kScores];
     uint32_t p[kScores / 2];
+    uint32_t weights[kScores / 2];
     uint32_t ds[kScores / 2];
     ptx::wgmma_fence();
     issue_scores(s, fresh_key_tile() + own * 128, query_tile());
@@ -291,13 +392,13 @@ struct BwdConsumer {
     float2 early[kEarlyLoads];
     load_early(early, lse_columns());
     ptx::wgmma_wait_group<1>();
-    take_exponentials<kClean>(p, s, early, block, first_row);
+    take_probabilities<kClean>(p, weights, s, early, block, first_row);
     ptx::wgmma_fence();
     issue_gradient(dvalue, p, dout_tile());
 
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<1>();
-    take_score_gradients(ds, p, dp, early);
+    take_score_gradients(ds, weights, dp, early);
     wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
     store_scores(ds);
     ptx::fence_proxy_async_shared();
@@ -382,16 +483,46 @@ struct BwdConsumer {
     const int key_stage = blocks % Config::kKeyStages;
     wait(shared.key_full[key_stage], blocks / Config::kKeyStages % 2);
     wait(shared.value_full[key_stage], blocks / Config::kKeyStages % 2);
-    if (block.keys < Config::kKeys) {
+    if constexpr (Config::kIntervals) {
+      if (!block.dead_keys) return;
+      const auto is_dead = [&](int row) { return block.mask.id(block.first_key + row) < 0; };
+      clear_rows_if<KeyLayout>(key_tile(), Config::kKeys, is_dead);
+      clear_rows_if<ValueLayout>(key_tile() + Config::kValueOffset, Config::kKeys, is_dead);
+      end_clearing();
+    } else if (block.keys < Config::kKeys) {
       clear_rows<KeyLayout>(key_tile(), block.keys, Config::kKeys);
       clear_rows<ValueLayout>(key_tile() + Config::kValueOffset, block.keys, Config::kKeys);
       end_clearing();
     }
   }
 
+  // for_steps with intervals: the producer says what the next tile is, and the steps need no
+  // number.
+  template <typename Step>
+  __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
+    int left = block.steps;
+    const auto is_clean = [&] {
+      wait(shared.query_full[stage()], parity());
+      return shared.steps[stage()].clean[warpgroup];
+    };
+    while (left > 0) {
+#pragma unroll 1
+      for (; left > 0 && is_clean(); --left) {
+        step.template operator()<true>(0, left == block.steps);
+      }
+      if (left == 0) break;
+      step.template operator()<false>(0, left == block.steps);
+      --left;
+    }
+  }
+
   // Calls step<kClean>(tile, first) for all tiles of a block.
   template <typename Step>
   __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
+    if constexpr (Config::kIntervals) {
+      for_interval_steps(block, step);
+      return;
+    }
     const int first_tile = block.first_tile;
     const int end_tile = first_tile + block.tiles;
     const int clean_first = block.clean_first[warpgroup];

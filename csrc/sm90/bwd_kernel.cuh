@@ -27,9 +27,9 @@ template <typename Config>
 struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>> {
-  using Type = BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>>;
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>> {
+  using Type = BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>>;
 };
 
 template <typename Config>

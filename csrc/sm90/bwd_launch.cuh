@@ -120,11 +120,17 @@ template <typename Config>
 cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaStream_t stream) {
   using Element = typename Config::Element;
   MhaBwdParams params = call;
-  params.first_stores = bwd_first_stores(params, Config::kKeyStep == 0);
+  if constexpr (Config::kIntervals) {
+    // What the mask is like is not known here.
+    params.window_left = params.window_right = kUnbounded;
+    params.first_stores = params.deterministic;
+  } else {
+    params.first_stores = bwd_first_stores(params, Config::kKeyStep == 0);
+  }
   BwdPlan plan{};
   cudaError_t error = make_plan<Config>(params, device, &plan);
   if (error != cudaSuccess) return error;
-  error = launch_bwd_prepare<Element>(params, Config::kSumWidth, stream);
+  error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
 
   const auto kernel = mha_bwd_kernel<Config>;
@@ -166,6 +172,18 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
     constexpr int kShort = 768;
     const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
+  }
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  if constexpr (kHeadDim > 128) {
+    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask>>(
+        params, device, stream);
+  } else {
+    return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask>>(
+        params, device, stream);
   }
 }
 

@@ -62,18 +62,27 @@ struct BwdProducer {
     if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
   }
 
-  // Queries `row`.. of a head with their lse, and their output gradients with their delta.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
+  // A tile of queries of a head with their lse, and their output gradients with their delta.
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int tile,
                                                int padded_rows) {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
+    const int row = tile * Config::kRows;
     const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
     wait_released(Config::kQueryReleased, Config::kStages);
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
-      ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes);
+      if constexpr (Config::kIntervals) {
+        constexpr int kRecordBytes = sizeof shared.records[0];
+        make_step(block, head, tile, shared.steps[stage]);
+        ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes + kRecordBytes);
+        ptx::bulk_load(ptx::shared_address(shared.records[stage]), block.mask.row_records + row,
+                       kRecordBytes, barrier);
+      } else {
+        ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes);
+      }
       copy_tile<QueryLayout>(tiles + Config::kQueryOffset + stage * QueryLayout::kBytes,
                              &plan.query, barrier, ptx::kEvictLast, row, head,
                              batch_coordinate(params.query, block.batch, params, plan.inner_batch));
@@ -91,6 +100,21 @@ struct BwdProducer {
                      kStateBytes, barrier);
     }
     ++copied;
+  }
+
+  // With intervals: how many steps there are.
+  __device__ __forceinline__ void count_steps(BwdBlock<Config>& block, int group) const {
+    int met = 0;
+#pragma unroll 1
+    for (int i = lane_id(); i < block.tiles; i += 32) met += block.meets(block.first_tile + i);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) met += __shfl_xor_sync(0xffffffffu, met, step);
+    __syncwarp();
+    if (lane_id() == 0) {
+      block.steps = group * met;
+      if (met == 0) block.tiles = 0;
+    }
+    __syncwarp();
   }
 
   __device__ __forceinline__ BwdBlock<Config>& empty_slot(
@@ -113,6 +137,7 @@ struct BwdProducer {
       if (lane_id() == 0) made = make_block(params, plan, id, block);
       __syncwarp();
       if (!__any_sync(0xffffffffu, made)) continue;
+      if constexpr (Config::kIntervals) count_steps(block, group);
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
       }
@@ -124,7 +149,8 @@ struct BwdProducer {
       for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
-          copy_queries(block, head, tile * Config::kRows, padded_rows);
+          if (!block.meets(tile)) continue;
+          copy_queries(block, head, tile, padded_rows);
           if (first && lane_id() == 0) copy_keys(block);
           first = false;
         }

@@ -2,16 +2,27 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "host/intervals.h"
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
 
 namespace jax_flash::sm90 {
 
+// Comes with the queries where there are intervals.
+template <typename Config>
+struct BwdIntervalShared {
+  RowRecord records[Config::kStages][Config::kRows];
+  BwdStep<Config> steps[Config::kStages];
+};
+struct BwdPlainShared {};
+
 // What follows the tiles in shared memory. "full" barriers: it has arrived. "empty": all consumers
 // are done.
 template <typename Config>
-struct BwdShared {
+struct BwdShared
+    : std::conditional_t<Config::kIntervals, BwdIntervalShared<Config>, BwdPlainShared> {
   float row_lse[Config::kStages][Config::kRows];        // comes with the queries
   float row_delta[Config::kDoutStages][Config::kRows];  // comes with the output gradients
   // Of blocks, one at work and the next.

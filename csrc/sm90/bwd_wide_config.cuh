@@ -1,17 +1,24 @@
 // Tiles of the sm_90 backward kernel at widths over 128 and what they use of a multiprocessor.
 #pragma once
 
+#include <type_traits>
+
 #include "host/dispatch.h"
 #include "host/params.h"
 #include "sm90/fwd_config.cuh"
 #include "tile/element.cuh"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
 
 // 64 keys and 64 queries. One warpgroup has the scores and dV, the other dP, dS and dK; both have
-// parts of dQ, of 64 columns each. kDeterministicArg: thread blocks add to dQ in an order.
-template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, bool kDeterministicArg>
+// parts of dQ, of 64 columns each. kDeterministicArg, MaskArg: as for BwdConfig.
+template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, bool kDeterministicArg,
+          typename MaskArg = RowMask>
 struct BwdWideConfig {
+  using Mask = MaskArg;
+  static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;

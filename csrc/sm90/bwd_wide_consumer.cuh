@@ -111,16 +111,18 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     }
     float s[kScores];
     uint32_t p[kScores / 2];
+    uint32_t weights[kScores / 2];
     ptx::wgmma_fence();
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
     ptx::wgmma_wait_group<0>();
-    this->template take_exponentials<kClean>(p, s, early, block, first_row);
+    this->template take_probabilities<kClean>(p, weights, s, early, block, first_row);
     wait_scores_used();
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
-      const uint32_t words[4] = {p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
+      const uint32_t words[4] = {weights[4 * i], weights[4 * i + 1], weights[4 * i + 2],
+                                 weights[4 * i + 3]};
       ptx::st_shared_v4(probabilities(steps) + 2048 * i, words);
     }
     ptx::bar_arrive(Config::kScored, 256);

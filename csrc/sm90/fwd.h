@@ -13,4 +13,9 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream);
 
+// The same for calls with intervals (docs/design/intervals.md).
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream);
+
 }  // namespace jax_flash::sm90

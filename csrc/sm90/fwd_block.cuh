@@ -7,12 +7,16 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "host/params.h"
 #include "ptx/warpgroup.cuh"
 #include "sm90/section_order.h"
 #include "tile/copy.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score_options.cuh"
 #include "tile/sequence.cuh"
 
 namespace jax_flash::sm90 {
@@ -31,10 +35,23 @@ struct FwdPlan {
 
   SectionOrder order;       // of blocks of rows, from the last to the first
   FastDivisor head_groups;  // packs of heads in a batch
+
+  float logit_scale;  // of q.k, where softcap or slopes make logits; softmax has scale 1 then
 };
 
+// What a block with intervals has beside the others.
+template <int kWarpgroups>
+struct FwdBlockIntervals {
+  float slope;
+  bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
+  bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
+};
+
+struct Nothing {};
+
 template <typename Config>
-struct FwdBlock {
+struct FwdBlock
+    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, Nothing> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
   int last_tile;   // number of the tile that is visited first
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
@@ -42,7 +59,7 @@ struct FwdBlock {
   int rows;        // of which exist in the sequence; the others are padding
   int head;        // first query head
   int batch;
-  RowMask mask;
+  typename Config::Mask mask;
   // Per warpgroup: the tile that it visits first; it passes over those after it.
   int start[Config::kWarpgroups];
   // Per warpgroup: the tile that it visits last, and how many it passes over after that. One
@@ -85,7 +102,12 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   block.out =
       static_cast<Element16*>(params.out) +
       (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
-  block.mask = row_mask(params, at.batch);
+  if constexpr (Config::kIntervals) {
+    block.mask = IntervalMask::make(params, at.batch);
+    block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+  } else {
+    block.mask = row_mask(params, at.batch);
+  }
   block.rows = (block.mask.query_length << pack_shift) - first_row;
   ptx::forget_memory();  // the planner has few registers
   const KeyInterval keys = block.mask.hull(max(first_row, 0) >> pack_shift,
@@ -100,7 +122,9 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   }
   block.tiles = end_tile - first_tile;
   block.last_tile = end_tile - 1;
-  block.value_rows = min(Config::kKeys, block.mask.key_length - (end_tile - 1) * Config::kKeys);
+  if constexpr (!Config::kIntervals) {
+    block.value_rows = min(Config::kKeys, block.mask.key_length - (end_tile - 1) * Config::kKeys);
+  }
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     ptx::forget_memory();
@@ -110,10 +134,20 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     const int past = ((row + 63) >> pack_shift) + 1;
     KeyInterval core = block.mask.core(begin, past);
     // Only padding rows, whose results are dropped.
-    const bool padding = begin >= block.mask.query_length;
+    bool padding = begin >= block.mask.query_length;
+    bool careful = false;
+    if constexpr (Config::kIntervals) {
+      const KeyInterval seen = block.mask.hull(begin, past);
+      padding = seen.first >= seen.end;
+      careful = ScoreOptions::any(params);
+      // Rows may begin anywhere: all tiles are before those that are seen in full.
+      if (core.first >= core.end) core.first = kMaxLength;
+      block.mixed[w] = block.mask.mixed(begin, past);
+      block.dead[w] = block.mask.dead_rows(begin, past);
+    }
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = core.first >= core.end || params.scale.first != 1.0f;
+    const bool none = core.first >= core.end || careful || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;

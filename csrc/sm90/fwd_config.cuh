@@ -1,8 +1,12 @@
 // Tile sizes of the sm_90 forward kernel and what they use of a multiprocessor.
 #pragma once
 
+#include <type_traits>
+
 #include "host/dispatch.h"
 #include "tile/element.cuh"
+#include "tile/intervals.cuh"
+#include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -32,6 +36,13 @@ inline constexpr FwdTiles kFwdTiles<192, 192>{2, 112, 1, 2, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<256, 256>{2, 64, 1, 3, 2};
 
+// With intervals, a warpgroup's queries are those of one RowTile. Three warpgroups would have too
+// few registers.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr FwdTiles kFwdIntervalTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+template <>
+inline constexpr FwdTiles kFwdIntervalTiles<64, 64>{2, 128, 2, 4, 4};
+
 // A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
 // bytes, 16-byte chunks of a row XORed with the row's low three bits.
 template <int kRows, int kWidth>
@@ -46,9 +57,12 @@ struct SlabLayout {
   }
 };
 
-template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles>
+template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
+          bool kIntervalsArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
+  static constexpr bool kIntervals = kIntervalsArg;
+  using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   using Element = typename ElementOf<kType>::Type;
   // How large the sum of a row's exponentials over a lane's share of a tile may get before the row
   // moves its reference point: far from f16's 65504, and a key that outweighs all others by more

@@ -19,6 +19,7 @@
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
 #include "tile/quad.cuh"
+#include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -140,11 +141,36 @@ struct FwdConsumer {
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
     const bool left = tile < block.full_first[warpgroup];
+    if constexpr (Config::kIntervals) {
+      if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
+    }
     if (left || tile >= block.full_end[warpgroup]) {
       const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
-      softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
+      if constexpr (Config::kIntervals) {
+        softmax.apply_mask(s, block.mask, row, tile * Config::kKeys, left, block.mixed[warpgroup]);
+      } else {
+        softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
+      }
     }
     return softmax.template follow_maximum<true>(s, params.scale, factor);
+  }
+
+  // Soft cap and ALiBi make logits of scores.
+  __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
+    const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
+    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+    int distances[2] = {0, 0};  // from this lane's first key
+    if (options.slope != 0.0f) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (row + 8 * h >= params.query_length) continue;
+        distances[h] = block.mask.row(row + 8 * h).position - first_key - fragment_column();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = options.logit(s[i], distances[i / 2 % 2] - (i / 4 * 8 + i % 2));
+    }
   }
 
   // Lets the keys of a tile pass.
@@ -212,16 +238,29 @@ struct FwdConsumer {
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
       const int row = 64 * warpgroup + warp_row() + fragment_row();
-      if (row >= block.rows) softmax.reference[0] = 0.0f;
-      if (row + 8 >= block.rows) softmax.reference[1] = 0.0f;
+      if (is_dropped(block, row)) softmax.reference[0] = 0.0f;
+      if (is_dropped(block, row + 8)) softmax.reference[1] = 0.0f;
     } else if (moved) {
       scale_out(factor);
     }
     finish_step(tile_sum);
-    if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
-      clear_values(block.value_rows);
+    if constexpr (Config::kIntervals) {
+      if (careful) clear_dead_values(block, tile);
+    } else {
+      if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
+        clear_values(block.value_rows);
+      }
     }
     return Left::kNothing;
+  }
+
+  // Whether row `row` of the block, one of this warpgroup's, is padding or dead.
+  __device__ __forceinline__ bool is_dropped(const FwdBlock<Config>& block, int row) const {
+    if (row >= block.rows) return true;
+    if constexpr (Config::kIntervals) {
+      return block.dead[warpgroup] && block.mask.row(block.first_row + row).id < 0;
+    }
+    return false;
   }
 
   // Waits for both products. previous: the second one was that of a tile.
@@ -271,6 +310,30 @@ struct FwdConsumer {
     ptx::bar_sync(5 + warpgroup, 128);
   }
 
+  // The same for those of dead keys, anywhere in a tile.
+  __device__ __forceinline__ void clear_dead_values(const FwdBlock<Config>& block, int tile) {
+    using Layout = typename Config::ValueLayout;
+    if (tile >= block.full_first[warpgroup] && tile < block.full_end[warpgroup]) return;
+    const int first_key = tile * Config::kKeys;
+    if (!block.mask.dead_keys(first_key, first_key + Config::kKeys)) return;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                       value_ring.parity());
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    const int thread = threadIdx.x % 128;
+    // Where there are no keys TMA has written zeros.
+    const int rows = min(Config::kKeys, block.mask.key_length - first_key);
+#pragma unroll 1
+    for (int row = thread / 8; row < rows; row += 16) {
+      if (__ldg(block.mask.key_ids + first_key + row) >= 0) continue;
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::st_shared_v4(value_tile() + Layout::offset(row, 8 * slab + thread % 8), zeros);
+      }
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(5 + warpgroup, 128);
+  }
+
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
   // needs.
   __device__ __forceinline__ void finish_rows(int number) {
@@ -280,7 +343,9 @@ struct FwdConsumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
-      if (row + 8 * h >= block.rows) inverse[h] = 0.0f;
+      if (is_dropped(block, row + 8 * h)) inverse[h] = 0.0f;
+      // Then lse is -inf.
+      if (Config::kIntervals && inverse[h] == 0.0f) softmax.sum[h] = 0.0f;
       if (lane_id() % 4 == 0) {
         shared.rows[row + 8 * h] = make_float2(softmax.reference[h], softmax.sum[h]);
       }
@@ -428,7 +493,7 @@ struct FwdConsumer {
       if (plan.splits == 1) store_out(blocks - 1);
     }
     if (warpgroup == 0) take_turn();  // the last arrival needs its partner
-    if (plan.splits > 1 && blocks > 0) {
+    if (!Config::kIntervals && plan.splits > 1 && blocks > 0) {
       combine_splits(params, plan, tiles, shared.blocks[0], out, softmax, warpgroup);
     }
   }

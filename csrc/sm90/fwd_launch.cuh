@@ -28,19 +28,21 @@ inline int pack_shift(const MhaFwdParams& params, int rows) {
 template <typename Config>
 cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   FwdPlan plan{};
-  plan.pack_shift = pack_shift(params, Config::kRows);
+  if (!Config::kIntervals) plan.pack_shift = pack_shift(params, Config::kRows);
   const int packed = 1 << plan.pack_shift;
   const int64_t rows = int64_t{params.query_length} * packed;
   const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t head_groups = params.heads / packed;
-  plan.splits = fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
+  plan.splits = Config::kIntervals
+                    ? 1
+                    : fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
 
   const int64_t all = params.batch * head_groups;
   const int64_t multiprocessors = device.multiprocessors;
   Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
-  if (plan.splits == 1 && params.window_right == kUnbounded) {
-    // Equal row blocks: those that share their keys follow each other.
+  if (plan.splits == 1 && (Config::kIntervals || params.window_right == kUnbounded)) {
+    // Row blocks that are equal, as far as is known: those that share their keys follow each other.
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
   } else if (plan.splits == 1) {
     plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
@@ -54,6 +56,10 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
   plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
+  if (Config::kIntervals && ScoreOptions::any(params)) {
+    plan.logit_scale = params.scale.first * params.scale.second;
+    params.scale = SoftmaxScale::make(1.0f);
+  }
 
   cudaError_t error = make_tensor_map(
       params, params.query,
@@ -108,6 +114,14 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
   using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdTiles<kHeadDim, kHeadDimV>>;
+  return launch<Config>(params, device, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  using Config =
+      FwdConfig<kType, kHeadDim, kHeadDimV, kFwdIntervalTiles<kHeadDim, kHeadDimV>, true>;
   return launch<Config>(params, device, stream);
 }
 

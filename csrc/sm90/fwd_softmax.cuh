@@ -17,6 +17,7 @@
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "tile/fragment.cuh"
+#include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 
@@ -56,6 +57,41 @@ struct RowSoftmax {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (i / 4 * 8 + i % 2 < keys[i / 2 % 2].first - first_column) s[i] = kMinusInfinity;
+      }
+    }
+  }
+
+  // The same for intervals of rows that have records; `mixed`: ids have to be compared, too.
+  static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const IntervalMask& mask,
+                                                    int row, int first_key, bool left, bool mixed) {
+    const int first_column = first_key + fragment_column();
+    const RowRecord records[2] = {mask.row(row), mask.row(row + 8)};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      if (i / 4 * 8 + i % 2 >= records[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;
+    }
+    if (left) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (i / 4 * 8 + i % 2 < records[i / 2 % 2].first - first_column) s[i] = kMinusInfinity;
+      }
+    }
+    if (mixed) {
+#pragma unroll
+      for (int half = 0; half < kKeys / kIntervalKeys; ++half) {
+        // Keys past the array are outside all intervals.
+        if (first_key + half * kIntervalKeys >= mask.key_length) break;
+#pragma unroll
+        for (int j = 0; j < kIntervalKeys / 8; ++j) {
+          const int2 ids = __ldg(reinterpret_cast<const int2*>(mask.key_ids + first_column +
+                                                               half * kIntervalKeys + 8 * j));
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int i = half * kIntervalKeys / 2 + 4 * j + 2 * h;
+            if (ids.x != records[h].id) s[i] = kMinusInfinity;
+            if (ids.y != records[h].id) s[i + 1] = kMinusInfinity;
+          }
+        }
       }
     }
   }

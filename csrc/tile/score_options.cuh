@@ -3,6 +3,7 @@
 
 #include "host/params.h"
 #include "ptx/math.cuh"
+#include "tile/mask.cuh"
 #include "tile/schedule.cuh"
 
 namespace jax_flash {
@@ -15,7 +16,7 @@ struct ScoreOptions {
   float slope;    // 0: none
 
   // Whether scores change at all; otherwise they stay q.k and the kernel scales them as ever.
-  __device__ __forceinline__ static bool any(const MhaParams& params) {
+  JAX_FLASH_HOST_DEVICE static bool any(const MhaParams& params) {
     return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr;
   }
 
@@ -32,13 +33,23 @@ struct ScoreOptions {
   // tanh(x) as 1 - 2 / (1 + e^(2 x)): 2^-22 of absolute error, where tanh.approx has 2^-11.
   static __device__ __forceinline__ float tanh(float x) {
     const float power = ptx::ex2_approx_ftz(2.0f * SoftmaxScale::kLog2e * x);
-    return 1.0f - __fdividef(2.0f, 1.0f + power);
+    return fmaf(-2.0f, ptx::rcp_approx_ftz(1.0f + power), 1.0f);
+  }
+
+  // 1 / softcap; 0 if there is none.
+  __device__ __forceinline__ float inverse() const {
+    return softcap == 0.0f ? 0.0f : ptx::rcp_approx_ftz(softcap);
+  }
+
+  // Where there is a soft cap: of scale * q.k.
+  __device__ __forceinline__ float cap(float x, float inverse) const {
+    return softcap * tanh(x * inverse);
   }
 
   // The logit of a score q.k before ALiBi.
   __device__ __forceinline__ float capped(float score) const {
     const float x = score * scale;
-    return softcap == 0.0f ? x : softcap * tanh(x * (1.0f / softcap));
+    return softcap == 0.0f ? x : cap(x, inverse());
   }
 
   // With ALiBi, of a key `distance` away from the one that the row is aligned with.
@@ -51,10 +62,12 @@ struct ScoreOptions {
   }
 
   // The derivative of a logit by scale * q.k, from the logit before ALiBi.
-  __device__ __forceinline__ float derivative(float capped) const {
-    if (softcap == 0.0f) return 1.0f;
-    const float ratio = capped * (1.0f / softcap);
+  static __device__ __forceinline__ float derivative(float capped, float inverse) {
+    const float ratio = capped * inverse;
     return fmaf(-ratio, ratio, 1.0f);
+  }
+  __device__ __forceinline__ float derivative(float capped) const {
+    return derivative(capped, inverse());
   }
 };
 

@@ -10,6 +10,7 @@
 namespace jax_flash::ptx {
 
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
+inline float rcp_approx_ftz(float x) { return 1.0f / x; }
 
 template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {

@@ -1,0 +1,37 @@
+// The sm_90 forward with intervals on the CPU.
+#include <cuda_runtime.h>
+
+#include "problem.h"
+#include "sm90/fwd_launch.cuh"
+
+// What `extern __shared__ unsigned char memory[]` of the kernels means here.
+namespace jax_flash::sm90 {
+alignas(1024) unsigned char memory[227 * 1024];
+}  // namespace jax_flash::sm90
+unsigned char* emulated_shared_memory = jax_flash::sm90::memory;
+
+namespace {
+
+using namespace jax_flash;
+
+template <ElementType kType>
+cudaError_t launch_sm90(const MhaFwdParams& params, const DeviceInfo& device) {
+  const int width = std::max(params.head_dim, params.head_dim_v);
+  if (width <= 64) return sm90::launch_mha_fwd_intervals<kType, 64, 64>(params, device, nullptr);
+  if (width <= 128) {
+    return sm90::launch_mha_fwd_intervals<kType, 128, 128>(params, device, nullptr);
+  }
+  return sm90::launch_mha_fwd_intervals<kType, 256, 256>(params, device, nullptr);
+}
+
+}  // namespace
+
+extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
+  MhaFwdParams params{};
+  describe(*arguments, params);
+  params.out = arguments->out;
+  params.lse = arguments->lse;
+  const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
+  return arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
+                             : launch_sm90<ElementType::kBf16>(params, device);
+}
