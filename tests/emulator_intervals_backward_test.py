@@ -18,26 +18,39 @@ def backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build("mha_bwd_intervals", tmp_path_factory.mktemp("backward"))
 
 
-WIDTHS = {(64, 64): 64, (128, 128): 128, (40, 56): 64, (72, 120): 128, (256, 256): 256}
-"""Widths of queries and of values, and of the kernel that they get."""
-
-
 @pytest.mark.parametrize("name", interval_cases.CASES)
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_backward_sm90(
-    backward: ctypes.CDLL, widths: tuple[int, int], name: str
+@pytest.mark.parametrize("width", [64, 256])
+def test_backward_sm90(backward: ctypes.CDLL, width: int, name: str) -> None:
+    check_backward(backward, (width, width), width, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["negative ids", "unsorted ids, causal, wide", "soft cap and slopes"]
+)
+@pytest.mark.parametrize(
+    ("widths", "kernel"), [((40, 56), 64), ((128, 128), 128), ((128, 72), 128)]
+)
+def test_backward_sm90_of_other_widths(
+    backward: ctypes.CDLL, widths: tuple[int, int], kernel: int, name: str
 ) -> None:
+    check_backward(backward, widths, kernel, name)
+
+
+def check_backward(
+    library: ctypes.CDLL, widths: tuple[int, int], kernel: int, name: str
+) -> None:
+    """One case, run in one of several ways by its number."""
     case = interval_cases.case(name)
-    number = list(interval_cases.CASES).index(name) + list(WIDTHS).index(widths)
+    number = list(interval_cases.CASES).index(name) + kernel // 64
     dtype = ("bfloat16", "float16")[number % 2]
     ways = list(itertools.product((False, True), repeat=3))
-    with_dlse, f32_results, deterministic = ways[number % len(ways)]
+    with_dlse, deterministic, f32_results = ways[number % len(ways)]
     results, expected = interval_cases.run_backward(
-        backward.mha_bwd_intervals_sm90,
+        library.mha_bwd_intervals_sm90,
         case,
         widths,
         dtype,
-        WIDTHS[widths],
+        kernel,
         with_dlse=with_dlse,
         f32_results=f32_results,
         deterministic=deterministic,
@@ -45,3 +58,27 @@ def test_backward_sm90(
         multiprocessors=1 if deterministic else 1 + number % 3,
     )
     interval_cases.check_gradients(results, expected, dtype)
+    dead_rows = interval_cases.dead_rows_of(case)
+    assert not results["query"][dead_rows].any()
+
+
+@pytest.mark.parametrize("name", ["negative ids, window, wide", "packed, causal"])
+@pytest.mark.parametrize("width", [64, 256])
+def test_sums_have_one_order(backward: ctypes.CDLL, width: int, name: str) -> None:
+    """One thread block for all the work, or one for each part of it."""
+    case = interval_cases.case(name)
+    one, many = (
+        interval_cases.run_backward(
+            backward.mha_bwd_intervals_sm90,
+            case,
+            (width, width),
+            "bfloat16",
+            width,
+            f32_results=True,
+            deterministic=True,
+            multiprocessors=multiprocessors,
+        )[0]
+        for multiprocessors in (1, 100)
+    )
+    for name, x in one.items():
+        np.testing.assert_array_equal(x, many[name], name)
