@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import llama_helpers
 import numpy as np
 import pytest
+from helpers import kernel_calls
 from llama_helpers import TINY
 from llama_model import Caches, Config, Llama, Sampling, next_tokens, prefill, step
+
+from jax_flash._src import registry
 
 LENGTH = 20
 TOLERANCE = 2e-5
@@ -212,3 +215,28 @@ def test_chunks_are_limited() -> None:
     new, counts = jnp.zeros((3, 65), jnp.int32), jnp.full(3, 65, jnp.int32)
     with pytest.raises((ValueError, NotImplementedError), match="64"):
         jax.eval_shape(step, model(), new, counts, caches)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("first", [True, False])
+def test_kernels_on_a_gpu(kernels: None, kind: str, first: bool) -> None:
+    """Attention in every layer, every norm and the draw are kernels in bfloat16."""
+    config = dataclasses.replace(TINY, dtype=jnp.dtype("bfloat16"))
+    bfloat16 = llama_helpers.random_model(config)
+    caches = jax.tree.map(
+        lambda x: x.astype("bfloat16") if x.ndim == 4 else x, caches_of(kind)
+    )
+
+    def f(tokens: jax.Array, counts: jax.Array, caches: Caches) -> jax.Array:
+        key, number = jax.random.key(0), jnp.int32(0)
+        sampling = Sampling(0.7, top_k=50, top_p=0.9)
+        return next_tokens(
+            bfloat16, tokens, counts, caches, key, number, sampling, first=first
+        )[0]
+
+    attention = [registry.DECODE_TARGET, registry.FORWARD_TARGET]
+    wanted = dict(zip(attention, (0, 2) if first else (2, 0), strict=True))
+    wanted |= {registry.RMS_NORM_TARGET: 5, registry.SAMPLE_TARGET: 1}
+    given = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32), caches
+    found = {name: kernel_calls(f, *given, target=name) for name in wanted}
+    assert found == wanted

@@ -22,7 +22,7 @@ from llama_model import Llama, Sampling
 from llama_tokenizer import Tokenizer, load_tokenizer
 
 DATA = pathlib.Path(__file__).parent / "data" / "smollm2.json"
-TOLERANCE = 1e-4
+TOLERANCE = 5e-5
 """Of probabilities: float32 beside float64."""
 
 

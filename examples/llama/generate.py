@@ -134,6 +134,17 @@ def parse_arguments() -> argparse.Namespace:
     chunk = arguments.chunk
     if chunk is not None and not 1 <= chunk <= MOST_NEW_TOKENS:
         parser.error(f"needs --chunk from 1 to {MOST_NEW_TOKENS}, got {chunk}")
+    limits = {
+        "temperature": (0.0, float("inf")),
+        "top_k": (1, float("inf")),
+        "top_p": (0.0, 1.0),
+        "min_p": (0.0, 1.0),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            option = "--" + name.replace("_", "-")
+            parser.error(f"needs {option} from {least} to {most}, got {value}")
     if arguments.raw and arguments.system is not None:
         parser.error("--system needs the chat template, which --raw leaves out")
     return arguments
