@@ -5,6 +5,7 @@ import itertools
 import shutil
 
 import interval_cases
+import numpy as np
 import pytest
 from emulator_test import build
 
