@@ -85,18 +85,13 @@ def test_llama(tmp_path: pathlib.Path) -> None:
     out = run_python("examples/llama/generate.py", "hello", *options)
     assert re.search(r"^\d+ tokens read, [1-6] written: ", out, re.MULTILINE), out
     assert "float32, paged cache" in out
-    out = run_python("examples/llama/generate.py", "hello" * 80, *options, status=1)
-    assert "the model's context is 64" in out
 
 
-def test_llama_rejects_nonsense() -> None:
-    out = run_python("examples/llama/generate.py", "x", "--chunk", "65", status=2)
-    assert "--chunk from 1 to 64, got 65" in out
-    out = run_python("examples/llama/generate.py", "x", "--top-p", "1.5", status=2)
-    assert "--top-p from 0.0 to 1.0, got 1.5" in out
-
-
-def test_llama_benchmark_smoke(tmp_path: pathlib.Path) -> None:
+def test_llama_benchmark_smoke(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It compiles much and computes little.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     results = tmp_path / "llama.json"
     out = run_python("-m", "benchmarks.llama", "--smoke", "--json", str(results))
     rows = json.loads(results.read_text())["rows"]

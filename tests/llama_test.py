@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import pathlib
+import sys
 
 import generate
 import jax
@@ -240,3 +242,43 @@ def test_kernels_on_a_gpu(kernels: None, kind: str, first: bool) -> None:
     given = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32), caches
     found = {name: kernel_calls(f, *given, target=name) for name in wanted}
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk", "65"], "--chunk from 1 to 64, got 65"),
+        (["--tokens", "0"], "--tokens >= 1, got 0"),
+        (["--temperature", "-1"], "--temperature from 0.0 to inf, got -1.0"),
+        (["--top-k", "0"], "--top-k from 1 to inf, got 0"),
+        (["--top-p", "1.5"], "--top-p from 0.0 to 1.0, got 1.5"),
+        (["--min-p", "nan"], "--min-p from 0.0 to 1.0, got nan"),
+        (["--raw", "--system", "x"], "--system needs the chat template"),
+    ],
+)
+def test_command_line_rejects_nonsense(
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "hello", *options])
+    with pytest.raises(SystemExit):
+        generate.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_longer_than_the_context(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    metadata = llama_helpers.tokenizer_metadata()
+    size = len(metadata["tokenizer.ggml.tokens"])
+    config = dataclasses.replace(TINY, vocabulary=size, context=64)
+    llama_helpers.write_gguf(file, llama_helpers.random_model(config), metadata)
+    arguments = ["generate.py", "hello" * 64, "--raw", "--model", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert generate.main() == 1
+    assert "64 tokens, the model's context is 64" in capsys.readouterr().err

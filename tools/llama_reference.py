@@ -1,8 +1,8 @@
 """What transformers computes of the weights of examples/llama: tests/data/smollm2.json.
 
-    python -m venv /tmp/reference
-    /tmp/reference/bin/pip install torch transformers accelerate gguf
-    /tmp/reference/bin/python tools/llama_reference.py SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m venv reference
+    reference/bin/pip install torch transformers accelerate gguf
+    reference/bin/python tools/llama_reference.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 `examples/llama/llama_weights.py` says where the file comes from. Tokenizer, chat
 template, dequantisation of the file, and model are those of transformers, in float64;
