@@ -241,7 +241,8 @@ def main() -> int:
     print("compiling", file=sys.stderr)
     engine.warm_up()
     prefix = common_prefix(prompts)
-    if len(prompts) > 1 and len(prefix) >= arguments.page_size:
+    worth_it = len(prompts) > 1 and len(prefix) >= arguments.page_size
+    if worth_it and len(prefix) <= engine.max_tokens:
         engine.add_prefix(prefix)
     requests, stopped = serve(engine, prompts, arguments.prompts, tokenizer, arguments)
     if stopped:
