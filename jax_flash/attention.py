@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_flash import backends
-from jax_flash._src import compat, validate
+from jax_flash._src import compat, packed, validate
+from jax_flash._src.config import QKV
 
 __all__ = ["dot_product_attention", "mha", "mha_qkvpacked", "mha_varlen"]
 
@@ -239,6 +240,9 @@ def mha_qkvpacked(
 ) -> Any:
     """`mha` of queries, keys and values that one projection wrote side by side.
 
+    The kernels read the three parts in place if JAX_FLASH_OPTION_KERNELS=1 is in the
+    environment; otherwise, and in any other implementation, they are copied first.
+
     Args:
       qkv: [*B, T, (N + 2 * K) * H]: N heads of queries, K of keys, K of values.
       num_heads: N.
@@ -272,18 +276,33 @@ def mha_qkvpacked(
             f"qkv must have a width of (N+2K)*H with N={heads} and K={kv_heads}, got "
             f"shape {shape}"
         )
-    by_head = jnp.asarray(qkv).reshape(*shape[:-1], parts, shape[-1] // parts)
-    query, key, value = jnp.split(by_head, [heads, heads + kv_heads], axis=-2)
-    return mha(query, key, value, **options)
+    qkv = jnp.asarray(qkv)
+    implementation = options.pop("implementation", None)
+    arrays = {n: options.pop(n, None) for n in ("bias", "mask", *backends.ARRAYS)}
+    for name in options:
+        if name not in backends.DEFAULTS:
+            raise TypeError(
+                f"mha_qkvpacked() got an argument that mha has not: {name!r}"
+            )
+    each = packed.shapes((heads, kv_heads), qkv.shape)
+    for name, one in zip(packed.PARTS, each, strict=True):
+        arrays[name] = jax.ShapeDtypeStruct(one, qkv.dtype)
+    return _attend(arrays, backends.DEFAULTS | options, implementation, qkv)
 
 
 def _attend(
     arrays: dict[str, Any],
     options: dict[str, Any],
     implementation: backends.Implementation,
+    qkv: jax.Array | None = None,
 ) -> Any:
-    """Checks a call and runs it: out, or `(out, lse)`."""
+    """Checks a call and runs it: out, or `(out, lse)`.
+
+    With `qkv` query, key and value are the types of its parts.
+    """
     call = validate.check_call(arrays, options)
+    if qkv is not None:
+        arrays = {**arrays, QKV: qkv}
     operands = validate.canonical(call, arrays, options["dropout_key"])
     out, lse = backends.run(call, operands, implementation)
     if len(arrays["query"].shape) == 3:

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import builtin, decode_call, decode_explain, validate
+from jax_flash._src import builtin, decode_call, decode_explain, packed, validate
 from jax_flash._src.call import Backend, Call
-from jax_flash._src.config import OPERANDS
+from jax_flash._src.config import OPERANDS, QKV
 
 __all__ = [
     "Backend",
@@ -34,6 +34,7 @@ KV_LAYOUTS = ("BSKH", "BKSH")
 PLATFORMS = ("cuda", "rocm", "tpu", "cpu")
 
 _BUILTIN = (builtin.CUDA, builtin.CUDNN, builtin.XLA)
+_BUILTIN_PRIMITIVE = (builtin.CUDA, builtin.XLA)
 _backends: list[Backend] = list(_BUILTIN)
 
 Implementation = str | Sequence[str] | None
@@ -131,14 +132,15 @@ def run(
 
     Args:
       call: a validated call.
-      operands: its canonical operands by name.
+      operands: its canonical operands by name; one named "qkv" may stand for query, key
+        and value.
       implementation: None, a name, or a tuple of names.
 
     Returns:
       `(out, lse)`; lse is None if the call does not want it.
     """
     able = _supported(call, implementation)
-    if all(backend in (builtin.CUDA, builtin.XLA) for backend in able):
+    if all(backend in _BUILTIN_PRIMITIVE for backend in able):
         chosen = tuple(backend.name for backend in able)
         return builtin.run_primitive(call, operands, chosen)
     branches = {
@@ -162,6 +164,9 @@ def _branch(call: Call, backend: Backend):
     """`run` of one backend as a function of the operands, lse 0 where not wanted."""
 
     def branch(operands: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if QKV in operands and backend not in _BUILTIN_PRIMITIVE:
+            heads = call.num_heads, call.num_kv_heads
+            operands = packed.split_named(heads, operands)
         if backend.kv_layout == "BKSH":
             moved = {n: jnp.swapaxes(operands[n], -3, -2) for n in ("key", "value")}
             operands = {**operands, **moved}

@@ -129,6 +129,11 @@ def _emulation(
             x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
             for x in operands
         ]
+        heads, kv_heads = (
+            int(attributes[name]) for name in ("packed_heads", "packed_kv_heads")
+        )
+        if heads:
+            wide[:3] = _unpacked(wide[:3], heads, kv_heads)
         has_dlse = attributes.get("has_dlse", False)
         cotangents = ("dout", "dlse") if has_dlse else ("dout",)
         backward = target == registry.BACKWARD_TARGET
@@ -160,6 +165,16 @@ def _emulation(
         return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
     return run
+
+
+def _unpacked(same: Sequence[jax.Array], heads: int, kv_heads: int) -> list[jax.Array]:
+    """Query, key and value from what is given for each: [*B, T, (N + 2 K) H]."""
+    *lead, width = same[0].shape
+    assert [x.shape for x in same] == [(*lead, width)] * 3
+    width //= heads + 2 * kv_heads
+    ends = [heads * width, (heads + kv_heads) * width]
+    cut = [jnp.split(x, ends, axis=-1)[i] for i, x in enumerate(same)]
+    return [x.reshape(*lead, -1, width) for x in cut]
 
 
 def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from helpers import (
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_flash
 from jax_flash import mha
 
 BATCH_AND_HEADS = P("x", None, "y")
@@ -274,6 +275,24 @@ def test_explicit_axes() -> None:
     assert_close(tangents, jax.jvp(dense, whole, whole)[1])
     expected = jax.grad(lambda *a: sum_sin(gradient(dense)(*a)))(*whole)
     assert_close(second, expected, 1e-4)
+
+
+def test_explicit_axes_and_sums_over_devices() -> None:
+    """Gradients of operands that devices share: a bias, and the weight of a norm."""
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    whole = (*qkv(), *bias_and_sinks())
+    rows, weight = normal(8, 16), normal(16)
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jax_flash.rms_norm(x, weight)))
+
+    with jax.set_mesh(mesh):
+        args = put(mesh, whole, [*[P("x")] * 3, P(), P()])
+        got = jax.jit(jax.grad(loss(flash), (3, 4)))(*args)
+        placed = put(mesh, (rows, weight), [P("x"), P()])
+        of_norm = jax.jit(jax.grad(norm, 1))(*placed)
+    assert_close(got, jax.grad(loss(dense), (3, 4))(*whole))
+    assert_close(of_norm, jax.grad(norm, 1)(rows, weight))
 
 
 def test_shard_map_with_vmap() -> None:

@@ -105,18 +105,18 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    bool has_dlse, bool deterministic, float scale, int64_t window_left,
                    int64_t window_right, bool bottom_right, bool has_query_lengths,
                    bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                   Dims query_order, Dims key_order, Dims value_order) {
+                   int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
+                   Dims value_order) {
   MhaBwdParams params{};
-  MhaOperands operands(
-      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
-       has_intervals, has_slopes, softcap, query_order, key_order, value_order},
-      &params);
+  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
+                        has_kv_lengths, has_intervals, has_slopes, softcap, packed_heads,
+                        packed_kv_heads, query_order, key_order, value_order},
+                       &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   // The batch of dout is full, that of every other operand may be shared.
-  JAX_FLASH_CHECK(
-      dout.dimensions().size() == query.dimensions().size() && operands.join(dout.dimensions()),
-      "dout ", to_string(dout.dimensions()), " does not fit the batch dims of ",
-      to_string(query.dimensions()));
+  JAX_FLASH_CHECK(dout.dimensions().size() == operands.rank() && operands.join(dout.dimensions()),
+                  "dout ", to_string(dout.dimensions()), " does not fit the batch dims of ",
+                  to_string(operands.query_dims()));
   const size_t skipped = has_dlse ? 1 : 0;
   JAX_FLASH_CHECK(others.size() >= skipped, "has_dlse is true, but there is no dlse");
   JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(others, skipped));
@@ -125,7 +125,7 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   const int64_t heads = params.heads;
   JAX_FLASH_CHECK(operands.batch_size() > 0 && rows > 0 && heads > 0 && params.key_length > 0 &&
                       params.head_dim > 0 && params.head_dim_v > 0,
-                  "no operand may be empty, got query ", to_string(query.dimensions()),
+                  "no operand may be empty, got query ", to_string(operands.query_dims()),
                   " and value ", to_string(value.dimensions()));
   const ffi::DataType type = operands.data_type();
   JAX_FLASH_RETURN_IF_ERROR(check_type("out", out, type));

@@ -8,9 +8,11 @@
 namespace jax_flash {
 namespace {
 
-TensorView tensor_view(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& strides) {
+Dims span_of(const std::vector<int64_t>& dims) { return {dims.data(), dims.size()}; }
+
+TensorView tensor_view(const void* data, const std::vector<int64_t>& strides) {
   TensorView view{};
-  view.data = buffer.untyped_data();
+  view.data = data;
   view.row_stride = strides[strides.size() - 3];
   view.head_stride = strides[strides.size() - 2];
   view.alignment = row_alignment(view.data, std::span(strides).first(strides.size() - 1));
@@ -29,21 +31,66 @@ int32_t dense_row_alignment(const void* data, int64_t width) {
   return row_alignment(data, std::span(&width, 1));
 }
 
-void MhaOperands::add(Dims dims, std::vector<int64_t> strides, int64_t* merged) {
-  dims_.push_back(dims);
+void MhaOperands::add(std::vector<int64_t> dims, std::vector<int64_t> strides, int64_t* merged) {
+  dims_.push_back(std::move(dims));
   strides_.push_back(std::move(strides));
   merged_.push_back(merged);
 }
 
+ffi::Error MhaOperands::view(const ffi::AnyBuffer& buffer, Dims order, int64_t first, int64_t count,
+                             MhaTensor* tensor) const {
+  const Dims dims = buffer.dimensions();
+  const size_t rank = dims.size();
+  const bool packed = count > 0;
+  JAX_FLASH_CHECK(rank >= (packed ? 3 : 4),
+                  "query, key and value must be [*batch, length, heads, width], an array of all "
+                  "three [*batch, length, width], with at least one batch dim; got ",
+                  to_string(dims));
+  JAX_FLASH_CHECK(is_order_with_minor_width(order, rank), "an operand ", to_string(dims),
+                  " has dim order ", to_string(order),
+                  ", which is no permutation that ends with the width");
+  *tensor = {buffer.untyped_data(), {dims.begin(), dims.end()}, dense_strides(dims, order)};
+  if (!packed) return ffi::Error::Success();
+
+  const int64_t heads = attributes_.packed_heads + 2 * attributes_.packed_kv_heads;
+  JAX_FLASH_CHECK(dims[rank - 1] % heads == 0, "an array of queries, keys and values has ", heads,
+                  " heads, which do not divide its width: ", to_string(dims));
+  const int64_t width = dims[rank - 1] / heads;
+  tensor->data = static_cast<const uint16_t*>(tensor->data) + first * width;
+  tensor->dims.back() = count;
+  tensor->dims.push_back(width);
+  tensor->strides.back() = width;
+  tensor->strides.push_back(1);
+  return ffi::Error::Success();
+}
+
 ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key,
                                const ffi::AnyBuffer& value) {
-  const Dims q = query.dimensions();
-  const Dims k = key.dimensions();
-  const Dims v = value.dimensions();
+  const ffi::DataType type = query.element_type();
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
+  JAX_FLASH_CHECK(key.element_type() == type && value.element_type() == type,
+                  "key and value must have query's type ", type, ", got ", key.element_type(),
+                  " and ", value.element_type());
+  type_ = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
+
+  const int64_t packed_heads = attributes_.packed_heads;
+  const int64_t packed_kv_heads = attributes_.packed_kv_heads;
+  JAX_FLASH_CHECK(
+      packed_heads >= 0 && packed_kv_heads >= 0 && (packed_heads == 0) == (packed_kv_heads == 0),
+      "an array of ", packed_heads, " heads of queries and ", packed_kv_heads, " of keys");
+  const int64_t value_head = packed_heads + packed_kv_heads;
+  MhaTensor tensors[3];
+  JAX_FLASH_RETURN_IF_ERROR(view(query, attributes_.query_order, 0, packed_heads, &tensors[0]));
+  JAX_FLASH_RETURN_IF_ERROR(
+      view(key, attributes_.key_order, packed_heads, packed_kv_heads, &tensors[1]));
+  JAX_FLASH_RETURN_IF_ERROR(
+      view(value, attributes_.value_order, value_head, packed_kv_heads, &tensors[2]));
+  const Dims q = span_of(tensors[0].dims);
+  const Dims k = span_of(tensors[1].dims);
+  const Dims v = span_of(tensors[2].dims);
   const size_t rank = q.size();
-  JAX_FLASH_CHECK(rank >= 4 && k.size() == rank && v.size() == rank,
-                  "query, key and value must be [*batch, length, heads, width] with the same "
-                  "number of batch dims, at least one; got ",
+  JAX_FLASH_CHECK(k.size() == rank && v.size() == rank,
+                  "query, key and value must have the same number of batch dims, got ",
                   to_string(q), ", ", to_string(k), " and ", to_string(v));
   const int64_t query_length = q[rank - 3];
   const int64_t heads = q[rank - 2];
@@ -64,26 +111,15 @@ ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer
                   "windows must be -1 (unbounded) or not negative; got left ", window_left,
                   ", right ", window_right);
 
-  const ffi::DataType type = query.element_type();
-  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
-  JAX_FLASH_CHECK(key.element_type() == type && value.element_type() == type,
-                  "key and value must have query's type ", type, ", got ", key.element_type(),
-                  " and ", value.element_type());
-  type_ = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
-
   batch_ = BatchDims(rank - 3);
-  const Dims orders[] = {attributes_.query_order, attributes_.key_order, attributes_.value_order};
-  const ffi::AnyBuffer* const tensors[] = {&query, &key, &value};
+  for (const MhaTensor& tensor : tensors) {
+    JAX_FLASH_CHECK(join(span_of(tensor.dims)), "batch dims of ", to_string(q), ", ", to_string(k),
+                    " and ", to_string(v), " must be equal or 1");
+  }
   TensorView* const views[] = {&params_->query, &params_->key, &params_->value};
   for (int i = 0; i < 3; ++i) {
-    const Dims dims = tensors[i]->dimensions();
-    JAX_FLASH_CHECK(is_order_with_minor_width(orders[i], rank), "operand ", i, " has dim order ",
-                    to_string(orders[i]), ", which is no permutation that ends with the width");
-    JAX_FLASH_CHECK(join(dims), "batch dims of ", to_string(q), ", ", to_string(k), " and ",
-                    to_string(v), " must be equal or 1");
-    std::vector<int64_t> strides = dense_strides(dims, orders[i]);
-    *views[i] = tensor_view(*tensors[i], strides);
-    add(dims, std::move(strides), views[i]->batch_strides);
+    *views[i] = tensor_view(tensors[i].data, tensors[i].strides);
+    add(tensors[i].dims, tensors[i].strides, views[i]->batch_strides);
   }
 
   params_->query_length = static_cast<int32_t>(query_length);
@@ -125,9 +161,9 @@ ffi::Error MhaOperands::decode_mask(const ffi::RemainingArgs& args, size_t skipp
     JAX_FLASH_CHECK(buffer->element_type() == ffi::S32, "lengths must be int32, got ",
                     buffer->element_type());
     JAX_FLASH_CHECK(dims.size() == batch_.rank() && join(dims), "lengths ", to_string(dims),
-                    " do not fit the batch dims of ", to_string(dims_[0]));
+                    " do not fit the batch dims of ", to_string(span_of(dims_[0])));
     view->data = static_cast<const int32_t*>(buffer->untyped_data());
-    add(dims, row_major_strides(dims), view->batch_strides);
+    add({dims.begin(), dims.end()}, row_major_strides(dims), view->batch_strides);
   }
   return ffi::Error::Success();
 }
@@ -163,14 +199,14 @@ ffi::Error MhaOperands::decode_intervals(const ffi::RemainingArgs& args, size_t 
     array.data = buffer->untyped_data();
   }
   JAX_FLASH_CHECK(join(batch), "rows of the batch dims ", to_string(batch), " do not fit those of ",
-                  to_string(dims_[0]));
+                  to_string(span_of(dims_[0])));
   IntervalsView& view = params_->intervals;
   view.rows = static_cast<const RowRecord*>(arrays[0].data);
   view.row_tiles = static_cast<const RowTile*>(arrays[1].data);
   view.keys = static_cast<const int32_t*>(arrays[2].data);
   view.key_tiles = static_cast<const KeyTile*>(arrays[3].data);
   view.softcap = attributes_.softcap;
-  add(batch, row_major_strides(batch), view.batch_strides);
+  add({batch.begin(), batch.end()}, row_major_strides(batch), view.batch_strides);
   if (!attributes_.has_slopes) return ffi::Error::Success();
   const auto slopes = args.get<ffi::AnyBuffer>(first + std::size(arrays));
   if (!slopes.has_value()) return slopes.error();
@@ -183,10 +219,11 @@ ffi::Error MhaOperands::decode_slopes(const ffi::AnyBuffer& slopes) {
                   slopes.element_type());
   JAX_FLASH_CHECK(
       dims.size() == batch_.rank() + 1 && dims[batch_.rank()] == params_->heads && join(dims),
-      "slopes ", to_string(dims), " do not fit the batch dims and heads of ", to_string(dims_[0]));
+      "slopes ", to_string(dims), " do not fit the batch dims and heads of ",
+      to_string(span_of(dims_[0])));
   IntervalsView& view = params_->intervals;
   view.slopes = static_cast<const float*>(slopes.untyped_data());
-  add(dims, row_major_strides(dims), view.slope_strides);
+  add({dims.begin(), dims.end()}, row_major_strides(dims), view.slope_strides);
   return ffi::Error::Success();
 }
 

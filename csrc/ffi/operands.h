@@ -25,7 +25,11 @@ struct MhaAttributes {
   bool has_kv_lengths;
   bool has_intervals;  // then there are no lengths, windows and alignment
   bool has_slopes;
-  float softcap;     // 0: none
+  float softcap;  // 0: none
+  // N and K where one array [*batch, T, (N + 2 K) H], heads of queries, then of keys, then of
+  // values, is each of the three operands; 0 otherwise.
+  int64_t packed_heads;
+  int64_t packed_kv_heads;
   Dims query_order;  // dims from major to minor, as they lie in memory
   Dims key_order;
   Dims value_order;
@@ -44,6 +48,8 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<bool>("has_intervals")
       .template Attr<bool>("has_slopes")
       .template Attr<float>("softcap")
+      .template Attr<int64_t>("packed_heads")
+      .template Attr<int64_t>("packed_kv_heads")
       .template Attr<Dims>("query_order")
       .template Attr<Dims>("key_order")
       .template Attr<Dims>("value_order");
@@ -55,8 +61,16 @@ int32_t row_alignment(const void* data, std::span<const int64_t> strides);
 // The same for a dense array with rows of `width` elements.
 int32_t dense_row_alignment(const void* data, int64_t width);
 
-// Checks query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv] and what says the
-// mask, and fills the parameters from them. Batch dims of an operand are full or 1 (shared).
+// Query, key or value: [*batch, length, heads, width], strides in elements.
+struct MhaTensor {
+  const void* data;
+  std::vector<int64_t> dims;
+  std::vector<int64_t> strides;
+};
+
+// Checks query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv] (or the array of
+// all three) and what says the mask, and fills the parameters from them. Batch dims of an operand
+// are full or 1 (shared).
 class MhaOperands {
  public:
   MhaOperands(const MhaAttributes& attributes, MhaParams* params)
@@ -79,21 +93,29 @@ class MhaOperands {
 
   ElementType type() const { return type_; }
   ffi::DataType data_type() const { return type_ == ElementType::kBf16 ? ffi::BF16 : ffi::F16; }
+  // How many dims query has, and their sizes.
+  size_t rank() const { return dims_[0].size(); }
+  Dims query_dims() const { return {dims_[0].data(), rank()}; }
   // The full batch dims of all operands seen so far, and their product.
   const std::vector<int64_t>& batch_sizes() const { return batch_.sizes(); }
   int64_t batch_size() const { return batch_.count(); }
 
  private:
+  // Query, key or value from its buffer and the order of the buffer's dims; if `count` is not 0 the
+  // heads [first, first + count) of an array of all three.
+  ffi::Error view(const ffi::AnyBuffer& buffer, Dims order, int64_t first, int64_t count,
+                  MhaTensor* tensor) const;
+
   ffi::Error decode_intervals(const ffi::RemainingArgs& args, size_t first);
   ffi::Error decode_slopes(const ffi::AnyBuffer& slopes);
-  void add(Dims dims, std::vector<int64_t> strides, int64_t* merged);
+  void add(std::vector<int64_t> dims, std::vector<int64_t> strides, int64_t* merged);
 
   const MhaAttributes attributes_;
   MhaParams* const params_;
   ElementType type_ = ElementType::kBf16;
   BatchDims batch_;
   // For each operand.
-  std::vector<Dims> dims_;
+  std::vector<std::vector<int64_t>> dims_;
   std::vector<std::vector<int64_t>> strides_;
   std::vector<int64_t*> merged_;  // where the strides of the merged batch dims go
 };

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
 
+from jax_flash._src import packed
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.scores import accumulator
 
@@ -35,10 +36,15 @@ def forward(*avals: ShapedArray, config: AttentionConfig, **_: Any) -> list[Any]
     """Types of `[out, lse]`."""
     named = list(zip(config.present, avals, strict=True))
     batch, spec = _full_batch(named)
-    query, value = avals[0], avals[2]
-    rows, heads, _ = query.shape[-3:]
-    rows_spec, heads_spec, _ = query.sharding.spec[-3:]
-    out_shape = (*batch, rows, heads, value.shape[-1])
+    query = avals[0]
+    if config.qkv_heads is None:
+        rows, heads, _ = query.shape[-3:]
+        rows_spec, heads_spec, _ = query.sharding.spec[-3:]
+        width = avals[2].shape[-1]
+    else:
+        rows, heads, width = packed.shapes(config.qkv_heads, query.shape)[0][-3:]
+        rows_spec, heads_spec = query.sharding.spec[-2], None
+    out_shape = (*batch, rows, heads, width)
     lse_dtype = accumulator(query.dtype)
     return [
         _like(query, out_shape, query.dtype, (*spec, rows_spec, heads_spec, None)),

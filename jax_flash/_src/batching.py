@@ -37,9 +37,7 @@ def moved_order(order: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 
 
 def _batched(config: AttentionConfig, axes: tuple[int | None, ...]) -> AttentionConfig:
-    orders = tuple(
-        moved_order(o, a) for o, a in zip(config.orders, axes[:3], strict=True)
-    )
+    orders = tuple(moved_order(o, a) for o, a in zip(config.orders, axes, strict=False))
     return dataclasses.replace(config, orders=orders)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash._src import intervals, plan, registry
+from jax_flash._src import intervals, packed, plan, registry
 from jax_flash._src.call import Backend, Call
-from jax_flash._src.config import OPERANDS, UNBOUNDED, AttentionConfig
+from jax_flash._src.config import OPERANDS, QKV, UNBOUNDED, AttentionConfig
 from jax_flash._src.flash_mha import flash_mha
 
 UNTRIED = "no GPU has run these kernels yet"
@@ -54,8 +54,19 @@ def config_of(call: Call, implementations: tuple[str, ...]) -> AttentionConfig:
 def run_primitive(
     call: Call, operands: dict[str, jax.Array], implementations: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """`(out, lse)` by the first of `implementations` the lowering platform has."""
-    return flash_mha(config_of(call, implementations), operands)
+    """`(out, lse)` by the first of `implementations` the lowering platform has.
+
+    Operands may have "qkv" in place of query, key and value, which then is read in
+    place where the kernels may.
+    """
+    config = config_of(call, implementations)
+    if QKV in operands:
+        heads = call.num_heads, call.num_kv_heads
+        if "cuda" in implementations and registry.extension().option_kernels:
+            config = packed.packed(config, heads)
+        else:
+            operands = packed.split_named(heads, operands)
+    return flash_mha(config, operands)
 
 
 def options_of(call: Call) -> dict[str, str]:

@@ -28,6 +28,9 @@ OPERANDS: tuple[str, ...] = (
 )
 """Every operand in the order in which primitives and kernels take them."""
 
+QKV = "qkv"
+"""In place of query, key and value: [*B, T, (N + 2 K) H], see `packed`."""
+
 RESIDUALS: tuple[str, ...] = ("out", "lse")
 """What the derivative needs besides the operands: [*B, T, N, Hv] and [*B, N, T]."""
 
@@ -35,6 +38,7 @@ TRAILING = {
     "query": 3,
     "key": 3,
     "value": 3,
+    "qkv": 2,
     "bias": 3,
     "mask": 3,
     "sinks": 1,
@@ -74,8 +78,10 @@ class AttentionConfig:
       deterministic: whether gradients must be bitwise reproducible. The kernels sum in
         a fixed order then; the jnp path always does, as far as XLA's operations do.
       present: the operands there are, in the order of `OPERANDS`.
-      orders: for query, key and value the physical order of the dimensions, major to
-        minor. A hint from `vmap`: the kernel reads that layout, so no transpose is run.
+      qkv_heads: N and K where the operand `QKV` takes the place of the first three.
+      orders: for query, key and value (or the one in their place) the physical order of
+        the dimensions, major to minor. A hint from `vmap`: the kernel reads that
+        layout, so no transpose is run.
       implementations: which of "cuda" and "xla" may serve the call when it is lowered.
     """
 
@@ -90,6 +96,7 @@ class AttentionConfig:
     precision: str | None = None
     deterministic: bool = False
     present: tuple[str, ...] = OPERANDS[:3]
+    qkv_heads: tuple[int, int] | None = None
     orders: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),) * 3
     implementations: tuple[str, ...] = ("xla",)
 

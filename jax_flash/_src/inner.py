@@ -6,7 +6,7 @@ to the outer primitives (`primitives`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax_flash._src import (
     avals,
     compat,
     intervals,
+    packed,
     plan,
     reference,
     reference_grad,
@@ -27,6 +28,7 @@ from jax_flash._src import (
 )
 from jax_flash._src.config import (
     OPERANDS,
+    QKV,
     TRAILING,
     UNBOUNDED,
     AttentionConfig,
@@ -65,7 +67,9 @@ def _only_on_cuda(ctx: Any, config: AttentionConfig | DecodeConfig) -> None:
 
 def _options(config: AttentionConfig) -> tuple[str, ...]:
     """What a call has beyond query, key and value, as far as kernels differ by it."""
-    return config.present[3:] + (() if config.softcap is None else ("softcap",))
+    return config.present[len(config.orders) :] + (
+        () if config.softcap is None else ("softcap",)
+    )
 
 
 def _runs_kernel(
@@ -78,11 +82,16 @@ def _runs_kernel(
     Raises:
       NotImplementedError: neither may.
     """
-    query, _, value = ctx.avals_in[:3]
+    query = ctx.avals_in[0]
+    if config.qkv_heads is None:
+        widths = query.shape[-1], ctx.avals_in[2].shape[-1]
+    else:
+        width = packed.shapes(config.qkv_heads, query.shape)[0][-1]
+        widths = width, width
     shapes = [x.shape for x in (*ctx.avals_in, *ctx.avals_out)]
     if "cuda" not in config.implementations or any(0 in shape for shape in shapes):
         return False
-    batch_dims = query.ndim - 3
+    batch_dims = query.ndim - TRAILING[config.present[0]]
     op = plan.operation(op, _options(config))
     if "alibi_slopes" in perturbed:
         reason = "has no kernel for the gradient of alibi_slopes"
@@ -92,7 +101,6 @@ def _runs_kernel(
             f"each), got {batch_dims}"
         )
     else:
-        widths = query.shape[-1], value.shape[-1]
         built = registry.extension().kernels
         missing = plan.missing_kernel(op, query.dtype, *widths, built)
         reason = None if missing is None else f"has no {op} kernel for {missing}"
@@ -101,11 +109,28 @@ def _runs_kernel(
     return reason is None
 
 
-def _layouts(
-    config: AttentionConfig, others: Sequence[jax.Array]
-) -> list[tuple[int, ...]]:
-    """Physical order, major to minor, of query, key and value, then of `others`."""
-    return [*config.orders] + [tuple(range(x.ndim)) for x in others]
+def _tensors(
+    config: AttentionConfig, given: dict[str, jax.Array]
+) -> tuple[list[jax.Array], list[tuple[int, ...]]]:
+    """What the kernel takes for query, key and value, and the shape of each of them.
+
+    An array of all three is given three times; the kernel finds the heads in it.
+    """
+    if config.qkv_heads is None:
+        tensors = [given[name] for name in TENSORS]
+        return tensors, [x.shape for x in tensors]
+    whole = given[QKV]
+    return [whole] * 3, packed.shapes(config.qkv_heads, whole.shape)
+
+
+def _orders(config: AttentionConfig) -> tuple[tuple[int, ...], ...]:
+    """Physical order, major to minor, of what is given for query, key and value."""
+    return config.orders * (3 // len(config.orders))
+
+
+def _layouts(config: AttentionConfig, others: Iterable[jax.Array]) -> list[tuple]:
+    """Physical orders of these, and of `others`, which are row-major."""
+    return [*_orders(config), *(tuple(range(x.ndim)) for x in others)]
 
 
 def _mask_operands(
@@ -126,8 +151,9 @@ def _mask_operands(
 def _attributes(config: AttentionConfig) -> dict[str, Any]:
     """What forward and backward tell the kernel about the mask and the operands."""
     query_order, key_order, value_order = (
-        np.asarray(order, np.int64) for order in config.orders
+        np.asarray(order, np.int64) for order in _orders(config)
     )
+    heads, kv_heads = config.qkv_heads or (0, 0)
     has_intervals = plan.needs_intervals(_options(config))
     left, right = config.window_left, config.window_right
     if has_intervals:
@@ -143,6 +169,8 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
         "has_intervals": has_intervals,
         "has_slopes": "alibi_slopes" in config.present,
         "softcap": np.float32(0 if config.softcap is None else config.softcap),
+        "packed_heads": np.int64(heads),
+        "packed_kv_heads": np.int64(kv_heads),
         "query_order": query_order,
         "key_order": key_order,
         "value_order": value_order,
@@ -171,18 +199,17 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """
     given = dict(zip(config.present, args, strict=True))
     batch = _full_batch(given, (name for name in given if name != "sinks"))
-    query, _, value = args[:3]
-    rows, heads, _ = query.shape[-3:]
-    out_shape = (*batch, rows, heads, value.shape[-1])
+    tensors, (query_shape, _, value_shape) = _tensors(config, given)
+    query, (rows, heads, _) = args[0], query_shape[-3:]
     results = [
-        jax.ShapeDtypeStruct(out_shape, query.dtype),
+        jax.ShapeDtypeStruct((*batch, rows, heads, value_shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
     ]
     others = _mask_operands(config, given)
     run = jax.ffi.ffi_call(
         registry.FORWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
-    out, lse = run(*args[:3], *others, **_attributes(config))
+    out, lse = run(*tensors, *others, **_attributes(config))
     if "sinks" not in given:
         return [out, lse]
     out, lse = (compat.vary_like(x, query) for x in (out, lse))
@@ -223,7 +250,7 @@ def call_backward(
     by_name = {}
     if "sinks" in shared:
         by_name["sinks"] = sinks.gradient(given)
-    if set(TENSORS) & set(shared):
+    if {QKV, *TENSORS} & set(shared):
         by_name |= _run_backward(given, batch, shared, config, backward)
 
     def finished(name: str) -> jax.Array:
@@ -245,38 +272,36 @@ def _run_backward(
     """The FFI call: gradients of query, key and value, each with the full batch."""
     residuals = avals.backward_operands(config, backward)[len(config.present) :]
     others = [given[name] for name in residuals] + _mask_operands(config, given)
-    query, key, value = (given[name] for name in TENSORS)
+    tensors, shapes = _tensors(config, given)
+    dtype = tensors[0].dtype
+    dtypes = [
+        jnp.float32 if shared.get(name) or shared.get(QKV) else dtype
+        for name in TENSORS
+    ]
     results = [
-        jax.ShapeDtypeStruct(
-            batch + x.shape[len(batch) :], jnp.float32 if shared.get(name) else x.dtype
-        )
-        for name, x in zip(TENSORS, (query, key, value), strict=True)
+        jax.ShapeDtypeStruct(batch + shape[len(batch) :], one)
+        for shape, one in zip(shapes, dtypes, strict=True)
     ]
     count = 1
     for size in batch:
         count *= size
-    workspace = plan.backward_workspace(
-        count,
-        query.shape[-2],
-        query.shape[-3],
-        query.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        plan.operation("mha_bwd", _options(config)),
-    )
+    rows, heads, width = shapes[0][-3:]
+    op = plan.operation("mha_bwd", _options(config))
+    sizes = count, heads, rows, dtype, width, shapes[2][-1]
+    workspace = plan.backward_workspace(*sizes, op)
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     run = jax.ffi.ffi_call(
         registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
     gradients = run(
-        query,
-        key,
-        value,
+        *tensors,
         *others,
         **_attributes(config),
         has_dlse=backward.has_dlse,
         deterministic=config.deterministic or compat.deterministic_ops(),
     )
+    if config.qkv_heads is not None:
+        return {QKV: packed.join(gradients[:3])}
     return dict(zip(TENSORS, gradients, strict=False))
 
 

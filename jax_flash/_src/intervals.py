@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash._src import compat, mask
-from jax_flash._src.config import TRAILING, AttentionConfig
+from jax_flash._src.config import QKV, TRAILING, AttentionConfig
 from jax_flash._src.scores import Operands
 
 OPERANDS = (
@@ -58,11 +58,15 @@ def intervals(config: AttentionConfig, o: Operands) -> Intervals:
       config: the call.
       o: its canonical operands by name, none of them empty.
     """
-    query, key = o["query"], o["key"]
+    first = config.present[0]
+    if first == QKV:
+        rows = keys = o[QKV].shape[-2]
+    else:
+        rows, keys = o["query"].shape[-3], o["key"].shape[-3]
     given = {name: o[name] for name in OPERANDS if name in o}
-    sizes = query.shape[-3], key.shape[-3]
-    made = _intervals(given, config, sizes, query.ndim - TRAILING["query"])
-    return Intervals(*(compat.vary_like(x, query) for x in made))
+    batch_dims = o[first].ndim - TRAILING[first]
+    made = _intervals(given, config, (rows, keys), batch_dims)
+    return Intervals(*(compat.vary_like(x, o[first]) for x in made))
 
 
 # One function of the program, however many calls have such a mask.

@@ -7,20 +7,23 @@ inner primitive (`inner`) on its local shapes.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_flash._src import avals, compat, inner
-from jax_flash._src.config import RESIDUALS, AttentionConfig, Backward
+from jax_flash._src import avals, compat, inner, packed
+from jax_flash._src.config import QKV, RESIDUALS, TRAILING, AttentionConfig, Backward
 
-WHOLE = ("t", "s", "h", "hv", "c", "w")
-"""Dimensions along sequences and widths, offsets of sequences, words of a seed."""
+WHOLE = ("t", "s", "h", "hv", "c", "w", "p")
+"""Dimensions along sequences and widths, offsets of sequences, words of a seed,
+and that of all heads in one array."""
 
 Axes = tuple[str, ...]
 
@@ -41,6 +44,19 @@ class Stage:
     @property
     def results(self) -> tuple[str, ...]:
         return RESIDUALS if self.backward is None else self.backward.perturbed
+
+    @property
+    def batch_dims(self) -> int:
+        return len(self.config.orders[0]) - TRAILING[self.config.present[0]]
+
+    def heads(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+        """N and K of operands of these shapes."""
+        return self.config.qkv_heads or (shapes[0][-2], shapes[1][-2])
+
+    def unpacked(self) -> "Stage":
+        """The same with query, key and value in place of the array of all three."""
+        which = self.backward and packed.unpacked_backward(self.backward)
+        return Stage(packed.unpacked(self.config), which)
 
 
 def _bind(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -63,6 +79,7 @@ def _trailing(name: str, query_heads: int, kv_heads: int) -> tuple[str, ...]:
         "query": ("t", n, "h"),
         "key": ("s", k, "h"),
         "value": ("s", k, "hv"),
+        "qkv": ("t", "p"),
         "bias": (n, "t", "s"),
         "mask": (n, "t", "s"),
         "sinks": (n,),
@@ -86,13 +103,13 @@ def _sharding_rule(stage: Stage, mesh: Any, operands: Any, results: Any):
     del mesh
     names = stage.operands + stage.results
     shapes = [tuple(x.shape) for x in (*operands, *results)]
-    query, key = shapes[0], shapes[1]
-    batch = [f"b{i}" for i in range(len(query) - 3)]
+    heads = stage.heads(shapes)
+    batch = [f"b{i}" for i in range(stage.batch_dims)]
     fresh = iter(f"u{i}" for i in range(10**6))
     order: list[str] = []
 
     def text(name: str, shape: tuple[int, ...]) -> str:
-        dims = (*batch, *_trailing(name, query[-2], key[-2]))
+        dims = (*batch, *_trailing(name, *heads))
         # A dimension of size 1 is shared: it may not take part in a larger factor.
         dims = [next(fresh) if n == 1 else d for d, n in zip(dims, shape, strict=True)]
         order.extend(d for d in dims if d not in order)
@@ -154,10 +171,9 @@ class _Split:
 
 def _choose(stage: Stage, mesh: Mesh, arrays: list[tuple[str, Any]]) -> _Split:
     """The sharding every device works under, from those the compiler proposes."""
-    shape = {name: tuple(x.shape) for name, x in arrays}
     proposals = [(name, tuple(x.shape), axes_of(mesh, x)) for name, x in arrays]
-    batch_dims = len(shape["query"]) - 3
-    query_heads, kv_heads = shape["query"][-2], shape["key"][-2]
+    batch_dims = stage.batch_dims
+    query_heads, kv_heads = stage.heads([shape for _, shape, _ in proposals])
     used: set[str] = set()
 
     def take(candidates: Iterator[Axes], size: int) -> Axes:
@@ -201,6 +217,43 @@ def _choose(stage: Stage, mesh: Mesh, arrays: list[tuple[str, Any]]) -> _Split:
     return _Split(batch, heads, tuple(kv))
 
 
+def _bind_parts(
+    mesh: Mesh, split: _Split, heads: tuple[int, int], stage: Stage, *args: jax.Array
+) -> list[jax.Array]:
+    """`_bind` of a device's own heads, cut from an array that holds those of all.
+
+    A gradient of that array is zero but for these heads.
+    """
+    axes = dict(
+        zip(packed.PARTS, (split.query_heads, *(split.kv_heads,) * 2), strict=True)
+    )
+
+    def begin(name: str, count: int) -> Any:
+        return lax.axis_index(axes[name]) * count if axes[name] else 0
+
+    def own(name: str, x: jax.Array) -> jax.Array:
+        count = x.shape[-2] // math.prod(mesh.shape[axis] for axis in axes[name])
+        return lax.dynamic_slice_in_dim(x, begin(name, count), count, x.ndim - 2)
+
+    parts = dict(zip(packed.PARTS, packed.split(heads, args[0]), strict=True))
+    local = (own(name, x) for name, x in parts.items())
+    unpacked = stage.unpacked()
+    outs = list(_bind(unpacked, *local, *args[1:]))
+    if stage.backward is None:
+        return outs
+
+    def among_zeros(name: str, x: jax.Array) -> jax.Array:
+        if name not in axes:
+            return x
+        count = parts[name].shape[-2]
+        zeros = jnp.zeros((*x.shape[:-2], count, x.shape[-1]), x.dtype)
+        start = begin(name, x.shape[-2])
+        return lax.dynamic_update_slice_in_dim(zeros, x, start, x.ndim - 2)
+
+    placed = map(among_zeros, unpacked.results, outs)
+    return packed.join_gradients(stage.backward, list(placed))
+
+
 def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
     mesh = refine(mesh)
@@ -209,8 +262,9 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     )
     split = _choose(stage, mesh, arrays)
     shape = {name: tuple(x.shape) for name, x in reversed(arrays)}
-    heads = shape["query"][-2], shape["key"][-2]
+    heads = stage.heads([tuple(x.shape) for x in operands])
     batch_dims = len(split.batch)
+    by_parts = stage.config.qkv_heads is not None and len(split.query_heads) > 0
 
     def local(name: str, x: Any) -> NamedSharding:
         batch = zip(split.batch, x.shape[:batch_dims], strict=True)
@@ -230,6 +284,8 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
         which = stage.backward
         for axis in which.shared[which.perturbed.index(name)]:
             axes += split.batch[axis]
+        if name == QKV:
+            return axes + split.query_heads
         if name in ("key", "value"):
             return axes + split.query_heads[len(split.kv_heads) :]
         if name == "bias" and shape["bias"][-3] == 1:
@@ -238,12 +294,15 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
 
     def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
         with compat.without_mesh():
-            outs = list(_bind(stage, *xs))
-        if stage.backward is not None:
-            for i, name in enumerate(stage.results):
-                axes = partial_over(name)
-                if axes:
-                    outs[i] = lax.psum(outs[i], axes)
+            if by_parts:
+                outs = _bind_parts(mesh, split, heads, stage, *xs)
+            else:
+                outs = list(_bind(stage, *xs))
+            if stage.backward is not None:
+                for i, name in enumerate(stage.results):
+                    axes = partial_over(name)
+                    if axes:
+                        outs[i] = lax.psum(outs[i], axes)
         return tuple(outs)
 
     operand_shardings = tuple(map(local, stage.operands, operands))

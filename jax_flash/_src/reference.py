@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, dropout, mask
+from jax_flash._src import blocks, compat, dropout, mask, packed
 from jax_flash._src.config import AttentionConfig
 from jax_flash._src.scores import (
     Operands,
@@ -23,6 +23,7 @@ State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @compat.allows_rank_promotion
+@packed.splits_forward
 def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """Attention of canonical operands.
 

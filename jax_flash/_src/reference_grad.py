@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_flash._src import blocks, compat, dropout, mask
+from jax_flash._src import blocks, compat, dropout, mask, packed
 from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.scores import (
     Operands,
@@ -129,6 +129,7 @@ def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
 
 
 @compat.allows_rank_promotion
+@packed.splits_tangent
 def tangent(
     *args: jax.Array, config: AttentionConfig, perturbed: tuple[str, ...]
 ) -> list[jax.Array]:
@@ -186,6 +187,7 @@ def tangent(
 
 
 @compat.allows_rank_promotion
+@packed.splits_backward
 def backward(
     *args: jax.Array, config: AttentionConfig, backward: Backward
 ) -> list[jax.Array]:

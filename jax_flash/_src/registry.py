@@ -34,8 +34,9 @@ class Extension:
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
       quantised_kernels: whether decoding may use those for 8-bit caches.
-      option_kernels: whether attention may use those for options that
-        `plan.OPTIONS` says are switched.
+      option_kernels: whether attention may use what no GPU has run yet: the kernels of
+        options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` reading in
+        place.
       missing: why there is no extension, None if there is one.
     """
 

@@ -199,11 +199,11 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
     def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
         with compat.without_mesh():
             outs = _inner(op).bind(*xs, options=options)
-        # What devices add up over rows of a group is partial.
-        return tuple(
-            lax.psum(x, split[1]) if kind == "group" and split[1] else x
-            for kind, x in zip(kinds, outs, strict=True)
-        )
+            # What devices add up over rows of a group is partial.
+            return tuple(
+                lax.psum(x, split[1]) if kind == "group" and split[1] else x
+                for kind, x in zip(kinds, outs, strict=True)
+            )
 
     shardings = [local(kind, x) for kind, x in arrays]
     count = len(options.kinds)

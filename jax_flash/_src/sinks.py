@@ -50,7 +50,8 @@ def _has_keys(config: AttentionConfig, o: Operands, lse: jax.Array) -> jax.Array
     """Which rows may attend a key, as far as that can be told without the scores."""
     if {"mask", "q_segment_ids"} & set(o):
         return lse != -jnp.inf
-    rows, keys = lse.shape[-1], o["key"].shape[-3]
+    rows = lse.shape[-1]
+    keys = o["key"].shape[-3] if "key" in o else rows  # where one array has both
     where = mask.locate(config, o, jnp.arange(rows, dtype=jnp.int32), rows, keys)
     return (where.first < where.end)[..., None, :]
 

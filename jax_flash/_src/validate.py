@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax_flash._src import dropout
 from jax_flash._src.alibi import Alibi
 from jax_flash._src.call import Call
-from jax_flash._src.config import OPERANDS, TRAILING
+from jax_flash._src.config import OPERANDS, QKV, TRAILING
 
 ALIGNMENTS = ("bottom_right", "top_left")
 PRECISIONS = (None, "highest")
@@ -71,14 +71,23 @@ def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
 def canonical(
     call: Call, arrays: dict[str, Any], dropout_key: Any = None
 ) -> dict[str, jax.Array]:
-    """The arrays of a validated call with canonical ranks and dtypes."""
+    """The arrays of a validated call with canonical ranks and dtypes.
+
+    An array "qkv" takes the place of query, key and value, which then are only types.
+    """
     result = {}
+    names = call.present
+    if QKV in arrays:
+        rank = len(call.batch) + TRAILING[QKV]
+        qkv = jnp.asarray(arrays[QKV])
+        result[QKV] = qkv.reshape((1,) * (rank - qkv.ndim) + qkv.shape)
+        names = names[3:]
     arrays = by_operand(arrays)
     if call.dropout_seeds is not None:
         words = key_words("dropout_key", dropout_key)
         made = dropout.seeds(words, call.batch, call.num_heads)
         arrays = {**arrays, "dropout_seeds": made}
-    for name in call.present:
+    for name in names:
         shape = getattr(call, name)
         x = arrays[name]
         if shape.dtype == jnp.int32:

@@ -28,6 +28,7 @@ inline constexpr cudaError_t cudaSuccess = 0;
 inline constexpr cudaError_t cudaErrorInvalidValue = 1;
 inline constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
 inline constexpr cudaError_t cudaErrorNotSupported = 801;
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
 
 struct dim3 {
   unsigned x, y, z;

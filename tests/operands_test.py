@@ -1,0 +1,123 @@
+"""How the handlers read query, key and value: their own C++, called on the CPU.
+
+`emulator/operands.cc` decodes buffers and attributes as the handlers of the kernels do
+and copies what kernels would read.
+"""
+
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash._src import inner, packed
+from jax_flash._src.config import AttentionConfig
+
+ROOT = Path(__file__).parent.parent
+TARGET = "read_operands"
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handler(tmp_path_factory: pytest.TempPathFactory) -> None:
+    library = tmp_path_factory.mktemp("operands") / "operands.so"
+    here = ROOT / "tests" / "emulator"
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-o", str(library)]
+    command += [f"-I{here / 'include'}", f"-I{ROOT / 'csrc'}"]
+    command += ["-isystem", jax.ffi.include_dir(), str(here / "operands.cc")]
+    subprocess.run(command, check=True)
+    capsule = jax.ffi.pycapsule(getattr(ctypes.CDLL(str(library)), TARGET))
+    jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
+
+
+def config_of(*orders: tuple[int, ...]) -> AttentionConfig:
+    return AttentionConfig(scale=1.0, orders=orders)
+
+
+def read(config: AttentionConfig, *operands: Any, shapes: Any, **changes: Any) -> Any:
+    """What is read as query, key and value; batch dimensions, and the alignments."""
+    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    call = jax.ffi.ffi_call(
+        TARGET,
+        [*results, jax.ShapeDtypeStruct((4,), jnp.int32)],
+        input_layouts=inner._layouts(config, ()),
+    )
+    attributes = inner._attributes(config) | changes
+    return jax.jit(lambda *x: call(*x, **attributes))(*operands)
+
+
+def numbered(*shape: int) -> jax.Array:
+    """Every element another number, as far as bfloat16 tells them apart."""
+    bits = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape) % 0x7F00
+    return jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
+
+
+def assert_read(got: Any, *expected: Any) -> None:
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(x).view(np.uint16).reshape(-1),
+            np.asarray(y).view(np.uint16).reshape(-1),
+        )
+
+
+def test_three_arrays_of_any_order() -> None:
+    query, key, value = numbered(3, 2, 5, 4, 8), numbered(1, 2, 6, 2, 8), None
+    value = numbered(3, 1, 6, 2, 16)
+    config = config_of((1, 2, 0, 3, 4), (0, 1, 2, 3, 4), (3, 0, 1, 2, 4))
+    shapes = [(6, 5, 4, 8), (6, 6, 2, 8), (6, 6, 2, 16)]
+    *got, facts = read(config, query, key, value, shapes=shapes)
+    full = [jnp.broadcast_to(x, (3, 2, *x.shape[2:])) for x in (query, key, value)]
+    assert_read(got, *full)
+    assert facts.tolist() == [2, 16, 16, 16]
+
+
+@pytest.mark.parametrize("width", [8, 6, 3])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)], ids=str)
+def test_one_array_of_all_three(heads: tuple[int, int], width: int) -> None:
+    query_heads, kv_heads = heads
+    whole = numbered(3, 5, (query_heads + 2 * kv_heads) * width)
+    config = packed.packed(config_of(*((0, 1, 2, 3),) * 3), heads)
+    parts = packed.split(heads, whole)
+    *got, facts = read(config, *[whole] * 3, shapes=[x.shape for x in parts])
+    assert_read(got, *parts)
+    alignment = {8: 16, 6: 4, 3: 2}[width]
+    assert facts.tolist()[1:] == [alignment] * 3
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3)], ids=str)
+def test_one_array_of_any_order(order: tuple[int, ...]) -> None:
+    heads = 4, 2
+    whole = numbered(3, 2, 5, 64)
+    config = packed.packed(config_of(*((0, 1, 2, 3, 4),) * 3), heads)
+    config = dataclasses.replace(config, orders=(order,))
+    parts = packed.split(heads, whole)
+    shapes = [(6, *x.shape[2:]) for x in parts]
+    *got, facts = read(config, *[whole] * 3, shapes=shapes)
+    assert_read(got, *parts)
+    assert facts[0] == (1 if order == (0, 1, 2, 3) else 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packed_heads": np.int64(3)}, "7 heads, which do not divide its width"),
+        ({"packed_kv_heads": np.int64(0)}, "an array of 4 heads of queries and 0"),
+        ({"packed_heads": np.int64(5), "packed_kv_heads": np.int64(1)}, "do not div"),
+        ({"query_order": np.array([0, 2, 1])}, "no permutation that ends with"),
+        ({"packed_heads": np.int64(0), "packed_kv_heads": np.int64(0)}, "at least one"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(changes: dict[str, Any], message: str) -> None:
+    whole = numbered(3, 5, 64)
+    config = packed.packed(config_of(*((0, 1, 2, 3),) * 3), (4, 2))
+    shapes = [x.shape for x in packed.split((4, 2), whole)]
+    with pytest.raises(Exception, match=message):
+        read(config, *[whole] * 3, shapes=shapes, **changes)
