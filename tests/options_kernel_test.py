@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_flash
-from jax_flash import mha, mha_varlen
+from jax_flash import mha, mha_qkvpacked, mha_varlen
 from jax_flash._src import plan, registry
 
 BATCH, ROWS, KEYS, HEADS = 2, 70, 130, 4
@@ -418,6 +418,40 @@ def test_varlen(options: dict[str, Any]) -> None:
     got, expected = both(f, more, query, key, value)
     assert_close(got[0], expected[0], 2.0**-7)
     assert_close(got[1], expected[1], ROUNDING)
+
+
+def test_qkvpacked() -> None:
+    """The kernels with intervals read the three parts in place, too."""
+    query, key, _ = tensors()
+    qkv = jnp.concatenate(
+        [x[:, :ROWS].reshape(BATCH, ROWS, -1) for x in (query, key, key)], -1
+    )
+    ids = {"q_segment_ids": Q_IDS, "kv_segment_ids": Q_IDS}
+
+    def f(implementation: str, qkv: Any, slopes: Any) -> Any:
+        def one(qkv: Any, slopes: Any) -> Any:
+            out, lse = mha_qkvpacked(
+                qkv,
+                HEADS,
+                2,
+                bias=jax_flash.alibi(slopes),
+                is_causal=True,
+                **ids,
+                return_lse=True,
+                implementation=implementation,
+            )
+            return out.astype(jnp.float32), lse
+
+        return one(qkv, slopes), jax.grad(loss(one))(qkv, slopes)
+
+    got, expected = both(f, qkv, SLOPES)
+    assert_close(got[0], expected[0], 2.0**-7)
+    assert_close(got[1], expected[1], ROUNDING)
+    with registry.assume_kernels(option_kernels=True):
+        text = cuda_text(lambda x: f("cuda", x, SLOPES)[1], qkv)
+    line = call_of(registry.BACKWARD_TARGET, text)
+    assert "packed_heads = 4 : i64" in line
+    assert "has_intervals = true" in line
 
 
 def mesh() -> jax.sharding.Mesh:

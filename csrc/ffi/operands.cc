@@ -199,7 +199,7 @@ ffi::Error MhaOperands::decode_intervals(const ffi::RemainingArgs& args, size_t 
     array.data = buffer->untyped_data();
   }
   JAX_FLASH_CHECK(join(batch), "rows of the batch dims ", to_string(batch), " do not fit those of ",
-                  to_string(dims_[0]));
+                  to_string(span_of(dims_[0])));
   IntervalsView& view = params_->intervals;
   view.rows = static_cast<const RowRecord*>(arrays[0].data);
   view.row_tiles = static_cast<const RowTile*>(arrays[1].data);
@@ -219,7 +219,8 @@ ffi::Error MhaOperands::decode_slopes(const ffi::AnyBuffer& slopes) {
                   slopes.element_type());
   JAX_FLASH_CHECK(
       dims.size() == batch_.rank() + 1 && dims[batch_.rank()] == params_->heads && join(dims),
-      "slopes ", to_string(dims), " do not fit the batch dims and heads of ", to_string(dims_[0]));
+      "slopes ", to_string(dims), " do not fit the batch dims and heads of ",
+      to_string(span_of(dims_[0])));
   IntervalsView& view = params_->intervals;
   view.slopes = static_cast<const float*>(slopes.untyped_data());
   add({dims.begin(), dims.end()}, row_major_strides(dims), view.slope_strides);
