@@ -106,7 +106,9 @@ struct BwdAdder {
       for (int head = 0; head < group; ++head) {
 #pragma unroll 1
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
-          if (!block.meets(tile)) continue;
+          if constexpr (Config::kIntervals) {
+            if (!block.meets(tile)) continue;
+          }
           const int64_t first_part =
               int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup, rank);
 #pragma unroll 1

@@ -35,11 +35,7 @@ struct BwdIntervalBlock {
   const float* slopes;  // of the sequence's query heads, or null
   bool dead_keys;       // whether there are keys that may hold anything
 };
-// Where the mask is one of numbers.
-struct BwdPlainBlock {
-  int keys;          // which exist in the sequence; the others are padding
-  RowInterval live;  // rows that see any key; the others may hold anything
-};
+struct BwdPlainBlock {};
 
 // The producer writes it to shared memory, the consumers read it there.
 template <typename Config>
@@ -52,22 +48,20 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   int in_sum;      // number of the first tile of the first head in the sum for dQ
   int next_head;   // from the last tile of a head to the first of the next, there
   int first_key;
+  int keys;  // of which exist in the sequence; the others are padding. Not with intervals.
   int head;  // key head
   int batch;
   typename Config::Mask mask;
+  RowInterval live;  // rows that see any key; the others may hold anything. Not with intervals.
   // Per warpgroup: tiles [first, end) whose queries, those that exist, see all of its keys, and
   // whose rows are all live; with intervals the live ones of their rows see all keys.
   int clean_first[Config::kWarpgroups];
   int clean_end[Config::kWarpgroups];
 
-  // Whether this block adds to the gradient of a tile of queries.
+  // With intervals: whether this block adds to the gradient of a tile of queries.
   __device__ __forceinline__ bool meets(int tile) const {
-    if constexpr (Config::kIntervals) {
-      const RowTile& keys = mask.row_tiles[tile];
-      return keys.first < first_key + Config::kKeys && first_key < keys.end;
-    } else {
-      return true;
-    }
+    const RowTile& keys = mask.row_tiles[tile];
+    return keys.first < first_key + Config::kKeys && first_key < keys.end;
   }
 };
 

@@ -100,13 +100,12 @@ struct BwdProducer {
     }
   }
 
-  // A tile of queries of a head with their lse, and their output gradients with their delta.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int tile,
+  // Queries `row`.. of a head with their lse, and their output gradients with their delta.
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
                                                int padded_rows) {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int row = tile * Config::kRows;
     const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
     wait_released(Config::kQueryReleased, Config::kStages);
     if (lane_id() == 0) {
@@ -114,7 +113,7 @@ struct BwdProducer {
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
       if constexpr (Config::kIntervals) {
         constexpr int kRecordBytes = sizeof shared.records[0];
-        make_step(block, head, tile, shared.steps[stage]);
+        make_step(block, head, row / Config::kRows, shared.steps[stage]);
         ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes + kRecordBytes);
         ptx::bulk_load(ptx::shared_address(shared.records[stage]), block.mask.row_records + row,
                        kRecordBytes, barrier);
@@ -190,8 +189,10 @@ struct BwdProducer {
       for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
-          if (!block.meets(tile)) continue;
-          copy_queries(block, head, tile, padded_rows);
+          if constexpr (Config::kIntervals) {
+            if (!block.meets(tile)) continue;
+          }
+          copy_queries(block, head, tile * Config::kRows, padded_rows);
           if (first && lane_id() == 0) copy_keys(block);
           first = false;
         }
