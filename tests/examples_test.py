@@ -30,7 +30,7 @@ def run_python(*arguments: str, status: int = 0) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
