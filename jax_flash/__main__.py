@@ -106,6 +106,10 @@ def _versions() -> list[str]:
         lines.append("kernels    JAX_FLASH_FORCE_SM80=1: sm90 is not used")
     if extension.paired_backward:
         lines.append("kernels    JAX_FLASH_PAIRED_BACKWARD=1: pairs over width 128")
+    if not extension.quantised_kernels:
+        lines.append("kernels    for 8-bit caches: with JAX_FLASH_QUANTISED_KERNELS=1")
+    if not extension.option_kernels:
+        lines.append("kernels    for options: with JAX_FLASH_OPTION_KERNELS=1")
     return lines
 
 

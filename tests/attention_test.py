@@ -36,6 +36,8 @@ def test_public_names() -> None:
         "mha_qkvpacked",
         "mha_varlen",
         "rms_norm",
+        "rope",
+        "rope_append_kv",
         "sample",
         "silu_mul",
         "split_qkv",
@@ -120,6 +122,33 @@ def test_every_argument_changes_the_output() -> None:
             query[:, :5], key, value, is_causal=True, causal_alignment=alignment
         )
         np.testing.assert_allclose(got, want.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_segment_ids_of_other_types(x64: bool) -> None:
+    """Ids that int32 cannot hold are told apart as well; those of no key see none."""
+    ids = np.array([[0, 0, 1, 1, 1, 3, 2, 2]] * 4, np.int32)
+    other = np.where(ids == 3, 7, ids)
+    expected = np.asarray(mha(*qkv(), q_segment_ids=ids, kv_segment_ids=other))
+    assert not expected[:, 5].any()
+    with jax.enable_x64(x64):
+        for dtype, base in (("uint8", 5), ("uint32", 2**32 - 9), ("int64", 2**40)):
+            if dtype == "int64" and not x64:
+                continue
+            wide = [
+                jnp.asarray(x.astype(dtype) + np.array(base, dtype))
+                for x in (ids, other)
+            ]
+            got = mha(*qkv(), q_segment_ids=wide[0], kv_segment_ids=wide[1])
+            np.testing.assert_array_equal(got, expected)
+        if x64:
+            far = jnp.asarray(np.where(ids == 1, -(2**40), ids.astype(np.int64)))
+            got = mha(*qkv(), q_segment_ids=far, kv_segment_ids=jnp.asarray(other))
+            assert not np.asarray(got)[:, 2:5].any()
+    with pytest.raises(
+        ValueError, match="q_segment_ids must fit int32, got the id 1099"
+    ):
+        mha(*qkv(), q_segment_ids=ids + np.int64(2**40), kv_segment_ids=ids)
 
 
 def test_large_windows_are_unbounded() -> None:

@@ -54,6 +54,14 @@ def test_info_of_pairs(paired: bool, capsys: pytest.CaptureFixture[str]) -> None
     assert ("JAX_FLASH_PAIRED_BACKWARD=1: pairs over width 128" in text) == paired
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_info_of_what_is_off(on: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with registry.assume_kernels(option_kernels=on):
+        assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert ("for options: with JAX_FLASH_OPTION_KERNELS=1" in text) != on
+
+
 def test_value_width_dtype_and_implementation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

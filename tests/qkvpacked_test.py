@@ -190,6 +190,14 @@ def test_any_number_of_batch_dimensions(lead: tuple[int, ...]) -> None:
     assert_close(in_place(attend, qkv), unpacked(qkv), STEP)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty(option_kernels: None, shape: tuple[int, int]) -> None:
+    qkv = jnp.zeros((*shape, PARTS * WIDTH), jnp.bfloat16)
+    out, gradient = jax.value_and_grad(loss(attend))(qkv)
+    assert out == 0
+    assert gradient.shape == qkv.shape
+
+
 @pytest.mark.parametrize("axis", [1, 3])
 def test_vmap(axis: int) -> None:
     """Of the array, with gradients inside and outside."""

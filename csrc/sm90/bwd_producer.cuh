@@ -74,6 +74,7 @@ struct BwdProducer {
 
   // Waits until all consumers are done with what the next of `stages` tiles held before.
   __device__ __forceinline__ void wait_released(int barrier, int stages) const {
+    if constexpr (Config::kPaired) __syncwarp();  // one lane waits for the other thread block
     if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
   }
 

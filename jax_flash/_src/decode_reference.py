@@ -130,6 +130,7 @@ def _written(
         return cache
     slot = position // page
     index = jnp.take_along_axis(page_table, jnp.clip(slot, 0, slots - 1), axis=1)
-    writes = active & (slot < slots) & (index >= 0)
+    # A position past the largest int32 is negative.
+    writes = active & (position >= 0) & (slot < slots) & (index >= 0)
     index = jnp.where(writes, index, jnp.int32(count))
     return cache.at[index, position % page].set(new, mode="drop")

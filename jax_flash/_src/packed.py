@@ -51,7 +51,8 @@ def split(heads: tuple[int, int], qkv: jax.Array) -> list[jax.Array]:
 def join(parts: Sequence[jax.Array]) -> jax.Array:
     """The array of three parts, the inverse of `split`."""
     whole = jnp.concatenate(parts, axis=-2)
-    return whole.reshape(*whole.shape[:-2], -1)
+    *lead, heads, width = whole.shape
+    return whole.reshape(*lead, heads * width)
 
 
 def shapes(heads: tuple[int, int], shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -87,6 +87,8 @@ def canonical(
         words = key_words("dropout_key", dropout_key)
         made = dropout.seeds(words, call.batch, call.num_heads)
         arrays = {**arrays, "dropout_seeds": made}
+    if call.q_segment_ids is not None:
+        arrays = arrays | narrow_ids(arrays)
     for name in names:
         shape = getattr(call, name)
         x = arrays[name]
@@ -106,6 +108,43 @@ def as_int32(x: Any) -> Any:
         x = jnp.clip(x, max(info.min, limits.min), min(info.max, limits.max))
         return x.astype(jnp.int32)
     return np.clip(np.asarray(x), limits.min, limits.max).astype(np.int32)
+
+
+def narrow_ids(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Segment ids of queries and keys as int32: as equal, and as negative, as before.
+
+    Raises:
+      ValueError: a NumPy array has an id that int32 cannot hold.
+    """
+    ids = {name: arrays[name] for name in ("q_segment_ids", "kv_segment_ids")}
+    limits = np.iinfo(np.int32)
+    for name, x in ids.items():
+        if not isinstance(x, jax.Array) and np.size(x):
+            for extreme in (np.min(x), np.max(x)):
+                if not limits.min <= int(extreme) <= limits.max:
+                    raise ValueError(f"{name} must fit int32, got the id {extreme}")
+    if all(
+        not isinstance(x, jax.Array) or jnp.can_cast(x.dtype, jnp.int32)
+        for x in ids.values()
+    ):
+        return {name: as_int32(x) for name, x in ids.items()}
+    # The number of smaller ids among those of the keys; an id that no key has, as that
+    # of padding, sees nothing.
+    wide = any(jnp.dtype(x.dtype).itemsize == 8 for x in ids.values())
+    unsigned = jax.dtypes.canonicalize_dtype(jnp.uint64 if wide else jnp.uint32)
+    given = {name: jnp.asarray(x) for name, x in ids.items()}
+    sizes = {
+        name: jnp.where(x < 0, jnp.zeros_like(x), x).astype(unsigned)
+        for name, x in given.items()
+    }
+    ordered = jnp.sort(sizes["kv_segment_ids"].ravel())
+    result = {}
+    for name, size in sizes.items():
+        smaller = jnp.searchsorted(ordered, size, side="left")
+        others = jnp.searchsorted(ordered, size, side="right")
+        known = (given[name] >= 0) & (smaller < others)
+        result[name] = jnp.where(known, smaller, -1).astype(jnp.int32)
+    return result
 
 
 def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:

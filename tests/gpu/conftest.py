@@ -12,18 +12,29 @@ import pytest
 
 HERE = Path(__file__).parent
 
-# Read when JAX starts, and when NumPy is imported: workers (`pytest -n`) inherit them
-# from here, since a plugin may import NumPy before a worker reads this file.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("JAX_FLASH_QUANTISED_KERNELS", "1")
-os.environ.setdefault("JAX_FLASH_OPTION_KERNELS", "1")
-# The products of the oracle are small. Threads that wait for each other on busy cores
-# make them tens of times slower.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Every shape would have its matrix products tuned by compiling and timing many kernels.
-for flag in ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"):
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+def configure() -> None:
+    """Settings that are read when JAX starts, and when NumPy is imported.
+
+    Workers (`pytest -n`) inherit them, since a plugin may import NumPy before a worker
+    reads this file.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("JAX_FLASH_QUANTISED_KERNELS", "1")
+    os.environ.setdefault("JAX_FLASH_OPTION_KERNELS", "1")
+    # The products of the oracle are small. Threads that wait for each other on busy
+    # cores make them tens of times slower.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Every shape would have its matrix products tuned by compiling and timing many
+    # kernels.
+    for flag in ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"):
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+
+# Not where the folder is only collected beside tests for the CPU.
+if os.environ.get("JAX_PLATFORMS") != "cpu":
+    configure()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
