@@ -6,13 +6,15 @@
     python -m benchmarks.bench --cells 'd128.*causal' --arms jax_flash,cudnn --check
     python -m benchmarks.bench --smoke          # tiny, on any machine
 
-Writes benchmarks/results/<name>.json and prints one line for each cell.
+Writes benchmarks/results/<name>.json after every cell and prints one line for each,
+with the reason under it of every arm that did not run.
 docs/benchmarks.md has the protocol.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import datetime
@@ -25,6 +27,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,6 +47,8 @@ BACKWARD_FACTOR = 2
 # The arm that a row's ratio is taken to, beside the best of all.
 RATIO_ARM = "torch_fa2"
 COMPILE_THREADS = 8
+# Cells that are compiled together, before any of them is timed: a width of a main set.
+PORTION = 12
 # A kernel that only a forward may run; the backward's may name the forward as well.
 FORWARD_KERNEL = re.compile(
     r"^(?!.*(bwd|bprop|backward)).*(fwd|fprop|forward|flash_attention_sm90)", re.I
@@ -118,18 +123,25 @@ def unsupported(arms: list[Arm], cell: Cell) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def compile_all(arms: list[Arm], cells: list[Cell]) -> dict[tuple[str, Cell], Any]:
-    """Compiles every arm for every cell, in threads, before anything is timed.
+def compile_all(
+    arms: list[Arm], cells: list[Cell]
+) -> tuple[dict[tuple[str, Cell], Any], dict[str, float]]:
+    """Compiles every arm for every cell, in threads, before any of them is timed.
 
     Returns:
-      What `Arm.bind` takes, or the exception, for each (arm name, cell).
+      What `Arm.bind` takes, or the exception, for each (arm name, cell), and the
+      seconds that each arm took, summed over its cells.
     """
+    seconds = {arm.name: 0.0 for arm in arms}
 
     def one(arm: Arm, cell: Cell) -> Any:
+        start = time.perf_counter()
         try:
             return arm.compile(cell)
         except Exception as error:
             return error
+        finally:
+            seconds[arm.name] += time.perf_counter() - start
 
     jobs = [
         (arm, cell)
@@ -139,10 +151,21 @@ def compile_all(arms: list[Arm], cells: list[Cell]) -> dict[tuple[str, Cell], An
     ]
     with concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS) as pool:
         results = pool.map(lambda job: one(*job), jobs)
-    return {
+    compiled = {
         (arm.name, cell): result
         for (arm, cell), result in zip(jobs, results, strict=True)
     }
+    return compiled, seconds
+
+
+def compile_portion(arms: list[Arm], cells: list[Cell]) -> dict[tuple[str, Cell], Any]:
+    """`compile_all`, saying which arm took how long."""
+    start = time.perf_counter()
+    compiled, seconds = compile_all(arms, cells)
+    each = ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items())
+    total = time.perf_counter() - start
+    print(f"compiled {len(cells)} cells in {total:.0f} s; in threads: {each}")
+    return compiled
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -248,6 +271,36 @@ def run_cell(
     }
 
 
+def run_set(
+    arms: list[Arm],
+    cells: list[Cell],
+    name: str,
+    arguments: argparse.Namespace,
+    clocks: timing.ClockLog,
+    start: float,
+) -> Iterator[dict[str, Any]]:
+    """Compiles a portion of a set, measures its cells one by one, and so on.
+
+    Stops when --budget seconds have passed since `start`.
+    """
+
+    def late() -> bool:
+        return time.perf_counter() - start > arguments.budget
+
+    protocol = protocol_of(arguments, name)
+    for first in range(0, len(cells), PORTION):
+        if late():
+            return
+        portion = cells[first : first + PORTION]
+        compiled = compile_portion(arms, portion)
+        for cell in portion:
+            if late():
+                return
+            yield run_cell(
+                arms, cell, compiled, protocol, clocks, checked=arguments.check
+            )
+
+
 def best_peer(result: dict[str, Any], names: list[str]) -> tuple[float, str] | None:
     """Speed of the first arm over that of the fastest peer, and which one that is."""
     arms = result["arms"]
@@ -282,6 +335,22 @@ def row(result: dict[str, Any], names: list[str], detailed: bool = False) -> str
     ratio = arms[names[0]]["tflops"] / arms[RATIO_ARM]["tflops"] if both else None
     cells.append("-" if ratio is None else f"{ratio:.2f}")
     return f"{result['name']:32}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
+
+
+def reasons(result: dict[str, Any]) -> list[str]:
+    """The lines under a table line: why an arm has no figure in it."""
+    return [f"  no {name}: {why}" for name, why in result["skipped"].items()]
+
+
+def skipped_cells(results: list[dict[str, Any]]) -> list[str]:
+    """A line for every arm and reason, with the number of cells that it cost."""
+    count = collections.Counter(
+        pair for result in results for pair in result["skipped"].items()
+    )
+    return [
+        f"no {name} in {cells} of {len(results)} cells: {why}"
+        for (name, why), cells in sorted(count.items())
+    ]
 
 
 def heading(names: list[str], detailed: bool = False) -> str:
@@ -387,6 +456,7 @@ def describe(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Any]:
             "jax_flash": jax_flash.__version__,
             "jax": jax.__version__,
         },
+        "arms_not_asked_for": not_asked_for(arguments),
         "protocol": {
             **{
                 name: dataclasses.asdict(protocol_of(arguments, name))
@@ -396,6 +466,20 @@ def describe(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Any]:
             "inputs": "random normal",
         },
     }
+
+
+def default_arms(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The arms of a run without --arms."""
+    if arguments.smoke:
+        return baselines.SMOKE_ARMS
+    if arguments.set.startswith("backward"):
+        return baselines.BACKWARD_ARMS
+    return baselines.DEFAULT_ARMS
+
+
+def not_asked_for(arguments: argparse.Namespace) -> list[str]:
+    """The arms that --arms left out of the usual ones."""
+    return [name for name in default_arms(arguments) if name not in arguments.arms]
 
 
 def chosen_sets(arguments: argparse.Namespace) -> list[str]:
@@ -424,15 +508,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of every arm")
     parser.add_argument("--seconds", type=float, help="length of a turn's measurement")
     parser.add_argument("--idle", type=float, help="pause before a turn")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no further cell starts; those left out are named",
+    )
     parser.add_argument("--commit", help="where git cannot tell")
     parser.add_argument("--out", type=pathlib.Path, help="file of the results")
     arguments = parser.parse_args(argv)
-    default = baselines.DEFAULT_ARMS
-    if arguments.smoke:
-        default = baselines.SMOKE_ARMS
-    elif arguments.set.startswith("backward"):
-        default = baselines.BACKWARD_ARMS
-    names = arguments.arms.split(",") if arguments.arms else list(default)
+    names = list(default_arms(arguments))
+    if arguments.arms:
+        names = arguments.arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"unknown arms {unknown}; there are {list(ARMS)}")
     arguments.arms = names
@@ -458,38 +545,50 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     arms = [ARMS[name] for name in arguments.arms]
     description = describe(arguments, arms)
+    out = arguments.out or default_out(description, arguments.set)
+    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    compiled = compile_all(arms, [cell for cells in chosen.values() for cell in cells])
-    print(f"{description['device']}, compiled in {time.perf_counter() - start:.0f} s")
     results: list[dict[str, Any]] = []
+
+    def write() -> dict[str, Any]:
+        summaries = {
+            name: summary([r for r in results if r["set"] == name], arguments.arms)
+            for name in chosen
+        }
+        data = {**description, "summary": summaries, "results": results}
+        out.write_text(json.dumps(data, indent=1) + "\n")
+        return summaries
+
+    print(description["device"])
+    if missing := description["arms_not_asked_for"]:
+        print(f"not asked for: {', '.join(missing)}")
     with timing.ClockLog() as clocks:
         for name, cells in chosen.items():
             detailed = name.endswith("ragged")
-            protocol = protocol_of(arguments, name)
             print(heading(arguments.arms, detailed), flush=True)
-            for cell in cells:
-                result = run_cell(
-                    arms, cell, compiled, protocol, clocks, checked=arguments.check
-                )
+            for result in run_set(arms, cells, name, arguments, clocks, start):
                 results.append({"set": name, **result})
-                print(row(result, arguments.arms, detailed), flush=True)
-    skipped = sorted(
-        {(name, why) for result in results for name, why in result["skipped"].items()}
-    )
-    for name, why in skipped:
-        print(f"skipped {name}: {why}")
-    summaries = {
-        name: summary([r for r in results if r["set"] == name], arguments.arms)
-        for name in chosen
-    }
-    for name, overall in summaries.items():
+                lines = [row(result, arguments.arms, detailed), *reasons(result)]
+                print("\n".join(lines), flush=True)
+                write()
+    measured = {(result["set"], result["name"]) for result in results}
+    left_out = [
+        cell.name
+        for name, cells in chosen.items()
+        for cell in cells
+        if (name, cell.name) not in measured
+    ]
+    if left_out:
+        print(f"no time for {', '.join(left_out)}")
+    print("\n".join(skipped_cells(results)))
+    for name, overall in write().items():
         print_summary(name, overall, arguments.arms[0])
-    out = arguments.out or default_out(description, arguments.set)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = {**description, "summary": summaries, "results": results}
-    out.write_text(json.dumps(data, indent=1) + "\n")
     print(f"{time.perf_counter() - start:.0f} s; {out}")
-    wrong = any(why.startswith("wrong result") for _, why in skipped)
+    wrong = any(
+        why.startswith("wrong result")
+        for result in results
+        for why in result["skipped"].values()
+    )
     return int(wrong or not any(result["arms"] for result in results))
 
 

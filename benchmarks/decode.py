@@ -1,11 +1,12 @@
 """Decoding beside its peers: microseconds and GB/s of the keys and values read.
 
-PYTHONPATH=.gpu:. python -m benchmarks.decode
+    PYTHONPATH=.gpu:. python -m benchmarks.decode
+    python -m benchmarks.decode --smoke   # tiny, on any machine
 
 Arms take turns in one process. A program is a chain of calls, each on the result of
 the one before and on a cache of its own, so that small caches are not found in the L2.
 `kernel` is the time inside kernels by CUPTI, `chain` the wall time of a chain divided
-by its calls, gaps between kernels included.
+by its calls, gaps between kernels included. An arm that does not run a cell says why.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import functools
 import importlib
 import json
 import pathlib
+import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,7 @@ import numpy as np
 
 import jax_flash
 from benchmarks.timing import Call, Protocol, Samples, Summary, measure, short
+from jax_flash._src import compat
 
 ROTATED = 260e6
 """Bytes of caches that a chain goes through; several times the L2."""
@@ -90,10 +94,10 @@ class Cell:
         """Bytes of keys and values that one call has to read."""
         return float(self.lengths.sum()) * self.token_bytes
 
-    def inputs(self) -> tuple[Any, list[Any], Any, Any]:
-        """Query, caches of the calls of a chain, lengths, page table or None."""
+    def inputs(self, longest: int) -> tuple[Any, list[Any], Any, Any]:
+        """Query, caches of at most `longest` calls, lengths, page table or None."""
         whole = self.batch * self.room * self.token_bytes
-        count = int(min(LONGEST_CHAIN, max(1, -(-ROTATED // whole))))
+        count = int(min(longest, max(1, -(-ROTATED // whole))))
         shape = (self.batch, self.room, self.kv_heads, self.width)
         table = None
         if self.page:
@@ -145,6 +149,13 @@ CELLS = (
     *(Cell(1, 65536, tokens=tokens) for tokens in (1, 4, 16, 64)),
 )
 
+SMOKE_CELLS = (
+    Cell(2, 256, 4, 2, 16, ragged=True),
+    Cell(2, 256, 4, 2, 16, tokens=3),
+    Cell(2, 256, 4, 2, 16, page=16),
+    Cell(2, 256, 4, 2, 16, page=16, cache="int8"),
+)
+
 Attention = Callable[..., jax.Array]
 
 
@@ -185,12 +196,124 @@ def cudnn(cell: Cell) -> Attention:
     return run
 
 
+def cudnn_paged(cell: Cell) -> Attention:
+    """A page table in cuDNN, by JAX's private call.
+
+    As with `cudnn`, several queries would be masked from the top left.
+    """
+    if not cell.page:
+        raise NotImplementedError("takes pages only: see cudnn")
+    if cell.quantised:
+        raise NotImplementedError("has no scales")
+    if cell.tokens > 1:
+        raise NotImplementedError("aligns several queries top-left")
+    module = compat.cudnn_attention()
+
+    def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
+        one = jnp.ones(cell.batch, jnp.int32)
+        pages = table[:, None, :, None]
+        return module.paged_attention(
+            query,
+            k,
+            v,
+            one,
+            lengths,
+            pages,
+            pages,
+            scale=cell.width**-0.5,
+            mask_type=module.MaskType.PADDING,
+        )
+
+    return run
+
+
+def xla(cell: Cell) -> Attention:
+    """`jax.nn` by plain XLA; pages are gathered and 8-bit caches scaled before it."""
+
+    def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
+        if table is not None:
+            whole = cell.batch, cell.room, cell.kv_heads, cell.width
+            # The table is right; a check would be one more pass over what is gathered.
+            mode = "promise_in_bounds"
+            k, v = (x.at[table].get(mode=mode).reshape(whole) for x in (k, v))
+        if cell.quantised:
+            k, v = (x.astype(query.dtype) * SCALE for x in (k, v))
+        mask = None
+        if cell.tokens > 1:
+            behind = jnp.arange(cell.tokens - 1, -1, -1)
+            end = lengths[:, None, None, None] - behind[:, None]
+            mask = jnp.arange(cell.room) < end
+        return jax.nn.dot_product_attention(
+            query, k, v, mask=mask, key_value_seq_lengths=lengths, implementation="xla"
+        )
+
+    return run
+
+
+def pallas(splits: int, cell: Cell) -> Attention:
+    """JAX's Pallas kernels for decoding, with a fixed number of splits.
+
+    They take one query of each sequence and read heads one after another: keys and
+    values are each a pair of `heads_first`.
+    """
+    if cell.tokens > 1:
+        raise NotImplementedError("takes one query of each sequence")
+    if cell.quantised and not cell.page:
+        raise NotImplementedError("has scales for pages only")
+    name = "paged_attention" if cell.page else "decode_attention"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}")
+    # A tile of keys, and one of values, each twice: what shared memory holds.
+    tile = 128 if cell.width <= 128 else 64
+    interpret = jax.default_backend() == "cpu"
+
+    def contiguous(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
+        del table
+        # The call turns the caches; turning them before leaves XLA nothing to do.
+        k, v = jnp.swapaxes(k[0], 1, 2), jnp.swapaxes(v[0], 1, 2)
+        options = {"block_k": tile, "k_splits": splits, "interpret": interpret}
+        return module.gqa(query[:, 0], k, v, kv_seq_len=lengths, **options)[:, None]
+
+    def paged(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
+        # The kernel does not scale scores.
+        out = module.paged_attention(
+            query[:, 0] * cell.width**-0.5,
+            k[0],
+            v[0],
+            table,
+            lengths,
+            k[1],
+            v[1],
+            pages_per_compute_block=max(1, tile // cell.page),
+            k_splits=splits,
+            interpret=interpret,
+        )
+        return out[:, None]
+
+    return paged if cell.page else contiguous
+
+
+def heads_first(cell: Cell, caches: list[Any]) -> list[Any]:
+    """Caches for `pallas`: [B, K, S, D] or [K, pages, page, D], each with its scales.
+
+    Scales are float32, [K, pages, page], of 8-bit caches, None of others.
+    """
+
+    @jax.jit
+    def turn(cache: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        cache = jnp.moveaxis(cache, 2, 0 if cell.page else 1)
+        return cache, jnp.full(cache.shape[:3], SCALE) if cell.quantised else None
+
+    return jax.block_until_ready([(turn(k), turn(v)) for k, v in caches])
+
+
 def fa3(splits: int, cell: Cell) -> Attention:
-    """FlashAttention-3 with a fixed number of splits."""
+    """FlashAttention-3 with a fixed number of splits; narrow heads in width 128."""
     if cell.quantised:
         raise NotImplementedError("takes an 8-bit cache with an 8-bit query only")
-    if cell.width != 128:
-        raise NotImplementedError("built for width 128 only")
+    if cell.width > 128:
+        raise NotImplementedError("built for widths up to 128")
     call = importlib.import_module("flash_attn3_jax").flash_mha_with_kvcache
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
@@ -212,11 +335,18 @@ ARMS: dict[str, Callable[[Cell], Attention]] = {
     "jax_flash": functools.partial(ours, "cuda"),
     "jax_flash_xla": functools.partial(ours, "xla"),
     "cudnn": cudnn,
+    "cudnn_paged": cudnn_paged,
+    "xla": xla,
+    "pallas": functools.partial(pallas, 16),
+    "pallas_4": functools.partial(pallas, 4),
     "fa3": functools.partial(fa3, 1),
+    "fa3_4": functools.partial(fa3, 4),
     "fa3_8": functools.partial(fa3, 8),
+    "fa3_16": functools.partial(fa3, 16),
     "fa3_32": functools.partial(fa3, 32),
 }
-DEFAULT_ARMS = ("jax_flash", "cudnn", "fa3", "fa3_8", "fa3_32")
+DEFAULT_ARMS = tuple(name for name in ARMS if name != "jax_flash_xla")
+SMOKE_ARMS = ("jax_flash_xla", "cudnn_paged", "xla", "pallas_4")
 
 
 def chain(attention: Attention) -> Callable:
@@ -233,20 +363,25 @@ def chain(attention: Attention) -> Callable:
 
 
 def run_cell(
-    cell: Cell, arms: list[str], protocol: Protocol
+    cell: Cell, arms: list[str], protocol: Protocol, longest: int
 ) -> tuple[dict[str, Samples], dict[str, str], int]:
     """Samples and reasons for not running, by arm, and the calls of a chain."""
-    inputs = cell.inputs()
+    inputs = query, caches, lengths, table = cell.inputs(longest)
+    turned: list[Any] = []
     calls, why_not, firsts = {}, {}, {}
     for arm in arms:
         try:
-            program = jax.jit(chain(ARMS[arm](cell))).lower(*inputs).compile()
-            firsts[arm] = np.asarray(program(*inputs)[1], np.float32)
+            attention, own = ARMS[arm](cell), inputs
+            if arm.startswith("pallas"):
+                turned = turned or heads_first(cell, caches)
+                own = query, turned, lengths, table
+            program = jax.jit(chain(attention)).lower(*own).compile()
+            firsts[arm] = np.asarray(program(*own)[1], np.float32)
         except Exception as error:  # a peer may fail in any way
             why_not[arm] = short(error)
             continue
         calls[arm] = Call(
-            run=functools.partial(program, *inputs),
+            run=functools.partial(program, *own),
             wait=jax.block_until_ready,
             heads=lambda result: result[1][0, :, :2],
         )
@@ -259,50 +394,89 @@ def run_cell(
     return measure(calls, protocol), why_not, len(inputs[1])
 
 
-def main() -> int:
-    """Prints a table; 1 if our arm failed somewhere, else 0."""
+def compare(rows: list[dict[str, Any]], ours: str) -> dict[str, tuple[float, str]]:
+    """The fastest peer's time over ours and its name, by cell; chains, as users see."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        times.setdefault(row["name"], {})[row["arm"]] = row["chain_us"]
+    found = {}
+    for cell, by_arm in times.items():
+        peers = [arm for arm in by_arm if not arm.startswith("jax_flash")]
+        if ours in by_arm and peers:
+            best = min(peers, key=lambda arm: by_arm[arm])
+            found[cell] = by_arm[best] / by_arm[ours], best
+    return found
+
+
+def print_comparison(found: dict[str, tuple[float, str]], ours: str) -> None:
+    """The geometric mean over the cells, and those that are slower than a peer."""
+    if not found:
+        print(f"nothing to compare {ours} with")
+        return
+    mean = statistics.geometric_mean([ratio for ratio, _ in found.values()])
+    print(f"{ours} over the best peer, geometric mean {mean:.3f} of {len(found)} cells")
+    for cell, (ratio, best) in found.items():
+        if ratio < 1:
+            print(f"  below 1: {cell}: {ratio:.3f} of {best}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table; 1 if the first arm failed somewhere, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="the first is ours")
     parser.add_argument(
         "--cells", default="", help="only cells with this in their name"
     )
     parser.add_argument("--seconds", type=float, default=0.02, help="of one turn")
-    parser.add_argument("--budget", type=float, default=110.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds in all")
+    parser.add_argument("--smoke", action="store_true", help="tiny cells, any machine")
     parser.add_argument("--json", type=pathlib.Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    arms = args.arms or list(SMOKE_ARMS if args.smoke else DEFAULT_ARMS)
     start = time.monotonic()
     protocol = Protocol(rounds=3, seconds=args.seconds, idle=0.02, most=100)
-    print(f"device: {jax.devices()[0].device_kind}")
+    table, longest = CELLS, LONGEST_CHAIN
+    if args.smoke:
+        protocol = Protocol(rounds=1, seconds=0.0, idle=0.0)
+        table, longest = SMOKE_CELLS, 1
+    device = jax.devices()[0].device_kind
+    print(f"device: {device}")
     print(f"{'cell':32} {'arm':14} {'kernel us':>10} {'GB/s':>6} {'chain us':>9}")
-    rows, failed = [], False
-    for cell in (cell for cell in CELLS if args.cells in cell.name):
+    rows, skipped = [], []
+    for cell in (cell for cell in table if args.cells in cell.name):
+        about = dataclasses.asdict(cell) | {"name": cell.name}
         if time.monotonic() - start > args.budget:
-            print(f"out of time before {cell.name}", file=sys.stderr)
-            break
-        samples, why_not, count = run_cell(cell, list(args.arms), protocol)
-        for arm in args.arms:
+            print(f"no time for {cell.name}")
+            skipped += [about | {"arm": arm, "why": "no time"} for arm in arms]
+            continue
+        samples, why_not, count = run_cell(cell, arms, protocol, longest)
+        for arm in arms:
             sample = samples.get(arm)
             errors = [why_not[arm]] if arm in why_not else []
             errors += sample.errors if sample is not None else []
             if errors or sample is None or not sample.wall_us:
-                print(
-                    f"{cell.name:32} {arm:14} {errors[0] if errors else 'no samples'}"
-                )
-                failed |= arm == "jax_flash"
+                why = errors[0] if errors else "no samples"
+                print(f"{cell.name:32} {arm:14} {why}", flush=True)
+                skipped.append(about | {"arm": arm, "why": why})
                 continue
             wall = Summary.of(sample.wall_us).median_us / count
             kernel = wall
             if sample.kernel_us:
                 kernel = Summary.of(sample.kernel_us).median_us / count
             rate = cell.kv_bytes / kernel / 1e3
-            print(f"{cell.name:32} {arm:14} {kernel:10.1f} {rate:6.0f} {wall:9.1f}")
-            row = dataclasses.asdict(cell) | {"name": cell.name, "arm": arm}
-            rows.append(row | {"kernel_us": kernel, "gb_s": rate, "chain_us": wall})
-    if args.json is not None:
-        device = jax.devices()[0].device_kind
-        args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+            print(
+                f"{cell.name:32} {arm:14} {kernel:10.1f} {rate:6.0f} {wall:9.1f}",
+                flush=True,
+            )
+            figures = {"kernel_us": kernel, "gb_s": rate, "chain_us": wall}
+            rows.append(about | {"arm": arm} | figures)
+        if args.json is not None:
+            data = {"device": device, "rows": rows, "skipped": skipped}
+            args.json.write_text(json.dumps(data, indent=1))
+    print_comparison(compare(rows, arms[0]), arms[0])
     print(f"{time.monotonic() - start:.0f} s")
-    return int(failed)
+    failed = [one for one in skipped if one["arm"] == arms[0]]
+    return int(any(one["why"] != "no time" for one in failed))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,9 +20,11 @@ import pytest
 # The benchmarks are no part of the package, so the repository must be on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import baselines, bench, gradients, memory, options, timing
+import jax_flash
+from benchmarks import baselines, bench, decode, gradients, memory, options, timing
 from benchmarks.baselines import Cell
 from benchmarks.timing import Call
+from jax_flash._src import compat
 
 
 class FakeCupti:
@@ -326,19 +331,235 @@ def test_memory_smoke(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.usefixtures("usual_promotion")
 def test_options_smoke(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call runs, and its pairs are those that its mask leaves."""
     monkeypatch.setattr(sys, "argv", ["options", "--smoke"])
-    options.main()
+    assert options.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * 7
+    assert len(lines) == 1 + 2 * (1 + 6 + 8)
     assert "Error" not in "".join(lines)
+    assert sum("needs an NVIDIA GPU" in line for line in lines) == 2 * 6
+    for name in ("dense by xla", "segments by xla, a mask"):
+        compared = [line for line in lines if re.match(rf"  {name} .* \d+\.\d+$", line)]
+        assert len(compared) == 2
     problem = options.Problem(96, 2, 16)
-    document = np.repeat(np.arange(options.DOCUMENTS), np.diff(problem.offsets()))
+    document = np.repeat(np.arange(options.DOCUMENTS), np.diff(problem.offsets))
     distance = np.subtract.outer(np.arange(96), np.arange(96))
     seen = np.equal.outer(document, document) & (distance >= 0)
     pairs = [row.pairs for row in options.rows(problem, "xla").values()]
     dense, packed, within = 96 * 97 / 2, seen.sum(), (seen & (distance <= 6)).sum()
     assert pairs == [dense, packed, packed, dense, dense, within]
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The arms take this machine for one with a GPU, and import peers anew."""
+    monkeypatch.setattr(baselines, "on_gpu", lambda: True)
+    baselines.import_error.cache_clear()
+    yield monkeypatch
+    baselines.import_error.cache_clear()
+
+
+def test_tokamax_has_no_limit_in_the_backward(a_gpu: pytest.MonkeyPatch) -> None:
+    a_gpu.setitem(sys.modules, "tokamax", types.ModuleType("tokamax"))
+    assert "tokamax" in baselines.BACKWARD_ARMS
+    for cell in bench.CELLS["backward"]:
+        assert baselines.ARMS["tokamax"].why_not(cell) is None
+
+
+def test_an_arm_that_fails_is_named_under_every_cell(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(cell: Cell) -> Any:
+        raise RuntimeError(f"no kernel for {cell.head_dim}\nand more")
+
+    arm = dataclasses.replace(baselines.ARMS["xla"], name="broken", compile=broken)
+    monkeypatch.setitem(bench.ARMS, "broken", arm)
+    monkeypatch.setattr(bench, "PORTION", 1)
+    out = tmp_path / "results.json"
+    quick = ["--smoke", "--rounds=1", "--seconds=0", "--idle=0", f"--out={out}"]
+    assert bench.main([*quick, "--arms=jax_flash_xla,broken"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "not asked for: xla"
+    reason = "RuntimeError: no kernel for 32"
+    rows = [i for i, line in enumerate(lines) if line.startswith("b2 d32 n64 h4/2")]
+    assert [lines[i + 1] for i in rows] == [f"  no broken: {reason}"] * 2
+    assert f"no broken in 2 of 2 cells: {reason}" in lines
+    assert json.loads(out.read_text())["arms_not_asked_for"] == ["xla"]
+
+    def stop(result: Any, names: Any, detailed: bool) -> str:
+        if "causal" in result["name"]:
+            raise KeyboardInterrupt
+        return result["name"]
+
+    monkeypatch.setattr(bench, "row", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*quick, "--arms=jax_flash_xla"])
+    assert len(json.loads(out.read_text())["results"]) == 1
+
+
+def test_cells_without_time_are_named(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--smoke", "--budget=0", f"--out={tmp_path / 'results.json'}"]
+    assert bench.main(arguments) == 1
+    expected = "no time for b2 d32 n64 h4/2, b2 d32 n64 h4/2 causal"
+    assert expected in capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def usual_promotion() -> Iterator[None]:
+    """Types and ranks as users have them: peers rely on it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_decode_smoke(tmp_path: pathlib.Path) -> None:
+    """Arms that need no GPU run, Pallas interpreted, and agree; others say why not."""
+    out = tmp_path / "decode.json"
+    assert decode.main(["--smoke", "--json", str(out)]) == 0
+    data = json.loads(out.read_text())
+    ran = {(row["name"], row["arm"]) for row in data["rows"]}
+    skipped = {(one["name"], one["arm"]): one["why"] for one in data["skipped"]}
+    names = [cell.name for cell in decode.SMOKE_CELLS]
+    both = {(name, arm) for name in names for arm in decode.SMOKE_ARMS}
+    assert ran | skipped.keys() == both
+    single, several, paged, quantised = names
+    only_one = "NotImplementedError: takes one query of each sequence"
+    private = [skipped.pop((name, "cudnn_paged")) for name in names]
+    assert private[:2] == ["NotImplementedError: takes pages only: see cudnn"] * 2
+    assert "cuDNN" in private[2]
+    assert private[3] == "NotImplementedError: has no scales"
+    assert skipped == {(several, "pallas_4"): only_one}
+    assert {(name, "pallas_4") for name in (single, paged, quantised)} <= ran
+
+
+@pytest.mark.parametrize(
+    ("arm", "cell", "why"),
+    [
+        ("cudnn_paged", decode.Cell(1, 64, page=16, tokens=2), "several queries"),
+        ("pallas", decode.Cell(1, 64, cache="int8"), "scales for pages only"),
+        ("fa3_16", decode.Cell(1, 64, width=256), "widths up to 128"),
+        ("fa3", decode.Cell(1, 64, cache="int8"), "8-bit query"),
+    ],
+)
+def test_limits_of_decode_arms(arm: str, cell: decode.Cell, why: str) -> None:
+    assert arm in decode.DEFAULT_ARMS
+    with pytest.raises(NotImplementedError, match=why):
+        decode.ARMS[arm](cell)
+
+
+def test_decode_is_compared_with_the_fastest_peer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = {
+        "fast": {"jax_flash": 10.0, "fa3": 30.0, "fa3_8": 20.0},
+        "slow": {"jax_flash": 20.0, "jax_flash_xla": 1.0, "cudnn": 10.0},
+        "alone": {"jax_flash": 10.0},
+    }
+    rows = [
+        {"name": name, "arm": arm, "chain_us": us}
+        for name, by_arm in times.items()
+        for arm, us in by_arm.items()
+    ]
+    found = decode.compare(rows, "jax_flash")
+    assert found == {"fast": (2.0, "fa3_8"), "slow": (0.5, "cudnn")}
+    decode.print_comparison(found, "jax_flash")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("geometric mean 1.000 of 2 cells")
+    assert lines[1:] == ["  below 1: slow: 0.500 of cudnn"]
+
+
+def fake_cudnn(
+    query: Any, key: Any, value: Any, bias: Any, q_seqlen: Any, kv_seqlen: Any,
+    q_offsets: Any, kv_offsets: Any, k_table: Any, v_table: Any, *rest: Any,
+) -> Any:  # fmt: skip
+    """What JAX's private module gives cuDNN, read as its documentation says."""
+    kinds = compat.cudnn_attention().MaskType
+    if k_table.ndim == 4:
+        assert kinds.PADDING in rest
+        assert k_table is v_table
+        whole = query.shape[0], -1, *key.shape[2:]
+        key, value = (x[k_table[:, 0, :, 0]].reshape(whole) for x in (key, value))
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=kv_seqlen
+        )
+    assert kinds.PADDING_CAUSAL in rest
+    assert q_offsets is kv_offsets
+    assert q_seqlen is kv_seqlen
+    starts = q_offsets[0, :-1]
+    column = jnp.arange(query.shape[1])
+    ids = jnp.searchsorted(starts, column, side="right") - 1
+    right = (q_seqlen[0] == jnp.bincount(ids, length=len(starts))).all()
+    mask = (ids[:, None] == ids) & right
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """JAX's private module with its checks and without cuDNN."""
+    module = compat.cudnn_attention()
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(module, "_dot_product_attention", fake_cudnn)
+    return module
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_decode_by_the_paged_call_of_cudnn(cudnn: Any) -> None:
+    cell = decode.Cell(2, 256, 4, 2, 16, page=16, ragged=True)
+    query, [(k, v)], lengths, table = cell.inputs(1)
+    arguments = query, k, v, lengths, table
+    expected = decode.ours("xla", cell)(*arguments).astype(jnp.float32)
+    got = decode.cudnn_paged(cell)(*arguments).astype(jnp.float32)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.parametrize("backward", [False, True])
+def test_peers_of_options(
+    a_gpu: pytest.MonkeyPatch, cudnn: Any, backward: bool
+) -> None:
+    """With plain JAX behind the peers' signatures; one that is wrong is named."""
+    problem = options.Problem(96, 2, 16)
+    longest = np.diff(problem.offsets).max()
+    plain = jax.nn.dot_product_attention
+
+    def dot_product_attention(*args: Any, implementation: str = "xla", **rest: Any):
+        assert implementation in ("xla", "cudnn")
+        return plain(*args, implementation="xla", **rest)
+
+    def not_causal(query, key, value, softmax_scale=None, is_causal=False):
+        return plain(query, key, value)
+
+    def varlen(query, key, value, cu_seqlens, max_seqlen, *, is_causal=False):
+        assert max_seqlen == longest
+        options = {"is_causal": is_causal, "implementation": "xla"}
+        return jax_flash.mha_varlen(query, key, value, cu_seqlens, **options)
+
+    dew = types.ModuleType("dew_flash_attn")
+    dew.__dict__.update(flash_mha=not_causal, flash_mha_varlen=varlen)
+    a_gpu.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    a_gpu.setitem(sys.modules, "dew_flash_attn", dew)
+    a_gpu.setitem(sys.modules, "flash_attn3_jax", types.ModuleType("flash_attn3_jax"))
+    own = options.rows(problem, "xla")
+    table = own | options.peers(problem, own, backward)
+    calls, skipped = options.prepare(table, problem.inputs(), backward)
+    assert skipped.keys() == {"dense by fa3_dew", "varlen by fa3_jax"}, skipped
+    assert skipped["dense by fa3_dew"].startswith("out differs from ours by")
+    assert skipped["varlen by fa3_jax"] == "built for width 128 only, not 16"
+    assert calls.keys() == table.keys() - skipped.keys()
+
+
+def test_peers_of_options_at_full_size(a_gpu: pytest.MonkeyPatch) -> None:
+    problem = options.Problem(16384, 16, 128)
+    own = options.rows(problem, "cuda")
+    reasons = {k: row.why_not for k, row in options.peers(problem, own, True).items()}
+    assert reasons["dense by xla"] == "would materialise 52 GB of scores"
+    assert "import dew_flash_attn: " in str(reasons["varlen by fa3_dew"])
+    assert reasons["segments by cudnn, packed"] is None

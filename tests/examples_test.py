@@ -110,7 +110,8 @@ def test_benchmark_smoke(tmp_path: pathlib.Path) -> None:
         "-m", "benchmarks.bench", *options, *arms, "--idle", "0", "--out", str(results)
     )
     assert re.search(r"d32 n64 h4/2 causal( +[\d.e-]+)+", out), out
-    assert "skipped torch_fa2: needs" in out or "skipped torch_fa2: grouped" in out
+    assert re.search(r"^  no torch_fa2: (needs|grouped)", out, re.M), out
+    assert re.search(r"^no fa3_dew in 2 of 2 cells: needs", out, re.M), out
     data = json.loads(results.read_text())
     assert {"device", "commit", "date", "command", "versions"} <= set(data)
     for result in data["results"]:

@@ -1,6 +1,7 @@
 """The only room that may look at JAX versions or reach into private JAX modules.
 
-Everything here is public JAX today; it is gathered where a future version may differ.
+All that the package uses is public JAX today; it is gathered where a future version may
+differ. The one private module here is for the benchmarks.
 """
 
 import functools
@@ -95,6 +96,16 @@ def without_mesh() -> AbstractContextManager:
     """A context in which no mesh is set: what is traced is local to one device."""
     empty = jax.sharding.AbstractMesh((), ())
     return jax.sharding.use_abstract_mesh(empty)
+
+
+def cudnn_attention() -> Any:
+    """JAX's private module of cuDNN's attention.
+
+    Benchmarks compare with its paged and packed calls, which `jax.nn` does not offer.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
 
 
 def deterministic_ops() -> bool:
