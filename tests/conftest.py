@@ -50,6 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Random inputs of a test depend neither on its worker nor on its place."""
+    import helpers
+
+    helpers.reseed()
+
+
+@pytest.fixture(autouse=True)
 def strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
     """No implicit promotion of dtypes in our own code."""
     import jax

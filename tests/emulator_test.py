@@ -230,7 +230,8 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     """Clusters of thread blocks that share the keys, and each other's memory."""
     shape, width, given = SPLITS[case]
     dtype = ("bfloat16", "float16")[len(case) % 2]
-    check_forward(forward, problem(shape, width, width, dtype), given, 132)
+    arrays = problem(shape, width, width, dtype)
+    check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
 def check_forward(

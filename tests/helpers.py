@@ -22,6 +22,12 @@ KEY_LENGTHS = np.array([8, 6, 3, 1], np.int32)
 _rng = np.random.default_rng(0)
 
 
+def reseed() -> None:
+    """Begins `normal` anew, before each test: what it gets depends on no other test."""
+    global _rng
+    _rng = np.random.default_rng(0)
+
+
 def normal(*shape: int) -> jax.Array:
     """Standard normal float32; another draw at every call."""
     return jnp.asarray(_rng.standard_normal(shape), jnp.float32)
@@ -29,11 +35,17 @@ def normal(*shape: int) -> jax.Array:
 
 @functools.cache
 def qkv() -> tuple[jax.Array, jax.Array, jax.Array]:
-    return (
-        normal(BATCH, ROWS, HEADS, WIDTH),
-        normal(BATCH, KEYS, KV_HEADS, WIDTH),
-        normal(BATCH, KEYS, KV_HEADS, VALUE_WIDTH),
+    rng = np.random.default_rng(1)
+    shapes = (
+        (ROWS, HEADS, WIDTH),
+        (KEYS, KV_HEADS, WIDTH),
+        (KEYS, KV_HEADS, VALUE_WIDTH),
     )
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((BATCH, *shape)), jnp.float32)
+        for shape in shapes
+    )
+    return query, key, value
 
 
 @functools.cache
