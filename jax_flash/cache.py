@@ -40,9 +40,82 @@ def _scale(scale: Any, heads: int) -> jax.Array | None:
     return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (heads,))
 
 
+class _Cache:
+    """What contiguous and paged caches do alike."""
+
+    k: Any
+    v: Any
+    lengths: Any
+    k_scale: Any
+    v_scale: Any
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a sequence may have."""
+        raise NotImplementedError
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """How `append_kv` and `decode_mha` find and read a token."""
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+
+    def _with(self, k: jax.Array, v: jax.Array, k_new: Any) -> Self:
+        """The cache after the tokens of `k_new` were written to `k` and `v`."""
+        lengths = _longer(self.lengths, k_new, self._room)
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            k=k,
+            v=v,
+            lengths=lengths,
+        )
+
+    def _append(self, k_new: Any, v_new: Any) -> Self:
+        k, v = decode.append_kv(
+            self.k, self.v, k_new, v_new, self.lengths, **self._layout
+        )
+        return self._with(k, v, k_new)
+
+    def rope_append(
+        self, query: Any, k_new: Any, v_new: Any, **options: Any
+    ) -> tuple[jax.Array, Self]:
+        """`append` of keys turned by `rope`, and the queries turned alike.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          k_new: [B, K, H] or [B, T, K, H].
+          v_new: [B, K, Hv] or [B, T, K, Hv].
+          **options: of `rope`.
+
+        Returns:
+          The turned query, for `attend`, and the cache with T more tokens.
+        """
+        query, k, v = rotary.rope_append_kv(
+            query,
+            k_new,
+            v_new,
+            self.k,
+            self.v,
+            self.lengths,
+            **self._layout,
+            **options,
+        )
+        return query, self._with(k, v, k_new)
+
+    def attend(self, query: Any, **options: Any) -> Any:
+        """`decode_mha` of queries that stand at the last positions in the cache.
+
+        Args:
+          query: [B, N, H] or [B, T, N, H].
+          **options: of `decode_mha`.
+        """
+        return decode.decode_mha(
+            query, self.k, self.v, self.lengths, **self._layout, **options
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(_Cache):
     """Keys and values of a batch of sequences, each with its own room.
 
     Attributes:
@@ -106,6 +179,10 @@ class KVCache:
         """Tokens that a sequence has room for."""
         return self.k.shape[-3]
 
+    @property
+    def _room(self) -> int:
+        return self.max_length
+
     def append(self, k_new: Any, v_new: Any) -> Self:
         """The cache with T more tokens of each sequence; see `append_kv`.
 
@@ -117,67 +194,12 @@ class KVCache:
           k_new: [B, K, H] or [B, T, K, H].
           v_new: [B, K, Hv] or [B, T, K, Hv].
         """
-        k, v = decode.append_kv(
-            self.k,
-            self.v,
-            k_new,
-            v_new,
-            self.lengths,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-        )
-        lengths = _longer(self.lengths, k_new, self.max_length)
-        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
-
-    def rope_append(
-        self, query: Any, k_new: Any, v_new: Any, **options: Any
-    ) -> tuple[jax.Array, Self]:
-        """`append` of keys turned by `rope`, and the queries turned alike.
-
-        Args:
-          query: [B, N, H] or [B, T, N, H].
-          k_new: [B, K, H] or [B, T, K, H].
-          v_new: [B, K, Hv] or [B, T, K, Hv].
-          **options: of `rope`.
-
-        Returns:
-          The turned query, for `attend`, and the cache with T more tokens.
-        """
-        query, k, v = rotary.rope_append_kv(
-            query,
-            k_new,
-            v_new,
-            self.k,
-            self.v,
-            self.lengths,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-            **options,
-        )
-        lengths = _longer(self.lengths, k_new, self.max_length)
-        return query, dataclasses.replace(self, k=k, v=v, lengths=lengths)
-
-    def attend(self, query: Any, **options: Any) -> Any:
-        """`decode_mha` of queries that stand at the last positions in the cache.
-
-        Args:
-          query: [B, N, H] or [B, T, N, H].
-          **options: of `decode_mha`.
-        """
-        return decode.decode_mha(
-            query,
-            self.k,
-            self.v,
-            self.lengths,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-            **options,
-        )
+        return self._append(k_new, v_new)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedKVCache:
+class PagedKVCache(_Cache):
     """Keys and values of sequences in pages of one pool; Kwon et al. 2023, 2309.06180.
 
     `PageAllocator` decides which page belongs to whom.
@@ -253,6 +275,14 @@ class PagedKVCache:
         """Tokens of a page."""
         return self.k.shape[-3]
 
+    @property
+    def _room(self) -> int:
+        return self.page_table.shape[-1] * self.page_size
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return {"page_table": self.page_table, **super()._layout}
+
     def append(self, k_new: Any, v_new: Any) -> Self:
         """The cache with T more tokens of each sequence; see `append_kv`.
 
@@ -263,67 +293,7 @@ class PagedKVCache:
           k_new: [B, K, H] or [B, T, K, H].
           v_new: [B, K, Hv] or [B, T, K, Hv].
         """
-        k, v = decode.append_kv(
-            self.k,
-            self.v,
-            k_new,
-            v_new,
-            self.lengths,
-            page_table=self.page_table,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-        )
-        room = self.page_table.shape[-1] * self.page_size
-        lengths = _longer(self.lengths, k_new, room)
-        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
-
-    def rope_append(
-        self, query: Any, k_new: Any, v_new: Any, **options: Any
-    ) -> tuple[jax.Array, Self]:
-        """`append` of keys turned by `rope`, and the queries turned alike.
-
-        Args:
-          query: [B, N, H] or [B, T, N, H].
-          k_new: [B, K, H] or [B, T, K, H].
-          v_new: [B, K, Hv] or [B, T, K, Hv].
-          **options: of `rope`.
-
-        Returns:
-          The turned query, for `attend`, and the cache with T more tokens.
-        """
-        query, k, v = rotary.rope_append_kv(
-            query,
-            k_new,
-            v_new,
-            self.k,
-            self.v,
-            self.lengths,
-            page_table=self.page_table,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-            **options,
-        )
-        room = self.page_table.shape[-1] * self.page_size
-        lengths = _longer(self.lengths, k_new, room)
-        return query, dataclasses.replace(self, k=k, v=v, lengths=lengths)
-
-    def attend(self, query: Any, **options: Any) -> Any:
-        """`decode_mha` of queries that stand at the last positions in the cache.
-
-        Args:
-          query: [B, N, H] or [B, T, N, H].
-          **options: of `decode_mha`.
-        """
-        return decode.decode_mha(
-            query,
-            self.k,
-            self.v,
-            self.lengths,
-            page_table=self.page_table,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-            **options,
-        )
+        return self._append(k_new, v_new)
 
     def copy_pages(self, source: Any, target: Any) -> Self:
         """The cache with pages copied: what copy on write asks for.
