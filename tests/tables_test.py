@@ -300,6 +300,24 @@ def test_workspace_suffices_everywhere(
     assert got == max(sizes)
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "keys", "parts"),
+    [
+        (1, 32, 8, 1024, 4),
+        (1, 64, 8, 1024, 8),
+        (1, 64, 8, 4096, 2),  # room for as many blocks again
+        (2, 32, 8, 4096, 0),
+        (8, 64, 1, 65536, 0),
+        (1, 8, 8, 1024, 0),
+    ],
+)
+def test_room_for_parts_of_groups(
+    batch: int, heads: int, kv_heads: int, keys: int, parts: int
+) -> None:
+    got = plan.backward_parts(batch, heads, kv_heads, keys, 128, 64)
+    assert got == parts * batch * kv_heads * keys * 192
+
+
 def test_workspace_of_a_wider_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family with fewer widths pads to wider ones, which the size must allow for."""
     wide = plan.Kernel("mha_bwd", "sm90", "bf16", 128, 128)

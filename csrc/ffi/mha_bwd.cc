@@ -71,6 +71,8 @@ ffi::Error divide_workspace(const ffi::AnyBuffer& workspace, int width, MhaBwdPa
   params->row_lse = params->dquery_sum + rows * width;
   params->row_delta = params->row_lse + rows;
   params->turns = reinterpret_cast<int32_t*>(params->row_delta + rows);
+  params->parts = params->dquery_sum + floats;
+  params->part_floats = static_cast<int64_t>(workspace.element_count()) - floats;
   return ffi::Error::Success();
 }
 

@@ -91,7 +91,6 @@ struct BwdAdder {
   }
 
   __device__ __forceinline__ void run() const {
-    const int group = params.heads / params.kv_heads;
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
 #pragma unroll 1
@@ -101,9 +100,10 @@ struct BwdAdder {
       if (block.tiles < 0) break;
       const int first_tile = block.first_tile;
       const int end_tile = first_tile + block.tiles;
+      const int heads = block.query_heads;
       int in_sum = block.in_sum;
 #pragma unroll 1
-      for (int head = 0; head < group; ++head) {
+      for (int head = 0; head < heads; ++head) {
 #pragma unroll 1
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
           if constexpr (Config::kIntervals) {

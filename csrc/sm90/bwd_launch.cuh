@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "common/bwd_rows.cuh"
 #include "host/device.h"
@@ -12,32 +11,11 @@
 #include "sm90/bwd.h"
 #include "sm90/bwd_finish.cuh"
 #include "sm90/bwd_kernel.cuh"
+#include "sm90/bwd_parts.cuh"
 #include "sm90/order.h"
 #include "sm90/tensor_map.h"
 
 namespace jax_flash::sm90 {
-
-// How many key heads make a section of the order of blocks.
-inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks, int rows, int keys,
-                                 int64_t multiprocessors, int64_t l2_bytes) {
-  // What a block costs beside its tiles, in tiles.
-  constexpr float kBlockCost = 3.0f;
-  const RowMask mask = RowMask::make(params.query_length, params.key_length, params.window_left,
-                                     params.window_right, params.bottom_right);
-  const int64_t group = params.heads / params.kv_heads;
-  std::vector<float> costs;
-  for (int64_t block = 0; block < key_blocks; ++block) {
-    const int first_key = static_cast<int>(block * keys);
-    const RowInterval seen = mask.rows(first_key, first_key + keys);
-    const int tiles = seen.first < seen.end ? (seen.end + rows - 1) / rows - seen.first / rows : 0;
-    costs.push_back(kBlockCost + static_cast<float>(group * tiles));
-  }
-  // Queries, their output gradients and the sum of their gradients.
-  const double head_bytes = (2.0 + 2.0 + 4.0) * group * params.query_length * params.head_dim;
-  return best_sections(int64_t{params.batch} * params.kv_heads, costs, head_bytes, multiprocessors,
-                       l2_bytes, {section_turn(multiprocessors)})
-      .heads;
-}
 
 // multiprocessors: or pairs of them.
 template <typename Config>
@@ -45,14 +23,16 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
                       BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
   const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
-  const int64_t all = int64_t{params.batch} * params.kv_heads;
+  const int64_t parts = bwd_parts(params, Config::kRows, kKeys, multiprocessors, l2_bytes);
+  const int64_t query_heads = params.heads / params.kv_heads / parts;
+  const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
   int64_t turn = 0;
   if (params.window_right != kUnbounded) {
-    section =
-        bwd_section_heads(params, key_blocks, Config::kRows, kKeys, multiprocessors, l2_bytes);
+    const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
+    section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
     multiple = 2 * multiprocessors;
     turn = section_turn(multiprocessors);
   }
@@ -65,6 +45,7 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   // Equal blocks that add in an order keep their distance from round to round.
   plan->order.reverses = params.window_right != kUnbounded || !params.deterministic;
   plan->kv_heads = FastDivisor::make(params.kv_heads);
+  plan->parts = FastDivisor::make(static_cast<uint32_t>(parts));
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
   constexpr int kRows = Config::kPaired ? Config::kRows / 2 : Config::kRows;  // of a copy
@@ -160,17 +141,27 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if (error != cudaSuccess) return error;
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
-  error = cudaLaunchKernelEx(&config, kernel, params, plan);
+  const int parts = static_cast<int>(plan.parts.divisor);
+  MhaBwdParams main = params;
+  if (parts > 1) {
+    main.dkey = params.parts;
+    main.dvalue = params.parts + parts * bwd_gradient_rows(params) * params.head_dim;
+    main.f32_dkey = main.f32_dvalue = true;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, main, plan);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
-  if (chunks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kSumWidth / 64);
+  constexpr int kColumns = Config::kSumWidth / 64;
+  const int64_t blocks =
+      chunks + (parts > 1 ? bwd_part_blocks(params, kBwdFinishThreads, kColumns) : 0);
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
                        kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
-                       static_cast<int>(row_chunks));
+                       static_cast<int>(row_chunks), static_cast<int>(chunks), parts);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

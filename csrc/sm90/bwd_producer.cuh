@@ -143,7 +143,7 @@ struct BwdProducer {
   }
 
   // With intervals: how many steps there are.
-  __device__ __forceinline__ void count_steps(BwdBlock<Config>& block, int group) const {
+  __device__ __forceinline__ void count_steps(BwdBlock<Config>& block) const {
     int met = 0;
 #pragma unroll 1
     for (int i = lane_id(); i < block.tiles; i += 32) met += block.meets(block.first_tile + i);
@@ -151,7 +151,7 @@ struct BwdProducer {
     for (int step = 16; step > 0; step /= 2) met += __shfl_xor_sync(0xffffffffu, met, step);
     __syncwarp();
     if (lane_id() == 0) {
-      block.steps = group * met;
+      block.steps = block.query_heads * met;
       if (met == 0) block.tiles = 0;
     }
     __syncwarp();
@@ -164,7 +164,6 @@ struct BwdProducer {
   }
 
   __device__ __forceinline__ void run() {
-    const int group = params.heads / params.kv_heads;
     constexpr int kCluster = Config::kPaired ? 2 : 1;
     const int groups = gridDim.x / kCluster;
     const int padded_rows = bwd_padded_rows(params.query_length);
@@ -178,7 +177,7 @@ struct BwdProducer {
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();
       if (!__any_sync(0xffffffffu, made)) continue;
-      if constexpr (Config::kIntervals) count_steps(block, group);
+      if constexpr (Config::kIntervals) count_steps(block);
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
       }
@@ -187,7 +186,7 @@ struct BwdProducer {
       // The first queries do not wait for the block before to give its keys back.
       bool first = true;
 #pragma unroll 1
-      for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
+      for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
           if constexpr (Config::kIntervals) {

@@ -178,6 +178,10 @@ TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
 
+PART_KEYS = 131072
+"""Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
+
+
 def choose(
     op: str,
     dtype: Any,
@@ -243,6 +247,29 @@ def padded_rows(query_length: int) -> int:
     tiles = (-(-query_length // tile) * tile for tile in ROW_TILES)
     rows = functools.reduce(core.max_dim, tiles)  # lengths may be symbols
     return -(-rows // ROW_GROUP) * ROW_GROUP
+
+
+def backward_parts(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    key_length: int,
+    head_dim: int,
+    head_dim_v: int,
+) -> int:
+    """Floats for the gradients of key and value of parts of a group of heads.
+
+    With few keys there are too few blocks of work for a GPU unless the query heads of
+    a key head are split. The kernel chooses into how many parts, among those for which
+    there is room: for half of `PART_KEYS` keys of all heads and sequences none, for
+    fewer more, at most one for each query head.
+    """
+    if heads == kv_heads:
+        return 0
+    keys = batch * kv_heads * key_length
+    room = core.max_dim(PART_KEYS - 2 * keys, 0)
+    parts = core.min_dim(batch * heads * key_length, room)
+    return parts * (head_dim + head_dim_v)
 
 
 def backward_workspace(
