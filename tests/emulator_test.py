@@ -414,7 +414,7 @@ def check_backward(
         for name in ("query", "key", "value")
     }
     padded = plan.padded_rows(rows) * batch * heads
-    size = padded * (tile + 2) + padded // plan.TURN_ROWS
+    size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
     one_part = key[..., 0].size * sum(widths)
     workspace = aligned((size + parts * one_part,), np.float32)
     # Thread blocks run one after another: none may wait for a later one.

@@ -30,6 +30,7 @@ struct BwdPlan {
 
   SectionOrder order;  // of blocks of keys; its heads are the parts of key heads
   bool first_to_last;  // which it starts with
+  bool queued;         // thread blocks take the next that nobody has taken, not one of the order's
 };
 
 // With intervals.

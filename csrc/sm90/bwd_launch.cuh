@@ -33,8 +33,11 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
-    multiple = 2 * multiprocessors;
-    turn = section_turn(multiprocessors);
+    plan->queued = params.deterministic && !Config::kPaired;
+    if (!plan->queued) {
+      multiple = 2 * multiprocessors;
+      turn = section_turn(multiprocessors);
+    }
   }
   if (!SectionOrder::make(all, section, key_blocks, multiple, turn, &plan->order)) {
     return cudaErrorInvalidConfiguration;

@@ -7,6 +7,7 @@
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/reduction.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/batch_coordinate.cuh"
@@ -26,6 +27,9 @@ struct BwdProducer {
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
   int rank;        // in the cluster
+  // Where blocks of work wait for each other. Two thread blocks would have to take the same one.
+  static constexpr bool kMayQueue = Config::kDeterministic && !Config::kPaired;
+
   RingIndex<Config::kKeyStages> key_ring;
   int copied = 0;  // tiles of queries
 
@@ -169,10 +173,19 @@ struct BwdProducer {
     const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
-    for (int round = 0; round * groups < plan.order.ids; ++round) {
-      const int id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
-      if (id >= plan.order.ids) continue;
+    for (int round = 0;; ++round) {
+      // Before a block of work is taken: others may wait for it.
       BwdBlock<Config>& block = empty_slot(slots);
+      int id;
+      if (kMayQueue && plan.queued) {
+        if (lane_id() == 0) id = ptx::atom_acquire_add(params.queue, 1);
+        id = __shfl_sync(0xffffffffu, id, 0);
+        if (id >= plan.order.ids) break;
+      } else {
+        if (round * groups >= plan.order.ids) break;
+        id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
+        if (id >= plan.order.ids) continue;
+      }
       bool made = false;
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();

@@ -177,6 +177,9 @@ SUM_COLUMNS = 64
 TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
+QUEUE_ENTRIES = 4
+"""Numbers after those counts: how much work has been taken, and padding."""
+
 
 PART_KEYS = 131072
 """Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
@@ -287,7 +290,7 @@ def backward_workspace(
 
     For each head of each sequence and each padded row: the sum of the gradient of
     query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
-    for every `TURN_ROWS` rows. The device is unknown when a program is lowered, so the
+    for every `TURN_ROWS` rows. Then `QUEUE_ENTRIES`. The device is unknown when a program is lowered, so the
     widest kernel counts.
     """
     rows = padded_rows(query_length)
@@ -298,7 +301,7 @@ def backward_workspace(
     )
     width = max(kernel.head_dim for kernel in kernels if kernel is not None)
     width = -(-width // SUM_COLUMNS) * SUM_COLUMNS
-    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS)
+    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS) + QUEUE_ENTRIES
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:
