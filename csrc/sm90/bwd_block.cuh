@@ -28,7 +28,12 @@ struct BwdPlan {
   FastDivisor kv_heads;
   FastDivisor parts;  // into which the query heads of a key head are split
 
+  int32_t query_heads;  // of a part
+  int32_t tiles;        // of queries of a head
+  int32_t padded_rows;  // of a head's lse and delta
+
   SectionOrder order;  // of blocks of keys; its heads are the parts of key heads
+  FastDivisor groups;  // thread blocks, or pairs of them
   bool first_to_last;  // which it starts with
   bool queued;         // thread blocks take the next that nobody has taken, not one of the order's
 };
@@ -109,6 +114,10 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.batch = plan.kv_heads.divide(flat_head);
   block.head = flat_head - block.batch * params.kv_heads;
   block.out_batch = part * params.batch + block.batch;
+  // Parts of heads are numbered as their query heads are.
+  const int flat_query_head = flat_part * plan.query_heads;
+  block.first_head = flat_query_head - block.batch * params.heads;
+  block.in_sum = flat_query_head * plan.tiles;
   block.mask = mask_of<typename Config::Mask>(params, block.batch);
   if constexpr (Config::kIntervals) {
     const IntervalsView& view = params.intervals;
@@ -124,13 +133,10 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   const RowInterval rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
-  const int group = params.heads / params.kv_heads;
-  block.query_heads = plan.parts.divide(group);
-  block.first_head = block.head * group + part * block.query_heads;
-  const int tiles_of_head = (params.query_length + kRows - 1) / kRows;
-  block.steps = block.query_heads * block.tiles;
-  block.in_sum = (block.batch * params.heads + block.first_head) * tiles_of_head + block.first_tile;
-  block.next_head = tiles_of_head - block.tiles + 1;
+  block.query_heads = plan.query_heads;
+  block.steps = plan.query_heads * block.tiles;
+  block.in_sum += block.first_tile;
+  block.next_head = plan.tiles - block.tiles + 1;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;

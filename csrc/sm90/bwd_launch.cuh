@@ -48,6 +48,10 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   // Equal blocks that add in an order keep their distance from round to round.
   plan->order.reverses = params.window_right != kUnbounded || !params.deterministic;
   plan->kv_heads = FastDivisor::make(params.kv_heads);
+  plan->query_heads = static_cast<int32_t>(query_heads);
+  plan->tiles =
+      static_cast<int32_t>((int64_t{params.query_length} + Config::kRows - 1) / Config::kRows);
+  plan->padded_rows = bwd_padded_rows(params.query_length);
   plan->parts = FastDivisor::make(static_cast<uint32_t>(parts));
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
@@ -143,6 +147,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
+  plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
   const int parts = static_cast<int>(plan.parts.divisor);
   MhaBwdParams main = params;

@@ -27,7 +27,8 @@ struct BwdProducer {
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
   int rank;        // in the cluster
-  // Where blocks of work wait for each other. Two thread blocks would have to take the same one.
+  // Where blocks of work wait for each other. If they are not taken from the counter rounds go one
+  // way, without turns. Two thread blocks of a pair would have to take the same one.
   static constexpr bool kMayQueue = Config::kDeterministic && !Config::kPaired;
 
   RingIndex<Config::kKeyStages> key_ring;
@@ -106,12 +107,11 @@ struct BwdProducer {
   }
 
   // Queries `row`.. of a head with their lse, and their output gradients with their delta.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
-                                               int padded_rows) {
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row) {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
     wait_released(Config::kQueryReleased, Config::kStages);
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
@@ -167,25 +167,33 @@ struct BwdProducer {
     return shared.blocks[slots.stage()];
   }
 
+  // SectionOrder::id_of for this thread block, of the round that begins with `first_id`: without a
+  // counter of rounds and a division, for which there are no registers.
+  __device__ __forceinline__ int id_of_round(int first_id) const {
+    const SectionOrder& order = plan.order;
+    const int group = Config::kPaired ? blockIdx.x / 2 : blockIdx.x;
+    const int place =
+        plan.groups.remainder(group + order.section_ids.divide(first_id) * order.turn);
+    const bool back = order.reverses && plan.groups.divide(first_id) % 2 == 1;
+    return first_id + (back ? static_cast<int>(plan.groups.divisor) - 1 - place : place);
+  }
+
   __device__ __forceinline__ void run() {
-    constexpr int kCluster = Config::kPaired ? 2 : 1;
-    const int groups = gridDim.x / kCluster;
-    const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
+    // The next id, or the first of the round that it is in.
+    int next = kMayQueue ? blockIdx.x : 0;
 #pragma unroll 1
-    for (int round = 0;; ++round) {
+    for (;; next += plan.groups.divisor) {
       // Before a block of work is taken: others may wait for it.
       BwdBlock<Config>& block = empty_slot(slots);
-      int id;
       if (kMayQueue && plan.queued) {
-        if (lane_id() == 0) id = ptx::atom_acquire_add(params.queue, 1);
-        id = __shfl_sync(0xffffffffu, id, 0);
-        if (id >= plan.order.ids) break;
-      } else {
-        if (round * groups >= plan.order.ids) break;
-        id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
-        if (id >= plan.order.ids) continue;
+        int taken = 0;
+        if (lane_id() == 0) taken = ptx::atom_acquire_add(params.queue, 1);
+        next = __shfl_sync(0xffffffffu, taken, 0);
       }
+      if (next >= plan.order.ids) break;
+      const int id = kMayQueue ? next : id_of_round(next);
+      if (id >= plan.order.ids) continue;
       bool made = false;
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();
@@ -205,7 +213,7 @@ struct BwdProducer {
           if constexpr (Config::kIntervals) {
             if (!block.meets(tile)) continue;
           }
-          copy_queries(block, head, tile * Config::kRows, padded_rows);
+          copy_queries(block, head, tile * Config::kRows);
           if (first && lane_id() == 0) copy_keys(block);
           first = false;
         }

@@ -290,8 +290,8 @@ def backward_workspace(
 
     For each head of each sequence and each padded row: the sum of the gradient of
     query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
-    for every `TURN_ROWS` rows. Then `QUEUE_ENTRIES`. The device is unknown when a program is lowered, so the
-    widest kernel counts.
+    for every `TURN_ROWS` rows. Then `QUEUE_ENTRIES`. The device is unknown when a
+    program is lowered, so the widest kernel counts.
     """
     rows = padded_rows(query_length)
     kernels = (
