@@ -48,7 +48,6 @@ struct BwdAdder {
       while (ptx::ld_acquire(turn) < before) {
       }
     } else {
-      if (!params.first_stores) return false;
       before = ptx::atom_acquire_add(turn, 1);
       if (before > 0 && before < kStored) {
         while (ptx::ld_acquire(turn) < kStored) {
@@ -57,6 +56,15 @@ struct BwdAdder {
     }
     ptx::fence_proxy_async_global();
     return before == 0;
+  }
+
+  // Without an order: whether a part is there to be added to, asked for while dQ is computed. Most
+  // are, but for those of the first blocks of work of a head.
+  __device__ __forceinline__ bool is_stored(int32_t* turn) const {
+    if (!params.first_stores) return true;
+    if (ptx::ld_acquire(turn) < kStored) return false;
+    ptx::fence_proxy_async_global();
+    return true;
   }
 
   // One part of a tile; stores: instead of adding, as only the lane that adds need know.
@@ -112,7 +120,12 @@ struct BwdAdder {
     } else {
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
-        add_part(first + part, stores, [&] { stores = wait_for_turn(turns + part, block, tile); });
+        bool may_add = false;
+        if (lane_id() == 0) may_add = is_stored(turns + part);
+        __syncwarp();
+        add_part(first + part, stores, [&] {
+          if (!may_add) stores = wait_for_turn(turns + part, block, tile);
+        });
         if (stores) publish(turns + part, kStored);
         stores = false;
       }

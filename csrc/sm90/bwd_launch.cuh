@@ -26,6 +26,9 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   const int64_t parts = bwd_parts(params, Config::kRows, kKeys, multiprocessors, l2_bytes);
   const int64_t query_heads = params.heads / params.kv_heads / parts;
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
+  // Where blocks wait for longer ones, and where nobody knows how long they are.
+  const bool waits = params.deterministic && params.window_right != kUnbounded;
+  plan->queued = !Config::kPaired && (waits || Config::kIntervals);
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
@@ -33,7 +36,6 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
-    plan->queued = params.deterministic && !Config::kPaired;
     if (!plan->queued) {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);
@@ -95,13 +97,31 @@ inline bool bwd_first_stores(const MhaBwdParams& params, int keys) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
+  if (diagonal && bwd_tries("stores")) return true;
   return seen <= (diagonal ? 4096 : keys < 128 ? 512 : 2048);
+}
+
+// Whether sums have an order though nobody asked for it, because that is faster: the first to add
+// knows it, instead of asking, and few blocks add to the same part. Without a mask they all begin
+// with the same part and wait for each other once, which has to be a small part of the work. For
+// widths up to 128.
+inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) {
+  if (bwd_tries("unordered")) return false;
+  if (params.window_right == kUnbounded) {
+    const int64_t blocks = int64_t{params.batch} * params.heads * (params.key_length / 128);
+    return params.head_dim > 64 && params.window_left == kUnbounded &&
+           std::max(params.query_length, params.key_length) <= 4096 &&
+           blocks >= 15 * multiprocessors;
+  }
+  return params.window_left != kUnbounded &&
+         int64_t{params.window_left} + params.window_right < 4096;
 }
 
 // Thread blocks of the main kernel, or pairs of them. Where blocks of keys keep their distance,
 // each has its place among those of a head, if that leaves few multiprocessors idle.
 inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
-  if (plan.order.reverses || plan.order.blocks > multiprocessors) return multiprocessors;
+  if (plan.queued || plan.order.reverses || plan.order.blocks > multiprocessors)
+    return multiprocessors;
   const int whole = multiprocessors / plan.order.blocks * plan.order.blocks;
   return whole >= 0.9f * multiprocessors ? whole : multiprocessors;
 }
@@ -136,7 +156,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
     // than fit must not be launched: those that wait for their turn would keep the others out.
     config.gridDim = dim3(device.multiprocessors / 2 * 2);
-    error = cudaOccupancyMaxActiveClusters(&groups, kernel, &config);
+    error = max_active_clusters<mha_bwd_kernel<Config>>(config, &groups);
     if (error != cudaSuccess) return error;
     if (groups == 0) return cudaErrorInvalidConfiguration;
   }
@@ -173,8 +193,11 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
+cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
                            cudaStream_t stream) {
+  MhaBwdParams params = call;
+  if (kHeadDim <= 128 && bwd_order_pays(params, device.multiprocessors))
+    params.deterministic = true;
   const auto launch = [&]<int kRows>() {
     return params.deterministic
                ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)

@@ -27,9 +27,10 @@ struct BwdProducer {
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
   int rank;        // in the cluster
-  // Where blocks of work wait for each other. If they are not taken from the counter rounds go one
-  // way, without turns. Two thread blocks of a pair would have to take the same one.
-  static constexpr bool kMayQueue = Config::kDeterministic && !Config::kPaired;
+  // Whether blocks of work may come from a counter; if they do not, rounds go one way, without
+  // turns. Two thread blocks of a pair would have to take the same one.
+  static constexpr bool kMayQueue =
+      (Config::kDeterministic || Config::kIntervals) && !Config::kPaired;
 
   RingIndex<Config::kKeyStages> key_ring;
   int copied = 0;  // tiles of queries
@@ -186,7 +187,7 @@ struct BwdProducer {
     for (;; next += plan.groups.divisor) {
       // Before a block of work is taken: others may wait for it.
       BwdBlock<Config>& block = empty_slot(slots);
-      if (kMayQueue && plan.queued) {
+      if (kMayQueue && (Config::kIntervals || plan.queued)) {
         int taken = 0;
         if (lane_id() == 0) taken = ptx::atom_acquire_add(params.queue, 1);
         next = __shfl_sync(0xffffffffu, taken, 0);
