@@ -32,7 +32,7 @@ _POINTERS = (
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors",
+    "deterministic", "multiprocessors", "parts",
 )
 # fmt: on
 
@@ -328,6 +328,32 @@ def test_wide_backward_sm80(backward: ctypes.CDLL, case: str) -> None:
     check_backward(backward.mha_bwd_sm80, (256, 256), case, 3, False, 256)
 
 
+@pytest.mark.parametrize(
+    ("widths", "tile", "case", "parts"),
+    [
+        ((64, 64), 64, "packed heads", 4),
+        ((128, 120), 128, "packed heads", 2),
+        ((72, 88), 128, "lengths", 2),
+        ((256, 256), 256, "padding before the rows", 2),
+        ((256, 200), 256, "ragged", 2),
+    ],
+)
+def test_backward_sm90_of_split_groups(
+    backward: ctypes.CDLL, widths: tuple[int, int], tile: int, case: str, parts: int
+) -> None:
+    """The heads of a group in blocks of their own, each with room for its gradients."""
+    for number in (parts, 7 - parts):
+        check_backward(
+            backward.mha_bwd_sm90,
+            widths,
+            case,
+            number,
+            False,
+            tile,
+            parts=parts,
+        )
+
+
 def check_backward(
     function: Any,
     widths: tuple[int, int],
@@ -335,8 +361,13 @@ def check_backward(
     number: int,
     f16: bool,
     tile: int,
+    *,
+    parts: int = 0,
 ) -> None:
-    """One case, run in one of several ways by its number."""
+    """One case, run in one of several ways by its number.
+
+    `parts` of a group of heads have room; more than 1: on a GPU that is large enough.
+    """
     shape, given = CASES_OF_PAIRS[case]
     dtype = "float16" if f16 else "bfloat16"
     ways = list(itertools.product((False, True), repeat=3))
@@ -374,7 +405,12 @@ def check_backward(
         for name in ("query", "key", "value")
     }
     padded = plan.padded_rows(rows) * batch * heads
-    workspace = aligned((padded * (tile + 2) + padded // plan.TURN_ROWS,), np.float32)
+    size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
+    one_part = key[..., 0].size * sum(widths)
+    workspace = aligned((size + parts * one_part,), np.float32)
+    # Thread blocks run one after another: none may wait for a later one. Those of Hopper
+    # work in pairs over width 128.
+    few = (1 + (tile > 128)) * (1 if deterministic else 1 + number % 3)
     call(
         function,
         given,
@@ -382,10 +418,10 @@ def check_backward(
         results | {"workspace": workspace},
         f32_results=f32_results,
         deterministic=deterministic,
-        # Thread blocks run one after another: none may wait for a later one.
-        # Those of Hopper work in pairs over width 128.
-        multiprocessors=(1 + (tile > 128)) * (1 if deterministic else 1 + number % 3),
+        multiprocessors=132 if parts > 1 else few,
+        parts=parts,
     )
+    assert np.isfinite(workspace[size:]).all()
     for name, x in expected.items():
         result = results[f"d{name}"].astype(np.float64)
         assert np.isfinite(result).all(), name

@@ -304,7 +304,7 @@ def run_backward(
         for name in ("query", "key", "value")
     }
     padded = plan.padded_rows(rows) * batch * heads
-    size = padded * (tile + 2) + padded // plan.TURN_ROWS
+    size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
     results["workspace"] = aligned((size,), np.float32)
     call(function, case.options, arrays | case.arrays(), results, **ways)
     del results["workspace"]

@@ -264,11 +264,11 @@ def test_missing_kernel(op: str) -> None:
 
 
 def workspace_of(kernel: plan.Kernel, batch: int, heads: int, query_length: int) -> int:
-    """What `csrc/host/params.h` lists: a sum, two rows and turns, all padded."""
+    """What `csrc/host/params.h` lists: a sum, two rows and turns, padded; a queue."""
     tiles = max(-(-query_length // 80) * 80, -(-query_length // 128) * 128)
     rows = -(-tiles // 64) * 64
     sums = batch * heads * rows * (-(-kernel.head_dim // 64) * 64)
-    return sums + 2 * batch * heads * rows + batch * heads * (rows // 16)
+    return sums + 2 * batch * heads * rows + batch * heads * (rows // 16) + 4
 
 
 @pytest.mark.parametrize("query_length", [1, 127, 128, 129, 4097])
@@ -297,6 +297,24 @@ def test_workspace_suffices_everywhere(
     ]
     got = plan.backward_workspace(3, 5, query_length, "bfloat16", *widths, op)
     assert got == max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "keys", "parts"),
+    [
+        (1, 32, 8, 1024, 4),
+        (1, 64, 8, 1024, 8),
+        (1, 64, 8, 4096, 2),  # room for as many blocks again
+        (2, 32, 8, 4096, 0),
+        (8, 64, 1, 65536, 0),
+        (1, 8, 8, 1024, 0),
+    ],
+)
+def test_room_for_parts_of_groups(
+    batch: int, heads: int, kv_heads: int, keys: int, parts: int
+) -> None:
+    got = plan.backward_parts(batch, heads, kv_heads, keys, 128, 64)
+    assert got == parts * batch * kv_heads * keys * 192
 
 
 def test_workspace_of_a_wider_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

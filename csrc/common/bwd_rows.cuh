@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(kBwdRowThreads)
     params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
   }
 
+  if (blockIdx.x == 0 && threadIdx.x == 0) *params.queue = 0;
+
   const Mask mask = mask_of<Mask>(params, group.batch);
   const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
@@ -183,7 +185,8 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   }
 }
 
-// Writes row_lse, row_delta, and zeros to turns and, unless the first to add stores, dquery_sum.
+// Writes row_lse, row_delta, and zeros to queue, turns and, unless the first to add stores,
+// dquery_sum.
 template <typename Element, typename Mask = RowMask>
 cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream) {
   const int64_t blocks = bwd_row_blocks(params);

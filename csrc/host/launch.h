@@ -3,7 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 
 namespace jax_flash {
 
@@ -35,6 +38,30 @@ cudaError_t launch_dependent_kernel(void (*kernel)(Params...), dim3 grid, int th
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+// How many clusters of a launch fit on the current device at a time: asked once for each device,
+// unless the grid changes. Of `config`, nothing else may.
+template <auto kKernel>
+cudaError_t max_active_clusters(const cudaLaunchConfig_t& config, int* clusters) {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<uint64_t>, kMaxDevices> known{};  // the grid, and the answer for it
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const bool keeps = device < kMaxDevices;
+  const uint64_t last = keeps ? known[device].load(std::memory_order_relaxed) : 0;
+  if (last >> 32 == config.gridDim.x) {
+    *clusters = static_cast<int>(last & 0xffffffffu);
+    return cudaSuccess;
+  }
+  error = cudaOccupancyMaxActiveClusters(clusters, kKernel, &config);
+  if (error != cudaSuccess) return error;
+  if (keeps) {
+    known[device].store(uint64_t{config.gridDim.x} << 32 | static_cast<uint32_t>(*clusters),
+                        std::memory_order_relaxed);
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_flash

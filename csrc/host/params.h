@@ -88,6 +88,9 @@ struct MhaFwdParams : MhaParams {
 // Rows of queries for which `turns` has an entry.
 inline constexpr int kBwdTurnRows = 16;
 
+// Entries of 4 bytes that the workspace has for `queue`, so that what follows is aligned.
+inline constexpr int kBwdQueueEntries = 4;
+
 // Rows that a thread block of bwd_rows.cuh works on.
 inline constexpr int kBwdRowGroup = 64;
 
@@ -127,6 +130,11 @@ struct MhaBwdParams : MhaParams {
   float* row_lse;     // [batch, heads, padded rows]: log2(e) * lse; +inf in rows without keys
   float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows
   int32_t* turns;     // [batch, heads, padded rows / kBwdTurnRows]: who has added; zeroed
+  int32_t* queue;     // how many blocks of work have been taken, where they are; zeroed
+  // Where blocks of work may have some of a group's query heads only: their parts of dkey and
+  // dvalue, before these are added up. As many as fit; the call's shape says how many pay.
+  float* parts;
+  int64_t part_floats;
 
   // Whether the first to add to a part of dquery_sum stores instead, and there are no zeros before;
   // a part to which nothing was added has an entry of 0 in `turns`.

@@ -33,6 +33,10 @@ __device__ __forceinline__ int32_t atom_acquire_add(int32_t* target, int32_t val
   return before;
 }
 
+__device__ __forceinline__ void red_add(int32_t* target, int32_t value) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(target), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void red_add(float* target, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
 }

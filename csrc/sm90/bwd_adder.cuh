@@ -48,7 +48,6 @@ struct BwdAdder {
       while (ptx::ld_acquire(turn) < before) {
       }
     } else {
-      if (!params.first_stores) return false;
       before = ptx::atom_acquire_add(turn, 1);
       if (before > 0 && before < kStored) {
         while (ptx::ld_acquire(turn) < kStored) {
@@ -59,15 +58,25 @@ struct BwdAdder {
     return before == 0;
   }
 
-  // tile: its number in the head; part: in the sum.
-  __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int64_t part) const {
-    int32_t* const turn = params.turns + part;
-    bool stores = false;
+  // Without an order: whether a part is there to be added to, asked for while dQ is computed. Most
+  // are, but for those of the first blocks of work of a head.
+  __device__ __forceinline__ bool is_stored(int32_t* turn) const {
+    if (!params.first_stores) return true;
+    if (ptx::ld_acquire(turn) < kStored) return false;
+    ptx::fence_proxy_async_global();
+    return true;
+  }
+
+  // One part of a tile; stores: instead of adding, as only the lane that adds need know.
+  // before_first(): what that lane does first when dQ is there.
+  template <typename BeforeFirst>
+  __device__ __forceinline__ void add_part(int64_t part, bool& stores,
+                                           BeforeFirst before_first) const {
 #pragma unroll
     for (int piece = 0; piece < Config::kSumPieces; ++piece) {
       ptx::bar_sync(Config::kSumReady + warpgroup, Config::kSumThreads);
       if (lane_id() == 0) {
-        if (piece == 0) stores = wait_for_turn(turn, block, tile);
+        if (piece == 0) before_first();
         constexpr int kFloats = Config::kSumFloats / Config::kSumPieces;
         float* const sum = params.dquery_sum + part * Config::kSumFloats + piece * kFloats;
         const uint32_t source = tiles + Config::kSumOffset + warpgroup * 4 * kFloats;
@@ -82,16 +91,48 @@ struct BwdAdder {
       __syncwarp();
       ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
     }
-    // `stores` is only ever set in the lane that adds.
-    if (ordered() ? lane_id() == 0 : stores) {
-      ptx::tma_store_wait();
-      ptx::fence_proxy_async_global();
-      ptx::red_release_add(turn, ordered() ? 1 : kStored);
+  }
+
+  // What this lane has added is there for others to add to.
+  __device__ __forceinline__ void publish(int32_t* turn, int32_t value) const {
+    ptx::tma_store_wait();
+    ptx::fence_proxy_async_global();
+    ptx::red_release_add(turn, value);
+  }
+
+  // This warp's parts of a tile, from the one numbered `first` in the sum. tile: its number in the
+  // head. With an order the parts have one turn, that of the first, which is asked for while dQ is
+  // computed: each answer takes as long as the copy of a part.
+  __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int64_t first,
+                                      int parts) const {
+    int32_t* const turns = params.turns + first;
+    bool stores = false;
+    if (ordered()) {
+      if (lane_id() == 0) stores = wait_for_turn(turns, block, tile);
+      __syncwarp();
+#pragma unroll 1
+      for (int part = 0; part < parts; ++part) add_part(first + part, stores, [] {});
+      if (lane_id() == 0) {
+        publish(turns, 1);
+        // That there is something in the other parts, for the last kernel.
+        for (int part = 1; part < parts; ++part) ptx::red_add(turns + part, 1);
+      }
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < parts; ++part) {
+        bool may_add = false;
+        if (lane_id() == 0) may_add = is_stored(turns + part);
+        __syncwarp();
+        add_part(first + part, stores, [&] {
+          if (!may_add) stores = wait_for_turn(turns + part, block, tile);
+        });
+        if (stores) publish(turns + part, kStored);
+        stores = false;
+      }
     }
   }
 
   __device__ __forceinline__ void run() const {
-    const int group = params.heads / params.kv_heads;
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
 #pragma unroll 1
@@ -101,9 +142,10 @@ struct BwdAdder {
       if (block.tiles < 0) break;
       const int first_tile = block.first_tile;
       const int end_tile = first_tile + block.tiles;
+      const int heads = block.query_heads;
       int in_sum = block.in_sum;
 #pragma unroll 1
-      for (int head = 0; head < group; ++head) {
+      for (int head = 0; head < heads; ++head) {
 #pragma unroll 1
         for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
           if constexpr (Config::kIntervals) {
@@ -111,10 +153,8 @@ struct BwdAdder {
           }
           const int64_t first_part =
               int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup, rank);
-#pragma unroll 1
-          for (int part = 0; part < Config::parts_of(warpgroup, rank, tile); ++part) {
-            add(block, tile, first_part + part);
-          }
+          const int parts = Config::parts_of(warpgroup, rank, tile);
+          if (parts > 0) add(block, tile, first_part, parts);
         }
         in_sum += block.next_head - 1;
       }

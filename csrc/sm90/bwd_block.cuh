@@ -1,5 +1,6 @@
-// A block of work of the backward: kKeys keys of one key head, and the queries that see them. Of a
-// pair of thread blocks both have the queries that see any of the keys of both.
+// A block of work of the backward: kKeys keys of one key head, and the queries that see them, of
+// all or some of its query heads. Of a pair of thread blocks both have the queries that see any of
+// the keys of both.
 #pragma once
 
 #include <cuda.h>
@@ -25,9 +26,16 @@ struct BwdPlan {
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
   FastDivisor kv_heads;
+  FastDivisor parts;  // into which the query heads of a key head are split
 
-  SectionOrder order;  // of blocks of keys
+  int32_t query_heads;  // of a part
+  int32_t tiles;        // of queries of a head
+  int32_t padded_rows;  // of a head's lse and delta
+
+  SectionOrder order;  // of blocks of keys; its heads are the parts of key heads
+  FastDivisor groups;  // thread blocks, or pairs of them
   bool first_to_last;  // which it starts with
+  bool queued;         // thread blocks take the next that nobody has taken, not one of the order's
 };
 
 // With intervals.
@@ -43,14 +51,17 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   // Of queries, for each query head; negative: there are no more blocks. With intervals some of
   // them may be passed over.
   int tiles;
-  int first_tile;  // of them
-  int steps;       // of all query heads together
-  int in_sum;      // number of the first tile of the first head in the sum for dQ
-  int next_head;   // from the last tile of a head to the first of the next, there
+  int first_tile;   // of them
+  int steps;        // of all query heads together
+  int first_head;   // of its query heads
+  int query_heads;  // how many
+  int in_sum;       // number of the first tile of the first head in the sum for dQ
+  int next_head;    // from the last tile of a head to the first of the next, there
   int first_key;
   int keys;  // of which exist in the sequence; the others are padding. Not with intervals.
   int head;  // key head
   int batch;
+  int out_batch;  // in the gradients of keys and values, or in those of all parts
   typename Config::Mask mask;
   RowInterval live;  // rows that see any key; the others may hold anything. Not with intervals.
   // Per warpgroup: tiles [first, end) whose queries, those that exist, see all of its keys, and
@@ -93,13 +104,20 @@ template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const BwdPlan& plan, int id,
                                            int rank_in_cluster, BwdBlock<Config>& block) {
   constexpr int kRows = Config::kRows;
-  const auto [rank, flat_head] = plan.order.place_of(id);
+  const auto [rank, flat_part] = plan.order.place_of(id);
   if (rank >= plan.order.blocks) return false;
   const int cluster_key =
       (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kClusterKeys;
   block.first_key = cluster_key + rank_in_cluster * Config::kKeys;
+  const int flat_head = plan.parts.divide(flat_part);
+  const int part = flat_part - flat_head * static_cast<int>(plan.parts.divisor);
   block.batch = plan.kv_heads.divide(flat_head);
   block.head = flat_head - block.batch * params.kv_heads;
+  block.out_batch = part * params.batch + block.batch;
+  // Parts of heads are numbered as their query heads are.
+  const int flat_query_head = flat_part * plan.query_heads;
+  block.first_head = flat_query_head - block.batch * params.heads;
+  block.in_sum = flat_query_head * plan.tiles;
   block.mask = mask_of<typename Config::Mask>(params, block.batch);
   if constexpr (Config::kIntervals) {
     const IntervalsView& view = params.intervals;
@@ -115,12 +133,10 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   const RowInterval rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
-  const int group = params.heads / params.kv_heads;
-  const int tiles_of_head = (params.query_length + kRows - 1) / kRows;
-  block.steps = group * block.tiles;
-  block.in_sum =
-      (block.batch * params.heads + block.head * group) * tiles_of_head + block.first_tile;
-  block.next_head = tiles_of_head - block.tiles + 1;
+  block.query_heads = plan.query_heads;
+  block.steps = plan.query_heads * block.tiles;
+  block.in_sum += block.first_tile;
+  block.next_head = plan.tiles - block.tiles + 1;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;

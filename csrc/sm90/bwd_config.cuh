@@ -12,7 +12,7 @@
 
 namespace jax_flash::sm90 {
 
-// kRowsArg: queries of a tile; two warpgroups own 64 keys each. kDeterministicArg: thread blocks
+// kRowsArg: queries of a tile; two warpgroups own 64 keys each. kDeterministicArg: blocks of work
 // add to dQ in an order; with intervals the call says so. MaskArg: RowMask or IntervalMask.
 template <ElementType kTypeArg, int kHeadDimArg, int kRowsArg, bool kDeterministicArg,
           typename MaskArg = RowMask>

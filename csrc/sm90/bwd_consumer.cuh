@@ -461,7 +461,8 @@ struct BwdConsumer {
       const int key = first + 8 * h;
       const bool exists = key < params.key_length;
       const int64_t row =
-          ((int64_t{block.batch} * params.key_length + key) * params.kv_heads + block.head) * width;
+          ((int64_t{block.out_batch} * params.key_length + key) * params.kv_heads + block.head) *
+          width;
       if (f32) {
         float* const target = static_cast<float*>(out) + row + 2 * lane;
 #pragma unroll

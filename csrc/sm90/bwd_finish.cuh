@@ -1,4 +1,5 @@
-// The last kernel of the backward: dQ from its sum.
+// The last kernel of the backward: dQ from its sum, and dK and dV from their parts, if they have
+// any.
 //
 // The sum lies in chunks of kRows queries by 64 columns, as the warpgroups hold them: for thread t
 // and register i of product K^T dS^T, element 512 (i / 4) + 4 t + i % 4 of the chunk is column 16
@@ -10,6 +11,7 @@
 
 #include "host/params.h"
 #include "ptx/math.cuh"
+#include "sm90/bwd_parts.cuh"
 #include "tile/copy.cuh"
 
 namespace jax_flash::sm90 {
@@ -20,10 +22,11 @@ template <int kRows>
 inline constexpr int kBwdFinishSharedBytes = kRows * kBwdFinishPitch * 4;
 
 // One thread block for each chunk: blockIdx.x = (head, chunk of rows) flat, y = chunk of columns.
-// kRows: of a chunk.
+// Thread blocks from `chunks` on add up parts. kRows: of a chunk.
 template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads)
-    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks) {
+    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks, int chunks,
+                          int parts) {
   constexpr int kPitch = kBwdFinishPitch;
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
@@ -31,6 +34,11 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   const int first_row = (blockIdx.x - row_head * row_chunks) * kRows;
   const int first_column = blockIdx.y * 64;
   const int thread = threadIdx.x;
+  if (static_cast<int>(blockIdx.x) >= chunks) {
+    const int64_t block = (int64_t{blockIdx.x} - chunks) * gridDim.y + blockIdx.y;
+    add_bwd_parts<Element>(params, parts, block * kBwdFinishThreads + thread);
+    return;
+  }
   const int64_t number = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   // Nobody may have been there to store.
   const bool none = params.first_stores && params.turns[number] == 0;

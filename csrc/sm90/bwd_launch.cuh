@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "common/bwd_rows.cuh"
 #include "host/device.h"
@@ -12,32 +11,11 @@
 #include "sm90/bwd.h"
 #include "sm90/bwd_finish.cuh"
 #include "sm90/bwd_kernel.cuh"
+#include "sm90/bwd_parts.cuh"
 #include "sm90/order.h"
 #include "sm90/tensor_map.h"
 
 namespace jax_flash::sm90 {
-
-// How many key heads make a section of the order of blocks.
-inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks, int rows, int keys,
-                                 int64_t multiprocessors, int64_t l2_bytes) {
-  // What a block costs beside its tiles, in tiles.
-  constexpr float kBlockCost = 3.0f;
-  const RowMask mask = RowMask::make(params.query_length, params.key_length, params.window_left,
-                                     params.window_right, params.bottom_right);
-  const int64_t group = params.heads / params.kv_heads;
-  std::vector<float> costs;
-  for (int64_t block = 0; block < key_blocks; ++block) {
-    const int first_key = static_cast<int>(block * keys);
-    const RowInterval seen = mask.rows(first_key, first_key + keys);
-    const int tiles = seen.first < seen.end ? (seen.end + rows - 1) / rows - seen.first / rows : 0;
-    costs.push_back(kBlockCost + static_cast<float>(group * tiles));
-  }
-  // Queries, their output gradients and the sum of their gradients.
-  const double head_bytes = (2.0 + 2.0 + 4.0) * group * params.query_length * params.head_dim;
-  return best_sections(int64_t{params.batch} * params.kv_heads, costs, head_bytes, multiprocessors,
-                       l2_bytes, {section_turn(multiprocessors)})
-      .heads;
-}
 
 // multiprocessors: or pairs of them.
 template <typename Config>
@@ -45,16 +23,23 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
                       BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
   const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
-  const int64_t all = int64_t{params.batch} * params.kv_heads;
+  const int64_t parts = bwd_parts(params, Config::kRows, kKeys, multiprocessors, l2_bytes);
+  const int64_t query_heads = params.heads / params.kv_heads / parts;
+  const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
+  // Where blocks wait for longer ones, and where nobody knows how long they are.
+  const bool waits = params.deterministic && params.window_right != kUnbounded;
+  plan->queued = !Config::kPaired && (waits || Config::kIntervals);
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
   int64_t turn = 0;
   if (params.window_right != kUnbounded) {
-    section =
-        bwd_section_heads(params, key_blocks, Config::kRows, kKeys, multiprocessors, l2_bytes);
-    multiple = 2 * multiprocessors;
-    turn = section_turn(multiprocessors);
+    const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
+    section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
+    if (!plan->queued) {
+      multiple = 2 * multiprocessors;
+      turn = section_turn(multiprocessors);
+    }
   }
   if (!SectionOrder::make(all, section, key_blocks, multiple, turn, &plan->order)) {
     return cudaErrorInvalidConfiguration;
@@ -65,6 +50,11 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   // Equal blocks that add in an order keep their distance from round to round.
   plan->order.reverses = params.window_right != kUnbounded || !params.deterministic;
   plan->kv_heads = FastDivisor::make(params.kv_heads);
+  plan->query_heads = static_cast<int32_t>(query_heads);
+  plan->tiles =
+      static_cast<int32_t>((int64_t{params.query_length} + Config::kRows - 1) / Config::kRows);
+  plan->padded_rows = bwd_padded_rows(params.query_length);
+  plan->parts = FastDivisor::make(static_cast<uint32_t>(parts));
   plan->inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
 
   constexpr int kRows = Config::kPaired ? Config::kRows / 2 : Config::kRows;  // of a copy
@@ -107,13 +97,31 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
+  if (diagonal && bwd_tries("stores")) return true;
   return seen <= (diagonal ? 4096 : 2048);
+}
+
+// Whether sums have an order though nobody asked for it, because that is faster: the first to add
+// knows it, instead of asking, and few blocks add to the same part. Without a mask they all begin
+// with the same part and wait for each other once, which has to be a small part of the work. For
+// widths up to 128.
+inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) {
+  if (bwd_tries("unordered")) return false;
+  if (params.window_right == kUnbounded) {
+    const int64_t blocks = int64_t{params.batch} * params.heads * (params.key_length / 128);
+    return params.head_dim > 64 && params.window_left == kUnbounded &&
+           std::max(params.query_length, params.key_length) <= 4096 &&
+           blocks >= 15 * multiprocessors;
+  }
+  return params.window_left != kUnbounded &&
+         int64_t{params.window_left} + params.window_right < 4096;
 }
 
 // Thread blocks of the main kernel, or pairs of them. Where blocks of keys keep their distance,
 // each has its place among those of a head, if that leaves few multiprocessors idle.
 inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
-  if (plan.order.reverses || plan.order.blocks > multiprocessors) return multiprocessors;
+  if (plan.queued || plan.order.reverses || plan.order.blocks > multiprocessors)
+    return multiprocessors;
   const int whole = multiprocessors / plan.order.blocks * plan.order.blocks;
   return whole >= 0.9f * multiprocessors ? whole : multiprocessors;
 }
@@ -148,7 +156,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
     // than fit must not be launched: those that wait for their turn would keep the others out.
     config.gridDim = dim3(device.multiprocessors / 2 * 2);
-    error = cudaOccupancyMaxActiveClusters(&groups, kernel, &config);
+    error = max_active_clusters<mha_bwd_kernel<Config>>(config, &groups);
     if (error != cudaSuccess) return error;
     if (groups == 0) return cudaErrorInvalidConfiguration;
   }
@@ -159,23 +167,37 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
+  plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
-  error = cudaLaunchKernelEx(&config, kernel, params, plan);
+  const int parts = static_cast<int>(plan.parts.divisor);
+  MhaBwdParams main = params;
+  if (parts > 1) {
+    main.dkey = params.parts;
+    main.dvalue = params.parts + parts * bwd_gradient_rows(params) * params.head_dim;
+    main.f32_dkey = main.f32_dvalue = true;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, main, plan);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
-  if (chunks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const dim3 finish_grid(static_cast<unsigned>(chunks), Config::kSumWidth / 64);
+  constexpr int kColumns = Config::kSumWidth / 64;
+  const int64_t blocks =
+      chunks + (parts > 1 ? bwd_part_blocks(params, kBwdFinishThreads, kColumns) : 0);
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
                        kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
-                       static_cast<int>(row_chunks));
+                       static_cast<int>(row_chunks), static_cast<int>(chunks), parts);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
+cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
                            cudaStream_t stream) {
+  MhaBwdParams params = call;
+  if (kHeadDim <= 128 && bwd_order_pays(params, device.multiprocessors))
+    params.deterministic = true;
   const auto launch = [&]<int kRows>() {
     return params.deterministic
                ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)

@@ -7,6 +7,7 @@
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/reduction.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/batch_coordinate.cuh"
@@ -26,6 +27,11 @@ struct BwdProducer {
   BwdShared<Config>& shared;
   uint32_t tiles;  // shared address of the keys
   int rank;        // in the cluster
+  // Whether blocks of work may come from a counter; if they do not, rounds go one way, without
+  // turns. Two thread blocks of a pair would have to take the same one.
+  static constexpr bool kMayQueue =
+      (Config::kDeterministic || Config::kIntervals) && !Config::kPaired;
+
   RingIndex<Config::kKeyStages> key_ring;
   int copied = 0;  // tiles of queries
 
@@ -111,12 +117,11 @@ struct BwdProducer {
   }
 
   // Queries `row`.. of a head with their lse, and their output gradients with their delta.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
-                                               int padded_rows) {
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row) {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
     wait_queries_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
@@ -152,7 +157,7 @@ struct BwdProducer {
   }
 
   // With intervals: how many steps there are.
-  __device__ __forceinline__ void count_steps(BwdBlock<Config>& block, int group) const {
+  __device__ __forceinline__ void count_steps(BwdBlock<Config>& block) const {
     int met = 0;
 #pragma unroll 1
     for (int i = lane_id(); i < block.tiles; i += 32) met += block.meets(block.first_tile + i);
@@ -160,7 +165,7 @@ struct BwdProducer {
     for (int step = 16; step > 0; step /= 2) met += __shfl_xor_sync(0xffffffffu, met, step);
     __syncwarp();
     if (lane_id() == 0) {
-      block.steps = group * met;
+      block.steps = block.query_heads * met;
       if (met == 0) block.tiles = 0;
     }
     __syncwarp();
@@ -172,22 +177,38 @@ struct BwdProducer {
     return shared.blocks[slots.stage()];
   }
 
+  // SectionOrder::id_of for this thread block, of the round that begins with `first_id`: without a
+  // counter of rounds and a division, for which there are no registers.
+  __device__ __forceinline__ int id_of_round(int first_id) const {
+    const SectionOrder& order = plan.order;
+    const int group = Config::kPaired ? blockIdx.x / 2 : blockIdx.x;
+    const int place =
+        plan.groups.remainder(group + order.section_ids.divide(first_id) * order.turn);
+    const bool back = order.reverses && plan.groups.divide(first_id) % 2 == 1;
+    return first_id + (back ? static_cast<int>(plan.groups.divisor) - 1 - place : place);
+  }
+
   __device__ __forceinline__ void run() {
-    const int group = params.heads / params.kv_heads;
-    constexpr int kCluster = Config::kPaired ? 2 : 1;
-    const int groups = gridDim.x / kCluster;
-    const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
+    // The next id, or the first of the round that it is in.
+    int next = kMayQueue ? blockIdx.x : 0;
 #pragma unroll 1
-    for (int round = 0; round * groups < plan.order.ids; ++round) {
-      const int id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
-      if (id >= plan.order.ids) continue;
+    for (;; next += plan.groups.divisor) {
+      // Before a block of work is taken: others may wait for it.
       BwdBlock<Config>& block = empty_slot(slots);
+      if (kMayQueue && (Config::kIntervals || plan.queued)) {
+        int taken = 0;
+        if (lane_id() == 0) taken = ptx::atom_acquire_add(params.queue, 1);
+        next = __shfl_sync(0xffffffffu, taken, 0);
+      }
+      if (next >= plan.order.ids) break;
+      const int id = kMayQueue ? next : id_of_round(next);
+      if (id >= plan.order.ids) continue;
       bool made = false;
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();
       if (!__any_sync(0xffffffffu, made)) continue;
-      if constexpr (Config::kIntervals) count_steps(block, group);
+      if constexpr (Config::kIntervals) count_steps(block);
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
       }
@@ -196,13 +217,13 @@ struct BwdProducer {
       // The first queries do not wait for the block before to give its keys back.
       bool first = true;
 #pragma unroll 1
-      for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
+      for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
           if constexpr (Config::kIntervals) {
             if (!block.meets(tile)) continue;
           }
-          copy_queries(block, head, tile * Config::kRows, padded_rows);
+          copy_queries(block, head, tile * Config::kRows);
           if (first && lane_id() == 0) copy_keys(block);
           first = false;
         }

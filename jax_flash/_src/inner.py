@@ -287,10 +287,11 @@ def _run_backward(
     for size in batch:
         count *= size
     rows, heads, width = shapes[0][-3:]
+    keys, kv_heads, _ = shapes[1][-3:]
+    width_v = shapes[2][-1]
     op = plan.operation("mha_bwd", _options(config))
-    workspace = plan.backward_workspace(
-        count, heads, rows, dtype, width, shapes[2][-1], op
-    )
+    workspace = plan.backward_workspace(count, heads, rows, dtype, width, width_v, op)
+    workspace += plan.backward_parts(count, heads, kv_heads, keys, width, width_v)
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     run = jax.ffi.ffi_call(
         registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)

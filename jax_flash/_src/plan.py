@@ -177,6 +177,13 @@ SUM_COLUMNS = 64
 TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
+QUEUE_ENTRIES = 4
+"""Numbers after those counts: how much work has been taken, and padding."""
+
+
+PART_KEYS = 131072
+"""Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
+
 
 def choose(
     op: str,
@@ -245,6 +252,29 @@ def padded_rows(query_length: int) -> int:
     return -(-rows // ROW_GROUP) * ROW_GROUP
 
 
+def backward_parts(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    key_length: int,
+    head_dim: int,
+    head_dim_v: int,
+) -> int:
+    """Floats for the gradients of key and value of parts of a group of heads.
+
+    With few keys there are too few blocks of work for a GPU unless the query heads of
+    a key head are split. The kernel chooses into how many parts, among those for which
+    there is room: for half of `PART_KEYS` keys of all heads and sequences none, for
+    fewer more, at most one for each query head.
+    """
+    if heads == kv_heads:
+        return 0
+    keys = batch * kv_heads * key_length
+    room = core.max_dim(PART_KEYS - 2 * keys, 0)
+    parts = core.min_dim(batch * heads * key_length, room)
+    return parts * (head_dim + head_dim_v)
+
+
 def backward_workspace(
     batch: int,
     heads: int,
@@ -260,8 +290,8 @@ def backward_workspace(
 
     For each head of each sequence and each padded row: the sum of the gradient of
     query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
-    for every `TURN_ROWS` rows. The device is unknown when a program is lowered, so the
-    widest kernel counts.
+    for every `TURN_ROWS` rows. Then `QUEUE_ENTRIES`. The device is unknown when a
+    program is lowered, so the widest kernel counts.
     """
     rows = padded_rows(query_length)
     kernels = (
@@ -271,7 +301,7 @@ def backward_workspace(
     )
     width = max(kernel.head_dim for kernel in kernels if kernel is not None)
     width = -(-width // SUM_COLUMNS) * SUM_COLUMNS
-    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS)
+    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS) + QUEUE_ENTRIES
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:

@@ -44,6 +44,7 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
+  int32_t parts;  // for which the workspace has room
   float scale;
   float softcap;
 };
@@ -100,6 +101,10 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.row_lse = to.dquery_sum + rows * width;
   to.row_delta = to.row_lse + rows;
   to.turns = reinterpret_cast<int32_t*>(to.row_delta + rows);
+  to.queue = to.turns + rows / kBwdTurnRows;
+  to.parts = reinterpret_cast<float*>(to.queue + kBwdQueueEntries);
+  to.part_floats = int64_t{from.parts} * from.batch * from.kv_heads * from.key_length *
+                   (from.head_dim + from.head_dim_v);
   return to;
 }
 

@@ -15,6 +15,7 @@ inline void red_add_v4(float* target, float x, float y, float z, float w) {
   target[3] += w;
 }
 inline void red_add(float* target, float x) { *target += x; }
+inline void red_add(int32_t* target, int32_t value) { *target += value; }
 inline void red_release_add(int32_t* target, int32_t value) { *target += value; }
 inline int32_t atom_acquire_add(int32_t* target, int32_t value) {
   const int32_t before = *target;
