@@ -224,16 +224,16 @@ struct FwdConsumer {
   // Exponentials of a clean tile that is not special, whose scores have options.
   __device__ __forceinline__ bool option_exponentials(const FwdBlock<Config>& block, int tile,
                                                       float (&tile_sum)[2], uint32_t& outside) {
+    const bool has_cap = params.intervals.softcap != 0.0f;
+    if (has_cap && block.slope == 0.0f) {
+      return softmax.capped_exponentials(s, plan.capped, tile_sum, outside);
+    }
+    if (has_cap) softmax.cap(s, plan.capped, outside);
     const int first_key = tile * Config::kKeys;
-    const auto take = [&]<bool kCap, bool kBias>() {
-      const LinearBias bias = LinearBias::make(block.slope, kBias && any_after(first_key));
-      const float distances[2] = {distance(0, first_key), distance(1, first_key)};
-      return softmax.template logit_exponentials<kCap, kBias>(
-          s, plan.logit_log2, plan.capped, bias, distances, tile_sum, outside);
-    };
-    if (params.intervals.softcap == 0.0f) return take.template operator()<false, true>();
-    if (block.slope == 0.0f) return take.template operator()<true, false>();
-    return take.template operator()<true, true>();
+    const LinearBias bias = LinearBias::make(block.slope, any_after(first_key));
+    const float distances[2] = {distance(0, first_key), distance(1, first_key)};
+    return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
+                                       tile_sum, outside);
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits.

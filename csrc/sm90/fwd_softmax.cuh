@@ -30,6 +30,8 @@ struct RowSoftmax {
   using Element = typename Config::Element;
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kScores = kKeys / 2;
+  // A row that has seen nothing but scores of -inf leaves the range with any other.
+  static constexpr float kLowest = -3e38f;
 
   float reference[2];  // in units of scores
   float sum[2];        // this lane's part of the row's sum of exponentials
@@ -133,8 +135,6 @@ struct RowSoftmax {
   // valid until `recover`. Adding the sums is left to the caller.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
                                                float (&tile_sum)[2]) const {
-    // A row that has seen nothing but scores of -inf leaves the range with any other.
-    constexpr float kLowest = -3e38f;
     const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
                             fmaxf(reference[1] * scale.log2, kLowest)};
     tile_sum[0] = tile_sum[1] = 0.0f;
@@ -146,41 +146,51 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
-  // The same of scores to which soft cap (kCap) or ALiBi (kBias: on one side, `bias`) are still to
-  // be applied; `distance` of the two rows from this lane's first key. `outside`: see
-  // TanhPolynomial; true, too, if a score of the warp is.
-  template <bool kCap, bool kBias>
-  __device__ __forceinline__ bool logit_exponentials(float (&s)[kScores], float logit_log2,
-                                                     const TanhPolynomial& capped,
-                                                     const LinearBias& bias,
-                                                     const float (&distance)[2],
-                                                     float (&tile_sum)[2],
-                                                     uint32_t& outside) const {
-    constexpr float kLowest = -3e38f;
-    float term[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float shift = fmaxf(reference[h] * SoftmaxScale::kLog2e, kLowest);
-      term[h] = kBias ? bias.at_first(distance[h], -shift) : -shift;
-    }
-    tile_sum[0] = tile_sum[1] = 0.0f;
-    outside = 0;
+  // Scores become logits in base 2. `outside`: see TanhPolynomial.
+  static __device__ __forceinline__ void cap(float (&s)[kScores], const TanhPolynomial& capped,
+                                             uint32_t& outside) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      const int h = i / 2 % 2;
-      constexpr auto kColumn = [](int i) { return static_cast<float>(i / 4 * 8 + i % 2); };
-      const float rest = kBias ? fmaf(bias.rate, kColumn(i), term[h]) : term[h];
-      if constexpr (kCap) {
-        const float u = s[i] * capped.argument;
-        s[i] = ptx::ex2_approx_ftz(fmaf(u, capped.quotient(u, outside), rest));
-      } else {
-        s[i] = ptx::ex2_approx_ftz(fmaf(s[i], logit_log2, rest));
-      }
-      tile_sum[h] += s[i];
+      const float u = s[i] * capped.argument;
+      s[i] = u * capped.quotient(u, outside);
     }
-    const bool is_outside = kCap && (outside & TanhPolynomial::kOutside) != 0;
-    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange ||
-                                       is_outside);
+  }
+
+  // `exponentials` of scores that a soft cap is still to be applied to; true, too, if the warp has
+  // some that are `outside`.
+  __device__ __forceinline__ bool capped_exponentials(float (&s)[kScores],
+                                                      const TanhPolynomial& capped,
+                                                      float (&tile_sum)[2],
+                                                      uint32_t& outside) const {
+    const float shift[2] = {shift_of(0), shift_of(1)};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float u = s[i] * capped.argument;
+      s[i] = ptx::ex2_approx_ftz(fmaf(u, capped.quotient(u, outside), -shift[i / 2 % 2]));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+    return has_left(tile_sum, outside);
+  }
+
+  // `exponentials` of scores that ALiBi on one side is still to be applied to; a logit in base 2 is
+  // log2 * score before that. `distance` of the two rows from this lane's first key.
+  __device__ __forceinline__ bool biased_exponentials(float (&s)[kScores], float log2,
+                                                      const LinearBias& bias,
+                                                      const float (&distance)[2],
+                                                      float (&tile_sum)[2],
+                                                      uint32_t outside) const {
+    const float first[2] = {bias.at_first(distance[0], -shift_of(0)),
+                            bias.at_first(distance[1], -shift_of(1))};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float column = static_cast<float>(i / 4 * 8 + i % 2);
+      const float rest = fmaf(bias.rate, column, first[i / 2 % 2]);
+      s[i] = ptx::ex2_approx_ftz(fmaf(s[i], log2, rest));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+    return has_left(tile_sum, outside);
   }
 
   // Watching goes on as long as rows move.
@@ -231,6 +241,16 @@ struct RowSoftmax {
   }
 
  private:
+  // Of logits, in base 2.
+  __device__ __forceinline__ float shift_of(int h) const {
+    return fmaxf(reference[h] * SoftmaxScale::kLog2e, kLowest);
+  }
+
+  static __device__ __forceinline__ bool has_left(const float (&tile_sum)[2], uint32_t outside) {
+    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange ||
+                                       (outside & TanhPolynomial::kOutside) != 0);
+  }
+
   // Exponentials of the rows in `lost` from scores computed again by mma.sync, which a warp can do
   // alone, and twice, because there are no registers for a second tile of scores.
   template <typename Logit>
