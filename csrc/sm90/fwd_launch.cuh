@@ -61,8 +61,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
     const float softcap = params.intervals.softcap;
     if (softcap != 0.0f) {
-      plan.capped =
-          TanhPolynomial::make(plan.logit_scale, softcap, softcap * SoftmaxScale::kLog2e);
+      plan.capped = TanhPolynomial::make(plan.logit_scale, softcap, softcap * SoftmaxScale::kLog2e);
     }
     params.scale = SoftmaxScale::make(1.0f);
   }

@@ -201,7 +201,8 @@ struct RowSoftmax {
   // Brings rows that left the range back: their largest exponential becomes 1, so that it is exact
   // as in a softmax that takes all maxima. Where exponentials have overflowed, or are all invalid
   // (`invalid`, of the warp), scores are computed again. `query` and `key` are the tiles in shared
-  // memory; logit(score, h, column) is what the softmax is taken of, `column` from this lane's first.
+  // memory; logit(score, h, column) is what the softmax is taken of, `column` from this lane's
+  // first.
   template <typename Logit>
   __device__ __forceinline__ void recover(float (&s)[kScores], float (&tile_sum)[2],
                                           float (&factor)[2], uint32_t query, uint32_t key,

@@ -15,6 +15,8 @@ namespace jax_flash {
 // its derivative 1 - tanh^2 4.3e-6. It is written in u = sqrt(2) x, so that bit 30 of u^2 (2 and
 // above, infinities and NaN) says that x is not in range: one OR for many of them.
 struct TanhPolynomial {
+  static constexpr float kStep = 0.707106781f;  // x = kStep * u
+
   float argument;    // u = argument * q.k
   float factors[5];  // of u, u^3, ...
 
@@ -26,6 +28,7 @@ struct TanhPolynomial {
   }
 
   static constexpr uint32_t kOutside = 1u << 30;
+  static __device__ __forceinline__ bool holds(float u) { return u * u < 2.0f; }
 
   // What u is multiplied with. Bits of kOutside are set in `outside` if this does not hold.
   __device__ __forceinline__ float quotient(float u, uint32_t& outside) const {
