@@ -13,8 +13,8 @@ from interval_arrays import interval_arrays
 
 from jax_flash._src import plan
 
-CAP_ERROR = 3e-6
-"""Of the polynomial for tanh, which kernels have."""
+CAP_ERROR = 8e-7
+"""Of the polynomial that kernels have for tanh."""
 
 
 @dataclasses.dataclass(frozen=True)
