@@ -32,6 +32,8 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "unsorted ids, causal, wide",
         "packed, causal",
         "soft cap and slopes",
+        "soft cap that some scores pass",
+        "slopes, later keys",
     ],
 )
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+from typing import Any
 
 import interval_cases
 import numpy as np
@@ -41,14 +42,28 @@ def check_forward(library: ctypes.CDLL, widths: tuple[int, int], name: str) -> N
     )
 
 
-@pytest.mark.parametrize("jump", [5, 30, 100])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "soft cap": {"options": {"softcap": 600.0}},
+    "slopes": {"slopes": np.array([[0.05]])},
+    "both": {"options": {"softcap": 600.0}, "slopes": np.array([[0.05]])},
+}
+
+
+@pytest.mark.parametrize(
+    ("jump", "options"),
+    [(5, "plain"), (30, "plain"), (100, "plain")]
+    + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"],
+)
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_forward_sm90_of_growing_scores(
-    forward: ctypes.CDLL, width: int, jump: float
+    forward: ctypes.CDLL, width: int, jump: float, options: str
 ) -> None:
     """Scores that leave the range of the first tile's maximum, and overflow."""
     dead = np.arange(170) % 5 == 2
-    case = interval_cases.of_options((1, 170, 600, 1, 1), np.where(dead, -1, 0))
+    case = interval_cases.of_options(
+        (1, 170, 600, 1, 1), np.where(dead, -1, 0), rest=OPTIONS[options]
+    )
     arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
     arrays["query"][..., 0] = 32
     shift = growing(600, jump) * width**0.5 / 32

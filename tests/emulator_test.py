@@ -408,7 +408,7 @@ def check_backward(
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
     one_part = key[..., 0].size * sum(widths)
     workspace = aligned((size + parts * one_part,), np.float32)
-    # Thread blocks run one after another: none may wait for a later one. Those of Hopper
+    # Thread blocks run one after another: none may wait for a later one. On Hopper they
     # work in pairs over width 128.
     few = (1 + (tile > 128)) * (1 if deterministic else 1 + number % 3)
     call(

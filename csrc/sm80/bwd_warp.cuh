@@ -139,7 +139,8 @@ struct BwdWarp {
             float& score = scores[i][j][2 * h + e];
             const int column = key + 8 * j + e;
             const float capped = options.capped(score);
-            const float logit = options.biased(capped, record.position - column);
+            const float logit =
+                options.biased(capped, static_cast<float>(record.position - column));
             const bool seen = column >= record.first && column < record.end &&
                               (!mixed || mask.id(column) == record.id);
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);

@@ -33,7 +33,7 @@ __device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = scores[i][j][2 * h + e];
-          score = options.logit(score, distance - (8 * j + e));
+          score = options.logit(score, static_cast<float>(distance - (8 * j + e)));
         }
       }
     }

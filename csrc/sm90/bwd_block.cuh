@@ -36,6 +36,11 @@ struct BwdPlan {
   FastDivisor groups;  // thread blocks, or pairs of them
   bool first_to_last;  // which it starts with
   bool queued;         // thread blocks take the next that nobody has taken, not one of the order's
+
+  // Where softcap or slopes make logits.
+  float logit_log2;     // of q.k, in base 2
+  float softcap_log2;   // of what `tanh` gives, in base 2
+  TanhPolynomial tanh;  // of logits over softcap
 };
 
 // With intervals.
@@ -141,9 +146,8 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
-    // Any other scale goes through the careful path, which multiplies it in; options of scores do.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
-                      (Config::kIntervals && ScoreOptions::any(params));
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = all.first >= all.end || params.scale.first != 1.0f;
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

@@ -13,6 +13,7 @@
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/bwd_block.cuh"
+#include "sm90/bwd_clean_scores.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/ring.cuh"
@@ -261,9 +262,13 @@ struct BwdConsumer {
     }
   }
 
-  // With intervals, where a tile is not clean or scores have options: P = 2^(S - lse) of this
-  // step's queries, and P times the derivatives of the logits. s is used up. kOptions: whether
-  // scores have options.
+  __device__ __forceinline__ CleanScores<Config> clean_scores(const BwdBlock<Config>& block) const {
+    return {params, plan, shared.records[stage()], shared.steps[stage()].slope,
+            block.first_key + Config::kKeyStep * warpgroup};
+  }
+
+  // With intervals, where a tile is not clean: P = 2^(S - lse) of this step's queries, and P times
+  // the derivatives of the logits. s is used up. kOptions: whether scores have options.
   template <bool kOptions>
   __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
                                                              uint32_t (&weights)[kScores / 2],
@@ -304,7 +309,7 @@ struct BwdConsumer {
           float derivative = 1.0f;
           if constexpr (kOptions) {
             derivative = options.derivative(score, inverse);
-            score = options.biased(score, row.position - key);
+            score = options.biased(score, static_cast<float>(row.position - key));
           }
           const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
           const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
@@ -327,6 +332,10 @@ struct BwdConsumer {
   __device__ __forceinline__ void take_probabilities(
       uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2], float (&s)[kScores],
       const float2 (&early)[kEarlyLoads], const BwdBlock<Config>& block, int first_row) const {
+    if constexpr (kClean && Config::kIntervals) {
+      const CleanScores<Config> scores = clean_scores(block);
+      if (ScoreOptions::any(params)) return scores.take(p, weights, s, early, lse_columns());
+    }
     if constexpr (kClean || !Config::kIntervals) {
       take_exponentials<kClean>(p, s, early, block, first_row);
 #pragma unroll
@@ -517,7 +526,7 @@ struct BwdConsumer {
     int left = block.steps;
     const auto is_clean = [&] {
       wait(shared.query_full[stage()], parity());
-      return shared.steps[stage()].clean[warpgroup];
+      return shared.steps[stage()].clean[warpgroup] && clean_scores(block).on_one_side();
     };
     while (left > 0) {
 #pragma unroll 1
@@ -533,10 +542,7 @@ struct BwdConsumer {
   // Calls step<kClean>(tile, first) for all tiles of a block.
   template <typename Step>
   __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
-    if constexpr (Config::kIntervals) {
-      for_interval_steps(block, step);
-      return;
-    }
+    if constexpr (Config::kIntervals) return for_interval_steps(block, step);
     const int first_tile = block.first_tile;
     const int end_tile = first_tile + block.tiles;
     const int clean_first = block.clean_first[warpgroup];

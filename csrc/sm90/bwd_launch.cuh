@@ -164,6 +164,13 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   BwdPlan plan{};
   error = make_plan<Config>(params, groups, device.l2_bytes, &plan);
   if (error != cudaSuccess) return error;
+  if constexpr (Config::kIntervals) {
+    const float softcap = params.intervals.softcap;
+    const float scale = params.scale.first * params.scale.second;
+    plan.logit_log2 = scale * SoftmaxScale::kLog2e;
+    plan.softcap_log2 = softcap * SoftmaxScale::kLog2e;
+    if (softcap != 0.0f) plan.tanh = TanhPolynomial::make(scale, softcap, 1.0f);
+  }
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));

@@ -36,7 +36,10 @@ struct FwdPlan {
   SectionOrder order;       // of blocks of rows, from the last to the first
   FastDivisor head_groups;  // packs of heads in a batch
 
-  float logit_scale;  // of q.k, where softcap or slopes make logits; softmax has scale 1 then
+  // Where softcap or slopes make logits, for which softmax has scale 1.
+  float logit_scale;      // of q.k
+  float logit_log2;       // the same in base 2
+  TanhPolynomial capped;  // logits in base 2
 };
 
 // What a block with intervals has beside the others.
@@ -135,11 +138,9 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     KeyInterval core = block.mask.core(begin, past);
     // Only padding rows, whose results are dropped.
     bool padding = begin >= block.mask.query_length;
-    bool careful = false;
     if constexpr (Config::kIntervals) {
       const KeyInterval seen = block.mask.hull(begin, past);
       padding = seen.first >= seen.end;
-      careful = ScoreOptions::any(params);
       // Rows may begin anywhere: all tiles are before those that are seen in full.
       if (core.first >= core.end) core.first = kMaxLength;
       block.mixed[w] = block.mask.mixed(begin, past);
@@ -147,7 +148,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     }
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = core.first >= core.end || careful || params.scale.first != 1.0f;
+    const bool none = core.first >= core.end || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;

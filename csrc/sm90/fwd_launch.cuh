@@ -58,6 +58,11 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
   if (Config::kIntervals && ScoreOptions::any(params)) {
     plan.logit_scale = params.scale.first * params.scale.second;
+    plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
+    const float softcap = params.intervals.softcap;
+    if (softcap != 0.0f) {
+      plan.capped = TanhPolynomial::make(plan.logit_scale, softcap, softcap * SoftmaxScale::kLog2e);
+    }
     params.scale = SoftmaxScale::make(1.0f);
   }
 

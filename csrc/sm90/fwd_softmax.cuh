@@ -19,6 +19,7 @@
 #include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
+#include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
 
 namespace jax_flash::sm90 {
@@ -29,6 +30,8 @@ struct RowSoftmax {
   using Element = typename Config::Element;
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kScores = kKeys / 2;
+  // A row that has seen nothing but scores of -inf leaves the range with any other.
+  static constexpr float kLowest = -3e38f;
 
   float reference[2];  // in units of scores
   float sum[2];        // this lane's part of the row's sum of exponentials
@@ -132,8 +135,6 @@ struct RowSoftmax {
   // valid until `recover`. Adding the sums is left to the caller.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
                                                float (&tile_sum)[2]) const {
-    // A row that has seen nothing but scores of -inf leaves the range with any other.
-    constexpr float kLowest = -3e38f;
     const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
                             fmaxf(reference[1] * scale.log2, kLowest)};
     tile_sum[0] = tile_sum[1] = 0.0f;
@@ -145,17 +146,68 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
+  // Scores become logits in base 2. `outside`: see TanhPolynomial.
+  static __device__ __forceinline__ void cap(float (&s)[kScores], const TanhPolynomial& capped,
+                                             uint32_t& outside) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float u = s[i] * capped.argument;
+      s[i] = u * capped.quotient(u, outside);
+    }
+  }
+
+  // `exponentials` of scores that a soft cap is still to be applied to; true, too, if the warp has
+  // some that are `outside`.
+  __device__ __forceinline__ bool capped_exponentials(float (&s)[kScores],
+                                                      const TanhPolynomial& capped,
+                                                      float (&tile_sum)[2],
+                                                      uint32_t& outside) const {
+    const float shift[2] = {shift_of(0), shift_of(1)};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float u = s[i] * capped.argument;
+      s[i] = ptx::ex2_approx_ftz(fmaf(u, capped.quotient(u, outside), -shift[i / 2 % 2]));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+    return has_left(tile_sum, outside);
+  }
+
+  // `exponentials` of scores that ALiBi on one side is still to be applied to; a logit in base 2 is
+  // log2 * score before that. `distance` of the two rows from this lane's first key.
+  __device__ __forceinline__ bool biased_exponentials(float (&s)[kScores], float log2,
+                                                      const LinearBias& bias,
+                                                      const float (&distance)[2],
+                                                      float (&tile_sum)[2],
+                                                      uint32_t outside) const {
+    const float first[2] = {bias.at_first(distance[0], -shift_of(0)),
+                            bias.at_first(distance[1], -shift_of(1))};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float column = static_cast<float>(i / 4 * 8 + i % 2);
+      const float rest = fmaf(bias.rate, column, first[i / 2 % 2]);
+      s[i] = ptx::ex2_approx_ftz(fmaf(s[i], log2, rest));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+    return has_left(tile_sum, outside);
+  }
+
   // Watching goes on as long as rows move.
   __device__ __forceinline__ void keep_watching() {
     watching = __any_sync(0xffffffffu, watched[0] || watched[1]);
   }
 
   // Brings rows that left the range back: their largest exponential becomes 1, so that it is exact
-  // as in a softmax that takes all maxima. Where exponentials have overflowed, scores are computed
-  // again. `query` and `key` are the tiles in shared memory.
+  // as in a softmax that takes all maxima. Where exponentials have overflowed, or are all invalid
+  // (`invalid`, of the warp), scores are computed again. `query` and `key` are the tiles in shared
+  // memory; logit(score, h, column) is what the softmax is taken of, `column` from this lane's
+  // first.
+  template <typename Logit>
   __device__ __forceinline__ void recover(float (&s)[kScores], float (&tile_sum)[2],
                                           float (&factor)[2], uint32_t query, uint32_t key,
-                                          int warp_row, const SoftmaxScale& scale) {
+                                          int warp_row, const SoftmaxScale& scale, bool invalid,
+                                          Logit logit) {
     constexpr float kFinite = 1e36f;
     float largest[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -165,8 +217,8 @@ struct RowSoftmax {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float row_max = quad_max(largest[h]);
-      const bool left = quad_max(tile_sum[h]) > Config::kRange;
-      lost[h] = left && !(row_max < kFinite);
+      const bool left = invalid || quad_max(tile_sum[h]) > Config::kRange;
+      lost[h] = invalid || (left && !(row_max < kFinite));
       watched[h] = watched[h] || left;
       if (left && !lost[h]) {
         back[h] = __fdividef(1.0f, row_max);
@@ -179,7 +231,7 @@ struct RowSoftmax {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) s[i] *= back[i / 2 % 2];
     if (__any_sync(0xffffffffu, lost[0] || lost[1])) {
-      recompute(s, tile_sum, factor, lost, query, key, warp_row, scale);
+      recompute(s, tile_sum, factor, lost, query, key, warp_row, scale, logit);
     }
   }
 
@@ -190,17 +242,29 @@ struct RowSoftmax {
   }
 
  private:
+  // Of logits, in base 2.
+  __device__ __forceinline__ float shift_of(int h) const {
+    return fmaxf(reference[h] * SoftmaxScale::kLog2e, kLowest);
+  }
+
+  static __device__ __forceinline__ bool has_left(const float (&tile_sum)[2], uint32_t outside) {
+    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange ||
+                                       (outside & TanhPolynomial::kOutside) != 0);
+  }
+
   // Exponentials of the rows in `lost` from scores computed again by mma.sync, which a warp can do
   // alone, and twice, because there are no registers for a second tile of scores.
+  template <typename Logit>
   __device__ __forceinline__ void recompute(float (&s)[kScores], float (&tile_sum)[2],
                                             float (&factor)[2], const bool (&lost)[2],
                                             uint32_t query, uint32_t key, int warp_row,
-                                            const SoftmaxScale& scale) {
+                                            const SoftmaxScale& scale, Logit logit) {
     float largest[2] = {kMinusInfinity, kMinusInfinity};
 #pragma unroll 1
     for (int j = 0; j < kKeys / 16; ++j) {
       float c[2][4];
       multiply(c, query, key, warp_row, j);
+      make_logits(c, j, logit);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         largest[h] = fmaxf(fmaxf(fmaxf(c[0][2 * h], c[0][2 * h + 1]), largest[h]),
@@ -210,7 +274,10 @@ struct RowSoftmax {
     float shift[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      move(h, quad_max(largest[h]), lost[h], scale, factor[h]);
+      const float row_max = quad_max(largest[h]);
+      // Invalid exponentials do not say that the row goes up.
+      const bool moves = lost[h] && (!Config::kIntervals || row_max > reference[h]);
+      move(h, row_max, moves, scale, factor[h]);
       shift[h] = reference[h] * scale.log2;
       if (lost[h]) tile_sum[h] = 0.0f;
     }
@@ -218,6 +285,7 @@ struct RowSoftmax {
     for (int j = 0; j < kKeys / 16; ++j) {
       float c[2][4];
       multiply(c, query, key, warp_row, j);
+      make_logits(c, j, logit);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -240,6 +308,18 @@ struct RowSoftmax {
     reference[h] = moves ? row_max : old;
     sum[h] *= change;
     factor *= change;
+  }
+
+  // What `multiply` gives becomes logits.
+  template <typename Logit>
+  static __device__ __forceinline__ void make_logits(float (&c)[2][4], int j, Logit logit) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        c[n][e] = logit(c[n][e], e / 2, static_cast<float>(16 * j + 8 * n + e % 2));
+      }
+    }
   }
 
   // Scores of this warp's 16 rows with keys 16 j.. of the tile, as two 8-column fragments.

@@ -55,7 +55,10 @@ def slopes(spec: Spec, seed: int) -> np.ndarray:
 
 
 def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
-    """Of the kinds named by letters: documents, ids in any order, cap, alibi."""
+    """Of the kinds named by letters: documents, ids in any order, cap, alibi.
+
+    Or a cap far above most scores (w), and slopes that reach far (f).
+    """
     given: dict[str, Any] = {}
     if "d" in kinds or "i" in kinds:
         given |= segments(spec, seed, "d" in kinds)
@@ -63,6 +66,11 @@ def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
         given["softcap"] = 1.5
     if "a" in kinds:
         given["bias"] = alibi(slopes(spec, seed))
+    if "w" in kinds:
+        given |= {"softcap": 50.0, "scale": 5 / spec.head_dim**0.5}
+    if "f" in kinds:
+        signs = np.where(np.arange(spec.heads) % 3 == 2, -1, 1)
+        given["bias"] = alibi((0.004 * signs).astype(np.float32))
     return given
 
 
@@ -86,6 +94,17 @@ def cases(dtype: str) -> list[tuple[Spec, str]]:
         (Spec(1, 900, 900, 2, 2, 256, dtype=dtype, is_causal=True), "dca"),
         (Spec(3, 1, 500, 8, 2, 128, dtype=dtype), "i"),
         (Spec(3, 500, 1, 8, 2, 64, dtype=dtype), "ia"),
+    ]
+    # Tiles that are seen in full: before, around and after the diagonal.
+    top = "top_left"
+    found += [
+        (Spec(1, 900, 900, 4, 4, 64, dtype=dtype), "w"),
+        (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype, is_causal=True), "w"),
+        (Spec(1, 300, 4000, 4, 2, 64, dtype=dtype, is_causal=True), "f"),
+        (Spec(1, 300, 4000, 4, 2, 128, dtype=dtype), "f"),
+        (Spec(1, 300, 1500, 4, 2, 128, dtype=dtype, causal_alignment=top), "wf"),
+        (Spec(1, 200, 1500, 3, 1, 256, dtype=dtype, causal_alignment=top), "wf"),
+        (Spec(1, 700, 700, 3, 3, 128, dtype=dtype), "cf"),
     ]
     return found
 
