@@ -33,6 +33,16 @@ __device__ __forceinline__ int32_t atom_acquire_add(int32_t* target, int32_t val
   return before;
 }
 
+// Adds 1 to the number of the next in a queue, and returns what was there.
+__device__ __forceinline__ int32_t take_ticket(int32_t* next) {
+  int32_t ticket;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(ticket)
+               : "l"(next)
+               : "memory");
+  return ticket;
+}
+
 __device__ __forceinline__ void red_add(float* target, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
 }

@@ -14,8 +14,15 @@
 #include "sm90/bwd_kernel.cuh"
 #include "sm90/order.h"
 #include "sm90/tensor_map.h"
+#include "sm90/work_order.cuh"
 
 namespace jax_flash::sm90 {
+
+// Of a key head: queries, their output gradients and the sum of their gradients.
+inline double bwd_head_bytes(const MhaBwdParams& params) {
+  const int64_t group = params.heads / params.kv_heads;
+  return (2.0 + 2.0 + 4.0) * group * params.query_length * params.head_dim;
+}
 
 // How many key heads make a section of the order of blocks.
 inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks, int rows, int keys,
@@ -32,10 +39,8 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int64_t key_blocks,
     const int tiles = seen.first < seen.end ? (seen.end + rows - 1) / rows - seen.first / rows : 0;
     costs.push_back(kBlockCost + static_cast<float>(group * tiles));
   }
-  // Queries, their output gradients and the sum of their gradients.
-  const double head_bytes = (2.0 + 2.0 + 4.0) * group * params.query_length * params.head_dim;
-  return best_sections(int64_t{params.batch} * params.kv_heads, costs, head_bytes, multiprocessors,
-                       l2_bytes, {section_turn(multiprocessors)})
+  return best_sections(int64_t{params.batch} * params.kv_heads, costs, bwd_head_bytes(params),
+                       multiprocessors, l2_bytes, {section_turn(multiprocessors)})
       .heads;
 }
 
@@ -50,7 +55,9 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   int64_t section = 1;
   int64_t multiple = 1;
   int64_t turn = 0;
-  if (params.window_right != kUnbounded) {
+  if constexpr (Config::kIntervals) {
+    section = work_section(all, 1, bwd_head_bytes(params), l2_bytes);
+  } else if (params.window_right != kUnbounded) {
     section =
         bwd_section_heads(params, key_blocks, Config::kRows, kKeys, multiprocessors, l2_bytes);
     multiple = 2 * multiprocessors;
@@ -158,7 +165,11 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if (error != cudaSuccess) return error;
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
-  const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
+  if constexpr (Config::kIntervals) {
+    error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const int grid = std::min(plan.order.ids, Config::kIntervals ? groups : bwd_grid(plan, groups));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
   error = cudaLaunchKernelEx(&config, kernel, params, plan);
   if (error != cudaSuccess) return error;

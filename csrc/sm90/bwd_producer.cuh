@@ -163,6 +163,18 @@ struct BwdProducer {
     return shared.blocks[slots.stage()];
   }
 
+  // The next of this thread block's ids: of a round, or with intervals of the queue.
+  __device__ __forceinline__ int next_id(int round, int groups) const {
+    if constexpr (Config::kIntervals) {
+      int id = 0;
+      if (lane_id() == 0) id = take_work(params);
+      return __shfl_sync(0xffffffffu, id, 0);
+    } else {
+      constexpr int kCluster = Config::kPaired ? 2 : 1;
+      return plan.order.id_of(round, blockIdx.x / kCluster, groups);
+    }
+  }
+
   __device__ __forceinline__ void run() {
     const int group = params.heads / params.kv_heads;
     constexpr int kCluster = Config::kPaired ? 2 : 1;
@@ -170,9 +182,14 @@ struct BwdProducer {
     const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
-    for (int round = 0; round * groups < plan.order.ids; ++round) {
-      const int id = plan.order.id_of(round, blockIdx.x / kCluster, groups);
-      if (id >= plan.order.ids) continue;
+    for (int round = 0; Config::kIntervals || round * groups < plan.order.ids; ++round) {
+      // With intervals not before there is room for the block: who has room takes the next.
+      if constexpr (Config::kIntervals) empty_slot(slots);
+      const int id = next_id(round, groups);
+      if (id >= plan.order.ids) {
+        if (Config::kIntervals) break;
+        continue;
+      }
       BwdBlock<Config>& block = empty_slot(slots);
       bool made = false;
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
