@@ -37,6 +37,12 @@ SHAPES = ((BATCH, ROWS, 4, 16), (BATCH, KEYS, 2, 16), (BATCH, KEYS, 2, 8))
 ROUNDING = 2e-2
 """Of gradients by an emulated kernel, which rounds its results to bfloat16."""
 
+TARGETS = (
+    registry.INTERVALS_TARGET,
+    registry.FORWARD_TARGET,
+    registry.BACKWARD_TARGET,
+)
+
 SLOPES = jnp.asarray([0.5, 0.1, 0.0, 0.2], jnp.float32)
 Q_IDS = np.repeat([[0, 3, 7, -1]], [20, 30, 12, 8], -1).astype(np.int32)
 KV_IDS = np.repeat([[0, 3, 5, -2]], [20, 60, 30, 20], -1).astype(np.int32)
@@ -530,14 +536,11 @@ def test_symbolic_lengths_for_cuda() -> None:
         options = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "softcap": 2.0}
         return gradient(**options, is_causal=True)(query, key, value)
 
-    checks = [
-        export.DisabledSafetyCheck.custom_call(target)
-        for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET)
-    ]
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
     exported = export.export(
         jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=checks
     )(*shapes, *ids)
-    for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET):
+    for target in TARGETS:
         line = call_of(target, exported.mlir_module())
         assert "has_intervals = true" in line
         assert "tensor<?x?x4xi32>" in line  # rows
