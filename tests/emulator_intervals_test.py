@@ -7,7 +7,9 @@ from typing import Any
 import interval_cases
 import numpy as np
 import pytest
-from emulator_test import build, growing
+from emulator_test import Arguments, build, growing
+
+from jax_flash._src import plan
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -69,3 +71,53 @@ def test_forward_sm90_of_growing_scores(
     shift = growing(600, jump) * width**0.5 / 32
     arrays["key"][..., 0] = shift[None, :, None]
     interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize(
+    ("block", "tile", "others"), [(128, 128, 5000), (64, 64, 900), (128, 64, 1 << 17)]
+)
+def test_longest_blocks_first(
+    forward: ctypes.CDLL, of_keys: bool, block: int, tile: int, others: int
+) -> None:
+    """`queue` is 0, then the blocks of each sequence, sorted by their tiles."""
+    rng = np.random.default_rng(block + of_keys)
+    batch, length = 2, 20_000  # more blocks than a thread block has threads
+    ends = np.sort(rng.integers(0, others, (batch, -(-length // 64), 2)), -1)
+    ends[rng.random(ends.shape[:2]) < 0.2] = 0  # sees, or is seen by, nothing
+    records = np.zeros((*ends.shape[:2], 8), np.int32)
+    records[..., :2] = ends
+    sizes = (others, length) if of_keys else (length, others)
+    queue = np.full(plan.queue_size(batch, length), -1, np.int32)
+    arguments = Arguments(
+        key_tiles=records.ctypes.data,
+        row_tiles=records.ctypes.data,
+        queue=queue.ctypes.data,
+        interval_stride=1,
+        batch=batch,
+        query_length=sizes[0],
+        key_length=sizes[1],
+        scale=1.0,
+    )
+    rows, keys = (tile, block) if of_keys else (block, tile)
+    assert forward.work_order(ctypes.byref(arguments), of_keys, rows, keys) == 0
+
+    def tiles_of(sequence: int, number: int) -> int:
+        some = ends[sequence, number * block // 64 : (number + 1) * block // 64]
+        some = some[some[:, 0] < some[:, 1]]
+        if not some.size:
+            return 0
+        return int(-(-some[:, 1].max() // tile) - some[:, 0].min() // tile)
+
+    assert queue[0] == 0
+    orders = queue[plan.QUEUE_HEADER :].reshape(batch, -1)
+    count = -(-length // block)
+    step = 1
+    while -(-others // tile) // step >= 1024:
+        step *= 2
+    for sequence, order in enumerate(orders):
+        assert sorted(order[:count]) == list(range(count))
+        assert (order[count:] == -1).all()
+        lengths = np.array([tiles_of(sequence, number) for number in order[:count]])
+        assert (np.diff(lengths // step) <= 0).all()
+        assert lengths[0] > lengths[-1] == 0

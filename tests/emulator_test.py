@@ -27,7 +27,7 @@ if shutil.which("g++") is None:
 _POINTERS = (
     "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
     "key_lengths", "dquery", "dkey", "dvalue", "workspace", "rows", "row_tiles", "keys",
-    "key_tiles", "slopes",
+    "key_tiles", "slopes", "queue",
 )
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",

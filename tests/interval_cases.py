@@ -273,11 +273,12 @@ def check_forward(
     spoil(arrays, case, dead_rows)
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
+    queue = aligned((plan.queue_size(batch, rows),), np.int32, -1)
     call(
         function,
         case.options,
         arrays | case.arrays(),
-        {"out": out, "lse": lse},
+        {"out": out, "lse": lse, "queue": queue},
         multiprocessors=multiprocessors,
     )
     dead = np.broadcast_to(dead_rows[:, None], lse.shape)
@@ -336,6 +337,7 @@ def run_backward(
     }
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
+    size += plan.queue_size(batch, case.shape[2])
     results["workspace"] = aligned((size,), np.float32)
     call(function, case.options, arrays | case.arrays(), results, **ways)
     del results["workspace"]

@@ -64,7 +64,9 @@ ffi::Error decode_gradient(const Gradient& gradient, const MhaOperands& operands
 ffi::Error divide_workspace(const ffi::AnyBuffer& workspace, int width, MhaBwdParams* params) {
   const int64_t rows =
       int64_t{params->batch} * params->heads * bwd_padded_rows(params->query_length);
-  const int64_t floats = rows * (width + 2) + rows / kBwdTurnRows + kBwdQueueEntries;
+  const bool has_intervals = params->intervals.rows != nullptr;
+  const int64_t floats = rows * (width + 2) + rows / kBwdTurnRows + kBwdQueueEntries +
+                         (has_intervals ? queue_size(params->batch, params->key_length) : 0);
   JAX_FLASH_CHECK(static_cast<int64_t>(workspace.element_count()) >= floats,
                   "the workspace must have ", floats, " floats, got ", workspace.element_count());
   params->dquery_sum = static_cast<float*>(workspace.untyped_data());
@@ -72,6 +74,7 @@ ffi::Error divide_workspace(const ffi::AnyBuffer& workspace, int width, MhaBwdPa
   params->row_delta = params->row_lse + rows;
   params->turns = reinterpret_cast<int32_t*>(params->row_delta + rows);
   params->queue = params->turns + rows / kBwdTurnRows;
+  if (has_intervals) params->intervals.queue = params->queue + kBwdQueueEntries;
   params->parts = params->dquery_sum + floats;
   params->part_floats = static_cast<int64_t>(workspace.element_count()) - floats;
   return ffi::Error::Success();

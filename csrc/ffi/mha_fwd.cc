@@ -4,8 +4,8 @@
 // array of all three, [*batch, T, (N + 2 K) H], whose N and K the attributes packed_heads and
 // packed_kv_heads are, otherwise 0; then int32 [*batch] query lengths and key lengths, each if its
 // attribute says so, or with intervals the arrays of host/intervals.h and, if there are any, slopes
-// -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T]. Batch dims of an operand are
-// full or 1 (shared).
+// -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and, with intervals, scratch
+// int32 [queue_size]. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
 
@@ -36,13 +36,25 @@ ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t str
   return ffi::Error::Success();
 }
 
+ffi::Error decode_queue(const ffi::RemainingRets& scratch, MhaFwdParams* params) {
+  const auto queue = scratch.get<ffi::AnyBuffer>(0);
+  if (queue.has_error()) return queue.error();
+  const int64_t size = queue_size(params->batch, params->query_length);
+  JAX_FLASH_CHECK((*queue)->element_type() == ffi::S32 &&
+                      static_cast<int64_t>((*queue)->element_count()) >= size,
+                  "the queue must have ", size, " int32, got ", (*queue)->element_count(), " of ",
+                  (*queue)->element_type());
+  params->intervals.queue = static_cast<int32_t*>((*queue)->untyped_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                    ffi::AnyBuffer value, ffi::RemainingArgs mask, ffi::Result<ffi::AnyBuffer> out,
-                   ffi::Result<ffi::AnyBuffer> lse, float scale, int64_t window_left,
-                   int64_t window_right, bool bottom_right, bool has_query_lengths,
-                   bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                   int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
-                   Dims value_order) {
+                   ffi::Result<ffi::AnyBuffer> lse, ffi::RemainingRets scratch, float scale,
+                   int64_t window_left, int64_t window_right, bool bottom_right,
+                   bool has_query_lengths, bool has_kv_lengths, bool has_intervals, bool has_slopes,
+                   float softcap, int64_t packed_heads, int64_t packed_kv_heads, Dims query_order,
+                   Dims key_order, Dims value_order) {
   MhaFwdParams params{};
   MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
                         has_kv_lengths, has_intervals, has_slopes, softcap, packed_heads,
@@ -64,6 +76,9 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.out = out->untyped_data();
   params.lse = static_cast<float*>(lse->untyped_data());
+  JAX_FLASH_CHECK(scratch.size() == (has_intervals ? 1 : 0), "has_intervals is ", has_intervals,
+                  ", but there are ", scratch.size(), " results after lse");
+  if (has_intervals) JAX_FLASH_RETURN_IF_ERROR(decode_queue(scratch, &params));
   return launch(params, operands.type(), stream);
 }
 
@@ -77,7 +92,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kMhaFwd, mha_fwd,
                                                       .Arg<ffi::AnyBuffer>()
                                                       .RemainingArgs()
                                                       .Ret<ffi::AnyBuffer>()
-                                                      .Ret<ffi::AnyBuffer>()),
+                                                      .Ret<ffi::AnyBuffer>()
+                                                      .RemainingRets()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -48,6 +48,15 @@ struct alignas(16) KeyTile {
   int32_t unused[3];
 };
 
+// The queue of the blocks of work of a call, which its kernels fill: the number of the next one,
+// then the order of the blocks of each sequence, whatever the size of a block, at least 64 rows or
+// keys.
+inline constexpr int kQueueHeader = 4;
+
+constexpr int64_t queue_size(int64_t sequences, int length) {
+  return kQueueHeader + sequences * interval_tiles(length);
+}
+
 // Device arrays, row-major. The four that describe the mask have one set of batch dims.
 struct IntervalsView {
   const RowRecord* rows;     // [*batch, interval_tiles(query_length) * kIntervalRows]
@@ -58,6 +67,7 @@ struct IntervalsView {
   const float* slopes;       // f32 [*batch, heads], or null: 0
   int64_t slope_strides[8];  // of batch dims, in elements
   float softcap;             // bound of softcap * tanh(logits / softcap); 0: none
+  int32_t* queue;            // [queue_size] of the query_length (backward: key_length); scratch
 };
 
 }  // namespace jax_flash

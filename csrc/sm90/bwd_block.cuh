@@ -10,6 +10,7 @@
 #include "host/params.h"
 #include "sm90/bwd_config.cuh"
 #include "sm90/section_order.h"
+#include "sm90/work_order.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
@@ -111,12 +112,15 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   constexpr int kRows = Config::kRows;
   const auto [rank, flat_part] = plan.order.place_of(id);
   if (rank >= plan.order.blocks) return false;
-  const int cluster_key =
-      (plan.first_to_last ? rank : plan.order.blocks - 1 - rank) * Config::kClusterKeys;
-  block.first_key = cluster_key + rank_in_cluster * Config::kKeys;
   const int flat_head = plan.parts.divide(flat_part);
   const int part = flat_part - flat_head * static_cast<int>(plan.parts.divisor);
   block.batch = plan.kv_heads.divide(flat_head);
+  int number = plan.first_to_last ? rank : plan.order.blocks - 1 - rank;
+  if constexpr (Config::kIntervals) {
+    if (!params.deterministic) number = work_at<true>(params, block.batch, rank);
+  }
+  const int cluster_key = number * Config::kClusterKeys;
+  block.first_key = cluster_key + rank_in_cluster * Config::kKeys;
   block.head = flat_head - block.batch * params.kv_heads;
   block.out_batch = part * params.batch + block.batch;
   // Parts of heads are numbered as their query heads are.

@@ -14,6 +14,7 @@
 #include "sm90/bwd_parts.cuh"
 #include "sm90/order.h"
 #include "sm90/tensor_map.h"
+#include "sm90/work_order.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -33,7 +34,9 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   int64_t section = 1;
   int64_t multiple = 1;
   int64_t turn = 0;
-  if (params.window_right != kUnbounded) {
+  if constexpr (Config::kIntervals) {
+    section = work_section(all, 1, bwd_head_bytes(params, query_heads), l2_bytes);
+  } else if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
     if (!plan->queued) {
@@ -173,6 +176,10 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   }
   error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
   if (error != cudaSuccess) return error;
+  if constexpr (Config::kIntervals) {
+    error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
+    if (error != cudaSuccess) return error;
+  }
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);

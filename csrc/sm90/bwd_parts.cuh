@@ -37,13 +37,16 @@ inline std::vector<float> bwd_block_costs(const MhaBwdParams& params, int rows, 
   return costs;
 }
 
+// Of a part of a key head: queries, their output gradients and the sum of their gradients.
+inline double bwd_head_bytes(const MhaBwdParams& params, int64_t query_heads) {
+  return (2.0 + 2.0 + 4.0) * query_heads * params.query_length * params.head_dim;
+}
+
 // Sections of the order of blocks where they are unequal. heads: parts of key heads.
 inline Sections bwd_sections(const MhaBwdParams& params, int64_t heads, int64_t query_heads,
                              const std::vector<float>& costs, int64_t multiprocessors,
                              int64_t l2_bytes) {
-  // Queries, their output gradients and the sum of their gradients.
-  const double head_bytes = (2.0 + 2.0 + 4.0) * query_heads * params.query_length * params.head_dim;
-  return best_sections(heads, costs, head_bytes, multiprocessors, l2_bytes,
+  return best_sections(heads, costs, bwd_head_bytes(params, query_heads), multiprocessors, l2_bytes,
                        {section_turn(multiprocessors)});
 }
 

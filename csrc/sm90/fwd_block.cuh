@@ -12,6 +12,7 @@
 #include "host/params.h"
 #include "ptx/warpgroup.cuh"
 #include "sm90/section_order.h"
+#include "sm90/work_order.cuh"
 #include "tile/copy.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
@@ -33,7 +34,7 @@ struct FwdPlan {
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
 
-  SectionOrder order;       // of blocks of rows, from the last to the first
+  SectionOrder order;       // of blocks of rows, from the last to the first, or of work_order.cuh
   FastDivisor head_groups;  // packs of heads in a batch
 
   // Where softcap or slopes make logits, for which softmax has scale 1.
@@ -81,12 +82,15 @@ struct FwdBlock
 };
 
 // Which rows of which head block `id` is; a negative batch where a section is padded.
-__device__ __forceinline__ BlockCoordinate block_at(const FwdPlan& plan, int id) {
+template <typename Config>
+__device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, const FwdPlan& plan,
+                                                    int id) {
   const SectionOrder::Place place = plan.order.place_of(id);
   if (place.block >= plan.order.blocks) return {0, 0, -1};
   const int batch = plan.head_groups.divide(place.head);
-  return {plan.order.blocks - 1 - place.block,
-          place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
+  int row_block = plan.order.blocks - 1 - place.block;
+  if constexpr (Config::kIntervals) row_block = work_at<false>(params, batch, place.block);
+  return {row_block, place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
 // Describes the block at `at`; false if it sees no keys. Its `tiles` are those of this thread block

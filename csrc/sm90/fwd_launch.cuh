@@ -10,6 +10,7 @@
 #include "sm90/fwd_order.h"
 #include "sm90/fwd_splits.h"
 #include "sm90/tensor_map.h"
+#include "sm90/work_order.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -41,7 +42,10 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t multiprocessors = device.multiprocessors;
   Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
-  if (plan.splits == 1 && (Config::kIntervals || params.window_right == kUnbounded)) {
+  if constexpr (Config::kIntervals) {
+    const double bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v);
+    sections.heads = work_section(all, params.heads / params.kv_heads, bytes, device.l2_bytes);
+  } else if (plan.splits == 1 && params.window_right == kUnbounded) {
     // Row blocks that are equal, as far as is known: those that share their keys follow each other.
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
   } else if (plan.splits == 1) {
@@ -96,6 +100,10 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
                           &plan.out);
   if (error != cudaSuccess) return error;
 
+  if constexpr (Config::kIntervals) {
+    error = launch_work_order<false>(params, Config::kRows, Config::kKeys, stream);
+    if (error != cudaSuccess) return error;
+  }
   const auto kernel = mha_fwd_kernel<Config>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);

@@ -46,17 +46,28 @@ struct FwdPlanner {
     }
   }
 
+  // Waits until there is room for a block and takes the next from the queue.
+  __device__ __forceinline__ int next_id(const RingIndex<Shared::kBlockSlots>& ring) const {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
+    int id = 0;
+    if (lane_id() == 0) id = take_work(params);
+    return __shfl_sync(0xffffffffu, id, 0);
+  }
+
   __device__ __forceinline__ void run() {
     const int groups = gridDim.x / plan.splits;
     const int group = blockIdx.x / plan.splits;
     RingIndex<Shared::kBlockSlots> ring;
     // Ids in rounds of one for each thread block, every other round in reverse: with the longest
-    // blocks first that evens out the sums.
+    // blocks first that evens out the sums. With intervals who has room takes the next.
 #pragma unroll 1
-    for (int round = 0; round * groups < plan.order.ids; ++round) {
-      const int id = plan.order.id_of(round, group, groups);
-      if (id >= plan.order.ids) continue;
-      const BlockCoordinate at = block_at(plan, id);
+    for (int round = 0; Config::kIntervals || round * groups < plan.order.ids; ++round) {
+      const int id = Config::kIntervals ? next_id(ring) : plan.order.id_of(round, group, groups);
+      if (id >= plan.order.ids) {
+        if (Config::kIntervals) break;
+        continue;
+      }
+      const BlockCoordinate at = block_at<Config>(params, plan, id);
       if (at.batch < 0) continue;
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
       bool sees_keys = false;

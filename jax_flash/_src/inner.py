@@ -6,6 +6,7 @@ to the outer primitives (`primitives`).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def _mask_operands(
     """
     if not plan.needs_intervals(_options(config)):
         return [given[name] for name in LENGTHS if name in given]
-    arrays = [*intervals.intervals(config, given)]
+    arrays = [*intervals.by_kernel(config, given)]
     if "alibi_slopes" in given:
         arrays.append(given["alibi_slopes"].astype(jnp.float32))
     return arrays
@@ -206,11 +207,14 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
         jax.ShapeDtypeStruct((*batch, rows, heads, value_shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
     ]
+    if plan.needs_intervals(_options(config)):
+        queue = plan.queue_size(math.prod(batch), rows)
+        results.append(jax.ShapeDtypeStruct((queue,), jnp.int32))
     others = _mask_operands(config, given)
     run = jax.ffi.ffi_call(
         registry.FORWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
-    out, lse = run(*tensors, *others, **_attributes(config))
+    out, lse, *_ = run(*tensors, *others, **_attributes(config))
     if "sinks" not in given:
         return [out, lse]
     out, lse = (compat.vary_like(x, query) for x in (out, lse))
@@ -283,14 +287,15 @@ def _run_backward(
         jax.ShapeDtypeStruct(batch + shape[len(batch) :], one)
         for shape, one in zip(shapes, dtypes, strict=True)
     ]
-    count = 1
-    for size in batch:
-        count *= size
+    count = math.prod(batch)
     rows, heads, width = shapes[0][-3:]
     keys, kv_heads, _ = shapes[1][-3:]
     width_v = shapes[2][-1]
-    op = plan.operation("mha_bwd", _options(config))
-    workspace = plan.backward_workspace(count, heads, rows, dtype, width, width_v, op)
+    has_intervals = plan.needs_intervals(_options(config))
+    queue = plan.queue_size(count, keys) if has_intervals else None
+    workspace = plan.backward_workspace(
+        count, heads, rows, dtype, width, width_v, queue
+    )
     workspace += plan.backward_parts(count, heads, kv_heads, keys, width, width_v)
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     run = jax.ffi.ffi_call(

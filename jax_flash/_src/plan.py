@@ -174,6 +174,9 @@ ROW_GROUP = 64
 SUM_COLUMNS = 64
 """The width of the sum of the gradient of query is a multiple of this."""
 
+QUEUE_HEADER, QUEUE_ROWS = 4, 64
+"""Numbers before the order of blocks of work, and rows or keys of the smallest one."""
+
 TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
@@ -282,11 +285,11 @@ def backward_workspace(
     dtype: Any,
     head_dim: int,
     head_dim_v: int,
-    op: str = "mha_bwd",
+    queue: int | None = None,
 ) -> int:
     """Floats of workspace with which any kernel that may be chosen can run a backward.
 
-    `op` is "mha_bwd" or "mha_bwd_intervals".
+    `queue` is the `queue_size` of a call with intervals, None for others.
 
     For each head of each sequence and each padded row: the sum of the gradient of
     query, as wide as the kernel in whole `SUM_COLUMNS`, and two numbers; and a count
@@ -294,6 +297,7 @@ def backward_workspace(
     program is lowered, so the widest kernel counts.
     """
     rows = padded_rows(query_length)
+    op = "mha_bwd" if queue is None else "mha_bwd_intervals"
     kernels = (
         choose(op, dtype, head_dim, head_dim_v, capability, force_sm80=forced)
         for capability in (HOPPER, OTHER)
@@ -301,7 +305,17 @@ def backward_workspace(
     )
     width = max(kernel.head_dim for kernel in kernels if kernel is not None)
     width = -(-width // SUM_COLUMNS) * SUM_COLUMNS
-    return batch * heads * (rows * (width + 2) + rows // TURN_ROWS) + QUEUE_ENTRIES
+    turns = rows // TURN_ROWS
+    sums = batch * heads * (rows * (width + 2) + turns)
+    return sums + QUEUE_ENTRIES + (queue or 0)
+
+
+def queue_size(batch: int, length: int) -> int:
+    """int32 of the order in which kernels with intervals take their blocks of work.
+
+    `length` is the number of rows in a forward, that of keys in a backward.
+    """
+    return QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:

@@ -35,3 +35,11 @@ extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
   return arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
                              : launch_sm90<ElementType::kBf16>(params, device);
 }
+
+// Fills the queue with the order of blocks of keys or rows, as before a backward or a forward.
+extern "C" int work_order(const jax_flash::Arguments* arguments, int of_keys, int rows, int keys) {
+  MhaFwdParams params{};
+  describe(*arguments, params);
+  return of_keys != 0 ? sm90::launch_work_order<true>(params, rows, keys, nullptr)
+                      : sm90::launch_work_order<false>(params, rows, keys, nullptr);
+}

@@ -27,6 +27,7 @@ struct Arguments {
   const int32_t* keys;
   const KeyTile* key_tiles;
   const float* slopes;
+  int32_t* queue;  // of a forward with intervals; that of a backward is in the workspace
   int64_t batch_strides[3];
   int64_t interval_stride;
   int64_t slope_stride;
@@ -77,9 +78,9 @@ inline void describe(const Arguments& from, MhaParams& to) {
   to.window_left = from.window_left;
   to.window_right = from.window_right;
   to.bottom_right = from.bottom_right != 0;
-  to.intervals = {
-      from.rows,   from.row_tiles,      from.keys,   from.key_tiles, {from.interval_stride},
-      from.slopes, {from.slope_stride}, from.softcap};
+  to.intervals = {from.rows,           from.row_tiles,         from.keys,
+                  from.key_tiles,      {from.interval_stride}, from.slopes,
+                  {from.slope_stride}, from.softcap,           from.queue};
 }
 
 // `width`: of the sum of the gradient of queries in the workspace.
@@ -105,6 +106,7 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.parts = reinterpret_cast<float*>(to.queue + kBwdQueueEntries);
   to.part_floats = int64_t{from.parts} * from.batch * from.kv_heads * from.key_length *
                    (from.head_dim + from.head_dim_v);
+  to.intervals.queue = to.queue + kBwdQueueEntries;
   return to;
 }
 
