@@ -1,12 +1,14 @@
-// Who does what: units of work, dealt to thread blocks in the kernel from the lengths.
+// Who does what: the splits of all sequences in a row, cut into a piece for each thread block, in the
+// kernel from the lengths.
 //
-// A unit is one split, or a group of them, of one kv head of one sequence, for one tile of rows. An
-// empty sequence has one unit, which writes its zeros. Which keys a split has depends on its
-// sequence alone; which thread block gets it depends on all, and does not matter to the result.
+// The order is sequence, kv head, tile of rows, split. A piece is a whole number of units: splits,
+// or groups of them if the longest piece is then no longer. An empty sequence has one split, which
+// writes its zeros. Which keys a split has depends on its sequence alone; which thread block gets
+// it depends on all, and does not matter to the result.
 #pragma once
 
-#include "decode/config.cuh"
 #include "decode/params.h"
+#include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::decode {
@@ -25,94 +27,135 @@ __device__ __forceinline__ SequenceSplits sequence_splits(const DecodeParams& pa
   if (params.window_left != kUnbounded) {
     first = min_int(max_int(length - params.tokens - params.window_left, 0), length);
   }
-  const int first_split = first / params.split_keys;
-  const int end_split = (length + params.split_keys - 1) / params.split_keys;
+  const int first_split = params.split_divisor.divide(first);
+  // Not length + split_keys - 1, which may be beyond 31 bits.
+  const int end_split = length == 0 ? 0 : params.split_divisor.divide(length - 1) + 1;
   return {length, first, first_split, max_int(end_split - first_split, 0)};
 }
 
-struct Unit {
+// Units of one kv head and one tile of rows.
+__device__ __forceinline__ int units_of(const SequenceSplits& sequence, int unit_splits) {
+  const int splits = sequence.splits;
+  return max_int(unit_splits == 1 ? splits : (splits + kGroupSplits - 1) / kGroupSplits, 1);
+}
+
+// How units are dealt.
+struct Plan {
+  int unit_splits;  // 1 or kGroupSplits
+  int each;         // units of a thread block
+  int longer;       // thread blocks, the first ones, that have one more
+
+  __device__ __forceinline__ int first_unit(int block) const {
+    return block * each + min_int(block, longer);
+  }
+  __device__ __forceinline__ int block_of(int unit) const {
+    const int of_longer = longer * (each + 1);
+    return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
+  }
+};
+
+__device__ __forceinline__ int warp_sum(int value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// The plan, and in `before` the units of all sequences before `batch`. By a whole warp.
+__device__ __forceinline__ Plan make_plan(const DecodeParams& params, int batch, int& before) {
+  int splits = 0;
+  int groups = 0;
+  int splits_before = 0;
+  int groups_before = 0;
+#pragma unroll 4
+  for (int b = lane_id(); b < params.batch; b += 32) {
+    const SequenceSplits sequence = sequence_splits(params, b);
+    const int its_splits = units_of(sequence, 1);
+    const int its_groups = units_of(sequence, kGroupSplits);
+    splits += its_splits;
+    groups += its_groups;
+    splits_before += b < batch ? its_splits : 0;
+    groups_before += b < batch ? its_groups : 0;
+  }
+  const int heads = params.kv_heads * params.row_tiles;
+  splits = heads * warp_sum(splits);
+  groups = heads * warp_sum(groups);
+  const int blocks = static_cast<int>(params.grid_divisor.divisor);
+  const bool by_groups = params.whole_groups != 0 ||
+                         kGroupSplits * params.grid_divisor.divide(groups + blocks - 1) <=
+                             params.grid_divisor.divide(splits + blocks - 1);
+  before = heads * warp_sum(by_groups ? groups_before : splits_before);
+  const int units = by_groups ? groups : splits;
+  const int each = params.grid_divisor.divide(units);
+  return {by_groups ? kGroupSplits : 1, each, units - each * blocks};
+}
+
+// A split of one kv head of one sequence, for one tile of rows, and where its thread block stands.
+struct Place {
   int batch;
   int kv_head;
   int row_tile;
-  int place;  // of the unit among those of the sequence
+  int split;  // of those that have keys
   SequenceSplits sequence;
+  int unit_splits;
+  int units;  // that the thread block still has, this one's included
+  int done;   // splits that it has had
 };
 
-// Units of one kv head and one tile of rows.
-__device__ __forceinline__ int places_of(const DecodeParams& params, const SequenceSplits& s) {
-  return (s.splits + params.unit_splits - 1) / params.unit_splits;
-}
-__device__ __forceinline__ int units_of(const DecodeParams& params, const SequenceSplits& s) {
-  return max_int(places_of(params, s), 1) * params.kv_heads * params.row_tiles;
-}
-
-// Sequences that share an entry of the plan.
-template <typename Config>
-__device__ __forceinline__ int sequences_per_entry(const DecodeParams& params) {
-  return (params.batch + Config::kPlanEntries - 1) / Config::kPlanEntries;
-}
-
-// Writes where each entry's units end; returns their total. All threads call it.
-template <typename Config>
-__device__ __forceinline__ int make_plan(const DecodeParams& params, int* ends) {
-  const int each = sequences_per_entry<Config>(params);
-  const int entries = (params.batch + each - 1) / each;
-  for (int i = threadIdx.x; i < entries; i += Config::kThreads) {
-    int units = 0;
-    for (int b = i * each; b < min_int((i + 1) * each, params.batch); ++b) {
-      units += units_of(params, sequence_splits(params, b));
-    }
-    ends[i] = units;
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    int before = 0;
-    for (int start = 0; start < entries; start += 32) {
-      int sum = start + lane < entries ? ends[start + lane] : 0;
+// The first split of a thread block; without any if `units` is 0. By a whole warp.
+__device__ __forceinline__ Place first_place(const DecodeParams& params, int block) {
+  int before;
+  const Plan plan = make_plan(params, 0, before);
+  Place place{};
+  const int first = plan.first_unit(block);
+  place.unit_splits = plan.unit_splits;
+  place.units = plan.first_unit(block + 1) - first;
+  if (place.units == 0) return place;
+  const int heads = params.kv_heads * params.row_tiles;
+  const int lane = lane_id();
+  int rest = first;  // units from this batch of sequences on
+  for (int start = 0;; start += 32) {
+    const int b = start + lane;
+    const int units =
+        b < params.batch ? heads * units_of(sequence_splits(params, b), plan.unit_splits) : 0;
+    int sum = units;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int lower = __shfl_sync(0xffffffffu, sum, lane - step & 31);
-        if (lane >= step) sum += lower;
-      }
-      if (start + lane < entries) ends[start + lane] = before + sum;
-      before += __shfl_sync(0xffffffffu, sum, 31);
+    for (int step = 1; step < 32; step *= 2) {
+      const int lower = __shfl_sync(0xffffffffu, sum, lane - step & 31);
+      if (lane >= step) sum += lower;
     }
+    const unsigned beyond = __ballot_sync(0xffffffffu, sum > rest);
+    if (beyond != 0) {
+      const int found = __ffs(beyond) - 1;
+      place.batch = start + found;
+      rest -= __shfl_sync(0xffffffffu, sum - units, found);
+      break;
+    }
+    rest -= __shfl_sync(0xffffffffu, sum, 31);
   }
-  __syncthreads();
-  return ends[entries - 1];
+  place.sequence = sequence_splits(params, place.batch);
+  const int units = units_of(place.sequence, plan.unit_splits);
+  const int head = rest / units;
+  place.split = (rest - head * units) * plan.unit_splits;
+  place.kv_head = head / params.row_tiles;
+  place.row_tile = head - place.kv_head * params.row_tiles;
+  return place;
 }
 
-// Units of a sequence are ordered by split, then head, then row tile: neighbours read the same
-// memory at about the same time.
-template <typename Config>
-__device__ __forceinline__ Unit find_unit(const DecodeParams& params, const int* ends, int index) {
-  const int each = sequences_per_entry<Config>(params);
-  int low = 0;
-  int high = (params.batch + each - 1) / each - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (ends[middle] > index) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  int rest = index - (low == 0 ? 0 : ends[low - 1]);
-  Unit unit;
-  unit.batch = low * each;
-  unit.sequence = sequence_splits(params, unit.batch);
-  for (int units; rest >= (units = units_of(params, unit.sequence));) {
-    rest -= units;
-    ++unit.batch;
-    unit.sequence = sequence_splits(params, unit.batch);
-  }
-  const int row_tiles = params.row_tiles;
-  unit.row_tile = rest % row_tiles;
-  rest /= row_tiles;
-  unit.kv_head = rest % params.kv_heads;
-  unit.place = rest / params.kv_heads;
-  return unit;
+// The thread block's next split; without any if `units` is 0. It has other queries if `split` is 0.
+__device__ __forceinline__ Place next_place(const DecodeParams& params, const Place& place) {
+  Place next = place;
+  ++next.done;
+  ++next.split;
+  const bool ends = next.split >= next.sequence.splits;
+  if (ends || next.unit_splits == 1 || next.split % kGroupSplits == 0) --next.units;
+  if (!ends || next.units == 0) return next;
+  next.split = 0;
+  if (++next.row_tile < params.row_tiles) return next;
+  next.row_tile = 0;
+  if (++next.kv_head < params.kv_heads) return next;
+  next.kv_head = 0;
+  next.sequence = sequence_splits(params, ++next.batch);
+  return next;
 }
 
 }  // namespace jax_flash::decode

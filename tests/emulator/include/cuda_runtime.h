@@ -128,6 +128,14 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bit) {
   return __shfl_sync(mask, value, emulator::lane() ^ bit);
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint64_t bits = value;
+  auto& all = emulator::exchange(&bits, 1);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(all[lane][0]) << lane;
+  return votes;
+}
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline bool __any_sync(unsigned, bool value) {
   const uint64_t bits = value;
   auto& all = emulator::exchange(&bits, 1);
