@@ -39,7 +39,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 16),
+        ("set_by_launch", ctypes.c_uint32 * 23),
     )
 
 

@@ -96,7 +96,7 @@ struct DecodeConfig {
   // Shared memory in bytes: three places of each warp, states of the unit's rows before and after a
   // split, where the teams leave their outputs, states of the teams' rows, then the stages of the
   // teams, each a tile of keys and one of values.
-  static constexpr int kPlaceBytes = 48;
+  static constexpr int kPlaceBytes = 52;
   static constexpr int kGroupOffset = 640;
   static constexpr int kOutputsOffset = kGroupOffset + 2 * 8 * kRows;
   static constexpr int kStateOffset = kOutputsOffset + 128;

@@ -453,27 +453,29 @@ __global__ void __launch_bounds__(128)
   const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
   const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
 
-  // Which thread blocks did what of the row: the plan again.
+  // Which pieces have what of the row: the plan again.
   const int first_batch =
       static_cast<int>(int64_t{blockIdx.x} * 128 / pieces / rows / params.kv_heads);
-  int first_unit;
-  const Plan plan = make_plan(params, first_batch, first_unit);
+  const Plan plan = make_plan(params);
+  const BandUnits before = count_units(params, first_batch);
   int splits = 0;
-  int block = 0;
-  int block_end = 0;  // the split of this row that is the first of another thread block
+  int first_unit = 0;
+  int piece_of_work = 0;
+  int piece_end = 0;  // the split of this row that begins the next piece
   if (exists) {
+    int bands = plan.unit_splits == 1 ? before.splits : before.groups;
     for (int b = first_batch; b < batch; ++b) {
-      const int units = units_of(sequence_splits(params, b), plan.unit_splits);
-      first_unit += units * params.kv_heads * params.row_tiles;
+      bands += units_of(sequence_splits(params, b), plan.unit_splits);
     }
     const SequenceSplits sequence = sequence_splits(params, batch);
-    const int units = units_of(sequence, plan.unit_splits);
+    const int band =
+        params.crew_divisor.divide(kv_head * params.row_tiles + row / params.tile_rows);
+    first_unit = bands * bands_of(params) + band * units_of(sequence, plan.unit_splits);
     splits = sequence.splits;
-    first_unit += (kv_head * params.row_tiles + row / params.tile_rows) * units;
-    block = plan.block_of(first_unit);
-    block_end = (plan.first_unit(block + 1) - first_unit) * plan.unit_splits;
+    piece_of_work = plan.piece_of(first_unit);
+    piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
     // One thread block had all of it, and has stored the result.
-    if (splits <= kGroupSplits && block_end >= splits) splits = 0;
+    if (splits <= kGroupSplits && piece_end >= splits) splits = 0;
   }
   // Every thread, also one without a row: this kernel must not end before the other has.
   ptx::griddepcontrol_wait();
@@ -501,11 +503,11 @@ __global__ void __launch_bounds__(128)
       if (split % kGroupSplits != 0) {
         ++split;
       } else {
-        while (block_end <= split) {
-          ++block;
-          block_end = (plan.first_unit(block + 1) - first_unit) * plan.unit_splits;
+        while (piece_end <= split) {
+          ++piece_of_work;
+          piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
         }
-        split = min_int(split + kGroupSplits, block_end);
+        split = min_int(split + kGroupSplits, piece_end);
       }
     }
 #pragma unroll

@@ -11,18 +11,33 @@
 
 namespace jax_flash::decode {
 
+// How many neighbouring head tiles go side by side: as many as divide all of them and leave hardly
+// any of `capacity` thread blocks without work. From 8 on they read at least a kilobyte in a row.
+inline int crew_of(int head_tiles, int capacity) {
+  for (int crew = std::min(16, head_tiles); crew > 1; --crew) {
+    const int idle = capacity % crew;
+    if (head_tiles % crew == 0 && crew <= capacity && 33 * idle < capacity) return crew;
+  }
+  return 1;
+}
+
 template <typename Config>
 cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t stream) {
   const int rows = params.tokens * params.group;
   params.row_tiles = (rows + Config::kRows - 1) / Config::kRows;
   params.tile_rows = Config::kRows;
-  const int64_t heads = int64_t{params.batch} * params.kv_heads * params.row_tiles;
+  params.head_tiles = params.kv_heads * params.row_tiles;
+  params.row_tile_divisor = FastDivisor::make(params.row_tiles);
+  const int64_t heads = int64_t{params.batch} * params.head_tiles;
   const int64_t units = heads * params.splits;
   // Half of what an int holds, so that sums with numbers of thread blocks fit it, too.
   if (units > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidConfiguration;
   const int64_t capacity = int64_t{device.multiprocessors} * Config::kBlocksPerSm;
-  const int64_t grid = std::min(units, capacity);
-  params.grid_divisor = FastDivisor::make(static_cast<uint32_t>(grid));
+  const int crew = crew_of(params.head_tiles, static_cast<int>(capacity));
+  const int64_t pieces = std::min(units / crew, capacity / crew);
+  const int64_t grid = pieces * crew;
+  params.crew_divisor = FastDivisor::make(crew);
+  params.piece_divisor = FastDivisor::make(static_cast<uint32_t>(pieces));
   // With so many sequences nothing is gained by cutting one.
   params.whole_groups = params.splits <= kGroupSplits && heads >= 4 * capacity;
   const auto kernel = decode_split_kernel<Config>;

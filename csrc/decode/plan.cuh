@@ -1,10 +1,14 @@
-// Who does what: the splits of all sequences in a row, cut into a piece for each thread block, in the
-// kernel from the lengths.
+// Who does what, found in the kernel from the lengths.
 //
-// The order is sequence, kv head, tile of rows, split. A piece is a whole number of units: splits,
-// or groups of them if the longest piece is then no longer. An empty sequence has one split, which
-// writes its zeros. Which keys a split has depends on its sequence alone; which thread block gets
-// it depends on all, and does not matter to the result.
+// A head tile is a tile of rows of a kv head; a band is some neighbouring head tiles of a sequence,
+// as many for all. A thread block does one head tile of a band, beside others that do the rest:
+// they read the same memory, or neighbouring memory, at about the same time. The splits of all bands
+// in a row (sequence, band, split) are cut into a piece for each such crew of thread blocks. A piece
+// is a whole number of units: splits, or groups of them if the longest piece is then no longer. An
+// empty sequence has one split, which writes its zeros.
+//
+// Which keys a split has depends on its sequence alone; which thread block gets it depends on all,
+// and does not matter to the result.
 #pragma once
 
 #include "decode/params.h"
@@ -33,7 +37,7 @@ __device__ __forceinline__ SequenceSplits sequence_splits(const DecodeParams& pa
   return {length, first, first_split, max_int(end_split - first_split, 0)};
 }
 
-// Units of one kv head and one tile of rows.
+// Units of a band.
 __device__ __forceinline__ int units_of(const SequenceSplits& sequence, int unit_splits) {
   const int splits = sequence.splits;
   return max_int(unit_splits == 1 ? splits : (splits + kGroupSplits - 1) / kGroupSplits, 1);
@@ -42,56 +46,66 @@ __device__ __forceinline__ int units_of(const SequenceSplits& sequence, int unit
 // How units are dealt.
 struct Plan {
   int unit_splits;  // 1 or kGroupSplits
-  int each;         // units of a thread block
-  int longer;       // thread blocks, the first ones, that have one more
+  int each;         // units of a piece
+  int longer;       // pieces, the first ones, that have one more
 
-  __device__ __forceinline__ int first_unit(int block) const {
-    return block * each + min_int(block, longer);
+  __device__ __forceinline__ int first_unit(int piece) const {
+    return piece * each + min_int(piece, longer);
   }
-  __device__ __forceinline__ int block_of(int unit) const {
+  __device__ __forceinline__ int piece_of(int unit) const {
     const int of_longer = longer * (each + 1);
     return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
   }
 };
 
-__device__ __forceinline__ int warp_sum(int value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
+__device__ __forceinline__ int bands_of(const DecodeParams& params) {
+  return params.crew_divisor.divide(params.head_tiles);
 }
 
-// The plan, and in `before` the units of all sequences before `batch`. By a whole warp.
-__device__ __forceinline__ Plan make_plan(const DecodeParams& params, int batch, int& before) {
-  int splits = 0;
-  int groups = 0;
-  int splits_before = 0;
-  int groups_before = 0;
+// Splits of a band, and groups of them.
+struct BandUnits {
+  int splits;
+  int groups;
+};
+
+// The sum over the first `end` sequences. By a whole warp.
+__device__ __forceinline__ BandUnits count_units(const DecodeParams& params, int end) {
+  BandUnits units{0, 0};
+  const bool alone = end == 1;
 #pragma unroll 4
-  for (int b = lane_id(); b < params.batch; b += 32) {
+  for (int b = alone ? 0 : lane_id(); b < end; b += 32) {
     const SequenceSplits sequence = sequence_splits(params, b);
-    const int its_splits = units_of(sequence, 1);
-    const int its_groups = units_of(sequence, kGroupSplits);
-    splits += its_splits;
-    groups += its_groups;
-    splits_before += b < batch ? its_splits : 0;
-    groups_before += b < batch ? its_groups : 0;
+    units.splits += units_of(sequence, 1);
+    units.groups += units_of(sequence, kGroupSplits);
   }
-  const int heads = params.kv_heads * params.row_tiles;
-  splits = heads * warp_sum(splits);
-  groups = heads * warp_sum(groups);
-  const int blocks = static_cast<int>(params.grid_divisor.divisor);
-  const bool by_groups = params.whole_groups != 0 ||
-                         kGroupSplits * params.grid_divisor.divide(groups + blocks - 1) <=
-                             params.grid_divisor.divide(splits + blocks - 1);
-  before = heads * warp_sum(by_groups ? groups_before : splits_before);
-  const int units = by_groups ? groups : splits;
-  const int each = params.grid_divisor.divide(units);
-  return {by_groups ? kGroupSplits : 1, each, units - each * blocks};
+  if (alone) return units;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    units.splits += __shfl_xor_sync(0xffffffffu, units.splits, step);
+    units.groups += __shfl_xor_sync(0xffffffffu, units.groups, step);
+  }
+  return units;
 }
 
-// A split of one kv head of one sequence, for one tile of rows, and where its thread block stands.
+// By a whole warp.
+__device__ __forceinline__ Plan make_plan(const DecodeParams& params) {
+  BandUnits all = count_units(params, params.batch);
+  const int bands = bands_of(params);
+  all.splits *= bands;
+  all.groups *= bands;
+  const int pieces = static_cast<int>(params.piece_divisor.divisor);
+  const bool by_groups = params.whole_groups != 0 ||
+                         kGroupSplits * params.piece_divisor.divide(all.groups + pieces - 1) <=
+                             params.piece_divisor.divide(all.splits + pieces - 1);
+  const int units = by_groups ? all.groups : all.splits;
+  const int each = params.piece_divisor.divide(units);
+  return {by_groups ? kGroupSplits : 1, each, units - each * pieces};
+}
+
+// A split of a head tile, and where its thread block stands.
 struct Place {
   int batch;
+  int head_tile;
   int kv_head;
   int row_tile;
   int split;  // of those that have keys
@@ -99,24 +113,30 @@ struct Place {
   int unit_splits;
   int units;  // that the thread block still has, this one's included
   int done;   // splits that it has had
+
+  __device__ __forceinline__ void enter(const DecodeParams& params, int tile) {
+    head_tile = tile;
+    kv_head = params.row_tile_divisor.divide(tile);
+    row_tile = tile - kv_head * params.row_tiles;
+  }
 };
 
 // The first split of a thread block; without any if `units` is 0. By a whole warp.
 __device__ __forceinline__ Place first_place(const DecodeParams& params, int block) {
-  int before;
-  const Plan plan = make_plan(params, 0, before);
+  const Plan plan = make_plan(params);
+  const int piece = params.crew_divisor.divide(block);
+  const int crew = static_cast<int>(params.crew_divisor.divisor);
   Place place{};
-  const int first = plan.first_unit(block);
+  int rest = plan.first_unit(piece);  // units from the sequence on
   place.unit_splits = plan.unit_splits;
-  place.units = plan.first_unit(block + 1) - first;
+  place.units = plan.first_unit(piece + 1) - rest;
   if (place.units == 0) return place;
-  const int heads = params.kv_heads * params.row_tiles;
+  const int bands = bands_of(params);
   const int lane = lane_id();
-  int rest = first;  // units from this batch of sequences on
-  for (int start = 0;; start += 32) {
+  for (int start = 0; params.batch > 1; start += 32) {
     const int b = start + lane;
     const int units =
-        b < params.batch ? heads * units_of(sequence_splits(params, b), plan.unit_splits) : 0;
+        b < params.batch ? bands * units_of(sequence_splits(params, b), plan.unit_splits) : 0;
     int sum = units;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -134,10 +154,9 @@ __device__ __forceinline__ Place first_place(const DecodeParams& params, int blo
   }
   place.sequence = sequence_splits(params, place.batch);
   const int units = units_of(place.sequence, plan.unit_splits);
-  const int head = rest / units;
-  place.split = (rest - head * units) * plan.unit_splits;
-  place.kv_head = head / params.row_tiles;
-  place.row_tile = head - place.kv_head * params.row_tiles;
+  const int band = bands == 1 ? 0 : rest / units;
+  place.split = (rest - band * units) * plan.unit_splits;
+  place.enter(params, band * crew + block - piece * crew);
   return place;
 }
 
@@ -150,11 +169,13 @@ __device__ __forceinline__ Place next_place(const DecodeParams& params, const Pl
   if (ends || next.unit_splits == 1 || next.split % kGroupSplits == 0) --next.units;
   if (!ends || next.units == 0) return next;
   next.split = 0;
-  if (++next.row_tile < params.row_tiles) return next;
-  next.row_tile = 0;
-  if (++next.kv_head < params.kv_heads) return next;
-  next.kv_head = 0;
-  next.sequence = sequence_splits(params, ++next.batch);
+  const int crew = static_cast<int>(params.crew_divisor.divisor);
+  int tile = next.head_tile + crew;
+  if (tile >= params.head_tiles) {
+    tile = params.crew_divisor.remainder(next.head_tile);
+    next.sequence = sequence_splits(params, ++next.batch);
+  }
+  next.enter(params, tile);
   return next;
 }
 
