@@ -101,10 +101,10 @@ __device__ __forceinline__ KeyInterval team_keys(const DecodeParams& params, con
   const SequenceSplits& sequence = place.sequence;
   const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
   const int start = (sequence.first_split + place.split) * params.split_keys;
-  return {max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys,
-          // Not start + split_keys, which may be beyond 31 bits.
-          sequence.length - start < params.split_keys ? sequence.length
-                                                      : start + params.split_keys};
+  return {
+      max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys,
+      // Not start + split_keys, which may be beyond 31 bits.
+      sequence.length - start < params.split_keys ? sequence.length : start + params.split_keys};
 }
 
 // Copies a team's tiles of one split after the other to its stages, in turn, and the part of them
@@ -137,7 +137,8 @@ struct TileCopies {
   }
 
   // Looks up the row of the cache of each key of the next tile, well before it is copied. Where
-  // tiles are copied ahead, also that of a later split, `place` being the one that was entered last.
+  // tiles are copied ahead, also that of a later split, `place` being the one that was entered
+  // last.
   __device__ __forceinline__ void look_up(const DecodeParams& params, Place* place) {
     if constexpr (Config::kAhead) {
       while (coming.first >= coming.end && place->units > 0) {
@@ -214,8 +215,8 @@ __device__ __forceinline__ void sync_team() {
 }
 
 template <typename Config>
-__device__ __forceinline__ RowPositions row_positions(const DecodeParams& params, const Place& place,
-                                                      int warp_row, int end) {
+__device__ __forceinline__ RowPositions row_positions(const DecodeParams& params,
+                                                      const Place& place, int warp_row, int end) {
   const int first_row = place.row_tile * Config::kRows;
   const int last_row = min_int(first_row + Config::kRows, params.tokens * params.group) - 1;
   const int shift = place.sequence.length - params.tokens;
@@ -237,8 +238,7 @@ __device__ __forceinline__ int first_row(const Place& place) {
 template <typename Config>
 __device__ __forceinline__ void attend(const DecodeParams& params, const Place& place,
                                        TileCopies<Config>& copies, Place* copied_place,
-                                       uint32_t stages, uint32_t& stage,
-                                       DecodeWarp<Config>& warp) {
+                                       uint32_t stages, uint32_t& stage, DecodeWarp<Config>& warp) {
   KeyInterval keys = team_keys<Config>(params, place);
   const RowPositions rows =
       row_positions<Config>(params, place, first_row<Config>(place), keys.end);
@@ -345,8 +345,8 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
 #pragma unroll
     for (int team = 0; team < Config::kTeams; ++team) {
       const uint32_t state = shared + Config::kStateOffset + 8 * (team * Config::kRows + row);
-      const uint32_t outputs = __float_as_uint(
-          ptx::ld_shared_f32(shared + Config::kOutputsOffset + 4 * team));
+      const uint32_t outputs =
+          __float_as_uint(ptx::ld_shared_f32(shared + Config::kOutputsOffset + 4 * team));
       const uint4 words = ptx::ld_shared_v4(outputs + 4 * (row * Config::kWidth + 4 * piece));
       part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
                 make_float4(__uint_as_float(words.x), __uint_as_float(words.y),

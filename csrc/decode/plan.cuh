@@ -2,10 +2,10 @@
 //
 // A head tile is a tile of rows of a kv head; a band is some neighbouring head tiles of a sequence,
 // as many for all. A thread block does one head tile of a band, beside others that do the rest:
-// they read the same memory, or neighbouring memory, at about the same time. The splits of all bands
-// in a row (sequence, band, split) are cut into a piece for each such crew of thread blocks. A piece
-// is a whole number of units: splits, or groups of them if the longest piece is then no longer. An
-// empty sequence has one split, which writes its zeros.
+// they read the same memory, or neighbouring memory, at about the same time. The splits of all
+// bands in a row (sequence, band, split) are cut into a piece for each such crew of thread blocks.
+// A piece is a whole number of units: splits, or groups of them if the longest piece is then no
+// longer. An empty sequence has one split, which writes its zeros.
 //
 // Which keys a split has depends on its sequence alone; which thread block gets it depends on all,
 // and does not matter to the result.

@@ -199,7 +199,7 @@ def test_same_bits_again_and_alone() -> None:
         chex.assert_trees_all_equal(alone, tuple(x[one] for x in first))
 
 
-def test_more_sequences_than_plan_entries() -> None:
+def test_many_sequences() -> None:
     query, k, v = problem(0, 1300, 1, 4, 1, 80, 64)
     lengths = np.random.default_rng(0).integers(0, 81, 1300).astype(np.int32)
     check(run(query, k, v, lengths), query, k, v, lengths)
