@@ -188,8 +188,8 @@ struct TileCopies {
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
       const int index = pass + lane_id() / kLanes;
-      const int64_t source =
-          int64_t{__shfl_sync(0xffffffffu, row, index)} * params.kv_heads + kv_head;
+      const int64_t source = int64_t{__shfl_sync(0xffffffffu, row, index)} * params.kv_heads +
+                             (Config::kAhead ? kv_head : coming_head);
       const bool exists = index < its_keys;
 #pragma unroll
       for (int i = 0; i < Layout::kChunks; i += kLanes) {
@@ -256,6 +256,12 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
   }
 }
 
+// Where a column of a row of shared outputs is: four rows in different banks.
+template <typename Config>
+__device__ __forceinline__ uint32_t output_offset(int row, int column) {
+  return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
+}
+
 // Leaves a team's outputs at `outputs`, [rows][width] f32, and the states of its rows.
 template <typename Config>
 __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, uint32_t shared,
@@ -275,21 +281,22 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, 
       ptx::st_shared_v2(shared + Config::kStateOffset + 8 * (team * Config::kRows + row),
                         warp.maximum[h], sum);
     }
-    const uint32_t target = outputs + 4 * row * Config::kWidth;
 #pragma unroll
     for (int j = 0; j < DecodeWarp<Config>::kOutTiles; j += 2) {
       const auto& left = warp.out[j];
       const auto& right = warp.out[j + 1];
       if constexpr (Config::kQuantised) {
         // Even columns are left, odd ones right.
-        const uint32_t four = target + 32 * j + 8 * fragment_column();
+        const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
         const float factor = warp.value_factor;
         ptx::st_shared_v2(four, left[2 * h] * factor, right[2 * h] * factor);
         ptx::st_shared_v2(four + 8, left[2 * h + 1] * factor, right[2 * h + 1] * factor);
       } else {
-        const uint32_t two = target + 32 * j + 4 * fragment_column();
-        ptx::st_shared_v2(two, left[2 * h], left[2 * h + 1]);
-        ptx::st_shared_v2(two + 32, right[2 * h], right[2 * h + 1]);
+        const int column = 8 * j + fragment_column();
+        ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
+                          left[2 * h + 1]);
+        ptx::st_shared_v2(outputs + output_offset<Config>(row, column + 8), right[2 * h],
+                          right[2 * h + 1]);
       }
     }
   }
@@ -316,7 +323,6 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                                       uint32_t shared) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const int pieces = params.head_dim_v / 4;
   const int splits = place.sequence.splits;
   const int within = place.split % kGroupSplits;
   // Whether the thread block has had the group from its first split on.
@@ -329,42 +335,56 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
   const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
-  for (int i = threadIdx.x; i < rows * kLanesOfRow; i += Config::kThreads) {
-    const int row = i / kLanesOfRow;
-    const int piece = i % kLanesOfRow;
-    if (piece >= pieces) continue;
-    const int64_t at = partial_row(params, place.batch, place.kv_head, slot, first + row);
-    float4* const partial =
-        reinterpret_cast<float4*>(params.partial_out + at * params.head_dim_v + 4 * piece);
-    RowPart group = RowPart::empty();
+  constexpr int kRowStep = Config::kThreads / kLanesOfRow;
+  constexpr int kBatch = Config::kWidth <= 128 ? 4 : 1;
+  const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
+  if (4 * piece >= params.head_dim_v) return;
+  const int64_t place_row = partial_row(params, place.batch, place.kv_head, slot, first);
+  float* const partial = params.partial_out + place_row * params.head_dim_v + 4 * piece;
+#pragma unroll 1
+  for (int row0 = static_cast<int>(threadIdx.x) / kLanesOfRow; row0 < rows;
+       row0 += kBatch * kRowStep) {
+    // All loads are on their way before the first is needed.
+    float4 sums[kBatch];
     if (!begins) {
-      group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
-               *partial};
-    }
-    RowPart part = RowPart::empty();
 #pragma unroll
-    for (int team = 0; team < Config::kTeams; ++team) {
-      const uint32_t state = shared + Config::kStateOffset + 8 * (team * Config::kRows + row);
-      const uint32_t outputs =
-          __float_as_uint(ptx::ld_shared_f32(shared + Config::kOutputsOffset + 4 * team));
-      const uint4 words = ptx::ld_shared_v4(outputs + 4 * (row * Config::kWidth + 4 * piece));
-      part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
-                make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
-                            __uint_as_float(words.z), __uint_as_float(words.w))});
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = row0 + i * kRowStep;
+        if (row < rows) {
+          sums[i] = *reinterpret_cast<const float4*>(partial + int64_t{row} * params.head_dim_v);
+        }
+      }
     }
-    if (begins) {
-      group = part;
-    } else {
-      group.add(part);
-    }
-    if (ends_alone) {
-      finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
-      continue;
-    }
-    *partial = group.out;
-    if (piece == 0) {
-      ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
-      params.partial_state[at] = make_float2(group.maximum, group.sum);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row0 + i * kRowStep;
+      if (row >= rows) break;
+      RowPart part = RowPart::empty();
+#pragma unroll
+      for (int team = 0; team < Config::kTeams; ++team) {
+        const uint32_t state = shared + Config::kStateOffset + 8 * (team * Config::kRows + row);
+        const uint32_t outputs =
+            __float_as_uint(ptx::ld_shared_f32(shared + Config::kOutputsOffset + 4 * team));
+        const uint4 words = ptx::ld_shared_v4(outputs + output_offset<Config>(row, 4 * piece));
+        part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
+                  make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
+                              __uint_as_float(words.z), __uint_as_float(words.w))});
+      }
+      RowPart group = part;
+      if (!begins) {
+        group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
+                 sums[i]};
+        group.add(part);
+      }
+      if (ends_alone) {
+        finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
+        continue;
+      }
+      *reinterpret_cast<float4*>(partial + int64_t{row} * params.head_dim_v) = group.out;
+      if (piece == 0) {
+        ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        params.partial_state[place_row + row] = make_float2(group.maximum, group.sum);
+      }
     }
   }
 }
@@ -423,12 +443,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const Place next = next_place(params, place);
     keep(1 - now, next);
     more = next.units > 0;
-    if (more && next.split == 0) {
-      warp.load_queries(params, next.batch, next.kv_head, first_row<Config>(next));
-    }
+    const auto load_other_queries = [&] {
+      const Place& next = *place_at(1 - now);
+      if (more && next.split == 0) {
+        warp.load_queries(params, next.batch, next.kv_head, first_row<Config>(next));
+      }
+    };
+    // On their way meanwhile, where there are registers for them.
+    if constexpr (Config::kWidth <= 128) load_other_queries();
     __syncthreads();
     store<Config>(params, place, shared);
     __syncthreads();  // before the next outputs, and copies to where these were
+    if constexpr (Config::kWidth > 128) load_other_queries();
     if constexpr (!Config::kAhead) {
       if (more) {
         copies.enter(params, *place_at(1 - now));
