@@ -86,6 +86,13 @@ struct RowPart {
     out.z = fmaf(theirs, other.out.z, out.z * mine);
     out.w = fmaf(theirs, other.out.w, out.w * mine);
   }
+
+  __device__ __forceinline__ void multiply(float factor) {
+    out.x *= factor;
+    out.y *= factor;
+    out.z *= factor;
+    out.w *= factor;
+  }
 };
 
 // Where a row of a split's partial result is.
@@ -288,9 +295,8 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, 
       if constexpr (Config::kQuantised) {
         // Even columns are left, odd ones right.
         const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
-        const float factor = warp.value_factor;
-        ptx::st_shared_v2(four, left[2 * h] * factor, right[2 * h] * factor);
-        ptx::st_shared_v2(four + 8, left[2 * h + 1] * factor, right[2 * h + 1] * factor);
+        ptx::st_shared_v2(four, left[2 * h], right[2 * h]);
+        ptx::st_shared_v2(four + 8, left[2 * h + 1], right[2 * h + 1]);
       } else {
         const int column = 8 * j + fragment_column();
         ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
@@ -339,6 +345,11 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   constexpr int kBatch = Config::kWidth <= 128 ? 4 : 1;
   const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
   if (4 * piece >= params.head_dim_v) return;
+  float value_factor = 1.0f;
+  if constexpr (Config::kQuantised) {
+    value_factor = kUnit<Config::kCache> *
+                   scale_of(params.v_scale, place.batch * params.v_scale_stride + place.kv_head);
+  }
   const int64_t place_row = partial_row(params, place.batch, place.kv_head, slot, first);
   float* const partial = params.partial_out + place_row * params.head_dim_v + 4 * piece;
 #pragma unroll 1
@@ -370,6 +381,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                   make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
                               __uint_as_float(words.z), __uint_as_float(words.w))});
       }
+      if constexpr (Config::kQuantised) part.multiply(value_factor);
       RowPart group = part;
       if (!begins) {
         group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
@@ -431,37 +443,33 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     warp.load_queries(params, place.batch, place.kv_head, first_row<Config>(place));
   }
   uint32_t stage = 0;
-  int now = 0;  // where the place of the split is
 #pragma unroll 1
-  for (bool more = true; more;) {
-    const Place& place = *place_at(now);
+  while (true) {
+    const Place& now = *place_at(0);
+    const Place& next = *place_at(1);
     warp.init();
-    attend<Config>(params, place, copies, place_at(2), stages, stage, warp);
+    attend<Config>(params, now, copies, place_at(2), stages, stage, warp);
     sync_team<Config>();  // no warp of the team reads tiles any more
-    const int rows = params.tokens * params.group - place.row_tile * Config::kRows;
+    const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
     share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
-    const Place next = next_place(params, place);
-    keep(1 - now, next);
-    more = next.units > 0;
+    keep(1, next_place(params, now));
     const auto load_other_queries = [&] {
-      const Place& next = *place_at(1 - now);
-      if (more && next.split == 0) {
+      if (next.units > 0 && next.split == 0) {
         warp.load_queries(params, next.batch, next.kv_head, first_row<Config>(next));
       }
     };
     // On their way meanwhile, where there are registers for them.
     if constexpr (Config::kWidth <= 128) load_other_queries();
     __syncthreads();
-    store<Config>(params, place, shared);
+    store<Config>(params, now, shared);
     __syncthreads();  // before the next outputs, and copies to where these were
     if constexpr (Config::kWidth > 128) load_other_queries();
+    if (next.units == 0) return;
+    keep(0, next);
     if constexpr (!Config::kAhead) {
-      if (more) {
-        copies.enter(params, *place_at(1 - now));
-        begin_copies();
-      }
+      copies.enter(params, now);
+      begin_copies();
     }
-    now = 1 - now;
   }
 }
 
