@@ -330,6 +330,23 @@ def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
             assert_same_bits(alone, [x[one] for x in together])
 
 
+@pytest.mark.parametrize("length", [1024, 450])
+def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
+    """Where the longest piece of work is no longer, none cuts a group of splits.
+
+    So with 1 and 2 multiprocessors, with 16 or 8 splits of each sequence.
+    """
+    query, k, v = problem(7, 3, 1, 2, 1, length, 16)
+    lengths = np.full(3, length, np.int32)
+    first, *others = (
+        run(library, query, k, v, lengths, num_splits=16, multiprocessors=n)
+        for n in (1, 2, 3, 5, 99)
+    )
+    check(first, query, k, v, lengths)
+    for other in others:
+        assert_same_bits(other, first)
+
+
 def assert_same_bits(got: Any, want: Any) -> None:
     for x, y in zip(got, want, strict=True):
         np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
