@@ -4,7 +4,8 @@
     python -m benchmarks.decode --smoke   # tiny, on any machine
 
 Arms take turns in one process. A program is a chain of calls, each on the result of
-the one before and on a cache of its own, so that small caches are not found in the L2.
+the one before and on a cache of its own; it is run on several sets of caches in turn,
+until all have been read, so that small caches are not found in the L2.
 `kernel` is the time inside kernels by CUPTI, `chain` the wall time of a chain divided
 by its calls, gaps between kernels included. An arm that does not run a cell says why.
 """
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import pathlib
 import statistics
@@ -33,7 +35,7 @@ from benchmarks.timing import Call, Protocol, Samples, Summary, measure, short
 from jax_flash._src import compat
 
 ROTATED = 260e6
-"""Bytes of caches that a chain goes through; several times the L2."""
+"""Bytes of caches that are read in turn; several times the L2."""
 LONGEST_CHAIN = 16
 TOLERANCE = 2e-2
 SCALE = 1 / 32
@@ -94,10 +96,14 @@ class Cell:
         """Bytes of keys and values that one call has to read."""
         return float(self.lengths.sum()) * self.token_bytes
 
-    def inputs(self, longest: int) -> tuple[Any, list[Any], Any, Any]:
-        """Query, caches of at most `longest` calls, lengths, page table or None."""
+    def chains(self, longest: int, rotated: float) -> tuple[int, int]:
+        """Calls of a chain, at most `longest`, and chains that read `rotated` bytes."""
         whole = self.batch * self.room * self.token_bytes
-        count = int(min(longest, max(1, -(-ROTATED // whole))))
+        calls = int(min(longest, max(1, -(-rotated // whole))))
+        return calls, int(max(1, -(-rotated // (calls * whole))))
+
+    def inputs(self, count: int) -> tuple[Any, list[Any], Any, Any]:
+        """Query, `count` caches, lengths, page table or None."""
         shape = (self.batch, self.room, self.kv_heads, self.width)
         table = None
         if self.page:
@@ -362,26 +368,36 @@ def chain(attention: Attention) -> Callable:
     return run
 
 
+def in_turn(
+    program: Callable, query: Any, sets: list[Any], lengths: Any, table: Any
+) -> Callable[[], Any]:
+    """Runs the program on another set of caches each time."""
+    turns = itertools.cycle(sets)
+    return lambda: program(query, next(turns), lengths, table)
+
+
 def run_cell(
-    cell: Cell, arms: list[str], protocol: Protocol, longest: int
+    cell: Cell, arms: list[str], protocol: Protocol, longest: int, rotated: float
 ) -> tuple[dict[str, Samples], dict[str, str], int]:
     """Samples and reasons for not running, by arm, and the calls of a chain."""
-    inputs = query, caches, lengths, table = cell.inputs(longest)
+    count, chains = cell.chains(longest, rotated)
+    query, caches, lengths, table = cell.inputs(count * chains)
     turned: list[Any] = []
     calls, why_not, firsts = {}, {}, {}
     for arm in arms:
         try:
-            attention, own = ARMS[arm](cell), inputs
+            attention, own = ARMS[arm](cell), caches
             if arm.startswith("pallas"):
-                turned = turned or heads_first(cell, caches)
-                own = query, turned, lengths, table
-            program = jax.jit(chain(attention)).lower(*own).compile()
-            firsts[arm] = np.asarray(program(*own)[1], np.float32)
+                own = turned = turned or heads_first(cell, caches)
+            sets = [own[i : i + count] for i in range(0, len(own), count)]
+            first = query, sets[0], lengths, table
+            program = jax.jit(chain(attention)).lower(*first).compile()
+            firsts[arm] = np.asarray(program(*first)[1], np.float32)
         except Exception as error:  # a peer may fail in any way
             why_not[arm] = short(error)
             continue
         calls[arm] = Call(
-            run=functools.partial(program, *own),
+            run=in_turn(program, query, sets, lengths, table),
             wait=jax.block_until_ready,
             heads=lambda result: result[1][0, :, :2],
         )
@@ -391,7 +407,7 @@ def run_cell(
         if not difference <= TOLERANCE * max(1.0, float(np.abs(other).max())):
             why_not[arm] = f"differs from {next(iter(firsts))} by {difference:.3g}"
             del calls[arm]
-    return measure(calls, protocol), why_not, len(inputs[1])
+    return measure(calls, protocol), why_not, count
 
 
 def compare(rows: list[dict[str, Any]], ours: str) -> dict[str, tuple[float, str]]:
@@ -420,6 +436,22 @@ def print_comparison(found: dict[str, tuple[float, str]], ours: str) -> None:
             print(f"  below 1: {cell}: {ratio:.3f} of {best}")
 
 
+def variants(rows: list[dict[str, Any]], ours: str) -> dict[str, float]:
+    """Time over the same cell's with one token and bfloat16 caches, by name."""
+    fields = [field.name for field in dataclasses.fields(Cell)]
+    times = {
+        Cell(**{name: row[name] for name in fields}): row["chain_us"]
+        for row in rows
+        if row["arm"] == ours
+    }
+    found = {}
+    for cell, time_us in times.items():
+        plain = dataclasses.replace(cell, tokens=1, cache="bfloat16")
+        if plain != cell and plain in times:
+            found[cell.name] = time_us / times[plain]
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints a table; 1 if the first arm failed somewhere, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -435,10 +467,10 @@ def main(argv: list[str] | None = None) -> int:
     arms = args.arms or list(SMOKE_ARMS if args.smoke else DEFAULT_ARMS)
     start = time.monotonic()
     protocol = Protocol(rounds=3, seconds=args.seconds, idle=0.02, most=100)
-    table, longest = CELLS, LONGEST_CHAIN
+    table, longest, rotated = CELLS, LONGEST_CHAIN, ROTATED
     if args.smoke:
         protocol = Protocol(rounds=1, seconds=0.0, idle=0.0)
-        table, longest = SMOKE_CELLS, 1
+        table, longest, rotated = SMOKE_CELLS, 1, 0.0
     device = jax.devices()[0].device_kind
     print(f"device: {device}")
     print(f"{'cell':32} {'arm':14} {'kernel us':>10} {'GB/s':>6} {'chain us':>9}")
@@ -449,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no time for {cell.name}")
             skipped += [about | {"arm": arm, "why": "no time"} for arm in arms]
             continue
-        samples, why_not, count = run_cell(cell, arms, protocol, longest)
+        samples, why_not, count = run_cell(cell, arms, protocol, longest, rotated)
         for arm in arms:
             sample = samples.get(arm)
             errors = [why_not[arm]] if arm in why_not else []
@@ -474,6 +506,8 @@ def main(argv: list[str] | None = None) -> int:
             data = {"device": device, "rows": rows, "skipped": skipped}
             args.json.write_text(json.dumps(data, indent=1))
     print_comparison(compare(rows, arms[0]), arms[0])
+    for name, ratio in variants(rows, arms[0]).items():
+        print(f"  {name}: {ratio:.3f} of the time with one token and bfloat16")
     print(f"{time.monotonic() - start:.0f} s")
     failed = [one for one in skipped if one["arm"] == arms[0]]
     return int(any(one["why"] != "no time" for one in failed))

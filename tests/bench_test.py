@@ -476,6 +476,35 @@ def test_decode_is_compared_with_the_fastest_peer(
     assert lines[1:] == ["  below 1: slow: 0.500 of cudnn"]
 
 
+def test_decode_chains_read_more_than_the_l2() -> None:
+    small, large = decode.Cell(1, 1024), decode.Cell(128, 8192)
+    calls, chains = small.chains(16, decode.ROTATED)
+    assert calls == 16
+    assert calls * chains * small.kv_bytes >= decode.ROTATED
+    assert large.chains(16, decode.ROTATED) == (1, 1)
+    turns = decode.in_turn(lambda q, caches, n, table: caches, 0, [1, 2], 0, None)
+    assert [turns() for _ in range(5)] == [1, 2, 1, 2, 1]
+
+
+def test_decode_variants_are_compared_with_the_plain_cell() -> None:
+    plain = decode.Cell(1, 64, page=16)
+    cells = {
+        plain: 10.0,
+        dataclasses.replace(plain, tokens=4): 11.0,
+        dataclasses.replace(plain, cache="int8"): 6.0,
+        decode.Cell(2, 64, tokens=4): 1.0,
+    }
+    rows = [
+        dataclasses.asdict(cell) | {"arm": "jax_flash", "chain_us": us}
+        for cell, us in cells.items()
+    ]
+    rows.append(rows[0] | {"arm": "fa3", "chain_us": 1.0})
+    assert decode.variants(rows, "jax_flash") == {
+        "b1 n64 32/8 d128 q4 page16": 1.1,
+        "b1 n64 32/8 d128 page16 int8": 0.6,
+    }
+
+
 def fake_cudnn(
     query: Any, key: Any, value: Any, bias: Any, q_seqlen: Any, kv_seqlen: Any,
     q_offsets: Any, kv_offsets: Any, k_table: Any, v_table: Any, *rest: Any,

@@ -53,7 +53,7 @@ def test_call(kernels: None) -> None:
         "scale = 5.000000e-01 : f32",
         "softcap = 3.000000e+00 : f32",
         "window_left = 7 : i64",
-        "split_keys = 64 : i64",
+        "split_keys = 128 : i64",
         "splits = 2 : i64",
         "has_page_table = false",
         "has_sinks = false",
@@ -179,7 +179,7 @@ def test_explain(kernels: None) -> None:
     explanation = explain(query, k, v, **given)
     assert explanation.chosen["cuda"] == "cuda"
     assert explanation.chosen["cpu"] == "xla"
-    assert "up to 10 splits of 64 keys" in explanation.details["cuda"]
+    assert "up to 5 splits of 128 keys" in explanation.details["cuda"]
     assert "page_table int32[3,5], " in str(explanation)
     assert "softcap=2.0" in str(explanation)
     narrow_query, narrow_k = (

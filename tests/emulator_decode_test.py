@@ -1,6 +1,7 @@
 """The decode kernels' own source on the CPU, thread for thread, against float64."""
 
 import ctypes
+import itertools
 import math
 import random
 from typing import Any
@@ -39,7 +40,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 9),
+        ("set_by_launch", ctypes.c_uint32 * 23),
     )
 
 
@@ -71,7 +72,14 @@ def run(
     room = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     rows = tokens * heads // kv_heads
     keys, splits = decode_plan.splits_of(
-        room, tokens, window, rows, kv_heads, num_splits
+        room,
+        tokens,
+        window,
+        rows,
+        kv_heads,
+        num_splits,
+        max(width, value_width),
+        k.dtype.itemsize,
     )
     places = (batch, kv_heads, splits, rows)
     arrays = {"query": query, "key": k, "value": v, "lengths": lengths}
@@ -300,28 +308,64 @@ def test_scales_may_be_left_out(library: ctypes.CDLL, dtype: str) -> None:
 
 @pytest.mark.parametrize("tokens", [2, 10])
 def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
-    """The same bits alone and in a batch, where thread blocks do groups of splits."""
+    """The same bits alone and in a batch, wherever thread blocks cut the work.
+
+    Room for 18 splits, so for whole groups of them and for one that is not.
+    """
     query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64)
     lengths = np.array([1000, 0, 130, 1100], np.int32)
-    sinks = np.ones((1, 4), np.float32)
-    together = run(library, query, k, v, lengths, multiprocessors=1, sinks=sinks)
-    check(together, query, k, v, lengths, sinks=sinks)
+    ways: dict[str, Any] = {"sinks": np.ones((1, 4), np.float32), "num_splits": 18}
+    together = run(library, query, k, v, lengths, multiprocessors=1, **ways)
+    check(together, query, k, v, lengths, sinks=ways["sinks"])
+    for multiprocessors in (2, 3, 5):
+        again = run(
+            library, query, k, v, lengths, multiprocessors=multiprocessors, **ways
+        )
+        assert_same_bits(again, together)
     for b in range(4):
         one = slice(b, b + 1)
-        alone = run(
-            library,
-            query[one],
-            k[one],
-            v[one],
-            lengths[one],
-            multiprocessors=7,
-            sinks=sinks,
-        )
-        for x, y in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(x.view(np.uint8), y[one].view(np.uint8))
+        given = query[one], k[one], v[one], lengths[one]
+        for multiprocessors in (1, 7):
+            alone = run(library, *given, multiprocessors=multiprocessors, **ways)
+            assert_same_bits(alone, [x[one] for x in together])
 
 
-def test_more_sequences_than_plan_entries(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("length", [1024, 450])
+def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
+    """Where the longest piece of work is no longer, none cuts a group of splits.
+
+    So with 1 and 2 multiprocessors, with 16 or 8 splits of each sequence.
+    """
+    query, k, v = problem(7, 3, 1, 2, 1, length, 16)
+    lengths = np.full(3, length, np.int32)
+    first, *others = (
+        run(library, query, k, v, lengths, num_splits=16, multiprocessors=n)
+        for n in (1, 2, 3, 5, 99)
+    )
+    check(first, query, k, v, lengths)
+    for other in others:
+        assert_same_bits(other, first)
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads"), [(1, 3, 3), (1, 20, 10), (64, 6, 3), (9, 16, 1)]
+)
+def test_crews(library: ctypes.CDLL, tokens: int, heads: int, kv_heads: int) -> None:
+    """Numbers of heads and tiles of rows that thread blocks can and cannot share."""
+    query, k, v = problem(6, 2, tokens, heads, kv_heads, 700, 16)
+    lengths = np.array([700, 200], np.int32)
+    first = run(library, query, k, v, lengths, num_splits=11)
+    check(first, query, k, v, lengths)
+    again = run(library, query, k, v, lengths, num_splits=11, multiprocessors=11)
+    assert_same_bits(again, first)
+
+
+def test_many_sequences(library: ctypes.CDLL) -> None:
     query, k, v = problem(4, 1100, 1, 1, 1, 8, 8)
     lengths = np.random.default_rng(0).integers(0, 9, 1100).astype(np.int32)
     check(run(library, query, k, v, lengths), query, k, v, lengths)
@@ -332,9 +376,12 @@ def test_more_sequences_than_plan_entries(library: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 64])
 def test_splits_suffice(room: int, window: int, tokens: int) -> None:
     """No length needs more splits than the workspace has, nor starts off a unit."""
-    for kv_heads, num_splits in ((1, None), (8, None), (64, None), (1, 3), (1, 1000)):
+    kinds = ((1, None), (8, None), (64, None), (1, 3), (1, 1000))
+    for (kv_heads, num_splits), width, size in itertools.product(
+        kinds, (64, 256), (1, 2)
+    ):
         keys, splits = decode_plan.splits_of(
-            room, tokens, window, 4 * tokens, kv_heads, num_splits
+            room, tokens, window, 4 * tokens, kv_heads, num_splits, width, size
         )
         assert keys % decode_plan.SPLIT_UNIT == 0
         assert keys >= decode_plan.SPLIT_UNIT

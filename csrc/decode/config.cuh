@@ -93,21 +93,28 @@ struct DecodeConfig {
   using Layout = TileLayout<kPairs>;
   static constexpr int kChunkElements = 16 / sizeof(Stored);
 
-  // Shared memory in bytes: where each entry of the plan ends, the unit of work, states of its rows
-  // before and after a split, states of the teams' rows, then the stages of the teams, each a tile
-  // of keys and one of values; later their outputs in f32.
-  static constexpr int kPlanEntries = 224;
-  static constexpr int kUnitOffset = 4 * kPlanEntries;
-  static constexpr int kGroupOffset = kUnitOffset + 128;
-  static constexpr int kStateOffset = kGroupOffset + 2 * 8 * kRows;
+  // Shared memory in bytes: three places of each warp, states of the unit's rows before and after a
+  // split, where the teams leave their outputs, states of the teams' rows, then the stages of the
+  // teams, each a tile of keys and one of values.
+  static constexpr int kPlaceBytes = 52;
+  static constexpr int kGroupOffset = 640;
+  static constexpr int kOutputsOffset = kGroupOffset + 2 * 8 * kRows;
+  static constexpr int kStateOffset = kOutputsOffset + 128;
   static constexpr int kTileOffset = kStateOffset + 8 * kTeams * kRows;
   static constexpr int kTileBytes = kKeys * Layout::kPitch;
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kTeamBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kTileOffset + kTeams * kTeamBytes;
 
+  // Outputs of a team in f32. Where they fit one stage, that which has just been read is free for
+  // them, while the next split's tiles are on their way to the others; else all stages are, after
+  // the split.
+  static constexpr int kOutputBytes = kRows * kWidth * 4;
+  static constexpr bool kAhead = kOutputBytes <= kStageBytes;
+
+  static_assert(3 * kPlaceBytes * kWarps <= kGroupOffset && 4 * kTeams <= 128);
   static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
-  static_assert(kTeams * kRows * kWidth * 4 <= kTeams * kTeamBytes, "outputs fit the stages");
+  static_assert(kOutputBytes <= kTeamBytes, "outputs fit the stages");
   static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from compute capability 8.0 on");
   static_assert(kCopyRows <= 32 && kKeys % 16 == 0);
 };

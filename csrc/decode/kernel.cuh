@@ -86,78 +86,122 @@ struct RowPart {
     out.z = fmaf(theirs, other.out.z, out.z * mine);
     out.w = fmaf(theirs, other.out.w, out.w * mine);
   }
+
+  __device__ __forceinline__ void multiply(float factor) {
+    out.x *= factor;
+    out.y *= factor;
+    out.z *= factor;
+    out.w *= factor;
+  }
 };
 
-// Where a row of a unit's partial result is.
+// Where a row of a split's partial result is.
 __device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int batch, int kv_head,
-                                               int place, int row) {
-  const int64_t unit = (int64_t{batch} * params.kv_heads + kv_head) * params.splits + place;
-  return unit * params.tokens * params.group + row;
+                                               int split, int row) {
+  const int64_t at = (int64_t{batch} * params.kv_heads + kv_head) * params.splits + split;
+  return at * params.tokens * params.group + row;
 }
 
-// What a team walks over, and the part of it that this warp copies.
+// Keys of a split from a team's first tile on.
 template <typename Config>
-struct Walk {
+__device__ __forceinline__ KeyInterval team_keys(const DecodeParams& params, const Place& place) {
+  const SequenceSplits& sequence = place.sequence;
+  const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
+  const int start = (sequence.first_split + place.split) * params.split_keys;
+  return {
+      max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys,
+      // Not start + split_keys, which may be beyond 31 bits.
+      sequence.length - start < params.split_keys ? sequence.length : start + params.split_keys};
+}
+
+// Copies a team's tiles of one split after the other to its stages, in turn, and the part of them
+// that this warp copies.
+template <typename Config>
+struct TileCopies {
   using Layout = typename Config::Layout;
   static constexpr int kLanes = ChunkLanes<Config::kPairs, 32>::kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
-  static constexpr int kStep = Config::kKeys * Config::kTeams;
 
+  uint32_t next_stage;  // bytes from the team's first one
+  // The tile that is copied next, which was looked up.
+  int keys;     // that it has, and those behind it of its split; none: there is no tile
+  int row;      // of the cache: that of lane's key
+  int kv_head;  // of the row
+  // What comes after it.
+  KeyInterval coming;  // keys of the split
   int batch;
-  int kv_head;
-  int first;  // key of the team's first tile
-  int end;    // of the split's keys
-  uint32_t stages;
-  int next_row;  // of the cache, for the tile that is copied next: that of lane's key
+  int coming_head;
 
-  __device__ __forceinline__ int tiles() const {
-    return first < end ? (end - first + kStep - 1) / kStep : 0;
-  }
-  __device__ __forceinline__ int key(int tile) const { return first + tile * kStep; }
-  __device__ __forceinline__ uint32_t stage(int tile) const {
-    return stages + tile % Config::kStages * Config::kStageBytes;
+  __device__ __forceinline__ void enter(const DecodeParams& params, const Place& place) {
+    coming = team_keys<Config>(params, place);
+    batch = place.batch;
+    coming_head = place.kv_head;
   }
 
-  // First of the keys of a tile that this warp copies.
-  __device__ __forceinline__ int copied_key(int tile) const { return key(tile) + copied_row(); }
-  __device__ __forceinline__ int copied_row() const {
+  // First of the rows of a tile that this warp copies.
+  static __device__ __forceinline__ int copied_row() {
     return static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * Config::kCopyRows;
   }
 
-  // Looks up the row of the cache of each key to copy, well before the copy.
-  __device__ __forceinline__ void look_up(const DecodeParams& params, int tile) {
-    const int key = copied_key(tile) + lane_id() % Config::kCopyRows;
-    next_row = 0;
-    if (key >= end) return;
+  // Looks up the row of the cache of each key of the next tile, well before it is copied. Where
+  // tiles are copied ahead, also that of a later split, `place` being the one that was entered
+  // last.
+  __device__ __forceinline__ void look_up(const DecodeParams& params, Place* place) {
+    if constexpr (Config::kAhead) {
+      while (coming.first >= coming.end && place->units > 0) {
+        const Place next = next_place(params, *place);
+        __syncwarp();
+        if (lane_id() == 0) *place = next;
+        __syncwarp();
+        if (next.units > 0) enter(params, next);
+      }
+    }
+    keys = coming.end - coming.first;
+    kv_head = coming_head;
+    row = 0;
+    const int offset = copied_row() + lane_id() % Config::kCopyRows;
+    const int key = coming.first + offset;
+    coming.first += Config::kKeys * Config::kTeams;
+    if (offset >= keys) return;
     if (params.page_table == nullptr) {
-      next_row = batch * params.room + key;
+      row = batch * params.room + key;
       return;
     }
     const int slot = params.page_divisor.divide(key);
     const int page = params.page_table[int64_t{batch} * params.max_pages + slot];
-    next_row = min_int(max_int(page, 0), params.pages - 1) * params.page_size + key -
-               slot * params.page_size;
+    row = min_int(max_int(page, 0), params.pages - 1) * params.page_size + key -
+          slot * params.page_size;
   }
 
-  // Copies this warp's rows of a tile that was looked up. Keys at and after `end` and columns
-  // beyond the widths become zeros: padding may hold anything, and 0 * NaN would reach the output.
-  __device__ __forceinline__ void copy(const DecodeParams& params, int tile) const {
+  // Copies this warp's rows of the tile that was looked up, as a cp.async group, which is empty if
+  // there is none. Keys beyond the split and columns beyond the widths become zeros: padding may
+  // hold anything, and 0 * NaN would reach the output.
+  __device__ __forceinline__ void copy(const DecodeParams& params, uint32_t stages) {
+    if (keys > 0) {
+      copy_rows(params, stages + next_stage);
+      next_stage += Config::kStageBytes;
+      if (next_stage == Config::kTeamBytes) next_stage = 0;
+    }
+    ptx::cp_async_commit_group();
+  }
+
+ private:
+  __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
     const int chunk0 = lane_id() % kLanes;
-    const int keys = end - copied_key(tile);
-    const uint32_t target = stage(tile);
+    const int its_keys = keys - copied_row();
     using Stored = typename Config::Stored;
     const Stored* const key = static_cast<const Stored*>(params.key);
     const Stored* const value = static_cast<const Stored*>(params.value);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
-      const int row = pass + lane_id() / kLanes;
-      const int64_t source =
-          int64_t{__shfl_sync(0xffffffffu, next_row, row)} * params.kv_heads + kv_head;
-      const bool exists = row < keys;
+      const int index = pass + lane_id() / kLanes;
+      const int64_t source = int64_t{__shfl_sync(0xffffffffu, row, index)} * params.kv_heads +
+                             (Config::kAhead ? kv_head : coming_head);
+      const bool exists = index < its_keys;
 #pragma unroll
       for (int i = 0; i < Layout::kChunks; i += kLanes) {
         const int column = Config::kChunkElements * (chunk0 + i);
-        const uint32_t place = target + Layout::offset(copied_row() + row, chunk0 + i);
+        const uint32_t place = target + Layout::offset(copied_row() + index, chunk0 + i);
         ptx::cp_async_16(place, key + source * params.head_dim + column,
                          exists && column < params.head_dim ? 16 : 0);
         ptx::cp_async_16(place + Config::kTileBytes, value + source * params.head_dim_v + column,
@@ -178,88 +222,87 @@ __device__ __forceinline__ void sync_team() {
 }
 
 template <typename Config>
-__device__ __forceinline__ RowPositions row_positions(const DecodeParams& params, const Unit& unit,
-                                                      int warp_row, int end) {
-  const int first_row = unit.row_tile * Config::kRows;
+__device__ __forceinline__ RowPositions row_positions(const DecodeParams& params,
+                                                      const Place& place, int warp_row, int end) {
+  const int first_row = place.row_tile * Config::kRows;
   const int last_row = min_int(first_row + Config::kRows, params.tokens * params.group) - 1;
-  const int shift = unit.sequence.length - params.tokens;
+  const int shift = place.sequence.length - params.tokens;
   const int lowest = shift + params.group_divisor.divide(first_row);
   const int highest = shift + params.group_divisor.divide(last_row);
   const int first = params.window_left == kUnbounded ? 0 : highest - params.window_left;
   return {shift, warp_row, {first, min_int(end, lowest + 1)}};
 }
 
-// Walks over this team's tiles of a split.
+// The first of the rows of its query heads that a warp has.
 template <typename Config>
-__device__ __forceinline__ void attend(const DecodeParams& params, const Unit& kept, int split,
-                                       DecodeWarp<Config>& warp, uint32_t tiles) {
-  const Unit unit = kept;
-  constexpr int kStages = Config::kStages;
-  const SequenceSplits& sequence = unit.sequence;
-  const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
-  const int warp_row =
-      unit.row_tile * Config::kRows + static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
-  const int start = (sequence.first_split + split) * params.split_keys;
-  Walk<Config> walk;
-  walk.batch = unit.batch;
-  walk.kv_head = unit.kv_head;
-  walk.first = max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys;
-  walk.end = min_int(start + params.split_keys, sequence.length);
-  walk.stages = tiles + team * Config::kTeamBytes;
-  const int count = walk.tiles();
+__device__ __forceinline__ int first_row(const Place& place) {
+  return place.row_tile * Config::kRows +
+         static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
+}
 
-  // A tile is a cp.async group, empty past the last one.
-  walk.look_up(params, 0);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < count) walk.copy(params, i);
-    ptx::cp_async_commit_group();
-    walk.look_up(params, i + 1);
-  }
-  warp.init();
-  warp.load_queries(params, unit.batch, unit.kv_head, warp_row);
-  const RowPositions rows = row_positions<Config>(params, unit, warp_row, walk.end);
+// Walks over this team's tiles of a split, copying later ones. `stage`: of the next tile, in bytes
+// from `stages`.
+template <typename Config>
+__device__ __forceinline__ void attend(const DecodeParams& params, const Place& place,
+                                       TileCopies<Config>& copies, Place* copied_place,
+                                       uint32_t stages, uint32_t& stage, DecodeWarp<Config>& warp) {
+  KeyInterval keys = team_keys<Config>(params, place);
+  const RowPositions rows =
+      row_positions<Config>(params, place, first_row<Config>(place), keys.end);
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    ptx::cp_async_wait_group<kStages - 2>();
+  for (; keys.first < keys.end; keys.first += Config::kKeys * Config::kTeams) {
+    ptx::cp_async_wait_group<Config::kStages - 2>();
     // Orders this tile's copies by all threads before the reads below, and all reads of the
     // previous tile before the copies that now overwrite it.
     sync_team<Config>();
-    if (i + kStages - 1 < count) walk.copy(params, i + kStages - 1);
-    ptx::cp_async_commit_group();
-    walk.look_up(params, i + kStages);
-    warp.attend(params, rows, walk.stage(i), walk.key(i), walk.end);
+    copies.copy(params, stages);
+    copies.look_up(params, copied_place);
+    warp.attend(params, rows, stages + stage, keys.first, keys.end);
+    stage += Config::kStageBytes;
+    if (stage == Config::kTeamBytes) stage = 0;
   }
-  ptx::cp_async_wait_group<0>();
 }
 
-// Leaves a team's outputs where its tiles were: [teams * rows][width] f32, and the states of its
-// rows.
+// Where a column of a row of shared outputs is: four rows in different banks.
 template <typename Config>
-__device__ __forceinline__ void share(const DecodeWarp<Config>& warp, uint32_t shared) {
-  const int first = static_cast<int>(threadIdx.x) / 32 * 16 + fragment_row();
+__device__ __forceinline__ uint32_t output_offset(int row, int column) {
+  return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
+}
+
+// Leaves a team's outputs at `outputs`, [rows][width] f32, and the states of its rows.
+template <typename Config>
+__device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, uint32_t shared,
+                                      uint32_t outputs) {
+  const int index = static_cast<int>(threadIdx.x) / 32;
+  const int team = index / Config::kTeamWarps;
+  const int first = index % Config::kTeamWarps * 16 + fragment_row();
+  if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
+    ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
+  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float sum = quad_sum(warp.sum[h]);
     const int row = first + 8 * h;
+    if (row >= rows) continue;
     if (fragment_column() == 0) {
-      ptx::st_shared_v2(shared + Config::kStateOffset + 8 * row, warp.maximum[h], sum);
+      ptx::st_shared_v2(shared + Config::kStateOffset + 8 * (team * Config::kRows + row),
+                        warp.maximum[h], sum);
     }
-    const uint32_t target = shared + Config::kTileOffset + 4 * row * Config::kWidth;
 #pragma unroll
     for (int j = 0; j < DecodeWarp<Config>::kOutTiles; j += 2) {
       const auto& left = warp.out[j];
       const auto& right = warp.out[j + 1];
       if constexpr (Config::kQuantised) {
         // Even columns are left, odd ones right.
-        const uint32_t four = target + 32 * j + 8 * fragment_column();
-        const float factor = warp.value_factor;
-        ptx::st_shared_v2(four, left[2 * h] * factor, right[2 * h] * factor);
-        ptx::st_shared_v2(four + 8, left[2 * h + 1] * factor, right[2 * h + 1] * factor);
+        const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
+        ptx::st_shared_v2(four, left[2 * h], right[2 * h]);
+        ptx::st_shared_v2(four + 8, left[2 * h + 1], right[2 * h + 1]);
       } else {
-        const uint32_t two = target + 32 * j + 4 * fragment_column();
-        ptx::st_shared_v2(two, left[2 * h], left[2 * h + 1]);
-        ptx::st_shared_v2(two + 32, right[2 * h], right[2 * h + 1]);
+        const int column = 8 * j + fragment_column();
+        ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
+                          left[2 * h + 1]);
+        ptx::st_shared_v2(outputs + output_offset<Config>(row, column + 8), right[2 * h],
+                          right[2 * h + 1]);
       }
     }
   }
@@ -278,67 +321,82 @@ __device__ __forceinline__ void finish(const DecodeParams& params, int batch, in
   }
 }
 
-// Adds up the teams' outputs, in their order, to what the unit has so far, and stores that: as the
-// result if this was all of the sequence, else as a partial one, which the unit's next split, if
-// there is one, reads again.
+// Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
+// stores that: as the result if this was all of the sequence, else as a partial one, which the
+// group's next split, if this thread block does it, reads again.
 template <typename Config>
-__device__ __forceinline__ void store(const DecodeParams& params, const Unit& kept, int split,
+__device__ __forceinline__ void store(const DecodeParams& params, const Place& place,
                                       uint32_t shared) {
-  const Unit unit = kept;
-  const int first = unit.row_tile * Config::kRows;
+  const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const int pieces = params.head_dim_v / 4;
-  const bool begins = split % params.unit_splits == 0;
+  const int splits = place.sequence.splits;
+  const int within = place.split % kGroupSplits;
+  // Whether the thread block has had the group from its first split on.
+  const bool has_group = place.done >= within;
+  const bool begins = !has_group || within == 0;
+  const int slot = has_group ? place.split - within : place.split;
   const bool ends_alone =
-      unit.sequence.splits <= params.unit_splits && split + 1 >= unit.sequence.splits;
+      splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
   // The row's state is read by all its threads and written by one: to another place.
-  const uint32_t before = shared + Config::kGroupOffset + split % 2 * 8 * Config::kRows;
-  const uint32_t after = shared + Config::kGroupOffset + (split + 1) % 2 * 8 * Config::kRows;
+  const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
+  const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
-  for (int i = threadIdx.x; i < rows * kLanesOfRow; i += Config::kThreads) {
-    const int row = i / kLanesOfRow;
-    const int piece = i % kLanesOfRow;
-    if (piece >= pieces) continue;
-    const int64_t at = partial_row(params, unit.batch, unit.kv_head, unit.place, first + row);
-    float4* const partial =
-        reinterpret_cast<float4*>(params.partial_out + at * params.head_dim_v + 4 * piece);
-    RowPart group = RowPart::empty();
+  constexpr int kRowStep = Config::kThreads / kLanesOfRow;
+  constexpr int kBatch = Config::kWidth <= 128 ? 4 : 1;
+  const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
+  if (4 * piece >= params.head_dim_v) return;
+  float value_factor = 1.0f;
+  if constexpr (Config::kQuantised) {
+    value_factor = kUnit<Config::kCache> *
+                   scale_of(params.v_scale, place.batch * params.v_scale_stride + place.kv_head);
+  }
+  const int64_t place_row = partial_row(params, place.batch, place.kv_head, slot, first);
+  float* const partial = params.partial_out + place_row * params.head_dim_v + 4 * piece;
+#pragma unroll 1
+  for (int row0 = static_cast<int>(threadIdx.x) / kLanesOfRow; row0 < rows;
+       row0 += kBatch * kRowStep) {
+    // All loads are on their way before the first is needed.
+    float4 sums[kBatch];
     if (!begins) {
-      group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
-               *partial};
-    }
-    RowPart part = RowPart::empty();
 #pragma unroll
-    for (int team = 0; team < Config::kTeams; ++team) {
-      const int place = team * Config::kRows + row;
-      const uint32_t state = shared + Config::kStateOffset + 8 * place;
-      const uint4 words = ptx::ld_shared_v4(shared + Config::kTileOffset +
-                                            4 * (place * Config::kWidth + 4 * piece));
-      part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
-                make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
-                            __uint_as_float(words.z), __uint_as_float(words.w))});
-    }
-    if (params.unit_splits > 1) {
-      group.add(part);
-    } else {
-      group = part;
-    }
-    if (ends_alone) {
-      // As the sum over groups that the other kernel makes.
-      RowPart inner = RowPart::empty();
-      if (params.unit_splits == 1) {
-        inner.add(group);
-        group = inner;
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = row0 + i * kRowStep;
+        if (row < rows) {
+          sums[i] = *reinterpret_cast<const float4*>(partial + int64_t{row} * params.head_dim_v);
+        }
       }
-      RowPart total = RowPart::empty();
-      total.add(group);
-      finish<Config::kCache>(params, unit.batch, unit.kv_head, first + row, piece, total);
-      continue;
     }
-    *partial = group.out;
-    if (piece == 0) {
-      ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
-      params.partial_state[at] = make_float2(group.maximum, group.sum);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row0 + i * kRowStep;
+      if (row >= rows) break;
+      RowPart part = RowPart::empty();
+#pragma unroll
+      for (int team = 0; team < Config::kTeams; ++team) {
+        const uint32_t state = shared + Config::kStateOffset + 8 * (team * Config::kRows + row);
+        const uint32_t outputs =
+            __float_as_uint(ptx::ld_shared_f32(shared + Config::kOutputsOffset + 4 * team));
+        const uint4 words = ptx::ld_shared_v4(outputs + output_offset<Config>(row, 4 * piece));
+        part.add({ptx::ld_shared_f32(state), ptx::ld_shared_f32(state + 4),
+                  make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
+                              __uint_as_float(words.z), __uint_as_float(words.w))});
+      }
+      if constexpr (Config::kQuantised) part.multiply(value_factor);
+      RowPart group = part;
+      if (!begins) {
+        group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
+                 sums[i]};
+        group.add(part);
+      }
+      if (ends_alone) {
+        finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
+        continue;
+      }
+      *reinterpret_cast<float4*>(partial + int64_t{row} * params.head_dim_v) = group.out;
+      if (piece == 0) {
+        ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        params.partial_state[place_row + row] = make_float2(group.maximum, group.sum);
+      }
     }
   }
 }
@@ -347,34 +405,75 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  int* const ends = reinterpret_cast<int*>(memory);
-  Unit& kept = *reinterpret_cast<Unit*>(memory + Config::kUnitOffset);
-  static_assert(sizeof(kept) <= Config::kStateOffset - Config::kUnitOffset);
+  static_assert(sizeof(Place) <= Config::kPlaceBytes);
   const uint32_t shared = ptx::shared_address(memory);
+  const int index = static_cast<int>(threadIdx.x) / 32;
+  // What is needed now and then waits in shared memory; registers hold the accumulators. Every warp
+  // has its own: the place of the split that it works on, of the next one, and of its copies.
+  const auto place_at = [&](int i) {
+    return reinterpret_cast<Place*>(memory + (3 * index + i) * Config::kPlaceBytes);
+  };
+  const auto keep = [&](int i, const Place& place) {
+    if (lane_id() == 0) *place_at(i) = place;
+    __syncwarp();
+  };
+  const uint32_t stages =
+      shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
   // The sum's thread blocks take what room is left, and wait there.
   ptx::griddepcontrol_launch_dependents();
-  const int units = make_plan<Config>(params, ends);
-  for (int index = blockIdx.x; index < units; index += gridDim.x) {
-    const Unit unit = find_unit<Config>(params, ends, index);
-    // What is needed now and then waits in shared memory; registers hold the accumulators.
-    if (threadIdx.x == 0) kept = unit;
-    __syncthreads();
-    const int first = unit.place * params.unit_splits;
-    const int end = max_int(min_int(first + params.unit_splits, unit.sequence.splits), first + 1);
+
+  DecodeWarp<Config> warp;
+  TileCopies<Config> copies;
+  copies.next_stage = 0;
+  const auto begin_copies = [&] {
+    copies.look_up(params, place_at(2));
 #pragma unroll 1
-    for (int split = first; split < end; ++split) {
-      DecodeWarp<Config> warp;
-      attend<Config>(params, kept, split, warp, shared + Config::kTileOffset);
-      __syncthreads();  // no warp reads tiles any more
-      share<Config>(warp, shared);
-      __syncthreads();
-      store<Config>(params, kept, split, shared);
-      __syncthreads();  // before the next tiles, and the next unit
+    for (int i = 0; i < Config::kStages - 1; ++i) {
+      copies.copy(params, stages);
+      copies.look_up(params, place_at(2));
+    }
+  };
+  {
+    const Place place = first_place(params, blockIdx.x);
+    if (place.units == 0) return;
+    keep(0, place);
+    keep(2, place);
+    copies.enter(params, place);
+    begin_copies();
+    warp.load_queries(params, place.batch, place.kv_head, first_row<Config>(place));
+  }
+  uint32_t stage = 0;
+#pragma unroll 1
+  while (true) {
+    const Place& now = *place_at(0);
+    const Place& next = *place_at(1);
+    warp.init();
+    attend<Config>(params, now, copies, place_at(2), stages, stage, warp);
+    sync_team<Config>();  // no warp of the team reads tiles any more
+    const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
+    share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
+    keep(1, next_place(params, now));
+    const auto load_other_queries = [&] {
+      if (next.units > 0 && next.split == 0) {
+        warp.load_queries(params, next.batch, next.kv_head, first_row<Config>(next));
+      }
+    };
+    // On their way meanwhile, where there are registers for them.
+    if constexpr (Config::kWidth <= 128) load_other_queries();
+    __syncthreads();
+    store<Config>(params, now, shared);
+    __syncthreads();  // before the next outputs, and copies to where these were
+    if constexpr (Config::kWidth > 128) load_other_queries();
+    if (next.units == 0) return;
+    keep(0, next);
+    if constexpr (!Config::kAhead) {
+      copies.enter(params, now);
+      begin_copies();
     }
   }
 }
 
-// Adds up the units of each row, in their order: a thread has four columns of a row.
+// Adds up the parts of each row, in their order: a thread has four columns of a row.
 template <CacheType kCache>
 __global__ void __launch_bounds__(128)
     decode_combine_kernel(const __grid_constant__ DecodeParams params) {
@@ -387,39 +486,81 @@ __global__ void __launch_bounds__(128)
   const int row = static_cast<int>(heads_and_rows % rows);
   const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
   const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
-  const int places = exists ? places_of(params, sequence_splits(params, batch)) : 0;
+
+  // Which pieces have what of the row: the plan again.
+  const int first_batch =
+      static_cast<int>(int64_t{blockIdx.x} * 128 / pieces / rows / params.kv_heads);
+  const Plan plan = make_plan(params);
+  const BandUnits before = count_units(params, first_batch);
+  int splits = 0;
+  int first_unit = 0;
+  int piece_of_work = 0;
+  int piece_end = 0;  // the split of this row that begins the next piece
+  if (exists) {
+    int bands = plan.unit_splits == 1 ? before.splits : before.groups;
+    for (int b = first_batch; b < batch; ++b) {
+      bands += units_of(sequence_splits(params, b), plan.unit_splits);
+    }
+    const SequenceSplits sequence = sequence_splits(params, batch);
+    const int band =
+        params.crew_divisor.divide(kv_head * params.row_tiles + row / params.tile_rows);
+    first_unit = bands * bands_of(params) + band * units_of(sequence, plan.unit_splits);
+    splits = sequence.splits;
+    piece_of_work = plan.piece_of(first_unit);
+    piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
+    // One thread block had all of it, and has stored the result.
+    if (splits <= kGroupSplits && piece_end >= splits) splits = 0;
+  }
   // Every thread, also one without a row: this kernel must not end before the other has.
   ptx::griddepcontrol_wait();
-  if (places <= 1) return;
+  if (splits == 0) return;
 
-  const int64_t first = partial_row(params, batch, kv_head, 0, row);
+  const int64_t place = partial_row(params, batch, kv_head, 0, row);
   RowPart total = RowPart::empty();
+  RowPart group = RowPart::empty();
+  constexpr int kParts = 8;
 #pragma unroll 1
-  for (int start = 0; start < places; start += kGroupSplits) {
+  for (int split = 0, last = 0; split < splits;) {
     // All loads are on their way before the first is needed. Past the last part again the last
     // one, which then does not count.
-    RowPart part[kGroupSplits];
+    RowPart part[kParts];
+    int first[kParts];  // split of a part
 #pragma unroll
-    for (int i = 0; i < kGroupSplits; ++i) {
-      const int64_t at = first + int64_t{min_int(start + i, places - 1)} * rows;
+    for (int i = 0; i < kParts; ++i) {
+      first[i] = split;
+      if (split < splits) last = split;
+      const int64_t at = place + int64_t{last} * rows;
       const float2 state = params.partial_state[at];
       part[i] = {state.x, state.y,
                  *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v +
                                                   4 * piece)};
-    }
-    RowPart group = RowPart::empty();
-#pragma unroll
-    for (int i = 0; i < kGroupSplits; ++i) {
-      if (start + i >= places) continue;
-      if (params.unit_splits > 1) {
-        total.add(part[i]);
+      if (split % kGroupSplits != 0) {
+        ++split;
       } else {
-        group.add(part[i]);
+        while (piece_end <= split) {
+          ++piece_of_work;
+          piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
+        }
+        split = min_int(split + kGroupSplits, piece_end);
       }
     }
-    if (params.unit_splits == 1) total.add(group);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (first[i] >= splits) continue;
+      if (first[i] % kGroupSplits != 0) {
+        group.add(part[i]);
+        continue;
+      }
+      if (first[i] == kGroupSplits) total = group;
+      if (first[i] > kGroupSplits) total.add(group);
+      group = part[i];
+    }
   }
-  finish<kCache>(params, batch, kv_head, row, piece, total);
+  if (splits > kGroupSplits) {
+    total.add(group);
+    group = total;
+  }
+  finish<kCache>(params, batch, kv_head, row, piece, group);
 }
 
 }  // namespace jax_flash::decode

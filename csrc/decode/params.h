@@ -12,8 +12,9 @@ namespace jax_flash::decode {
 // Splits start at multiples of this many keys, and so do the tiles that are skipped.
 inline constexpr int kSplitUnit = 64;
 
-// Results of so many neighbouring splits are added up first, then those of the groups: always, so
-// that it does not matter whether one thread block does a group or several share it.
+// Results of so many neighbouring splits are added up first, one after another, then those of the
+// groups: always, so that it does not matter whether one thread block does a group or several share
+// it.
 inline constexpr int kGroupSplits = 8;
 
 // Element types of the caches. Query and output have the type of a 16-bit cache, and one of those
@@ -33,8 +34,9 @@ struct DecodeParams {
   const float* v_scale;       // the same
   void* out;                  // [batch, tokens, heads, head_dim_v]
   float* lse;                 // [batch, heads, tokens]
-  // Of sequences with several units, a place for each, `splits` of them at most; row t * group + g
-  // is token t of query head g of its group.
+  // A place for each split. The place of a group's first split has the sum of those that one thread
+  // block did of it from the first on, the places of the others have theirs. Row t * group + g is
+  // token t of query head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
   int32_t batch;
@@ -58,11 +60,17 @@ struct DecodeParams {
   float softcap;  // 0: none
 
   // Set by the launch.
-  int32_t unit_splits;  // splits that a thread block does in a row: 1 or kGroupSplits
-  int32_t group;        // heads / kv_heads
-  int32_t row_tiles;    // tiles of the tokens * group rows
+  int32_t whole_groups;  // whether thread blocks must do whole groups of splits
+  int32_t group;         // heads / kv_heads
+  int32_t row_tiles;     // tiles of the tokens * group rows
+  int32_t tile_rows;     // rows of a tile
+  int32_t head_tiles;    // kv_heads * row_tiles
   FastDivisor group_divisor;
   FastDivisor page_divisor;
+  FastDivisor split_divisor;     // split_keys
+  FastDivisor row_tile_divisor;  // row_tiles
+  FastDivisor crew_divisor;      // neighbouring head tiles whose thread blocks are a crew
+  FastDivisor piece_divisor;     // crews: pieces of the work
 };
 
 }  // namespace jax_flash::decode

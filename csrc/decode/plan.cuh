@@ -1,12 +1,18 @@
-// Who does what: units of work, dealt to thread blocks in the kernel from the lengths.
+// Who does what, found in the kernel from the lengths.
 //
-// A unit is one split, or a group of them, of one kv head of one sequence, for one tile of rows. An
-// empty sequence has one unit, which writes its zeros. Which keys a split has depends on its
-// sequence alone; which thread block gets it depends on all, and does not matter to the result.
+// A head tile is a tile of rows of a kv head; a band is some neighbouring head tiles of a sequence,
+// as many for all. A thread block does one head tile of a band, beside others that do the rest:
+// they read the same memory, or neighbouring memory, at about the same time. The splits of all
+// bands in a row (sequence, band, split) are cut into a piece for each such crew of thread blocks.
+// A piece is a whole number of units: splits, or groups of them if the longest piece is then no
+// longer. An empty sequence has one split, which writes its zeros.
+//
+// Which keys a split has depends on its sequence alone; which thread block gets it depends on all,
+// and does not matter to the result.
 #pragma once
 
-#include "decode/config.cuh"
 #include "decode/params.h"
+#include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::decode {
@@ -25,94 +31,152 @@ __device__ __forceinline__ SequenceSplits sequence_splits(const DecodeParams& pa
   if (params.window_left != kUnbounded) {
     first = min_int(max_int(length - params.tokens - params.window_left, 0), length);
   }
-  const int first_split = first / params.split_keys;
-  const int end_split = (length + params.split_keys - 1) / params.split_keys;
+  const int first_split = params.split_divisor.divide(first);
+  // Not length + split_keys - 1, which may be beyond 31 bits.
+  const int end_split = length == 0 ? 0 : params.split_divisor.divide(length - 1) + 1;
   return {length, first, first_split, max_int(end_split - first_split, 0)};
 }
 
-struct Unit {
-  int batch;
-  int kv_head;
-  int row_tile;
-  int place;  // of the unit among those of the sequence
-  SequenceSplits sequence;
+// Units of a band.
+__device__ __forceinline__ int units_of(const SequenceSplits& sequence, int unit_splits) {
+  const int splits = sequence.splits;
+  return max_int(unit_splits == 1 ? splits : (splits + kGroupSplits - 1) / kGroupSplits, 1);
+}
+
+// How units are dealt.
+struct Plan {
+  int unit_splits;  // 1 or kGroupSplits
+  int each;         // units of a piece
+  int longer;       // pieces, the first ones, that have one more
+
+  __device__ __forceinline__ int first_unit(int piece) const {
+    return piece * each + min_int(piece, longer);
+  }
+  __device__ __forceinline__ int piece_of(int unit) const {
+    const int of_longer = longer * (each + 1);
+    return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
+  }
 };
 
-// Units of one kv head and one tile of rows.
-__device__ __forceinline__ int places_of(const DecodeParams& params, const SequenceSplits& s) {
-  return (s.splits + params.unit_splits - 1) / params.unit_splits;
-}
-__device__ __forceinline__ int units_of(const DecodeParams& params, const SequenceSplits& s) {
-  return max_int(places_of(params, s), 1) * params.kv_heads * params.row_tiles;
+__device__ __forceinline__ int bands_of(const DecodeParams& params) {
+  return params.crew_divisor.divide(params.head_tiles);
 }
 
-// Sequences that share an entry of the plan.
-template <typename Config>
-__device__ __forceinline__ int sequences_per_entry(const DecodeParams& params) {
-  return (params.batch + Config::kPlanEntries - 1) / Config::kPlanEntries;
-}
+// Splits of a band, and groups of them.
+struct BandUnits {
+  int splits;
+  int groups;
+};
 
-// Writes where each entry's units end; returns their total. All threads call it.
-template <typename Config>
-__device__ __forceinline__ int make_plan(const DecodeParams& params, int* ends) {
-  const int each = sequences_per_entry<Config>(params);
-  const int entries = (params.batch + each - 1) / each;
-  for (int i = threadIdx.x; i < entries; i += Config::kThreads) {
-    int units = 0;
-    for (int b = i * each; b < min_int((i + 1) * each, params.batch); ++b) {
-      units += units_of(params, sequence_splits(params, b));
-    }
-    ends[i] = units;
+// The sum over the first `end` sequences. By a whole warp.
+__device__ __forceinline__ BandUnits count_units(const DecodeParams& params, int end) {
+  BandUnits units{0, 0};
+  const bool alone = end == 1;
+#pragma unroll 4
+  for (int b = alone ? 0 : lane_id(); b < end; b += 32) {
+    const SequenceSplits sequence = sequence_splits(params, b);
+    units.splits += units_of(sequence, 1);
+    units.groups += units_of(sequence, kGroupSplits);
   }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    int before = 0;
-    for (int start = 0; start < entries; start += 32) {
-      int sum = start + lane < entries ? ends[start + lane] : 0;
+  if (alone) return units;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int lower = __shfl_sync(0xffffffffu, sum, lane - step & 31);
-        if (lane >= step) sum += lower;
-      }
-      if (start + lane < entries) ends[start + lane] = before + sum;
-      before += __shfl_sync(0xffffffffu, sum, 31);
-    }
+  for (int step = 16; step > 0; step /= 2) {
+    units.splits += __shfl_xor_sync(0xffffffffu, units.splits, step);
+    units.groups += __shfl_xor_sync(0xffffffffu, units.groups, step);
   }
-  __syncthreads();
-  return ends[entries - 1];
+  return units;
 }
 
-// Units of a sequence are ordered by split, then head, then row tile: neighbours read the same
-// memory at about the same time.
-template <typename Config>
-__device__ __forceinline__ Unit find_unit(const DecodeParams& params, const int* ends, int index) {
-  const int each = sequences_per_entry<Config>(params);
-  int low = 0;
-  int high = (params.batch + each - 1) / each - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (ends[middle] > index) {
-      high = middle;
-    } else {
-      low = middle + 1;
+// By a whole warp.
+__device__ __forceinline__ Plan make_plan(const DecodeParams& params) {
+  BandUnits all = count_units(params, params.batch);
+  const int bands = bands_of(params);
+  all.splits *= bands;
+  all.groups *= bands;
+  const int pieces = static_cast<int>(params.piece_divisor.divisor);
+  const bool by_groups = params.whole_groups != 0 ||
+                         kGroupSplits * params.piece_divisor.divide(all.groups + pieces - 1) <=
+                             params.piece_divisor.divide(all.splits + pieces - 1);
+  const int units = by_groups ? all.groups : all.splits;
+  const int each = params.piece_divisor.divide(units);
+  return {by_groups ? kGroupSplits : 1, each, units - each * pieces};
+}
+
+// A split of a head tile, and where its thread block stands.
+struct Place {
+  int batch;
+  int head_tile;
+  int kv_head;
+  int row_tile;
+  int split;  // of those that have keys
+  SequenceSplits sequence;
+  int unit_splits;
+  int units;  // that the thread block still has, this one's included
+  int done;   // splits that it has had
+
+  __device__ __forceinline__ void enter(const DecodeParams& params, int tile) {
+    head_tile = tile;
+    kv_head = params.row_tile_divisor.divide(tile);
+    row_tile = tile - kv_head * params.row_tiles;
+  }
+};
+
+// The first split of a thread block; without any if `units` is 0. By a whole warp.
+__device__ __forceinline__ Place first_place(const DecodeParams& params, int block) {
+  const Plan plan = make_plan(params);
+  const int piece = params.crew_divisor.divide(block);
+  const int crew = static_cast<int>(params.crew_divisor.divisor);
+  Place place{};
+  int rest = plan.first_unit(piece);  // units from the sequence on
+  place.unit_splits = plan.unit_splits;
+  place.units = plan.first_unit(piece + 1) - rest;
+  if (place.units == 0) return place;
+  const int bands = bands_of(params);
+  const int lane = lane_id();
+  for (int start = 0; params.batch > 1; start += 32) {
+    const int b = start + lane;
+    const int units =
+        b < params.batch ? bands * units_of(sequence_splits(params, b), plan.unit_splits) : 0;
+    int sum = units;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int lower = __shfl_sync(0xffffffffu, sum, lane - step & 31);
+      if (lane >= step) sum += lower;
     }
+    const unsigned beyond = __ballot_sync(0xffffffffu, sum > rest);
+    if (beyond != 0) {
+      const int found = __ffs(beyond) - 1;
+      place.batch = start + found;
+      rest -= __shfl_sync(0xffffffffu, sum - units, found);
+      break;
+    }
+    rest -= __shfl_sync(0xffffffffu, sum, 31);
   }
-  int rest = index - (low == 0 ? 0 : ends[low - 1]);
-  Unit unit;
-  unit.batch = low * each;
-  unit.sequence = sequence_splits(params, unit.batch);
-  for (int units; rest >= (units = units_of(params, unit.sequence));) {
-    rest -= units;
-    ++unit.batch;
-    unit.sequence = sequence_splits(params, unit.batch);
+  place.sequence = sequence_splits(params, place.batch);
+  const int units = units_of(place.sequence, plan.unit_splits);
+  const int band = bands == 1 ? 0 : rest / units;
+  place.split = (rest - band * units) * plan.unit_splits;
+  place.enter(params, band * crew + block - piece * crew);
+  return place;
+}
+
+// The thread block's next split; without any if `units` is 0. It has other queries if `split` is 0.
+__device__ __forceinline__ Place next_place(const DecodeParams& params, const Place& place) {
+  Place next = place;
+  ++next.done;
+  ++next.split;
+  const bool ends = next.split >= next.sequence.splits;
+  if (ends || next.unit_splits == 1 || next.split % kGroupSplits == 0) --next.units;
+  if (!ends || next.units == 0) return next;
+  next.split = 0;
+  const int crew = static_cast<int>(params.crew_divisor.divisor);
+  int tile = next.head_tile + crew;
+  if (tile >= params.head_tiles) {
+    tile = params.crew_divisor.remainder(next.head_tile);
+    next.sequence = sequence_splits(params, ++next.batch);
   }
-  const int row_tiles = params.row_tiles;
-  unit.row_tile = rest % row_tiles;
-  rest /= row_tiles;
-  unit.kv_head = rest % params.kv_heads;
-  unit.place = rest / params.kv_heads;
-  return unit;
+  next.enter(params, tile);
+  return next;
 }
 
 }  // namespace jax_flash::decode

@@ -21,6 +21,10 @@ struct RowPositions {
   KeyInterval seen_by_all;  // keys, of those before the split's end
 };
 
+__device__ __forceinline__ float scale_of(const float* scales, int index) {
+  return scales == nullptr ? 1.0f : scales[index];
+}
+
 template <typename Config>
 struct DecodeWarp {
   using Element = typename Config::Element;
@@ -34,7 +38,6 @@ struct DecodeWarp {
   float maximum[2];     // of the logits, base 2
   float sum[2];         // this lane's part
   float key_factor[2];  // of the scores of a row, for 8-bit caches
-  float value_factor;   // of the outputs, for 8-bit caches
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -103,13 +106,12 @@ struct DecodeWarp {
   }
 
   // The same as f16, each row over a power of two so that it fits, and with columns in the order
-  // that `to_half` gives those of the keys. Also sets the factors of scores and outputs.
+  // that `to_half` gives those of the keys. Also sets the factors of scores.
   template <typename Given>
   __device__ __forceinline__ void load_half_queries(const DecodeParams& params, int batch,
                                                     int kv_head, int first_row) {
     constexpr float kCacheUnit = kUnit<Config::kCache>;
     const float k_scale = scale_of(params.k_scale, batch * params.k_scale_stride + kv_head);
-    value_factor = kCacheUnit * scale_of(params.v_scale, batch * params.v_scale_stride + kv_head);
     const int first_column = 2 * fragment_column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -142,10 +144,6 @@ struct DecodeWarp {
         query[step][h + 2] = ptx::cvt_rn_x2<__half>(low.y * down, high.y * down);
       }
     }
-  }
-
-  static __device__ __forceinline__ float scale_of(const float* scales, int index) {
-    return scales == nullptr ? 1.0f : scales[index];
   }
 
   __device__ __forceinline__ void multiply_keys(float (&scores)[kScoreTiles][4],

@@ -86,7 +86,8 @@ def _room(operands: dict[str, Any]) -> int:
 def splits_of(config: DecodeConfig, operands: dict[str, Any]) -> tuple[int, int]:
     """Keys of a split of a call, and the most splits that a sequence can need."""
     _, tokens, heads, _ = operands["query"].shape
-    kv_heads = operands["k_cache"].shape[2]
+    k_cache, v_cache = operands["k_cache"], operands["v_cache"]
+    kv_heads = k_cache.shape[2]
     return decode_plan.splits_of(
         _room(operands),
         tokens,
@@ -94,6 +95,8 @@ def splits_of(config: DecodeConfig, operands: dict[str, Any]) -> tuple[int, int]
         tokens * (heads // kv_heads),
         kv_heads,
         config.num_splits,
+        max(k_cache.shape[-1], v_cache.shape[-1]),
+        k_cache.dtype.itemsize,
     )
 
 

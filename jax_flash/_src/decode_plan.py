@@ -4,6 +4,8 @@ The number of sequences and their lengths are not among these facts, so that a r
 depends neither on its neighbours nor on how many there are.
 """
 
+import os
+
 from jax_flash._src.config import UNBOUNDED
 
 SPLIT_UNIT = 64
@@ -19,6 +21,19 @@ FEW_ROWS, MANY_ROWS = 16, 64
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
 
 
+def _least_keys(width: int, cache_bytes: int, rows: int) -> int:
+    """Two tiles of a thread block: fewer do not pay for the end of a split.
+
+    As csrc/decode/config.cuh has them, but for widths above 128, where one split unit
+    is no less.
+    """
+    # Until a GPU has measured both.
+    if os.environ.get("JAX_FLASH_DECODE_PLAN") == "old" or width > 128:
+        return SPLIT_UNIT
+    of_warps = 4 * 16 if cache_bytes > 1 else 4 * 32
+    return 2 * (of_warps if rows <= FEW_ROWS else 64)
+
+
 def splits_of(
     room: int,
     tokens: int,
@@ -26,6 +41,8 @@ def splits_of(
     rows: int,
     kv_heads: int,
     num_splits: int | None,
+    width: int,
+    cache_bytes: int,
 ) -> tuple[int, int]:
     """Keys of a split, and the most splits that a sequence can need.
 
@@ -37,15 +54,19 @@ def splits_of(
       kv_heads: key/value heads K.
       num_splits: splits that the user asks for, None = enough of them to fill a GPU
         with one sequence of full length.
+      width: the larger one of H and Hv.
+      cache_bytes: of an element of the caches.
     """
     span = max(room, 1)
     if window_left != UNBOUNDED:
         span = min(span, window_left + tokens)
+    least = SPLIT_UNIT
     if num_splits is None:
         tile = FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
         num_splits = min(MOST_SPLITS, max(1, UNITS // (kv_heads * -(-rows // tile))))
+        least = _least_keys(width, cache_bytes, rows)
     units = -(-span // SPLIT_UNIT)
-    keys = SPLIT_UNIT * -(-units // num_splits)
+    keys = max(least, SPLIT_UNIT * -(-units // num_splits))
     if span == max(room, 1):
         return keys, -(-span // keys)
     # A window may begin anywhere in its first split.

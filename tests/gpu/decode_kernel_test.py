@@ -187,19 +187,35 @@ def test_large_queries_with_quantised_caches() -> None:
     check(got, query, k_want, v_want, lengths, scale=1e-10)
 
 
-def test_same_bits_again_and_alone() -> None:
-    query, k, v = problem(0, 6, 2, 16, 4, 4096, 128)
-    lengths = np.array([4096, 0, 1, 777, 4000, 2048], np.int32)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "room", "width"),
+    [
+        (6, 2, 4096, 128),  # splits cut anywhere
+        (12, 16, 8192, 64),  # whole groups of them, on 132 multiprocessors
+        (300, 1, 512, 128),  # one thread block for all of a sequence
+        (40, 5, 2000, 256),
+    ],
+)
+def test_same_bits_again_and_alone(
+    batch: int, tokens: int, room: int, width: int
+) -> None:
+    query, k, v = problem(0, batch, tokens, 16, 4, room, width)
+    lengths = np.random.default_rng(1).integers(0, room + 1, batch).astype(np.int32)
+    if batch == 12:
+        lengths[:] = room
+    lengths[:2] = room, 0
     first = run(query, k, v, lengths)
-    for _ in range(20):
+    for _ in range(5):
         chex.assert_trees_all_equal(run(query, k, v, lengths), first)
-    for b in range(6):
+    for b in (0, 1, 2, 5, batch - 1):
         one = slice(b, b + 1)
         alone = run(query[one], k[one], v[one], lengths[one])
         chex.assert_trees_all_equal(alone, tuple(x[one] for x in first))
+    few = slice(0, 6)
+    check(tuple(x[few] for x in first), query[few], k[few], v[few], lengths[few])
 
 
-def test_more_sequences_than_plan_entries() -> None:
+def test_many_sequences() -> None:
     query, k, v = problem(0, 1300, 1, 4, 1, 80, 64)
     lengths = np.random.default_rng(0).integers(0, 81, 1300).astype(np.int32)
     check(run(query, k, v, lengths), query, k, v, lengths)

@@ -3,10 +3,11 @@
 // The headers beside this one stand in for those of CUDA and for csrc/ptx; everything else of the
 // kernels is compiled as it is. Each thread of a thread block is a fiber that runs until it has to
 // wait; thread blocks run one after another, those of a cluster by turns: each until all of its
-// threads wait. Matrix products, and copies but for those between the thread blocks of a cluster,
-// are done when they are asked for, so this finds wrong logic (indices, masks, barriers that are
-// never completed or arrived at too often), and neither races nor what a real machine does in the
-// meantime.
+// threads wait. Matrix products, and copies but for cp.async and those between the thread blocks of
+// a cluster, are done when they are asked for, so this finds wrong logic (indices, masks, barriers
+// that are never completed or arrived at too often), and neither races nor what a real machine does
+// in the meantime. Every other cp.async or so is done when it is asked for, the rest when the
+// thread waits for it.
 #pragma once
 
 #include <setjmp.h>
@@ -16,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -67,7 +69,16 @@ struct Block {
   std::unique_ptr<unsigned char[]> memory;  // while another one of the cluster runs
 };
 
+// Asked for by cp.async and not done yet.
+struct AsyncCopy {
+  uint32_t shared;
+  const void* global;
+  int bytes;
+  int valid_bytes;
+};
+
 struct Fiber {
+  std::deque<std::vector<AsyncCopy>> copies{1};  // by group; the last one is still open
   ucontext_t start;
   jmp_buf place;  // where it waits
   bool started = false;
