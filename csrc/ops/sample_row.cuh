@@ -8,12 +8,10 @@
 
 #include "ops/block.cuh"
 #include "ops/params.h"
+#include "ops/sample_shared.cuh"
 #include "ops/vector.cuh"
 
 namespace jax_flash::ops {
-
-inline constexpr int kSampleThreads = 1024;
-inline constexpr int kSampleWarps = kSampleThreads / kWarp;
 
 inline constexpr int kUnitBits = 20;
 inline constexpr float kMaxDistance = 2147483520.0f;  // the largest f32 below 2^31
@@ -61,10 +59,13 @@ struct LogitRow {
 
   __device__ __forceinline__ int vectors() const { return (size + kV - 1) / kV; }
 
-  __device__ __forceinline__ uint32_t key(int index, float logit) const {
-    if (index >= size || (mask != nullptr && !mask[index])) return 0;
+  __device__ __forceinline__ uint32_t key(float logit) const {
     const uint32_t key = key_of(logit);
     return ranks_all || key > kKeyOfMinusInfinity ? key : 0;
+  }
+
+  __device__ __forceinline__ uint32_t key(int index, float logit) const {
+    return index >= size || (mask != nullptr && !mask[index]) ? 0 : key(logit);
   }
 
   // f(index, key) for the elements of vector number `vector`; nothing past the end.
@@ -80,30 +81,38 @@ struct LogitRow {
     }
   }
 
-  // f(index, key) for all elements, each thread of the block its share; loads go ahead of use.
+  // f(index, key) for the elements of vectors first, first + kSampleThreads, ... below `end`; loads
+  // go ahead of use.
   template <typename F>
-  __device__ __forceinline__ void visit_all(const F& f) const {
+  __device__ __forceinline__ void visit_all(int first, int end, const F& f) const {
     constexpr int kAhead = 4;
-    const int count = vectors();
 #pragma unroll 1
-    for (int vector = threadIdx.x; vector < count; vector += kAhead * kSampleThreads) {
+    for (int vector = first; vector < end; vector += kAhead * kSampleThreads) {
       uint4 raw[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        raw[i] = load_vector(logits, (vector + i * kSampleThreads) * kV, size, wide);
+        const int v = vector + i * kSampleThreads;
+        raw[i] = load_vector(logits, v * kV, v < end ? size : 0, wide);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
+        const int v = vector + i * kSampleThreads;
+        if (v >= end) continue;
         float x[kV];
         unpack<T>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kV; ++e) {
-          const int index = (vector + i * kSampleThreads) * kV + e;
-          const uint32_t key_here = key(index, x[e]);
-          if (key_here != 0) f(index, key_here);
+          const uint32_t key_here = key(v * kV + e, x[e]);
+          if (key_here != 0) f(v * kV + e, key_here);
         }
       }
     }
+  }
+
+  // f(index, key) for all elements, each thread of the block its share.
+  template <typename F>
+  __device__ __forceinline__ void visit_all(const F& f) const {
+    visit_all(threadIdx.x, vectors(), f);
   }
 };
 

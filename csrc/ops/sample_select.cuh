@@ -10,37 +10,6 @@
 
 namespace jax_flash::ops {
 
-inline constexpr int kBins = 2048;
-inline constexpr int kMaxCandidates = kSampleThreads;
-// Tokens that are put in order one against another; more are found by histograms.
-inline constexpr int kMaxRanked = 256;
-
-struct SampleShared {
-  union {
-    // While a histogram is made; dead while candidates are collected and ranked.
-    unsigned long long bins[kBins];
-    struct {
-      uint32_t keys[kMaxCandidates];
-      int indices[kMaxCandidates];
-      uint32_t sorted_keys[kMaxRanked];
-      int sorted_indices[kMaxRanked];
-      uint32_t weights[kMaxRanked];
-    } candidates;
-  };
-  int threads[kSampleThreads];  // which have a candidate
-  unsigned long long sums[kSampleWarps];
-  unsigned long long rest;
-  uint32_t largest[kSampleWarps];
-  uint32_t bin;
-  int found;
-  int thread_count;
-  int count;
-};
-
-__device__ __forceinline__ SampleShared& sample_shared() {
-  return *reinterpret_cast<SampleShared*>(memory);
-}
-
 __device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -155,8 +124,10 @@ __device__ __forceinline__ Cut select(const LogitRow<T>& row, const Keeps& keeps
     const int warp = threadIdx.x / kWarp;
     const int lane = threadIdx.x % kWarp;
     constexpr int kBinsOfWarp = kBins / kSampleWarps;
-    const unsigned long long part = warp_sum(shared.bins[warp * kBinsOfWarp + lane] +
-                                             shared.bins[warp * kBinsOfWarp + kWarp + lane]);
+    unsigned long long part = 0;
+#pragma unroll
+    for (int i = lane; i < kBinsOfWarp; i += kWarp) part += shared.bins[warp * kBinsOfWarp + i];
+    part = warp_sum(part);
     if (lane == 0) shared.sums[warp] = part;
     // Orders the sums before their reads.
     __syncthreads();
