@@ -24,6 +24,9 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
 template <typename... Params>
 cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                             int cluster, cudaStream_t stream, const Params&... params) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

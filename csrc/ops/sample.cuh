@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "host/device.h"
 #include "host/launch.h"
 #include "ops/sample_list.cuh"
 #include "ops/sample_rank.cuh"

@@ -11,12 +11,10 @@
 #include "ops/sample_row.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/global.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/shared.cuh"
 
 namespace jax_flash::ops {
-
-// Vectors in flight for each thread while a row streams by.
-inline constexpr int kRing = 8;
 
 // Vectors [first, end) of a row, dealt round to the threads of a block. kRing of a thread's vectors
 // are a turn, `turns` of them a segment.
@@ -38,20 +36,22 @@ struct Slice {
 // largest.
 template <typename T>
 __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const Slice& slice) {
+  constexpr int kV = LogitRow<T>::kV;
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   uint32_t own = 0;
   int vector = slice.first + thread;
   if (row.mask == nullptr && row.wide) {
-    // An element is loaded as soon as the one before it in its place has been looked at.
-    const auto load = [&](int v) {
-      constexpr uint32_t kNan = ~0u;  // one of f32, a pair of 16-bit types
-      return v < slice.end ? ptx::ld_global_nc_v4(row.logits + v * LogitRow<T>::kV)
-                           : make_uint4(kNan, kNan, kNan, kNan);
+    // In shared memory, since the compiler will not keep so many loads in flight to registers. No
+    // barriers: a thread copies and reads what is its own.
+    const uint32_t ring = ptx::shared_address(&shared.ring[0][thread]);
+    constexpr int kSlot = kSampleThreads * sizeof(uint4);
+    const auto copy = [&](int slot, int v) {
+      if (v < slice.end) ptx::cp_async_16(ring + slot * kSlot, row.logits + v * kV, 16);
+      ptx::cp_async_commit_group();
     };
-    uint4 ring[kRing];
 #pragma unroll
-    for (int i = 0; i < kRing; ++i) ring[i] = load(vector + i * kSampleThreads);
+    for (int i = 0; i < kRing; ++i) copy(i, vector + i * kSampleThreads);
 #pragma unroll 1
     for (int segment = 0; segment < kSegments; ++segment) {
       uint32_t largest = 0;
@@ -61,14 +61,17 @@ __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const
         float logit = std::numeric_limits<float>::quiet_NaN();
 #pragma unroll
         for (int i = 0; i < kRing; ++i) {
-          float x[LogitRow<T>::kV];
-          unpack<T>(ring[i], x);
-          ring[i] = load(vector + (kRing + i) * kSampleThreads);
+          ptx::cp_async_wait_group<kRing - 1>();
+          if (vector < slice.end) {
+            float x[kV];
+            unpack<T>(ptx::ld_shared_v4(ring + i * kSlot), x);
 #pragma unroll
-          for (int e = 0; e < LogitRow<T>::kV; ++e) logit = fmaxf(logit, x[e]);
+            for (int e = 0; e < kV; ++e) logit = fmaxf(logit, x[e]);
+          }
+          copy(i, vector + kRing * kSampleThreads);
+          vector += kSampleThreads;
         }
         largest = max(largest, row.key(logit));
-        vector += kRing * kSampleThreads;
       }
       shared.segments[segment][thread] = largest;
       own = max(own, largest);

@@ -24,19 +24,23 @@ inline constexpr int kSegments = 8;
 inline constexpr int kBins = 2048;
 inline constexpr int kTallies = 256;
 
+// Vectors of 16 bytes in flight for each thread while a row streams by.
+inline constexpr int kRing = 8;
+
 struct SampleShared {
   union {
-    // The largest key in each segment of each thread's share; dead once candidates are listed.
-    uint32_t segments[kSegments][kSampleThreads];
-    // While a histogram of the row is made.
-    unsigned long long bins[kBins];
+    // What is in flight, each thread's own.
+    uint4 ring[kRing][kSampleThreads];
+    // Afterwards:
+    struct {
+      unsigned long long bins[kBins];         // while a histogram of the row is made
+      unsigned long long listed[kMaxListed];  // candidates: make_candidate
+      // Segments that may hold candidates, as thread and segment.
+      uint16_t items[kSegments * kSampleThreads];
+      uint32_t weights[2][kMaxCandidates];
+    };
   };
-  unsigned long long listed[kMaxListed];  // candidates: make_candidate
-  union {
-    // Segments that may hold candidates, as thread and segment; dead once these are listed.
-    uint16_t items[kSegments * kSampleThreads];
-    uint32_t weights[2][kMaxCandidates];
-  };
+  uint32_t segments[kSegments][kSampleThreads];  // the largest key in each of each thread's share
   alignas(16) int tallies[kTallies];  // zeros between the calls of lower_bound
   unsigned long long sums[kSampleWarps];
   unsigned long long rest;
