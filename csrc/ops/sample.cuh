@@ -43,7 +43,9 @@ __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
 // many. The others' result has no meaning.
 template <typename T>
 __device__ __forceinline__ int candidates(const LogitRow<T>& row, int rank, int splits, int k) {
-  int count = list_best(row, Slice::of(row, rank, splits), k);
+  // Many candidates take longer to rank than to narrow.
+  const int most = splits > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
+  int count = list_best(row, Slice::of(row, rank, splits), k, most);
   if (splits > 1) count = gather(rank, splits, k);
   if (count <= kMaxCandidates) return count;
   // Everybody has read the count.

@@ -115,10 +115,11 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
   return shared.listed_count;
 }
 
-// Lists the k best of the slice, and some more; how many, or more than kMaxCandidates if there are
-// too many.
+// Lists the k best of the slice, and some more: `most` if that is possible. How many, or more than
+// kMaxListed if there are too many.
 template <typename T>
-__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice, int k) {
+__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice, int k,
+                                         int most) {
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   if (thread == 0) shared.item_count = shared.listed_count = 0;
@@ -152,7 +153,7 @@ __device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& sl
   // Orders the candidates before their reads.
   __syncthreads();
   const int count = shared.listed_count;
-  if (count <= kMaxCandidates || count > kMaxListed) return count;
+  if (count <= most || count > kMaxListed) return count;
   unsigned long long held[kMaxListed / kSampleThreads];
 #pragma unroll
   for (int i = 0; i < kMaxListed / kSampleThreads; ++i) {

@@ -15,7 +15,7 @@ inline constexpr int kSampleWarps = kSampleThreads / kWarp;
 // Tokens that are put in order one against another; more are found by histograms.
 inline constexpr int kMaxRanked = 256;
 // Candidates for them that a block may find, and that it may rank or send to another one.
-inline constexpr int kMaxListed = 2048;
+inline constexpr int kMaxListed = 4096;
 inline constexpr int kMaxCandidates = kSampleThreads;
 // Blocks that a row may be spread over.
 inline constexpr int kMaxSplits = 8;
@@ -41,7 +41,7 @@ struct SampleShared {
     };
   };
   uint32_t segments[kSegments][kSampleThreads];  // the largest key in each of each thread's share
-  alignas(16) int tallies[kTallies];  // zeros between the calls of lower_bound
+  alignas(16) int tallies[kTallies];             // zeros between the calls of lower_bound
   unsigned long long sums[kSampleWarps];
   unsigned long long rest;
   uint32_t lowest[kSampleWarps];
