@@ -22,16 +22,17 @@
 
 namespace jax_flash::ops {
 
-// Lists the k best of a row and no others, by histograms. All threads have read the old list.
+// Lists the k best of a row and no others, by histograms, in one block. All threads have read the
+// old list.
 template <typename T>
 __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
   SampleShared& shared = sample_shared();
-  const Cut cut = select(
-      row, [](int, uint32_t) { return true; }, [](uint32_t) -> unsigned long long { return 1; }, k);
+  const Slice all = Slice::of(row, 0, 1);
+  const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
   if (threadIdx.x == 0) shared.listed_count = 0;
   // Orders the zero before additions.
   __syncthreads();
-  row.visit_all([&](int index, uint32_t key) {
+  row.template visit_all<kSampleThreads>(threadIdx.x, all.end, [&](int index, uint32_t key) {
     if (cut.keeps(index, key)) list_candidate(make_candidate(index, key));
   });
   // Orders the candidates before their reads.
@@ -53,11 +54,11 @@ __device__ __forceinline__ int candidates(const LogitRow<T>& row, int rank, int 
   return list_exactly(row, k);
 }
 
-// The largest key of the row.
+// The largest key of a slice.
 template <typename T>
-__device__ __forceinline__ uint32_t largest_key(const LogitRow<T>& row) {
+__device__ __forceinline__ uint32_t largest_key(const LogitRow<T>& row, const Slice& slice) {
   SampleShared& shared = sample_shared();
-  uint32_t largest = segment_maxima(row, Slice::of(row, 0, 1));
+  uint32_t largest = segment_maxima(row, slice);
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
   // Orders the maxima before their reads.
@@ -65,101 +66,90 @@ __device__ __forceinline__ uint32_t largest_key(const LogitRow<T>& row) {
   return __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
 }
 
-// Draws among all elements.
+// Draws among all elements of a row, all of its blocks together.
 template <typename T>
-__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const SampleRow& parameters,
-                                         int32_t* token) {
-  const uint32_t largest = largest_key(row);
-  if (largest == 0) {
-    if (threadIdx.x == 0) *token = -1;
-    return;
-  }
+__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Blocks& blocks,
+                                         const SampleRow& parameters, int32_t* token) {
+  const Slice slice = Slice::of(row, blocks.rank, blocks.count);
+  const uint32_t largest = static_cast<uint32_t>(blocks.say(0, largest_key(row, slice)).largest);
   const Weigher weigher{logit_of(largest), parameters.factor};
   Cut by_count{0, 0};
   if (parameters.k < static_cast<uint32_t>(row.size)) {
-    by_count = select(
-        row, [](int, uint32_t) { return true; }, [](uint32_t) -> unsigned long long { return 1; },
-        parameters.k);
+    by_count = select(row, slice, blocks, Count{}, parameters.k, 1);
   }
   Cut cut = by_count;
   if (parameters.mass <= kAllMass) {
-    const unsigned long long total =
-        sum_parts(row, [&](int index, uint32_t key) -> unsigned long long {
-          return by_count.keeps(index, key) ? weigher.weight(key) : 0;
+    const Weight measure{by_count, weigher};
+    const unsigned long long own =
+        sum_parts(row, slice, [&](int index, uint32_t key) -> unsigned long long {
+          return measure.keeps(index, key) ? measure.of(key) : 0;
         });
-    cut = select(
-        row, [&](int index, uint32_t key) { return by_count.keeps(index, key); },
-        [&](uint32_t key) -> unsigned long long { return weigher.weight(key); },
-        nucleus(total, parameters.mass));
+    const unsigned long long total = blocks.say(3, own).total;
+    cut = select(row, slice, blocks, measure, nucleus(total, parameters.mass), 4);
   }
   const auto weight = [&](int index, uint32_t key) -> unsigned long long {
     if (!cut.keeps(index, key)) return 0;
     const uint32_t distance = weigher.distance(key);
     return distance <= parameters.distance ? weight_of(distance) : 0;
   };
-  const unsigned long long total = sum_parts(row, weight);
+  const unsigned long long own = sum_parts(row, slice, weight);
+  const Blocks::Said sums = blocks.say(6, own);
   const uint64_t random = uint64_t{parameters.random_high} << 32 | parameters.random_low;
-  const int index = find(row, weight, __umul64hi(random, total));
-  if (threadIdx.x == 0) *token = index;
-}
-
-// Thread blocks of a row, and which of them this is.
-struct RowBlock {
-  int row;
-  int rank;
-
-  static __device__ __forceinline__ RowBlock of(int splits) {
-    const int block = blockIdx.x;
-    return {block / splits, block % splits};
+  const unsigned long long target = __umul64hi(random, sums.total);
+  if (sums.total == 0) {
+    // Nothing may be chosen: the best, if there is one, has a weight.
+    if (blocks.rank == 0 && threadIdx.x == 0) *token = -1;
+  } else if (target >= sums.before && target - sums.before < own) {
+    const int index = find(row, slice, weight, target - sums.before);
+    if (threadIdx.x == 0) *token = index;
   }
-};
-
-template <typename T>
-__device__ __forceinline__ LogitRow<T> logit_row(const Rows& logits, const Rows& mask, int group,
-                                                 int row, int size, bool ranks_all) {
-  const T* const data = row_of<T>(logits, group, row);
-  return {data, mask.data == nullptr ? nullptr : row_of<bool>(mask, group, row), size,
-          size % kVector<T> == 0 && is_aligned(data), ranks_all};
+  // Other blocks' shared memory is there until it has been read.
+  if (blocks.count > 1) blocks.sync();
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     sample_kernel(const __grid_constant__ SampleParams params, int splits) {
-  const RowBlock block = RowBlock::of(splits);
-  const int group = block.row / params.rows;
-  const int in_group = block.row - group * params.rows;
+  const int index_of_row = blockIdx.x / splits;
+  const int rank = blockIdx.x - index_of_row * splits;
+  const int group = index_of_row / params.rows;
+  const int in_group = index_of_row - group * params.rows;
+  const bool* const mask =
+      params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, group, in_group);
   const LogitRow<T> row =
-      logit_row<T>(params.logits, params.mask, group, in_group, params.size, false);
+      LogitRow<T>::make(row_of<T>(params.logits, group, in_group), mask, params.size, false);
   const SampleRow parameters =
       *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, group, in_group));
-  int32_t* const token = params.tokens + block.row;
+  int32_t* const token = params.tokens + index_of_row;
   if (parameters.k <= kMaxRanked) {
-    const int count = candidates(row, block.rank, splits, static_cast<int>(parameters.k));
-    if (block.rank != 0) return;
+    const int count = candidates(row, rank, splits, static_cast<int>(parameters.k));
+    if (rank != 0) return;
     if (count == 0) {
       if (threadIdx.x == 0) *token = -1;
     } else {
       draw_ranked(parameters, count, token);
     }
-  } else if (block.rank == 0) {
-    draw_any(row, parameters, token);
+  } else {
+    draw_any(row, Blocks{rank, splits}, parameters, token);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     top_k_kernel(const __grid_constant__ TopKParams params, int splits) {
-  const RowBlock block = RowBlock::of(splits);
-  const int group = block.row / params.rows;
-  const int in_group = block.row - group * params.rows;
-  const LogitRow<T> row = logit_row<T>(params.logits, Rows{}, group, in_group, params.size, true);
-  const int count = candidates(row, block.rank, splits, params.k);
-  if (block.rank != 0) return;
+  const int index_of_row = blockIdx.x / splits;
+  const int rank = blockIdx.x - index_of_row * splits;
+  const int group = index_of_row / params.rows;
+  const int in_group = index_of_row - group * params.rows;
+  const LogitRow<T> row =
+      LogitRow<T>::make(row_of<T>(params.logits, group, in_group), nullptr, params.size, true);
+  const int count = candidates(row, rank, splits, params.k);
+  if (rank != 0) return;
   const Team team = Team::of(count);
   const Rank own = Rank::of(team);
   if (team.leads() && own.rank < params.k) {
     const int index = index_of_candidate(own.candidate);
-    const int64_t target = int64_t{block.row} * params.k + own.rank;
+    const int64_t target = int64_t{index_of_row} * params.k + own.rank;
     params.indices[target] = index;
     // As it is: the key does not tell zeros nor NaN apart.
     static_cast<T*>(params.values)[target] = row.logits[index];

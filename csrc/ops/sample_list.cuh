@@ -16,22 +16,6 @@
 
 namespace jax_flash::ops {
 
-// Vectors [first, end) of a row, dealt round to the threads of a block. kRing of a thread's vectors
-// are a turn, `turns` of them a segment.
-struct Slice {
-  int first;
-  int end;
-  int turns;
-
-  template <typename T>
-  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int splits) {
-    const int size = (row.vectors() + splits - 1) / splits;
-    constexpr int kOfSegments = kSegments * kRing * kSampleThreads;
-    return {min(rank * size, row.vectors()), min((rank + 1) * size, row.vectors()),
-            (size + kOfSegments - 1) / kOfSegments};
-  }
-};
-
 // The largest key in each segment of each thread's share into shared.segments; the thread's
 // largest.
 template <typename T>
@@ -81,7 +65,8 @@ __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const
     for (int segment = 0; segment < kSegments; ++segment) {
       uint32_t largest = 0;
       const int end = min(vector + slice.turns * kRing * kSampleThreads, slice.end);
-      row.visit_all(vector, end, [&](int, uint32_t key) { largest = max(largest, key); });
+      row.template visit_all<kSampleThreads>(
+          vector, end, [&](int, uint32_t key) { largest = max(largest, key); });
       vector += slice.turns * kRing * kSampleThreads;
       shared.segments[segment][thread] = largest;
       own = max(own, largest);

@@ -23,6 +23,7 @@ inline constexpr int kMaxSplits = 8;
 inline constexpr int kSegments = 8;
 inline constexpr int kBins = 2048;
 inline constexpr int kTallies = 256;
+inline constexpr int kSlots = 8;
 
 // Vectors of 16 bytes in flight for each thread while a row streams by.
 inline constexpr int kRing = 8;
@@ -43,6 +44,8 @@ struct SampleShared {
   uint32_t segments[kSegments][kSampleThreads];  // the largest key in each of each thread's share
   alignas(16) int tallies[kTallies];             // zeros between the calls of lower_bound
   unsigned long long sums[kSampleWarps];
+  unsigned long long chunk_sums[2][kSampleWarps];
+  unsigned long long said[kSlots];  // to the other blocks of the row
   unsigned long long rest;
   uint32_t lowest[kSampleWarps];
   uint32_t highest[kSampleWarps];
