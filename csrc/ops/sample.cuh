@@ -27,7 +27,7 @@ namespace jax_flash::ops {
 template <typename T>
 __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
   SampleShared& shared = sample_shared();
-  const Slice all = Slice::of(row, 0, 1);
+  const Slice all = Slice::of(row, 0, 0);
   const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
   if (threadIdx.x == 0) shared.listed_count = 0;
   // Orders the zero before additions.
@@ -40,38 +40,33 @@ __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
   return shared.listed_count;
 }
 
-// In the first block of a row's cluster: the list of its k best, perhaps with more candidates; how
-// many. The others' result has no meaning.
+// In the first block of a row, after segment_maxima: the list of its k best, perhaps with more
+// candidates; how many. The others' result has no meaning.
 template <typename T>
-__device__ __forceinline__ int candidates(const LogitRow<T>& row, int rank, int splits, int k) {
+__device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& slice,
+                                          const Blocks& blocks, uint32_t largest, int k) {
   // Many candidates take longer to rank than to narrow.
-  const int most = splits > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
-  int count = list_best(row, Slice::of(row, rank, splits), k, most);
-  if (splits > 1) count = gather(rank, splits, k);
+  const int most = blocks.count > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
+  int count = list_best(row, slice, largest, k, most);
+  if (blocks.count > 1) count = gather(blocks.rank, blocks.count, k);
   if (count <= kMaxCandidates) return count;
   // Everybody has read the count.
   __syncthreads();
   return list_exactly(row, k);
 }
 
-// The largest key of a slice.
+// Draws among all elements of a row, all of its blocks together, after segment_maxima.
 template <typename T>
-__device__ __forceinline__ uint32_t largest_key(const LogitRow<T>& row, const Slice& slice) {
+__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& slice,
+                                         const Blocks& blocks, uint32_t largest,
+                                         const SampleRow& parameters, int32_t* token) {
   SampleShared& shared = sample_shared();
-  uint32_t largest = segment_maxima(row, slice);
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
   // Orders the maxima before their reads.
   __syncthreads();
-  return __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
-}
-
-// Draws among all elements of a row, all of its blocks together.
-template <typename T>
-__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Blocks& blocks,
-                                         const SampleRow& parameters, int32_t* token) {
-  const Slice slice = Slice::of(row, blocks.rank, blocks.count);
-  const uint32_t largest = static_cast<uint32_t>(blocks.say(0, largest_key(row, slice)).largest);
+  largest = __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
+  largest = static_cast<uint32_t>(blocks.say(0, largest).largest);
   const Weigher weigher{logit_of(largest), parameters.factor};
   Cut by_count{0, 0};
   if (parameters.k < static_cast<uint32_t>(row.size)) {
@@ -104,77 +99,97 @@ __device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Blocks& b
     if (threadIdx.x == 0) *token = index;
   }
   // Other blocks' shared memory is there until it has been read.
-  if (blocks.count > 1) blocks.sync();
+  if (blocks.count > 1) {
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  }
 }
+
+// Where a thread block is: in which row, of how many in 2^split_bits blocks each.
+struct RowBlock {
+  int rank;  // among the blocks of its row
+  int flat;  // among all rows
+  int group;
+  int row;  // of the group
+
+  // No division is on the way to the loads of the usual case.
+  static __device__ __forceinline__ RowBlock of(int rows, int split_bits) {
+    const int block = blockIdx.x;
+    const int flat = block >> split_bits;
+    const int group = flat < rows ? 0 : flat / rows;
+    return {block & ((1 << split_bits) - 1), flat, group, flat - group * rows};
+  }
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
-    sample_kernel(const __grid_constant__ SampleParams params, int splits) {
-  const int index_of_row = blockIdx.x / splits;
-  const int rank = blockIdx.x - index_of_row * splits;
-  const int group = index_of_row / params.rows;
-  const int in_group = index_of_row - group * params.rows;
+    sample_kernel(const __grid_constant__ SampleParams params, int split_bits) {
+  const RowBlock block = RowBlock::of(params.rows, split_bits);
   const bool* const mask =
-      params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, group, in_group);
+      params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
   const LogitRow<T> row =
-      LogitRow<T>::make(row_of<T>(params.logits, group, in_group), mask, params.size, false);
+      LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
   const SampleRow parameters =
-      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, group, in_group));
-  int32_t* const token = params.tokens + index_of_row;
+      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
+  int32_t* const token = params.tokens + block.flat;
+  const Blocks blocks{block.rank, 1 << split_bits};
+  const Slice slice = Slice::of(row, block.rank, split_bits);
+  const uint32_t largest = segment_maxima(row, slice);
   if (parameters.k <= kMaxRanked) {
-    const int count = candidates(row, rank, splits, static_cast<int>(parameters.k));
-    if (rank != 0) return;
+    const int count = candidates(row, slice, blocks, largest, static_cast<int>(parameters.k));
+    if (block.rank != 0) return;
     if (count == 0) {
       if (threadIdx.x == 0) *token = -1;
     } else {
       draw_ranked(parameters, count, token);
     }
   } else {
-    draw_any(row, Blocks{rank, splits}, parameters, token);
+    draw_any(row, slice, blocks, largest, parameters, token);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
-    top_k_kernel(const __grid_constant__ TopKParams params, int splits) {
-  const int index_of_row = blockIdx.x / splits;
-  const int rank = blockIdx.x - index_of_row * splits;
-  const int group = index_of_row / params.rows;
-  const int in_group = index_of_row - group * params.rows;
-  const LogitRow<T> row =
-      LogitRow<T>::make(row_of<T>(params.logits, group, in_group), nullptr, params.size, true);
-  const int count = candidates(row, rank, splits, params.k);
-  if (rank != 0) return;
+    top_k_kernel(const __grid_constant__ TopKParams params, int split_bits) {
+  const RowBlock block = RowBlock::of(params.rows, split_bits);
+  const LogitRow<T> row = LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row),
+                                            nullptr, params.size, true);
+  const Slice slice = Slice::of(row, block.rank, split_bits);
+  const uint32_t largest = segment_maxima(row, slice);
+  const int count = candidates(row, slice, Blocks{block.rank, 1 << split_bits}, largest, params.k);
+  if (block.rank != 0) return;
   const Team team = Team::of(count);
   const Rank own = Rank::of(team);
   if (team.leads() && own.rank < params.k) {
     const int index = index_of_candidate(own.candidate);
-    const int64_t target = int64_t{index_of_row} * params.k + own.rank;
+    const int64_t target = int64_t{block.flat} * params.k + own.rank;
     params.indices[target] = index;
     // As it is: the key does not tell zeros nor NaN apart.
     static_cast<T*>(params.values)[target] = row.logits[index];
   }
 }
 
-// Thread blocks for each row: as many as there are multiprocessors for, if each then has a vector
-// for each of its threads.
-inline int splits_of(int64_t rows, int vectors, const DeviceInfo& device) {
-  int splits = 1;
-  if (device.compute_capability < 90) return splits;
-  while (splits < kMaxSplits && rows * splits * 2 <= device.multiprocessors &&
-         vectors >= splits * 2 * kSampleThreads) {
-    splits *= 2;
+// As many thread blocks for each row as there are multiprocessors for, if each then has a vector
+// for each of its threads: 2 to this power.
+inline int split_bits_of(int64_t rows, int vectors, const DeviceInfo& device) {
+  int bits = 0;
+  if (device.compute_capability < 90) return bits;
+  while (2 << bits <= kMaxSplits && rows * (2 << bits) <= device.multiprocessors &&
+         vectors >= (2 << bits) * kSampleThreads) {
+    ++bits;
   }
-  return splits;
+  return bits;
 }
 
 template <typename T, typename Params>
 cudaError_t launch_rows(void (*kernel)(Params, int), const Params& params, int64_t rows,
                         const DeviceInfo& device, cudaStream_t stream) {
-  if (rows > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const int splits = splits_of(rows, params.size / kVector<T>, device);
-  return launch_clusters(kernel, dim3(static_cast<unsigned>(rows * splits)), kSampleThreads,
-                         sizeof(SampleShared), splits, stream, params, splits);
+  const int split_bits = split_bits_of(rows, params.size / kVector<T>, device);
+  if (rows << split_bits > std::numeric_limits<int32_t>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return launch_clusters(kernel, dim3(static_cast<unsigned>(rows << split_bits)), kSampleThreads,
+                         sizeof(SampleShared), 1 << split_bits, stream, params, split_bits);
 }
 
 template <typename T>

@@ -25,6 +25,8 @@ __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const
   const int thread = threadIdx.x;
   uint32_t own = 0;
   int vector = slice.first + thread;
+  if (thread == 0) shared.item_count = shared.listed_count = 0;
+  if (thread < kTallies) shared.tallies[thread] = 0;
   if (row.mask == nullptr && row.wide) {
     // In shared memory, since the compiler will not keep so many loads in flight to registers. No
     // barriers: a thread copies and reads what is its own.
@@ -100,16 +102,14 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
   return shared.listed_count;
 }
 
-// Lists the k best of the slice, and some more: `most` if that is possible. How many, or more than
-// kMaxListed if there are too many.
+// After segment_maxima, whose result is `largest`: lists the k best of the slice and some more, up
+// to `most` if that is possible. How many, or more than kMaxListed if there are too many.
 template <typename T>
-__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice, int k,
-                                         int most) {
+__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice,
+                                         uint32_t largest, int k, int most) {
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
-  if (thread == 0) shared.item_count = shared.listed_count = 0;
-  if (thread < kTallies) shared.tallies[thread] = 0;
-  const uint32_t own[1] = {segment_maxima(row, slice)};
+  const uint32_t own[1] = {largest};
   // Its barriers order zeros before additions.
   const uint32_t bound = lower_bound(own, k);
   if (own[0] >= bound) {
@@ -157,11 +157,11 @@ __device__ __forceinline__ int gather(int rank, int splits, int k) {
   // Orders the lists before their reads by the first block.
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  unsigned long long held[kMaxSplits];
-  bool fits = true;
+  int count = 0;
   if (rank == 0) {
     const uint32_t candidate = ptx::shared_address(&shared.listed[threadIdx.x]);
-    const uint32_t count = ptx::shared_address(&shared.listed_count);
+    const uint32_t list_count = ptx::shared_address(&shared.listed_count);
+    unsigned long long held[kMaxSplits];
     uint32_t counts[kMaxSplits];
 #pragma unroll
     for (int i = 0; i < kMaxSplits; ++i) {
@@ -169,20 +169,23 @@ __device__ __forceinline__ int gather(int rank, int splits, int k) {
       counts[i] = 0;
       if (i < splits) {
         held[i] = ptx::ld_cluster_b64(ptx::mapa(candidate, i));
-        counts[i] = ptx::ld_cluster_b32(ptx::mapa(count, i));
+        counts[i] = ptx::ld_cluster_b32(ptx::mapa(list_count, i));
       }
     }
+    bool fits = true;
 #pragma unroll
     for (int i = 0; i < kMaxSplits; ++i) {
       fits = fits && counts[i] <= kMaxCandidates;
       if (threadIdx.x >= counts[i]) held[i] = 0;
     }
+    // Everybody has read the count.
+    __syncthreads();
+    count = fits ? narrow(held, k) : kMaxCandidates + 1;
   }
   // Other blocks' shared memory is there until it has been read.
-  ptx::cluster_arrive();
+  ptx::cluster_arrive_relaxed();
   ptx::cluster_wait();
-  if (rank != 0) return 0;
-  return fits ? narrow(held, k) : kMaxCandidates + 1;
+  return count;
 }
 
 }  // namespace jax_flash::ops

@@ -149,11 +149,13 @@ struct Slice {
   int end;
   int turns;
 
+  // That of block `rank` of 2^split_bits.
   template <typename T>
-  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int splits) {
-    const int size = (row.vectors() + splits - 1) / splits;
+  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int split_bits) {
+    const int vectors = row.vectors();
+    const int size = (vectors + (1 << split_bits) - 1) >> split_bits;
     constexpr int kOfSegments = kSegments * kRing * kSampleThreads;
-    return {min(rank * size, row.vectors()), min((rank + 1) * size, row.vectors()),
+    return {min(rank * size, vectors), min((rank + 1) * size, vectors),
             (size + kOfSegments - 1) / kOfSegments};
   }
 };

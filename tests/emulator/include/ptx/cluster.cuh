@@ -17,6 +17,7 @@ inline void cluster_arrive() {
   ++emulator::progress;
   emulator::complete_cluster_barrier();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::wait_until(
       [] { return emulator::cluster->barrier.round != emulator::current->cluster_round; });
