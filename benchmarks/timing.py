@@ -69,13 +69,10 @@ def cupti() -> Any | None:
     return getattr(library, "_mosaic_gpu_ext", None)
 
 
-def kernel_times(
+def kernel_calls(
     binding: Any, call: Call, iterations: int
-) -> tuple[list[float], list[str]]:
-    """Kernel time of each of `iterations` calls, and the names of a call's kernels.
-
-    Returns:
-      Microseconds per call [iterations], kernel names of one call.
+) -> list[list[tuple[str, float]]]:
+    """The kernels of each of `iterations` calls: names, microseconds.
 
     Raises:
       RuntimeError: no kernel was seen, or calls did not launch equal numbers of them.
@@ -91,11 +88,25 @@ def kernel_times(
     kernels, rest = divmod(len(timings), iterations)
     if rest or not kernels:
         raise RuntimeError(f"{len(timings)} kernels in {iterations} calls")
-    calls = [timings[i : i + kernels] for i in range(0, len(timings), kernels)]
-    totals = [
-        MICROSECONDS_PER_MILLISECOND * sum(duration for _, duration in one)
-        for one in calls
+    named = [
+        (name, MICROSECONDS_PER_MILLISECOND * duration) for name, duration in timings
     ]
+    return [named[i : i + kernels] for i in range(0, len(named), kernels)]
+
+
+def kernel_times(
+    binding: Any, call: Call, iterations: int
+) -> tuple[list[float], list[str]]:
+    """Kernel time of each of `iterations` calls, and the names of a call's kernels.
+
+    Returns:
+      Microseconds per call [iterations], kernel names of one call.
+
+    Raises:
+      RuntimeError: as `kernel_calls`.
+    """
+    calls = kernel_calls(binding, call, iterations)
+    totals = [sum(us for _, us in kernels) for kernels in calls]
     return totals, [name for name, _ in calls[0]]
 
 

@@ -66,10 +66,15 @@ PARAMETERS: dict[str, tuple[Any, Any, Any, float]] = {
 }
 
 
+# Of an emulated device. A row has 1, 2, 4 or 8 thread blocks, if it is long enough.
+MULTIPROCESSORS = (1, 16, 32, 64)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("size", [1, 5, 1000, 1027, 9000])
+@pytest.mark.parametrize("size", [1, 5, 1000, 1027, 9000, 20000])
 def test_sample(ops: ctypes.CDLL, size: int, name: str) -> None:
     number = list(PARAMETERS).index(name) + size
+    multiprocessors = MULTIPROCESSORS[number % 4]
     dtype = TYPES[number % 3]
     x = rows_of_every_kind(size, dtype)
     rng = np.random.default_rng(1)
@@ -96,7 +101,7 @@ def test_sample(ops: ctypes.CDLL, size: int, name: str) -> None:
         # Two groups of four rows.
         assert not ops.sample(
             pointer(arrays[0]), 0, pointer(arrays[1]), pointer(arrays[2]), 0,
-            pointer(tokens), 2, 4, size, TYPES.index(dtype),
+            pointer(tokens), 2, 4, size, TYPES.index(dtype), multiprocessors,
         )  # fmt: skip
         np.testing.assert_array_equal(tokens, expected)
 
@@ -114,15 +119,16 @@ def test_shared_logits_and_mask(ops: ctypes.CDLL) -> None:
     arrays = held(x), held(table), held(mask)
     assert not ops.sample(
         pointer(arrays[0]), 1, pointer(arrays[1]), pointer(arrays[2]), 3,
-        pointer(tokens), 3, 2, 500, 0,
+        pointer(tokens), 3, 2, 500, 0, 1,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, expected)
 
 
 @pytest.mark.parametrize("k", [1, 20, 256])
-@pytest.mark.parametrize("size", [1, 300, 1027, 9000])
+@pytest.mark.parametrize("size", [1, 300, 1027, 9000, 20000])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_top_k(ops: ctypes.CDLL, dtype: str, size: int, k: int) -> None:
+    multiprocessors = MULTIPROCESSORS[(size + k) % 3 + 1]
     k = min(k, size)
     x = rows_of_every_kind(size, dtype)
     expected_values, expected = sample_reference.top_k(jnp.asarray(x), k)
@@ -130,7 +136,7 @@ def test_top_k(ops: ctypes.CDLL, dtype: str, size: int, k: int) -> None:
     array = held(x)
     assert not ops.top_k(
         pointer(array), pointer(values), pointer(indices), 1, 8, size, k,
-        TYPES.index(dtype),
+        TYPES.index(dtype), multiprocessors,
     )  # fmt: skip
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(

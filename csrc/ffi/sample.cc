@@ -15,7 +15,7 @@ namespace jax_flash {
 namespace {
 
 constexpr int64_t kMaxVocabulary = 1 << 20;  // so that sums of weights stay below 2^50
-constexpr int64_t kMaxRanked = 256;          // as in ops/sample_select.cuh
+constexpr int64_t kMaxRanked = 256;          // as in ops/sample_shared.cuh
 
 ffi::Error check_logits(const ffi::AnyBuffer& logits) {
   const auto dims = logits.dimensions();
@@ -56,8 +56,8 @@ ffi::Error sample(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer tab
   params.size = static_cast<int32_t>(size);
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
-  const cudaError_t error =
-      ops::launch_sample(params, operands.count(), *element_of(logits.element_type()), stream);
+  const cudaError_t error = ops::launch_sample(params, operands.count(),
+                                               *element_of(logits.element_type()), device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_sample", error);
   return ffi::Error::Success();
 }
@@ -85,8 +85,8 @@ ffi::Error top_k(cudaStream_t stream, ffi::AnyBuffer logits, ffi::Result<ffi::An
   params.k = static_cast<int32_t>(k);
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
-  const cudaError_t error =
-      ops::launch_top_k(params, operands.count(), *element_of(logits.element_type()), stream);
+  const cudaError_t error = ops::launch_top_k(params, operands.count(),
+                                              *element_of(logits.element_type()), device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_top_k", error);
   return ffi::Error::Success();
 }

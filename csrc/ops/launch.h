@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "host/device.h"
 #include "ops/params.h"
 
 namespace jax_flash::ops {
@@ -10,7 +11,8 @@ namespace jax_flash::ops {
 cudaError_t launch_rms_norm(const RmsNormParams& params, Element type, cudaStream_t stream);
 cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, Element type, cudaStream_t stream);
 cudaError_t launch_sample(const SampleParams& params, int64_t rows, Element type,
-                          cudaStream_t stream);
-cudaError_t launch_top_k(const TopKParams& params, int64_t rows, Element type, cudaStream_t stream);
+                          const DeviceInfo& device, cudaStream_t stream);
+cudaError_t launch_top_k(const TopKParams& params, int64_t rows, Element type,
+                         const DeviceInfo& device, cudaStream_t stream);
 
 }  // namespace jax_flash::ops

@@ -24,6 +24,8 @@ struct RowTeam {
   int threads;         // of a row
   int rows_per_block;  // more than one only where a row has one warp
 
+  static constexpr int kRowsOfWarps = 4;
+
   static constexpr int max_threads(int vectors) { return vectors == 2 ? 256 : 512; }
 
   // Fewer, each with the gradient of the weight in registers as well.
@@ -33,7 +35,7 @@ struct RowTeam {
     const int count = (columns + vector - 1) / vector;
     const int vectors = count <= 2 * max_threads(2) ? 2 : 4;
     const int warps = std::max(1, (count + vectors * kWarp - 1) / (vectors * kWarp));
-    return {vectors, warps * kWarp, warps == 1 ? 4 : 1};
+    return {vectors, warps * kWarp, warps == 1 ? kRowsOfWarps : 1};
   }
 };
 
@@ -51,16 +53,26 @@ __device__ __forceinline__ void load_weights(const W* weight, int first, int col
   }
 }
 
-template <typename T, typename W, int kVectors>
-__global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
-    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, bool wide) {
+// Of a multiprocessor, with 40 registers for each thread or 64, where no more are needed.
+template <typename T, typename W, int kVectors, bool kWide>
+inline constexpr int kMinBlocks = sizeof(T) < sizeof(W) || !kWide ? 1
+                                  : kVectors == 2                 ? 6
+                                                                  : 2;
+
+// kWide: all rows are whole vectors of 16 bytes.
+template <typename T, typename W, int kVectors, bool kWide>
+__global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
+                                  (kMinBlocks<T, W, kVectors, kWide>))
+    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row) {
   constexpr int kV = kVector<T>;
-  const int thread = threadIdx.x % threads_of_row;
-  const int64_t row =
-      int64_t{blockIdx.x} * (blockDim.x / threads_of_row) + threadIdx.x / threads_of_row;
+  // No division is on the way to the loads of the usual case.
+  const bool warps_alone = threads_of_row == kWarp;
+  const int in_block = warps_alone ? threadIdx.x / kWarp : 0;
+  const int thread = threadIdx.x - in_block * threads_of_row;
+  const int64_t row = int64_t{blockIdx.x} * (warps_alone ? RowTeam::kRowsOfWarps : 1) + in_block;
   // Only where a row has a warp of its own, which then leaves as a whole.
   if (row >= int64_t{params.groups} * params.rows) return;
-  const int group = static_cast<int>(row / params.rows);
+  const int group = params.groups == 1 ? 0 : static_cast<int>(row / params.rows);
   const int in_group = static_cast<int>(row - int64_t{group} * params.rows);
   const int columns = params.columns;
 
@@ -69,14 +81,14 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
   const T* const x_row = row_of<T>(params.x, group, in_group);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    x[v] = load_vector(x_row, (v * threads_of_row + thread) * kV, columns, wide);
+    x[v] = load_vector(x_row, (v * threads_of_row + thread) * kV, columns, kWide);
   }
   const bool has_residual = params.residual.data != nullptr;
   if (has_residual) {
     const T* const residual_row = row_of<T>(params.residual, group, in_group);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      residual[v] = load_vector(residual_row, (v * threads_of_row + thread) * kV, columns, wide);
+      residual[v] = load_vector(residual_row, (v * threads_of_row + thread) * kV, columns, kWide);
     }
     T* const sum_row = static_cast<T*>(params.sum) + row * columns;
 #pragma unroll
@@ -89,7 +101,20 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
       for (int e = 0; e < kV; ++e) a[e] += b[e];
       // What is normalised is the rounded sum.
       x[v] = pack<T>(a);
-      store_vector(sum_row, (v * threads_of_row + thread) * kV, columns, wide, x[v]);
+      store_vector(sum_row, (v * threads_of_row + thread) * kV, columns, kWide, x[v]);
+    }
+  }
+
+  // Ahead of their use, which waits for the sum.
+  constexpr int kParts = kV / kVector<W>;
+  const W* const weight_row = row_of<W>(params.weight, group, 0);
+  uint4 weight[kVectors][kParts];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int first = (v * threads_of_row + thread) * kV + i * kVector<W>;
+      weight[v][i] = load_vector(weight_row, first, columns, kWide);
     }
   }
 
@@ -107,17 +132,21 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors))
   if (thread == 0) params.scale[row] = scale;
 
   T* const y_row = static_cast<T*>(params.y) + row * columns;
-  const W* const weight = row_of<W>(params.weight, group, 0);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int first = (v * threads_of_row + thread) * kV;
     float a[kV];
-    float w[kV];
     unpack<T>(x[v], a);
-    load_weights<T, W>(weight, first, columns, wide, w);
 #pragma unroll
-    for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
-    store_vector(y_row, first, columns, wide, pack<T>(a));
+    for (int i = 0; i < kParts; ++i) {
+      float w[kVector<W>];
+      unpack<W>(weight[v][i], w);
+#pragma unroll
+      for (int e = 0; e < kVector<W>; ++e) {
+        a[i * kVector<W> + e] = a[i * kVector<W> + e] * scale * w[e];
+      }
+    }
+    store_vector(y_row, first, columns, kWide, pack<T>(a));
   }
 }
 
@@ -221,10 +250,12 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
         static_cast<const void*>(params.sum)}) {
     wide = wide && rows_aligned(data, params.columns, sizeof(T));
   }
-  const auto kernel = team.vectors == 2 ? rms_norm_kernel<T, W, 2> : rms_norm_kernel<T, W, 4>;
+  const auto kernel =
+      team.vectors == 2 ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)
+                        : (wide ? rms_norm_kernel<T, W, 4, true> : rms_norm_kernel<T, W, 4, false>);
   return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)),
                        team.threads * team.rows_per_block, kWarp * sizeof(float), stream, params,
-                       team.threads, wide);
+                       team.threads);
 }
 
 template <typename T, typename W>

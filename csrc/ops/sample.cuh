@@ -1,10 +1,12 @@
-// `sample` and `top_k`, a row for each thread block; docs/design/sampling.md.
+// `sample` and `top_k`: a row for each thread block or, where there are few, for each cluster of up
+// to eight; docs/design/sampling.md.
 //
-// With k of at most kMaxRanked the row is read once: the k-th largest of the threads' own maxima
-// bounds the k-th largest element from below, so only the shares of the few threads whose maximum
-// reaches it are looked at again for candidates, which are then ranked one against another. Where
-// ties make too many candidates, or k is larger or not given, histograms of keys find the cuts, and
-// the row is read again for each, out of the L2 where it is there.
+// With k of at most kMaxRanked every element is read once: the k-th largest of the threads' own
+// maxima bounds the k-th largest element from below, so only those parts of threads' shares whose
+// maximum reaches it are looked at again for candidates, which are then ranked one against another.
+// Blocks of a cluster each list the candidates of their part of the row, and the first one makes
+// one list of them. Where ties make too many candidates, or k is larger or not given, histograms of
+// keys find the cuts, and the row is read again for each, out of the L2 where it is there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,244 +14,194 @@
 #include <cstdint>
 #include <limits>
 
+#include "host/device.h"
 #include "host/launch.h"
+#include "ops/sample_list.cuh"
+#include "ops/sample_rank.cuh"
 #include "ops/sample_select.cuh"
 
 namespace jax_flash::ops {
 
-// Each thread's largest key, and that of the row.
+// Lists the k best of a row and no others, by histograms, in one block. All threads have read the
+// old list.
 template <typename T>
-__device__ __forceinline__ uint32_t largest_keys(const LogitRow<T>& row, uint32_t* own) {
+__device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
   SampleShared& shared = sample_shared();
-  uint32_t largest = 0;
-  row.visit_all([&](int, uint32_t key) { largest = max(largest, key); });
-  *own = largest;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = largest;
-  if (threadIdx.x == 0) shared.thread_count = shared.count = 0;
-  // Orders the maxima and counters before their reads.
+  const Slice all = Slice::of(row, 0, 0);
+  const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
+  if (threadIdx.x == 0) shared.listed_count = 0;
+  // Orders the zero before additions.
   __syncthreads();
-#pragma unroll 1
-  for (int i = 0; i < kSampleWarps; ++i) largest = max(largest, shared.largest[i]);
-  return largest;
-}
-
-// The k-th largest of the threads' keys, at least 1.
-__device__ __forceinline__ uint32_t kth_largest(uint32_t own, int k) {
-  uint32_t threshold = 0;
-#pragma unroll 1
-  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
-    if (__syncthreads_count(own >= (threshold | bit)) >= k) threshold |= bit;
-  }
-  return threshold == 0 ? 1 : threshold;
-}
-
-__device__ __forceinline__ void add_candidate(int index, uint32_t key) {
-  SampleShared& shared = sample_shared();
-  const int slot = atomicAdd(&shared.count, 1);
-  if (slot < kMaxCandidates) {
-    shared.candidates.keys[slot] = key;
-    shared.candidates.indices[slot] = index;
-  }
-}
-
-// The k best of the row in order into sorted_keys and sorted_indices; how many there are.
-template <typename T>
-__device__ __forceinline__ int rank_best(const LogitRow<T>& row, uint32_t own, int k) {
-  SampleShared& shared = sample_shared();
-  const uint32_t threshold = kth_largest(own, k);
-  if (own >= threshold) shared.threads[atomicAdd(&shared.thread_count, 1)] = threadIdx.x;
-  // Orders the list before its reads.
-  __syncthreads();
-  const int warp = threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll 1
-  for (int i = warp; i < shared.thread_count; i += kSampleWarps) {
-    for (int v = shared.threads[i] + lane * kSampleThreads; v < row.vectors();
-         v += kWarp * kSampleThreads) {
-      row.visit(v, [&](int index, uint32_t key) {
-        if (key >= threshold) add_candidate(index, key);
-      });
-    }
-  }
+  row.template visit_all<kSampleThreads>(threadIdx.x, all.end, [&](int index, uint32_t key) {
+    if (cut.keeps(index, key)) list_candidate(make_candidate(index, key));
+  });
   // Orders the candidates before their reads.
   __syncthreads();
-  int count = shared.count;
-  if (count > kMaxCandidates) {
-    const Cut cut = select(
-        row, [](int, uint32_t) { return true; }, [](uint32_t) -> unsigned long long { return 1; },
-        k);
-    // Everybody has read the count and left the histogram.
-    __syncthreads();
-    if (threadIdx.x == 0) shared.count = 0;
-    // Orders the zero before additions.
-    __syncthreads();
-    row.visit_all([&](int index, uint32_t key) {
-      if (cut.keeps(index, key)) add_candidate(index, key);
-    });
-    // Orders the candidates before their reads.
-    __syncthreads();
-    count = shared.count;
-  }
-  const auto& candidates = shared.candidates;
-  if (static_cast<int>(threadIdx.x) < count) {
-    const uint32_t key = candidates.keys[threadIdx.x];
-    const int index = candidates.indices[threadIdx.x];
-    int rank = 0;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const uint32_t other = candidates.keys[i];
-      rank += other > key || (other == key && candidates.indices[i] < index);
-    }
-    if (rank < k) {
-      shared.candidates.sorted_keys[rank] = key;
-      shared.candidates.sorted_indices[rank] = index;
-    }
-  }
-  // Orders the sorted candidates before their reads.
-  __syncthreads();
-  return min(count, k);
+  return shared.listed_count;
 }
 
-// Draws among the `count` sorted candidates.
-__device__ __forceinline__ void draw_ranked(const SampleRow& parameters, const Weigher& weigher,
-                                            int count, int32_t* token) {
-  auto& candidates = sample_shared().candidates;
-  const int rank = threadIdx.x;
-  uint32_t weight = 0;
-  if (rank < count) {
-    weight = weigher.weight(candidates.sorted_keys[rank]);
-    candidates.weights[rank] = weight;
-  }
-  // Orders the weights before their reads.
-  __syncthreads();
-  unsigned long long before = 0;
-  unsigned long long total = 0;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    if (i == rank) before = total;
-    total += candidates.weights[i];
-  }
-  const bool kept = rank < count &&
-                    (parameters.mass > kAllMass || before < nucleus(total, parameters.mass)) &&
-                    weigher.distance(candidates.sorted_keys[rank]) <= parameters.distance;
-  // Everybody has read the weights.
-  __syncthreads();
-  if (rank < count && !kept) candidates.weights[rank] = 0;
-  // Orders the weights before their reads.
-  __syncthreads();
-  before = total = 0;
-  const int index = rank < count ? candidates.sorted_indices[rank] : 0;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    total += candidates.weights[i];
-    if (candidates.sorted_indices[i] < index) before += candidates.weights[i];
-  }
-  const uint64_t random = uint64_t{parameters.random_high} << 32 | parameters.random_low;
-  const unsigned long long target = __umul64hi(random, total);
-  if (kept && target >= before && target - before < weight) *token = index;
-}
-
-// Draws among all elements.
+// In the first block of a row, after segment_maxima: the list of its k best, perhaps with more
+// candidates; how many. The others' result has no meaning.
 template <typename T>
-__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const SampleRow& parameters,
-                                         const Weigher& weigher, int32_t* token) {
+__device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& slice,
+                                          const Blocks& blocks, uint32_t largest, int k) {
+  // Many candidates take longer to rank than to narrow.
+  const int most = blocks.count > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
+  int count = list_best(row, slice, largest, k, most);
+  if (blocks.count > 1) count = gather(blocks.rank, blocks.count, k);
+  if (count <= kMaxCandidates) return count;
+  // Everybody has read the count.
+  __syncthreads();
+  return list_exactly(row, k);
+}
+
+// Draws among all elements of a row, all of its blocks together, after segment_maxima.
+template <typename T>
+__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& slice,
+                                         const Blocks& blocks, uint32_t largest,
+                                         const SampleRow& parameters, int32_t* token) {
+  SampleShared& shared = sample_shared();
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
+  // Orders the maxima before their reads.
+  __syncthreads();
+  largest = __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
+  largest = static_cast<uint32_t>(blocks.say(0, largest).largest);
+  const Weigher weigher{logit_of(largest), parameters.factor};
   Cut by_count{0, 0};
   if (parameters.k < static_cast<uint32_t>(row.size)) {
-    by_count = select(
-        row, [](int, uint32_t) { return true; }, [](uint32_t) -> unsigned long long { return 1; },
-        parameters.k);
+    by_count = select(row, slice, blocks, Count{}, parameters.k, 1);
   }
   Cut cut = by_count;
   if (parameters.mass <= kAllMass) {
-    const unsigned long long total =
-        sum_parts(row, [&](int index, uint32_t key) -> unsigned long long {
-          return by_count.keeps(index, key) ? weigher.weight(key) : 0;
+    const Weight measure{by_count, weigher};
+    const unsigned long long own =
+        sum_parts(row, slice, [&](int index, uint32_t key) -> unsigned long long {
+          return measure.keeps(index, key) ? measure.of(key) : 0;
         });
-    cut = select(
-        row, [&](int index, uint32_t key) { return by_count.keeps(index, key); },
-        [&](uint32_t key) -> unsigned long long { return weigher.weight(key); },
-        nucleus(total, parameters.mass));
+    const unsigned long long total = blocks.say(3, own).total;
+    cut = select(row, slice, blocks, measure, nucleus(total, parameters.mass), 4);
   }
   const auto weight = [&](int index, uint32_t key) -> unsigned long long {
     if (!cut.keeps(index, key)) return 0;
     const uint32_t distance = weigher.distance(key);
     return distance <= parameters.distance ? weight_of(distance) : 0;
   };
-  const unsigned long long total = sum_parts(row, weight);
+  const unsigned long long own = sum_parts(row, slice, weight);
+  const Blocks::Said sums = blocks.say(6, own);
   const uint64_t random = uint64_t{parameters.random_high} << 32 | parameters.random_low;
-  const int index = find(row, weight, __umul64hi(random, total));
-  if (threadIdx.x == 0) *token = index;
+  const unsigned long long target = __umul64hi(random, sums.total);
+  if (sums.total == 0) {
+    // Nothing may be chosen: the best, if there is one, has a weight.
+    if (blocks.rank == 0 && threadIdx.x == 0) *token = -1;
+  } else if (target >= sums.before && target - sums.before < own) {
+    const int index = find(row, slice, weight, target - sums.before);
+    if (threadIdx.x == 0) *token = index;
+  }
+  // Other blocks' shared memory is there until it has been read.
+  if (blocks.count > 1) {
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  }
 }
 
-template <typename T>
-__device__ __forceinline__ LogitRow<T> logit_row(const Rows& logits, const Rows& mask, int group,
-                                                 int row, int size, bool ranks_all) {
-  const T* const data = row_of<T>(logits, group, row);
-  return {data, mask.data == nullptr ? nullptr : row_of<bool>(mask, group, row), size,
-          size % kVector<T> == 0 && is_aligned(data), ranks_all};
-}
+// Where a thread block is: in which row, of how many in 2^split_bits blocks each.
+struct RowBlock {
+  int rank;  // among the blocks of its row
+  int flat;  // among all rows
+  int group;
+  int row;  // of the group
+
+  // No division is on the way to the loads of the usual case.
+  static __device__ __forceinline__ RowBlock of(int rows, int split_bits) {
+    const int block = blockIdx.x;
+    const int flat = block >> split_bits;
+    const int group = flat < rows ? 0 : flat / rows;
+    return {block & ((1 << split_bits) - 1), flat, group, flat - group * rows};
+  }
+};
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 1)
-    sample_kernel(const __grid_constant__ SampleParams params) {
-  const int group = blockIdx.x / params.rows;
-  const int in_group = blockIdx.x - group * params.rows;
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    sample_kernel(const __grid_constant__ SampleParams params, int split_bits) {
+  const RowBlock block = RowBlock::of(params.rows, split_bits);
+  const bool* const mask =
+      params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
   const LogitRow<T> row =
-      logit_row<T>(params.logits, params.mask, group, in_group, params.size, false);
+      LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
   const SampleRow parameters =
-      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, group, in_group));
-  int32_t* const token = params.tokens + blockIdx.x;
-
-  uint32_t own;
-  const uint32_t largest = largest_keys(row, &own);
-  if (largest == 0) {
-    if (threadIdx.x == 0) *token = -1;
-    return;
-  }
-  const Weigher weigher{logit_of(largest), parameters.factor};
+      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
+  int32_t* const token = params.tokens + block.flat;
+  const Blocks blocks{block.rank, 1 << split_bits};
+  const Slice slice = Slice::of(row, block.rank, split_bits);
+  const uint32_t largest = segment_maxima(row, slice);
   if (parameters.k <= kMaxRanked) {
-    const int count = rank_best(row, own, static_cast<int>(parameters.k));
-    draw_ranked(parameters, weigher, count, token);
+    const int count = candidates(row, slice, blocks, largest, static_cast<int>(parameters.k));
+    if (block.rank != 0) return;
+    if (count == 0) {
+      if (threadIdx.x == 0) *token = -1;
+    } else {
+      draw_ranked(parameters, count, token);
+    }
   } else {
-    draw_any(row, parameters, weigher, token);
+    draw_any(row, slice, blocks, largest, parameters, token);
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 1)
-    top_k_kernel(const __grid_constant__ TopKParams params) {
-  const int group = blockIdx.x / params.rows;
-  const int in_group = blockIdx.x - group * params.rows;
-  const LogitRow<T> row = logit_row<T>(params.logits, Rows{}, group, in_group, params.size, true);
-  uint32_t own;
-  largest_keys(row, &own);
-  const int count = rank_best(row, own, params.k);
-  const int rank = threadIdx.x;
-  if (rank < count) {
-    const int index = sample_shared().candidates.sorted_indices[rank];
-    const int64_t target = int64_t{blockIdx.x} * params.k + rank;
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    top_k_kernel(const __grid_constant__ TopKParams params, int split_bits) {
+  const RowBlock block = RowBlock::of(params.rows, split_bits);
+  const LogitRow<T> row = LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row),
+                                            nullptr, params.size, true);
+  const Slice slice = Slice::of(row, block.rank, split_bits);
+  const uint32_t largest = segment_maxima(row, slice);
+  const int count = candidates(row, slice, Blocks{block.rank, 1 << split_bits}, largest, params.k);
+  if (block.rank != 0) return;
+  const Team team = Team::of(count);
+  const Rank own = Rank::of(team);
+  if (team.leads() && own.rank < params.k) {
+    const int index = index_of_candidate(own.candidate);
+    const int64_t target = int64_t{block.flat} * params.k + own.rank;
     params.indices[target] = index;
     // As it is: the key does not tell zeros nor NaN apart.
     static_cast<T*>(params.values)[target] = row.logits[index];
   }
 }
 
-template <typename T>
-cudaError_t launch_sample(const SampleParams& params, int64_t rows, cudaStream_t stream) {
-  if (rows > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  return launch_kernel(sample_kernel<T>, dim3(static_cast<unsigned>(rows)), kSampleThreads,
-                       sizeof(SampleShared), stream, params);
+// As many thread blocks for each row as there are multiprocessors for, if each then has a vector
+// for each of its threads: 2 to this power.
+inline int split_bits_of(int64_t rows, int vectors, const DeviceInfo& device) {
+  int bits = 0;
+  if (device.compute_capability < 90) return bits;
+  while (2 << bits <= kMaxSplits && rows * (2 << bits) <= device.multiprocessors &&
+         vectors >= (2 << bits) * kSampleThreads) {
+    ++bits;
+  }
+  return bits;
+}
+
+template <typename T, typename Params>
+cudaError_t launch_rows(void (*kernel)(Params, int), const Params& params, int64_t rows,
+                        const DeviceInfo& device, cudaStream_t stream) {
+  const int split_bits = split_bits_of(rows, params.size / kVector<T>, device);
+  if (rows << split_bits > std::numeric_limits<int32_t>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return launch_clusters(kernel, dim3(static_cast<unsigned>(rows << split_bits)), kSampleThreads,
+                         sizeof(SampleShared), 1 << split_bits, stream, params, split_bits);
 }
 
 template <typename T>
-cudaError_t launch_top_k(const TopKParams& params, int64_t rows, cudaStream_t stream) {
-  if (rows > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  return launch_kernel(top_k_kernel<T>, dim3(static_cast<unsigned>(rows)), kSampleThreads,
-                       sizeof(SampleShared), stream, params);
+cudaError_t launch_sample(const SampleParams& params, int64_t rows, const DeviceInfo& device,
+                          cudaStream_t stream) {
+  return launch_rows<T>(sample_kernel<T>, params, rows, device, stream);
+}
+
+template <typename T>
+cudaError_t launch_top_k(const TopKParams& params, int64_t rows, const DeviceInfo& device,
+                         cudaStream_t stream) {
+  return launch_rows<T>(top_k_kernel<T>, params, rows, device, stream);
 }
 
 }  // namespace jax_flash::ops

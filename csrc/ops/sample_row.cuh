@@ -8,12 +8,10 @@
 
 #include "ops/block.cuh"
 #include "ops/params.h"
+#include "ops/sample_shared.cuh"
 #include "ops/vector.cuh"
 
 namespace jax_flash::ops {
-
-inline constexpr int kSampleThreads = 1024;
-inline constexpr int kSampleWarps = kSampleThreads / kWarp;
 
 inline constexpr int kUnitBits = 20;
 inline constexpr float kMaxDistance = 2147483520.0f;  // the largest f32 below 2^31
@@ -54,56 +52,111 @@ struct LogitRow {
   const T* logits;
   const bool* mask;  // or null
   int size;
-  bool wide;       // whether the row can be read 16 bytes at a time
+  bool wide;       // whether logits and mask can be read a vector at a time
   bool ranks_all;  // top_k ranks NaN and -inf, sample never draws them
 
   static constexpr int kV = kVector<T>;
 
+  static __device__ __forceinline__ LogitRow make(const T* logits, const bool* mask, int size,
+                                                  bool ranks_all) {
+    const bool wide =
+        size % kV == 0 && is_aligned(logits) && reinterpret_cast<uintptr_t>(mask) % kV == 0;
+    return {logits, mask, size, wide, ranks_all};
+  }
+
   __device__ __forceinline__ int vectors() const { return (size + kV - 1) / kV; }
 
-  __device__ __forceinline__ uint32_t key(int index, float logit) const {
-    if (index >= size || (mask != nullptr && !mask[index])) return 0;
+  __device__ __forceinline__ uint32_t key(float logit) const {
     const uint32_t key = key_of(logit);
     return ranks_all || key > kKeyOfMinusInfinity ? key : 0;
   }
 
-  // f(index, key) for the elements of vector number `vector`; nothing past the end.
-  template <typename F>
-  __device__ __forceinline__ void visit(int vector, const F& f) const {
-    float x[kV];
-    unpack<T>(load_vector(logits, vector * kV, size, wide), x);
+  // A vector, and a byte for each of its elements that is not zero where that may be chosen.
+  struct Loaded {
+    uint4 raw;
+    uint64_t allowed;
+  };
+
+  __device__ __forceinline__ Loaded load_wide(int vector) const {
+    const int first = vector * kV;
+    Loaded loaded{*reinterpret_cast<const uint4*>(logits + first), ~uint64_t{0}};
+    if (mask != nullptr) {
+      if constexpr (kV == 4) {
+        loaded.allowed = *reinterpret_cast<const uint32_t*>(mask + first);
+      } else {
+        const uint2 bytes = *reinterpret_cast<const uint2*>(mask + first);
+        loaded.allowed = uint64_t{bytes.y} << 32 | bytes.x;
+      }
+    }
+    return loaded;
+  }
+
+  __device__ __forceinline__ Loaded load(int vector) const {
+    if (wide) return load_wide(vector);
+    const int first = vector * kV;
+    Loaded loaded{load_vector(logits, first, size, false), 0};
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      const int index = vector * kV + e;
-      const uint32_t key_here = key(index, x[e]);
-      if (key_here != 0) f(index, key_here);
+      const int index = first + e;
+      const bool allowed = index < size && (mask == nullptr || mask[index]);
+      loaded.allowed |= uint64_t{allowed} << (8 * e);
+    }
+    return loaded;
+  }
+
+  // f(index, key) for the elements of a vector that may be chosen.
+  template <typename F>
+  __device__ __forceinline__ void visit(const Loaded& loaded, int vector, const F& f) const {
+    float x[kV];
+    unpack<T>(loaded.raw, x);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) {
+      const uint32_t key_here = (loaded.allowed >> (8 * e) & 0xff) != 0 ? key(x[e]) : 0;
+      if (key_here != 0) f(vector * kV + e, key_here);
     }
   }
 
-  // f(index, key) for all elements, each thread of the block its share; loads go ahead of use.
   template <typename F>
-  __device__ __forceinline__ void visit_all(const F& f) const {
+  __device__ __forceinline__ void visit(int vector, const F& f) const {
+    visit(load(vector), vector, f);
+  }
+
+  // f(index, key) for the elements of vectors first, first + kStep, ... below `end`; loads go ahead
+  // of use where they are wide.
+  template <int kStep, typename F>
+  __device__ __forceinline__ void visit_all(int first, int end, const F& f) const {
     constexpr int kAhead = 4;
-    const int count = vectors();
+    int vector = first;
+    if (wide) {
 #pragma unroll 1
-    for (int vector = threadIdx.x; vector < count; vector += kAhead * kSampleThreads) {
-      uint4 raw[kAhead];
+      for (; vector + (kAhead - 1) * kStep < end; vector += kAhead * kStep) {
+        Loaded loaded[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        raw[i] = load_vector(logits, (vector + i * kSampleThreads) * kV, size, wide);
-      }
+        for (int i = 0; i < kAhead; ++i) loaded[i] = load_wide(vector + i * kStep);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        float x[kV];
-        unpack<T>(raw[i], x);
-#pragma unroll
-        for (int e = 0; e < kV; ++e) {
-          const int index = (vector + i * kSampleThreads) * kV + e;
-          const uint32_t key_here = key(index, x[e]);
-          if (key_here != 0) f(index, key_here);
-        }
+        for (int i = 0; i < kAhead; ++i) visit(loaded[i], vector + i * kStep, f);
       }
     }
+#pragma unroll 1
+    for (; vector < end; vector += kStep) visit(vector, f);
+  }
+};
+
+// Vectors [first, end) of a row, dealt round to the threads of a block. kRing of a thread's vectors
+// are a turn, `turns` of them a segment.
+struct Slice {
+  int first;
+  int end;
+  int turns;
+
+  // That of block `rank` of 2^split_bits.
+  template <typename T>
+  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int split_bits) {
+    const int vectors = row.vectors();
+    const int size = (vectors + (1 << split_bits) - 1) >> split_bits;
+    constexpr int kOfSegments = kSegments * kRing * kSampleThreads;
+    return {min(rank * size, vectors), min((rank + 1) * size, vectors),
+            (size + kOfSegments - 1) / kOfSegments};
   }
 };
 

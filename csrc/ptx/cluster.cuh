@@ -1,4 +1,5 @@
-// Thread block clusters (PTX ISA 9.7.13.4) and each other's shared memory.
+// Thread block clusters (PTX ISA 9.7.13.4) and each other's shared memory. sm_90 and later; what
+// code for older GPUs has as well, which launch no clusters, is nothing there.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +15,47 @@ __device__ __forceinline__ int cluster_ctarank() {
 // Every thread of the cluster that has not exited arrives; writes before it are visible after the
 // wait.
 __device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+// Says nothing about memory; what has been loaded must have been used.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
 }
 
 // Address in thread block `rank` of what lies at `shared` in this one.
 __device__ __forceinline__ uint32_t mapa(uint32_t shared, int rank) {
+#if __CUDA_ARCH__ >= 900
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
   return address;
+#else
+  return shared;
+#endif
+}
+
+__device__ __forceinline__ uint32_t ld_cluster_b32(uint32_t address) {
+  uint32_t value = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+
+__device__ __forceinline__ uint64_t ld_cluster_b64(uint32_t address) {
+  uint64_t value = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+#endif
+  return value;
 }
 
 __device__ __forceinline__ float4 ld_cluster_v4(uint32_t address) {

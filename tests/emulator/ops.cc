@@ -21,10 +21,13 @@ Rows rows_of(const void* data, int64_t rows, int64_t columns, int shared) {
   return {data, (shared & 1) != 0 ? 0 : own_rows * columns, (shared & 2) != 0 ? 0 : columns};
 }
 
+jax_flash::DeviceInfo device_of(int multiprocessors) { return {90, 50 << 20, multiprocessors}; }
+
 }  // namespace
 
 extern "C" int sample(const void* logits, int logits_shared, const void* table, const void* mask,
-                      int mask_shared, int32_t* tokens, int groups, int rows, int size, int type) {
+                      int mask_shared, int32_t* tokens, int groups, int rows, int size, int type,
+                      int multiprocessors) {
   SampleParams params{};
   params.logits = rows_of(logits, rows, size, logits_shared);
   params.table = rows_of(table, rows, 6, 0);
@@ -32,13 +35,15 @@ extern "C" int sample(const void* logits, int logits_shared, const void* table, 
   params.tokens = tokens;
   params.rows = rows;
   params.size = size;
-  return launch_sample(params, int64_t{groups} * rows, static_cast<Element>(type), nullptr);
+  return launch_sample(params, int64_t{groups} * rows, static_cast<Element>(type),
+                       device_of(multiprocessors), nullptr);
 }
 
 extern "C" int top_k(const void* logits, void* values, int32_t* indices, int groups, int rows,
-                     int size, int k, int type) {
+                     int size, int k, int type, int multiprocessors) {
   const TopKParams params{rows_of(logits, rows, size, 0), values, indices, rows, size, k};
-  return launch_top_k(params, int64_t{groups} * rows, static_cast<Element>(type), nullptr);
+  return launch_top_k(params, int64_t{groups} * rows, static_cast<Element>(type),
+                      device_of(multiprocessors), nullptr);
 }
 
 extern "C" int rms_norm(const void* x, int x_shared, const void* residual, const void* weight,

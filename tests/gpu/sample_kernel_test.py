@@ -98,6 +98,46 @@ def test_many_rows_repeatedly() -> None:
         np.testing.assert_array_equal(f(x[:10]), first[:10])
 
 
+BATCHES = (1, 16, 33, 66)
+"""Rows that have 8, 8, 4 and 2 thread blocks each where 132 multiprocessors are."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_over_several_blocks(dtype: str) -> None:
+    """A token does not depend on the batch, and so not on the blocks of a row."""
+    rows, size = 133, 128256
+    x = jax.random.normal(jax.random.key(1), (rows, size))
+    # Ties, few of them and many; what is best lies together, or in order.
+    x = x.at[1].set(jnp.round(x[1], 1)).at[2].set(jnp.round(x[2])).at[3].set(0)
+    x = x.at[4, 700:900].add(5).at[5].set(jnp.sort(x[5])).at[6].set(-jnp.inf)
+    x = x.astype(dtype)
+    options = (
+        {"top_k": 50, "top_p": 0.9},
+        {"top_k": 256, "min_p": 0.01},
+        {"top_k": 1000, "top_p": 0.9},
+        {"top_p": 0.9},
+        {"min_p": 1e-3},
+    )
+
+    @jax.jit
+    def run(x: jax.Array) -> Any:
+        key = jax.random.key(2)
+        draws = [sample(x, key, **option) for option in options]
+        return *draws, *top_k(x, 50), *top_k(x, 256)
+
+    whole = [np.asarray(y) for y in run(x)]
+    assert (whole[0][6] == -1).all()
+    for batch in BATCHES:
+        for one, all_rows in zip(run(x[:batch]), whole, strict=True):
+            np.testing.assert_array_equal(one, all_rows[:batch])
+    logits = np.asarray(x[:8]).astype(np.float32)
+    ranked = np.argsort(-logits, axis=-1, stable=True)[:, :256]
+    np.testing.assert_array_equal(whole[-1][:8], ranked)
+    np.testing.assert_array_equal(
+        whole[-2][:8].astype(np.float32), np.take_along_axis(logits, ranked, 1)
+    )
+
+
 def test_vmap() -> None:
     x = jax.random.normal(jax.random.key(1), (3, 5, 700))
     keys = jax.random.split(jax.random.key(2), 3)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -11,6 +12,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -133,6 +135,20 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bit) {
   return __shfl_sync(mask, value, emulator::lane() ^ bit);
 }
+template <typename F>
+uint32_t reduce_lanes(uint32_t value, F f) {
+  const uint64_t bits = value;
+  auto& all = emulator::exchange(&bits, 1);
+  uint32_t result = static_cast<uint32_t>(all[0][0]);
+  for (int i = 1; i < 32; ++i) result = f(result, static_cast<uint32_t>(all[i][0]));
+  return result;
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  return reduce_lanes(value, [](uint32_t x, uint32_t y) { return std::max(x, y); });
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  return reduce_lanes(value, [](uint32_t x, uint32_t y) { return std::min(x, y); });
+}
 inline unsigned __ballot_sync(unsigned, bool value) {
   const uint64_t bits = value;
   auto& all = emulator::exchange(&bits, 1);
@@ -160,6 +176,8 @@ inline float __uint_as_float(uint32_t bits) { return emulator::bit_cast<float>(b
 inline uint32_t __float_as_uint(float value) {
   return static_cast<uint32_t>(emulator::bits_of(value));
 }
+inline int __clz(uint32_t x) { return std::countl_zero(x); }
+inline int __ffs(uint32_t x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
   return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }

@@ -17,6 +17,7 @@ inline void cluster_arrive() {
   ++emulator::progress;
   emulator::complete_cluster_barrier();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::wait_until(
       [] { return emulator::cluster->barrier.round != emulator::current->cluster_round; });
@@ -31,6 +32,8 @@ T ld_cluster(uint32_t address) {
   return value;
 }
 inline float4 ld_cluster_v4(uint32_t address) { return ld_cluster<float4>(address); }
+inline uint32_t ld_cluster_b32(uint32_t address) { return ld_cluster<uint32_t>(address); }
+inline uint64_t ld_cluster_b64(uint32_t address) { return ld_cluster<uint64_t>(address); }
 inline float2 ld_cluster_v2(uint32_t address) { return ld_cluster<float2>(address); }
 
 inline void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier) {
