@@ -32,7 +32,7 @@ _POINTERS = (
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "paired",
+    "deterministic", "multiprocessors", "paired", "tf32_products",
 )
 # fmt: on
 

@@ -56,13 +56,9 @@ inline constexpr FwdTiles kFwdF32Tiles<kType, 128, 128>{2, 32, 4, 1, 0, 2};
 template <ElementType kType>
 inline constexpr FwdTiles kFwdF32Tiles<kType, 256, 256>{1, 16, 4, 1, 0, 2};
 
-constexpr bool is_f32(ElementType type) {
-  return type == ElementType::kF32 || type == ElementType::kTf32;
-}
-
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr FwdTiles fwd_tiles() {
-  if constexpr (is_f32(kType)) {
+  if constexpr (element_bytes(kType) == 4) {
     return kFwdF32Tiles<kType, kHeadDim, kHeadDimV>;
   } else {
     return kFwdTiles<kHeadDim, kHeadDimV>;
@@ -82,10 +78,10 @@ template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, F
           bool kIntervalsArg = false>
 struct FwdConfig {
   using Element = typename ElementOf<kType>::Type;
-  static constexpr bool kF32 = is_f32(kType);
+  static constexpr bool kF32 = element_bytes(kType) == 4;
   static constexpr int kProducts = kType == ElementType::kF32 ? 3 : 1;  // of tf32, for one of f32
-  static constexpr int kUnits = sizeof(Element) / 2;     // of 16 bits, in which rows are copied
-  static constexpr int kHeadDim = kUnits * kHeadDimArg;  // widths after padding, in such units
+  static constexpr int kUnits = element_bytes(kType) / 2;  // of 16 bits, in which rows are copied
+  static constexpr int kHeadDim = kUnits * kHeadDimArg;    // widths after padding, in such units
   static constexpr int kHeadDimV = kUnits * kHeadDimVArg;
   static constexpr bool kWide = kWideArg;
   static constexpr bool kIntervals = kIntervalsArg;

@@ -38,6 +38,7 @@ class Extension:
       quantised_kernels: whether decoding may use those for 8-bit caches.
       option_kernels: whether attention may use what no GPU has run yet: the kernels for
         options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
+      f32_kernels: whether attention of float32 may use kernels; no GPU has run them yet.
       missing: why there is no extension, None if there is one.
     """
 
@@ -47,6 +48,7 @@ class Extension:
     paired_backward: bool = False
     quantised_kernels: bool = True
     option_kernels: bool = False
+    f32_kernels: bool = False
     missing: str | None = None
 
 
@@ -73,6 +75,7 @@ def _load() -> Extension:
         kernels.paired_backward(),
         quantised_kernels=quantised,
         option_kernels=options,
+        f32_kernels=os.environ.get("JAX_FLASH_F32_KERNELS") == "1",
     )
 
 
@@ -90,11 +93,13 @@ def assume_kernels(
     *,
     force_sm80: bool = False,
     option_kernels: bool = False,
+    f32_kernels: bool = False,
     paired_backward: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
-    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does.
+    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does,
+    `f32_kernels` those of JAX_FLASH_F32_KERNELS=1.
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
@@ -103,6 +108,7 @@ def assume_kernels(
         force_sm80=force_sm80,
         paired_backward=paired_backward,
         option_kernels=option_kernels,
+        f32_kernels=f32_kernels,
     )
     _assumed.append(assumed)
     try:

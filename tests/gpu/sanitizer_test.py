@@ -39,6 +39,7 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
     # One allocation for each buffer, so that memcheck sees its end.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     environment["JAX_FLASH_OPTION_KERNELS"] = "1"
+    environment["JAX_FLASH_F32_KERNELS"] = "1"
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:
