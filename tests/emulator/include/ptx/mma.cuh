@@ -1,6 +1,7 @@
 // csrc/ptx/mma.cuh for the emulator.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "emulator.h"
@@ -90,10 +91,14 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   const auto tf32 = [](uint64_t word) { return emulator::bit_cast<float>(word & 0xffffe000u); };
   for (int i = 0; i < 4; ++i) {
     const int column = lane % 4 * 2 + i % 2;
+    double sum = d[i];
     for (int k = 0; k < 8; ++k) {
-      d[i] += tf32(all[lane / 4 * 4 + k % 4][k / 4 * 2 + i / 2]) *
-              tf32(all[column * 4 + k % 4][4 + k / 4]);
+      sum += double{tf32(all[lane / 4 * 4 + k % 4][k / 4 * 2 + i / 2])} *
+             tf32(all[column * 4 + k % 4][4 + k / 4]);
     }
+    // Truncated, as tensor cores do.
+    d[i] = static_cast<float>(sum);
+    if (std::fabs(double{d[i]}) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);
   }
 }
 
