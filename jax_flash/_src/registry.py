@@ -38,7 +38,7 @@ class Extension:
       quantised_kernels: whether decoding may use those for 8-bit caches.
       option_kernels: whether attention may use what no GPU has run yet: the kernels for
         options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
-      f32_kernels: whether attention of float32 may use kernels; no GPU has run them yet.
+      f32_kernels: whether attention of float32 may use kernels, not run by any GPU yet.
       missing: why there is no extension, None if there is one.
     """
 
