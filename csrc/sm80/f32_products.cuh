@@ -17,6 +17,7 @@
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
+#include "tile/copy.cuh"
 #include "tile/fragment.cuh"
 
 namespace jax_flash::sm80::f32 {
@@ -207,6 +208,136 @@ __device__ __forceinline__ void store_row(uint32_t tile, int row, const float (&
       ptx::st_shared_v4(tile + Layout::offset(row, 8 * group + 2 * t + e), words);
     }
   }
+}
+
+// A tile that is read along its columns, as A in [k][m] or B in [k][n], in groups of 32 columns.
+//
+// k t of a step is row t and k t + 4 is row t + 4, as ldmatrix has it. Column g of the group's
+// tile q (rows g and g + 8 of its A blocks are tiles) is column 4 * chunk(g) + q, so that a lane
+// reads 16 bytes at a time and eight lanes read from different banks.
+template <typename Layout>
+struct Columns {
+  uint32_t first;  // rows t of the first group
+  uint32_t second;
+
+  static __device__ __forceinline__ int chunk(int g) { return g % 2 * 4 + g / 2; }
+
+  static __device__ __forceinline__ Columns at(uint32_t tile) {
+    const int g = lane_id() / 4;
+    const int t = lane_id() % 4;
+    return {tile + Layout::offset(t, chunk(g)), tile + Layout::offset(t + 4, chunk(g))};
+  }
+
+  // For each tile of a group the elements at k t and k t + 4.
+  __device__ __forceinline__ void load(uint32_t (&words)[4][2], int group, int step) const {
+    const int offset = 8 * step * Layout::kPitch + 128 * group;
+    const uint4 x = ptx::ld_shared_v4(first + offset);
+    const uint4 y = ptx::ld_shared_v4(second + offset);
+    words[0][0] = x.x, words[1][0] = x.y, words[2][0] = x.z, words[3][0] = x.w;
+    words[0][1] = y.x, words[1][1] = y.y, words[2][1] = y.z, words[3][1] = y.w;
+  }
+};
+
+// A read along its columns; groups from `group` on, kStride apart, are two blocks of 16 each.
+template <typename Layout, int kStride>
+struct ColumnBlocks {
+  Columns<Layout> columns;
+  int group;
+
+  template <int kProducts, int kBlocks>
+  __device__ __forceinline__ void load(Fragment<kProducts, 4> (&a)[kBlocks], int step) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks / 2; ++i) {
+      uint32_t words[4][2];
+      columns.load(words, group + i * kStride, step);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        a[2 * i + q / 2].set_word(q % 2, words[q][0]);
+        a[2 * i + q / 2].set_word(q % 2 + 2, words[q][1]);
+      }
+    }
+  }
+};
+
+// A read along its rows; `address` as for multiply_rows.
+template <typename Layout>
+struct RowBlocks {
+  uint32_t address;
+
+  template <int kProducts, int kBlocks>
+  __device__ __forceinline__ void load(Fragment<kProducts, 4> (&a)[kBlocks], int step) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      uint32_t words[4];
+      ptx::ldmatrix_x4(words, Layout::advance(address, 2 * step) + i * 16 * Layout::kPitch);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) a[i].set_word(r, words[r]);
+    }
+  }
+};
+
+// d += A B over kSteps steps of 8, B read along its columns: groups from `group` on, kStride apart.
+template <int kProducts, int kSteps, int kStride, typename Layout, typename A, int kBlocks,
+          int kTiles>
+__device__ __forceinline__ void add_columns(float (&d)[kBlocks][kTiles][4], const A& a_blocks,
+                                            const Columns<Layout>& b_columns, int group) {
+  static_assert(kTiles % 4 == 0);
+  float sum[kBlocks][kTiles][4];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][j][e] = kProducts == 1 ? d[i][j][e] : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    Fragment<kProducts, 4> a[kBlocks];
+    a_blocks.load(a, step);
+#pragma unroll
+    for (int j = 0; j < kTiles / 4; ++j) {
+      uint32_t words[4][2];
+      b_columns.load(words, group + j * kStride, step);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        Fragment<kProducts, 2> b;
+        b.set_word(0, words[q][0]);
+        b.set_word(1, words[q][1]);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          add_product<kProducts>(sum[i][4 * j + q], sum[i][4 * j + q], a[i], b);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        d[i][j][e] = kProducts == 1 ? sum[i][j][e] : d[i][j][e] + sum[i][j][e];
+      }
+    }
+  }
+}
+
+// Rounds what this thread has copied to a tile, if products take it rounded: the same chunks in
+// whichever way a tile was copied.
+template <typename Config, int kRows, int kWidth>
+__device__ __forceinline__ void round_tile(uint32_t tile) {
+  if constexpr (Config::kProducts == 1) {
+    TileCopy<kRows, kWidth, Config::kThreads, Config::kWide>::transform(tile, [](uint32_t word) {
+      return __float_as_uint(ptx::round_tf32(__uint_as_float(word)));
+    });
+  }
+}
+
+// What a product takes from shared memory, of a number that is computed: see Fragment::set_word.
+template <int kProducts>
+__device__ __forceinline__ float stored(float x) {
+  return kProducts == 1 ? ptx::round_tf32(x) : x;
 }
 
 }  // namespace jax_flash::sm80::f32

@@ -326,16 +326,6 @@ __device__ __forceinline__ void copy_values(const MhaFwdParams& params,
       params.value.alignment);
 }
 
-// Rounds what this thread has copied to a tile of f32, if products take it rounded.
-template <typename Config, int kRows, int kWidth>
-__device__ __forceinline__ void round_tile(uint32_t tile) {
-  if constexpr (Config::kF32 && Config::kProducts == 1) {
-    TileCopy<kRows, kWidth, Config::kThreads, Config::kWide>::transform(tile, [](uint32_t word) {
-      return __float_as_uint(ptx::round_tf32(__uint_as_float(word)));
-    });
-  }
-}
-
 // Where a key tile and the values that go with it lie in shared memory.
 template <typename Config>
 __device__ __forceinline__ uint32_t stage_address(uint32_t query_tile, int key) {
@@ -425,10 +415,13 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     } else {
       ptx::cp_async_wait_group<(kStages == 1 ? 0 : kStages - 2)>();
     }
-    if (first) round_tile<Config, Config::kRows, Config::kHeadDim>(query_tile);
-    round_tile<Config, Config::kKeys, Config::kHeadDim>(stage_of(key));
-    if constexpr (kStages > 1) {
-      round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) + Config::kKeyBytes);
+    if constexpr (Config::kF32) {
+      if (first) f32::round_tile<Config, Config::kRows, Config::kHeadDim>(query_tile);
+      f32::round_tile<Config, Config::kKeys, Config::kHeadDim>(stage_of(key));
+      if constexpr (kStages > 1) {
+        f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) +
+                                                                  Config::kKeyBytes);
+      }
     }
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile before the copies that now overwrite it.
@@ -454,7 +447,10 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     if (active) warp.multiply_keys(scores, stage_of(key));
     if constexpr (kStages == 1) {
       ptx::cp_async_wait_group<0>();
-      round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) + Config::kKeyBytes);
+      if constexpr (Config::kF32) {
+        f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) +
+                                                                  Config::kKeyBytes);
+      }
       __syncthreads();  // the same for the values, and for the keys that are overwritten now
       const int ahead = key + Config::kKeys;
       if (ahead < state.end_key) {

@@ -8,6 +8,7 @@
 #include "host/launch.h"
 #include "sm80/fwd.h"
 #include "sm80/fwd_kernel.cuh"
+#include "sm80/units.h"
 
 namespace jax_flash::sm80 {
 
@@ -22,17 +23,6 @@ inline int64_t section_heads(const MhaFwdParams& params, int l2_bytes) {
   const int64_t fit = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, kv_bytes)) * group;
   const int64_t sections = std::max<int64_t>(1, all / fit);
   return (all + sections - 1) / sections;
-}
-
-// Widths and strides of f32 operands in units of 16 bits, which are all that copies know.
-inline void count_16_bits(MhaFwdParams* params) {
-  for (TensorView* const view : {&params->query, &params->key, &params->value}) {
-    for (int64_t& stride : view->batch_strides) stride *= 2;
-    view->row_stride *= 2;
-    view->head_stride *= 2;
-  }
-  params->head_dim *= 2;
-  params->head_dim_v *= 2;
 }
 
 template <typename Config>
