@@ -344,9 +344,34 @@ def check_backward(
     *,
     paired: bool = False,
 ) -> None:
-    """One case, run in one of several ways by its number."""
-    shape, given = CASES_OF_PAIRS[case]
     dtype = "float16" if f16 else "bfloat16"
+    results, expected = run_backward(
+        function, widths, case, number, dtype, tile, paired=paired
+    )
+    for name, x in expected.items():
+        result = results[f"d{name}"].astype(np.float64)
+        assert np.isfinite(result).all(), name
+        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
+        assert np.linalg.norm(result - x) <= bound + 1e-5, name
+
+
+def run_backward(
+    function: Any,
+    widths: tuple[int, int],
+    case: str,
+    number: int,
+    dtype: str,
+    tile: int,
+    *,
+    paired: bool = False,
+    **more: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Gradients of one case, run in one of several ways by its number.
+
+    Returns:
+      What the kernel wrote, and the gradients by name of the operand.
+    """
+    shape, given = CASES_OF_PAIRS[case]
     ways = list(itertools.product((False, True), repeat=3))
     with_dlse, f32_results, deterministic = ways[number % len(ways)]
     arrays = problem(shape, *widths, dtype)
@@ -393,9 +418,6 @@ def check_backward(
         # Thread blocks run one after another: none may wait for a later one.
         multiprocessors=(1 + paired) * (1 if deterministic else 1 + number % 3),
         paired=paired,
+        **more,
     )
-    for name, x in expected.items():
-        result = results[f"d{name}"].astype(np.float64)
-        assert np.isfinite(result).all(), name
-        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
-        assert np.linalg.norm(result - x) <= bound + 1e-5, name
+    return results, expected

@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import call_of, cuda_text, kernel_calls, normal
 
@@ -87,7 +88,34 @@ def test_what_the_kernels_lack() -> None:
 @pytest.mark.usefixtures("switched")
 def test_explain() -> None:
     details = jax_flash.explain(*inputs(), precision="tf32").details["cuda"]
-    assert details.startswith("sm80 64x64; gradients by ")
+    assert details == "sm80 64x64; gradients by sm80 64x64"
+    wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
+    details = jax_flash.explain(*wide).details["cuda"]
+    assert details.startswith("sm80 256x256; gradients by jnp: no kernel for H=144")
+
+
+@pytest.mark.usefixtures("switched")
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_gradients(precision: str | None) -> None:
+    def loss(*arrays: Any, **options: Any) -> Any:
+        return attend(*arrays, precision=precision, **options).sum()
+
+    grad = jax.grad(loss, (0, 1, 2))
+    text = cuda_text(grad, *inputs())
+    assert text.count("stablehlo.custom_call") == 2
+    line = call_of(registry.BACKWARD_TARGET, text)
+    assert f"tf32 = {str(precision == 'tf32').lower()}" in line
+    results = line[line.rindex("-> (") :]
+    assert results.startswith(
+        "-> (tensor<2x64x4x16xf32>, tensor<2x48x2x16xf32>, tensor<2x48x2x8xf32>"
+    )
+    wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
+    assert kernel_calls(grad, *wide, target=registry.BACKWARD_TARGET) == 0
+    message = "H=144 and Hv=72 of query and value: the kernels take widths of at most 1"
+    with pytest.raises(NotImplementedError, match=message):
+        cuda_text(
+            jax.grad(lambda *a: loss(*a, implementation="cuda"), (0, 1, 2)), *wide
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -226,21 +226,27 @@ def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> No
 
 
 @pytest.mark.parametrize("capability", [HOPPER, *OTHERS])
+@pytest.mark.parametrize("op", plan.F32_HEAD_DIMS)
 @pytest.mark.parametrize(
     ("precision", "dtype"), [(None, "f32"), ("highest", "f32"), ("tf32", "tf32")]
 )
-def test_choice_of_float32(precision: str | None, dtype: str, capability: int) -> None:
-    for widths, width in (((1, 64), 64), ((65, 8), 128), ((8, 129), 256)):
-        kernel = plan.choose(
-            "mha_fwd", "float32", *widths, capability, precision=precision
-        )
-        assert kernel == plan.Kernel("mha_fwd", "sm80", dtype, width, width)
+def test_choice_of_float32(
+    precision: str | None, dtype: str, op: str, capability: int
+) -> None:
+    for widths, width in (((1, 64), 64), ((65, 8), 128)):
+        kernel = plan.choose(op, "float32", *widths, capability, precision=precision)
+        assert kernel == plan.Kernel(op, "sm80", dtype, width, width)
         rest = [k for k in plan.KERNELS if k != kernel]
         for built, found in ((plan.KERNELS, True), (rest, False)):
-            missing = plan.missing_kernel(
-                "mha_fwd", "float32", *widths, built, precision
-            )
+            missing = plan.missing_kernel(op, "float32", *widths, built, precision)
             assert (missing is None) == found
+
+
+def test_what_float32_lacks() -> None:
+    missing = plan.missing_kernel("mha_bwd", "float32", 8, 129, plan.KERNELS, "tf32")
+    assert missing == (
+        "H=8 and Hv=129 of query and value: the kernels take widths of at most 128"
+    )
     missing = plan.missing_kernel("mha_fwd_intervals", "float32", 8, 8, plan.KERNELS)
     assert missing == (
         "query of dtype float32: mha_fwd_intervals has kernels of bfloat16 and float16"
@@ -269,7 +275,7 @@ def test_choice_of_the_backward(
     for dtype, capability in itertools.product(plan.DTYPES, OTHERS):
         kernel = plan.backward_kernel(dtype, *widths, capability)
         assert widths_of(kernel) == expected
-    assert plan.backward_kernel("float32", *widths, 80) is None
+    assert plan.backward_kernel("float64", *widths, 80) is None
     assert plan.backward_kernel("bfloat16", *widths, 75) is None
 
 

@@ -95,7 +95,9 @@ constexpr MhaBwdKernel kMhaBwdKernels[] = {
     sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
     sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //
     sm80_bwd<kBf16, 192, 192>(), sm80_bwd<kF16, 192, 192>(),  //
-    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),
+    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),  //
+    sm80_bwd<kF32, 64, 64>(),    sm80_bwd<kTf32, 64, 64>(),   //
+    sm80_bwd<kF32, 128, 128>(),  sm80_bwd<kTf32, 128, 128>(),
 };
 
 constexpr MhaFwdKernel kMhaFwdIntervalsKernels[] = {

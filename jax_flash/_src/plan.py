@@ -67,7 +67,10 @@ HEAD_DIMS = {
 Families and widths are in the order in which they are tried.
 """
 
-F32_HEAD_DIMS = {"mha_fwd": ((64, 64), (128, 128), (256, 256))}
+F32_HEAD_DIMS = {
+    "mha_fwd": ((64, 64), (128, 128), (256, 256)),
+    "mha_bwd": ((64, 64), (128, 128)),
+}
 """The same of kernels for float32, all of the family "sm80".
 
 There are two of each: "f32", as precise as float32, and "tf32", whose products have
@@ -258,7 +261,9 @@ def missing_kernel(
             op, dtype, head_dim, head_dim_v, capability, precision=precision
         )
         if kernel is None:
-            return f"{widths}: the kernels take widths of at most 256"
+            name = kernel_type(dtype, precision)
+            limit = max(k.head_dim for k in KERNELS if (k.op, k.dtype) == (op, name))
+            return f"{widths}: the kernels take widths of at most {limit}"
         if kernel not in built:
             return f"{widths}: {kernel} is not among the kernels that were built"
     return None

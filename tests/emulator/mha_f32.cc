@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "problem.h"
+#include "sm80/bwd_launch.cuh"
 #include "sm80/fwd_launch.cuh"
 
 // What `extern __shared__ unsigned char shared[]` of the kernels means here.
@@ -22,6 +23,14 @@ cudaError_t launch_forward(const MhaFwdParams& params, const DeviceInfo& device)
              : sm80::launch_mha_fwd<kType, 256, 256>(params, device, nullptr);
 }
 
+template <ElementType kType>
+cudaError_t launch_backward(const Arguments& arguments, const DeviceInfo& device) {
+  return std::max(arguments.head_dim, arguments.head_dim_v) <= 64
+             ? sm80::launch_mha_bwd<kType, 64, 64>(backward_params(arguments, 64), device, nullptr)
+             : sm80::launch_mha_bwd<kType, 128, 128>(backward_params(arguments, 128), device,
+                                                     nullptr);
+}
+
 }  // namespace
 
 extern "C" int mha_fwd_f32(const jax_flash::Arguments* arguments) {
@@ -32,4 +41,10 @@ extern "C" int mha_fwd_f32(const jax_flash::Arguments* arguments) {
   const DeviceInfo device{80, 40 << 20, arguments->multiprocessors};
   return arguments->tf32_products == 3 ? launch_forward<ElementType::kF32>(params, device)
                                        : launch_forward<ElementType::kTf32>(params, device);
+}
+
+extern "C" int mha_bwd_f32(const jax_flash::Arguments* arguments) {
+  const DeviceInfo device{80, 40 << 20, arguments->multiprocessors};
+  return arguments->tf32_products == 3 ? launch_backward<ElementType::kF32>(*arguments, device)
+                                       : launch_backward<ElementType::kTf32>(*arguments, device);
 }
