@@ -5,7 +5,9 @@ Needs JAX_FLASH_F32_KERNELS=1 in the environment: jnp runs otherwise.
 
 from typing import Any
 
+import chex
 import gpu_helpers
+import gradient_helpers
 import numpy as np
 import oracle
 import pytest
@@ -88,6 +90,52 @@ def assert_close_as_tf32(result: Any, arrays: Any, options: dict[str, Any]) -> N
         exact, x = (np.where(np.isneginf(y), 0, y) for y in (exact, x))
         error = np.abs(x - exact).max(initial=0)
         assert error <= TF32_ERROR * max(1, np.abs(exact).max(initial=0))
+
+
+NARROW = [(i, case) for i, case in enumerate(CASES) if max(case.widths) <= 128]
+"""Gradients of wider ones are jnp's."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_gradients(precision: str | None, deterministic: bool) -> None:
+    """Every second problem has a cotangent of lse."""
+    problems = [
+        gradient_helpers.problem_of(case, i, with_lse=i % 2 == 1).poisoned()
+        for i, case in NARROW
+    ]
+    labels = [case for _, case in NARROW]
+    ways = {"precision": precision, "deterministic": deterministic}
+    gradient_helpers.assert_all(labels, problems, **ways)
+
+
+def test_gradients_as_tf32() -> None:
+    problems = [
+        gradient_helpers.problem_of(case, i, with_lse=i % 2 == 1) for i, case in NARROW
+    ]
+    results = gradient_helpers.run_gradients(
+        [problem.poisoned() for problem in problems], precision="tf32"
+    )
+    for (_, case), problem, result in zip(NARROW, problems, results, strict=True):
+        clean = problem.clean()
+        expected = oracle.gradients(
+            *clean.arrays, clean.dout, clean.dlse, **clean.given
+        )
+        for name, got in zip(gradient_helpers.NAMES, result, strict=True):
+            exact = expected[name]
+            error = np.abs(got - exact).max()
+            largest = np.abs(exact).max()
+            assert error <= 2 * TF32_ERROR * max(1, largest), (case, name)
+
+
+def test_deterministic_gradients_are_bitwise_reproducible() -> None:
+    cases = [spec(1, 700, 900, 4, 2, width, is_causal=True) for width in (64, 128)]
+    problems = [gradient_helpers.problem_of(case) for case in cases]
+    first, *others = (
+        gradient_helpers.run_gradients(problems, deterministic=True) for _ in range(3)
+    )
+    for other in others:
+        chex.assert_trees_all_equal(first, other)
 
 
 def test_precisions_differ_as_they_should() -> None:
