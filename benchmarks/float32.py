@@ -4,10 +4,10 @@
     python -m benchmarks.float32 --causal --backward   # other cells
     python -m benchmarks.float32 --smoke               # tiny, on any machine
 
-The kernels run only if JAX_FLASH_F32_KERNELS=1 is in the environment. Arms take turns on
-the same inputs. A line has the time of all kernels of a call, the rate, the difference
-from XLA's result with precision "highest" in the Frobenius norm, and the speed over XLA's
-with default precision (TF32 on GPUs) and with "highest".
+The kernels run only if JAX_FLASH_F32_KERNELS=1 is in the environment. Arms take turns
+on the same inputs. A line has the time of all kernels of a call, the rate, the
+difference from XLA's result with precision "highest" in the Frobenius norm, and the
+speed over XLA's with default precision (TF32 on GPUs) and with "highest".
 """
 
 from __future__ import annotations
@@ -154,13 +154,16 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true")
     arguments = parser.parse_args()
     print(jax.devices()[0].device_kind, "CUPTI" if timing.cupti() else "wall time")
+    complete = True
     if arguments.smoke:
         protocol = timing.Protocol(rounds=1, seconds=0.0, idle=0.0)
         cells = [Cell(96, 2, 16, True, backward) for backward in (False, True)]
-        return int(not all([measure(cell, protocol, "xla") for cell in cells]))
+        for cell in cells:
+            complete = measure(cell, protocol, "xla") and complete
+        return int(not complete)
     if os.environ.get("JAX_FLASH_F32_KERNELS") != "1":
         parser.error("JAX_FLASH_F32_KERNELS=1 must be in the environment")
-    protocol, complete = timing.Protocol(rounds=2, seconds=0.03), True
+    protocol = timing.Protocol(rounds=2, seconds=0.03)
     for width in arguments.widths:
         for length in arguments.lengths:
             cell = Cell(
