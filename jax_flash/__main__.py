@@ -108,6 +108,8 @@ def _versions() -> list[str]:
         lines.append("kernels    for 8-bit caches: with JAX_FLASH_QUANTISED_KERNELS=1")
     if not extension.option_kernels:
         lines.append("kernels    for options: with JAX_FLASH_OPTION_KERNELS=1")
+    if not extension.f32_kernels:
+        lines.append("kernels    for float32: with JAX_FLASH_F32_KERNELS=1")
     return lines
 
 

@@ -86,7 +86,8 @@ def mha(
         XLA_FLAGS does the same for every call lowered while it is set; options given to
         one compilation (`jax.jit(compiler_options=...)`) are not seen. The jnp path has
         one way to compute gradients, as reproducible as XLA's matrix products.
-      precision: None, or "highest" for float32-faithful products.
+      precision: None, "highest" for float32-faithful products, or "tf32" for products
+        of float32 whose factors may be rounded to TF32. None is "highest" for float32.
       return_lse: also return the log-sum-exp of the logits.
       implementation: None for the first backend that supports the call on the platform
         it is lowered for (`jax_flash.explain` tells), a name, or a tuple of names.

@@ -21,7 +21,16 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax_flash
-from benchmarks import baselines, bench, decode, gradients, memory, options, timing
+from benchmarks import (
+    baselines,
+    bench,
+    decode,
+    float32,
+    gradients,
+    memory,
+    options,
+    timing,
+)
 from benchmarks.baselines import Cell
 from benchmarks.timing import Call
 from jax_flash._src import compat
@@ -329,6 +338,20 @@ def test_memory_smoke(capsys: pytest.CaptureFixture[str]) -> None:
         [str(length), str(round(8 * length * 8 * 128 * 2 / 1e6))]
         for length in memory.SMOKE_LENGTHS
     ]
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_float32_smoke(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All arms run and compute the same."""
+    monkeypatch.setattr(sys, "argv", ["float32", "--smoke"])
+    assert float32.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * (1 + 4)
+    arms = [line.split() for line in lines if line.startswith("  ")]
+    assert len(arms) == 8
+    assert all(float(fields[-3]) < 1e-6 for fields in arms)
 
 
 @pytest.mark.usefixtures("usual_promotion")

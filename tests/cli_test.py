@@ -48,10 +48,11 @@ def test_info_of_a_forced_family(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("on", [False, True])
 def test_info_of_what_is_off(on: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with registry.assume_kernels(option_kernels=on):
+    with registry.assume_kernels(option_kernels=on, f32_kernels=on):
         assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert ("for options: with JAX_FLASH_OPTION_KERNELS=1" in text) != on
+    assert ("for float32: with JAX_FLASH_F32_KERNELS=1" in text) != on
 
 
 def test_value_width_dtype_and_implementation(
@@ -73,7 +74,7 @@ def test_value_width_dtype_and_implementation(
         ([*SHAPE, "--window", "x"], "--window must be LEFT,RIGHT, got 'x'"),
         ([*SHAPE, "--window", "1"], r"window_size .*\(1,\)"),
         ([*SHAPE, "--implementation", "triton"], "implementation must be .*'triton'"),
-        ([*SHAPE, "--precision", "tf32"], "precision='tf32' is not supported"),
+        ([*SHAPE, "--precision", "f16"], "precision='f16' is not supported"),
         (["--shape", "2,128,256,8,3,64"], "N=8 and K=3"),
     ],
 )

@@ -32,7 +32,7 @@ _POINTERS = (
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "parts",
+    "deterministic", "multiprocessors", "parts", "tf32_products",
 )
 # fmt: on
 
@@ -364,12 +364,36 @@ def check_backward(
     *,
     parts: int = 0,
 ) -> None:
-    """One case, run in one of several ways by its number.
+    dtype = "float16" if f16 else "bfloat16"
+    results, expected = run_backward(
+        function, widths, case, number, dtype, tile, parts=parts
+    )
+    for name, x in expected.items():
+        result = results[f"d{name}"].astype(np.float64)
+        assert np.isfinite(result).all(), name
+        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
+        assert np.linalg.norm(result - x) <= bound + 1e-5, name
+
+
+def run_backward(
+    function: Any,
+    widths: tuple[int, int],
+    case: str,
+    number: int,
+    dtype: str,
+    tile: int,
+    *,
+    parts: int = 0,
+    **more: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Gradients of one case, run in one of several ways by its number.
 
     `parts` of a group of heads have room; more than 1: on a GPU that is large enough.
+
+    Returns:
+      What the kernel wrote, and the gradients by name of the operand.
     """
     shape, given = CASES_OF_PAIRS[case]
-    dtype = "float16" if f16 else "bfloat16"
     ways = list(itertools.product((False, True), repeat=3))
     with_dlse, f32_results, deterministic = ways[number % len(ways)]
     arrays = problem(shape, *widths, dtype)
@@ -420,10 +444,7 @@ def check_backward(
         deterministic=deterministic,
         multiprocessors=132 if parts > 1 else few,
         parts=parts,
+        **more,
     )
     assert np.isfinite(workspace[size:]).all()
-    for name, x in expected.items():
-        result = results[f"d{name}"].astype(np.float64)
-        assert np.isfinite(result).all(), name
-        bound = (0.01 if dtype == "bfloat16" else 0.002) * np.linalg.norm(x)
-        assert np.linalg.norm(result - x) <= bound + 1e-5, name
+    return results, expected

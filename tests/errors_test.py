@@ -172,7 +172,7 @@ WRONG = {
 }
 
 UNSUPPORTED = {
-    "tf32": ({"precision": "tf32"}, r"precision='tf32' is not supported"),
+    "f16": ({"precision": "f16"}, r"precision='f16' is not supported"),
     "float8": (
         {name: zeros(*SHAPES[name], dtype=jnp.float8_e4m3fn) for name in SHAPES},
         r"query of dtype float8_e4m3fn is not supported",

@@ -44,10 +44,10 @@ def config_of(*orders: tuple[int, ...]) -> AttentionConfig:
 
 def read(config: AttentionConfig, *operands: Any, shapes: Any, **changes: Any) -> Any:
     """What is read as query, key and value; batch dimensions, and the alignments."""
-    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, operands[0].dtype) for shape in shapes]
     call = jax.ffi.ffi_call(
         TARGET,
-        [*results, jax.ShapeDtypeStruct((4,), jnp.int32)],
+        [*results, jax.ShapeDtypeStruct((5,), jnp.int32)],
         input_layouts=inner._layouts(config, ()),
     )
     attributes = inner._attributes(config) | changes
@@ -63,8 +63,8 @@ def numbered(*shape: int) -> jax.Array:
 def assert_read(got: Any, *expected: Any) -> None:
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(
-            np.asarray(x).view(np.uint16).reshape(-1),
-            np.asarray(y).view(np.uint16).reshape(-1),
+            np.ascontiguousarray(x).view(np.uint16).reshape(-1),
+            np.ascontiguousarray(y).view(np.uint16).reshape(-1),
         )
 
 
@@ -76,7 +76,7 @@ def test_three_arrays_of_any_order() -> None:
     *got, facts = read(config, query, key, value, shapes=shapes)
     full = [jnp.broadcast_to(x, (3, 2, *x.shape[2:])) for x in (query, key, value)]
     assert_read(got, *full)
-    assert facts.tolist() == [2, 16, 16, 16]
+    assert facts.tolist() == [2, 16, 16, 16, 0]
 
 
 @pytest.mark.parametrize("width", [8, 6, 3])
@@ -89,7 +89,21 @@ def test_one_array_of_all_three(heads: tuple[int, int], width: int) -> None:
     *got, facts = read(config, *[whole] * 3, shapes=[x.shape for x in parts])
     assert_read(got, *parts)
     alignment = {8: 16, 6: 4, 3: 2}[width]
-    assert facts.tolist()[1:] == [alignment] * 3
+    assert facts.tolist()[1:4] == [alignment] * 3
+
+
+@pytest.mark.parametrize("precision", [None, "highest", "tf32"])
+@pytest.mark.parametrize("width", [4, 3])
+def test_float32(width: int, precision: str | None) -> None:
+    whole = jnp.arange(3 * 5 * 8 * width, dtype=jnp.float32).reshape(3, 5, -1)
+    parts = packed.split((4, 2), whole)
+    config = packed.packed(config_of(*((0, 1, 2, 3),) * 3), (4, 2))
+    config = dataclasses.replace(config, precision=precision)
+    *got, facts = read(config, *[whole] * 3, shapes=[x.shape for x in parts])
+    assert_read(got, *parts)
+    alignment = {4: 16, 3: 4}[width]
+    element_type = 3 if precision == "tf32" else 2
+    assert facts.tolist()[1:] == [alignment] * 3 + [element_type]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3)], ids=str)
@@ -108,6 +122,7 @@ def test_one_array_of_any_order(order: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"tf32": True}, "tf32 is for query of f32, got BF16"),
         ({"packed_heads": np.int64(3)}, "7 heads, which do not divide its width"),
         ({"packed_kv_heads": np.int64(0)}, "an array of 4 heads of queries and 0"),
         ({"packed_heads": np.int64(5), "packed_kv_heads": np.int64(1)}, "do not div"),

@@ -18,6 +18,15 @@ SOURCES = pathlib.Path(__file__).parent.parent / "csrc"
 HOPPER = 90
 OTHERS = (80, 86, 89, 100, 120)
 
+TYPES = (
+    ("bfloat16", None),
+    ("float16", None),
+    ("float32", None),
+    ("float32", "highest"),
+    ("float32", "tf32"),
+)
+"""(dtype, precision) of calls that kernels take."""
+
 
 def rows() -> list[tuple]:
     return [(k.op, k.family, k.dtype, k.head_dim, k.head_dim_v) for k in plan.KERNELS]
@@ -47,9 +56,10 @@ def test_instantiation_files() -> None:
         pathlib.Path(
             k.family,
             "inst",
-            f"{k.op.removeprefix('mha_')}_{k.dtype}_{k.head_dim}x{k.head_dim_v}.cu",
+            f"{k.op.removeprefix('mha_')}_{dtype}_{k.head_dim}x{k.head_dim_v}.cu",
         )
         for k in plan.KERNELS
+        for dtype in (k.dtype.replace("tf32", "f32"),)  # one file for both
     }
     assert files == names
 
@@ -70,20 +80,21 @@ def test_extension_chooses_alike(op: str, built: Any) -> None:
         batch_dims,
         forced,
     ) in itertools.product(
-        widths, widths, plan.DTYPES, (75, HOPPER, *OTHERS), (1, 2, 3), (False, True)
+        widths, widths, TYPES, (75, HOPPER, *OTHERS), (1, 2, 3), (False, True)
     ):
         want = plan.choose(
             op,
-            dtype,
+            dtype[0],
             head_dim,
             head_dim_v,
             capability,
+            precision=dtype[1],
             batch_dims=batch_dims,
             force_sm80=forced,
         )
         got = built.choose_kernel(
             op,
-            plan.DTYPES[dtype],
+            plan.kernel_type(*dtype),
             head_dim,
             head_dim_v,
             key_length=1,
@@ -209,8 +220,36 @@ def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> No
     for dtype, capability in itertools.product(plan.DTYPES, OTHERS):
         kernel = plan.forward_kernel(dtype, *widths, capability)
         assert widths_of(kernel) == expected
-    assert plan.forward_kernel("float32", *widths, 80) is None
+    assert plan.forward_kernel("float64", *widths, 80) is None
     assert plan.forward_kernel("bfloat16", *widths, 75) is None
+
+
+@pytest.mark.parametrize("capability", [HOPPER, *OTHERS])
+@pytest.mark.parametrize("op", plan.F32_HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [(None, "f32"), ("highest", "f32"), ("tf32", "tf32")]
+)
+def test_choice_of_float32(
+    precision: str | None, dtype: str, op: str, capability: int
+) -> None:
+    for widths, width in (((1, 64), 64), ((65, 8), 128)):
+        kernel = plan.choose(op, "float32", *widths, capability, precision=precision)
+        assert kernel == plan.Kernel(op, "sm80", dtype, width, width)
+        rest = [k for k in plan.KERNELS if k != kernel]
+        for built, found in ((plan.KERNELS, True), (rest, False)):
+            missing = plan.missing_kernel(op, "float32", *widths, built, precision)
+            assert (missing is None) == found
+
+
+def test_what_float32_lacks() -> None:
+    missing = plan.missing_kernel("mha_bwd", "float32", 8, 129, plan.KERNELS, "tf32")
+    assert missing == (
+        "H=8 and Hv=129 of query and value: the kernels take widths of at most 128"
+    )
+    missing = plan.missing_kernel("mha_fwd_intervals", "float32", 8, 8, plan.KERNELS)
+    assert missing == (
+        "query of dtype float32: mha_fwd_intervals has kernels of bfloat16 and float16"
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +274,7 @@ def test_choice_of_the_backward(
     for dtype, capability in itertools.product(plan.DTYPES, OTHERS):
         kernel = plan.backward_kernel(dtype, *widths, capability)
         assert widths_of(kernel) == expected
-    assert plan.backward_kernel("float32", *widths, 80) is None
+    assert plan.backward_kernel("float64", *widths, 80) is None
     assert plan.backward_kernel("bfloat16", *widths, 75) is None
 
 
@@ -387,4 +426,5 @@ def test_the_shape_table_reaches_every_kernel() -> None:
         for s in specs.GPU_TABLE
         for capability in (80, HOPPER)
     }
-    assert reached == set(plan.KERNELS)
+    f32 = {kernel for kernel in plan.KERNELS if kernel.dtype in ("f32", "tf32")}
+    assert reached == set(plan.KERNELS) - f32  # f32_kernel_test has its own

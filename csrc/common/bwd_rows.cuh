@@ -79,6 +79,26 @@ __device__ __forceinline__ float partial_delta(const Element16* out, const Eleme
   return sum;
 }
 
+// The same of f32.
+__device__ __forceinline__ float partial_delta(const float* out, const float* dout, int width,
+                                               bool wide, int lane) {
+  float sum = 0.0f;
+  if (wide) {
+#pragma unroll 2
+    for (int column = 4 * lane; column < width; column += 32) {
+      const float4 x = *reinterpret_cast<const float4*>(out + column);
+      const float4 y = *reinterpret_cast<const float4*>(dout + column);
+      sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
+    }
+  } else {
+#pragma unroll 1
+    for (int column = lane; column < width; column += 8) {
+      sum = fmaf(out[column], dout[column], sum);
+    }
+  }
+  return sum;
+}
+
 // `width`: floats of a row of dquery_sum. Mask: of the main kernel.
 template <typename Element, typename Mask>
 __global__ void __launch_bounds__(kBwdRowThreads)
@@ -99,7 +119,9 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.queue = 0;
 
   const Mask mask = mask_of<Mask>(params, group.batch);
-  const bool wide = params.head_dim_v % 8 == 0 && aligned_16(params.out) && aligned_16(params.dout);
+  constexpr int kChunk = 16 / sizeof(Element);
+  const bool wide =
+      params.head_dim_v % kChunk == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
 #pragma unroll 1
   for (int i = threadIdx.x / 8; i < kBwdRowGroup; i += kBwdRowThreads / 8) {
@@ -115,9 +137,15 @@ __global__ void __launch_bounds__(kBwdRowThreads)
       const int64_t offset =
           ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
           params.head_dim_v;
-      delta = partial_delta<Element>(static_cast<const Element16*>(params.out) + offset,
-                                     static_cast<const Element16*>(params.dout) + offset,
-                                     params.head_dim_v, wide, lane);
+      if constexpr (sizeof(Element) == 4) {
+        delta = partial_delta(static_cast<const float*>(params.out) + offset,
+                              static_cast<const float*>(params.dout) + offset, params.head_dim_v,
+                              wide, lane);
+      } else {
+        delta = partial_delta<Element>(static_cast<const Element16*>(params.out) + offset,
+                                       static_cast<const Element16*>(params.dout) + offset,
+                                       params.head_dim_v, wide, lane);
+      }
     }
 #pragma unroll
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
@@ -138,7 +166,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const BwdRowGroup group = bwd_row_group(params);
   const float* const sum =
       params.dquery_sum + group.flat_head * group.padded_rows * SumOrder::kWidth;
-  const int bytes = params.f32_dquery ? 4 : 2;
+  const int bytes = sizeof(Element) == 4 || params.f32_dquery ? 4 : 2;
   const bool wide = params.head_dim * bytes % 16 == 0 && aligned_16(params.dquery);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kBwdRowGroup * kChunks; i += kBwdRowThreads) {
@@ -154,7 +182,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
             params.head_dim +
         column;
     const int columns = params.head_dim - column;
-    if (params.f32_dquery) {
+    if (sizeof(Element) == 4 || params.f32_dquery) {
       float* const target = static_cast<float*>(params.dquery) + offset;
       // Of 16-byte rows only half a chunk may be left.
       if (wide) {
@@ -168,7 +196,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
           if (e < columns) target[e] = x[e];
         }
       }
-    } else {
+    } else if constexpr (sizeof(Element) == 2) {
       Element16* const target = static_cast<Element16*>(params.dquery) + offset;
       uint32_t words[4];
 #pragma unroll

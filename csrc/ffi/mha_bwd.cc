@@ -87,11 +87,11 @@ ffi::Error launch(MhaBwdParams* params, ElementType type, const ffi::AnyBuffer& 
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
   const int32_t alignment =
       std::min({params->query.alignment, params->key.alignment, params->value.alignment,
-                dense_row_alignment(params->out, params->head_dim_v),
-                dense_row_alignment(params->dout, params->head_dim_v),
-                dense_row_alignment(params->dquery, params->head_dim),
-                dense_row_alignment(params->dkey, params->head_dim),
-                dense_row_alignment(params->dvalue, params->head_dim_v)});
+                dense_row_alignment(type, params->out, params->head_dim_v),
+                dense_row_alignment(type, params->dout, params->head_dim_v),
+                dense_row_alignment(type, params->dquery, params->head_dim),
+                dense_row_alignment(type, params->dkey, params->head_dim),
+                dense_row_alignment(type, params->dvalue, params->head_dim_v)});
   const MhaBwdKernel* const kernel = choose_mha_bwd_kernel(
       {type, params->head_dim, params->head_dim_v, params->key_length, params->batch_dims,
        alignment, device.compute_capability, force_sm80(), params->intervals.rows != nullptr});
@@ -111,11 +111,11 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    bool has_dlse, bool deterministic, float scale, int64_t window_left,
                    int64_t window_right, bool bottom_right, bool has_query_lengths,
                    bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                   int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
-                   Dims value_order) {
+                   bool tf32, int64_t packed_heads, int64_t packed_kv_heads, Dims query_order,
+                   Dims key_order, Dims value_order) {
   MhaBwdParams params{};
   MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, has_intervals, has_slopes, softcap, packed_heads,
+                        has_kv_lengths, has_intervals, has_slopes, softcap, tf32, packed_heads,
                         packed_kv_heads, query_order, key_order, value_order},
                        &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));

@@ -2,6 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 #include <type_traits>
 
@@ -42,6 +44,8 @@ nb::dict build_info() {
   return info;
 }
 
+constexpr const char* kTypes[] = {"bf16", "f16", "f32", "tf32"};  // by ElementType
+
 // Of calls without and with intervals.
 constexpr const char* kForward[] = {"mha_fwd", "mha_fwd_intervals"};
 constexpr const char* kBackward[] = {"mha_bwd", "mha_bwd_intervals"};
@@ -49,8 +53,8 @@ constexpr const char* kBackward[] = {"mha_bwd", "mha_bwd_intervals"};
 template <typename Params>
 nb::tuple describe(const char* op, const Kernel<Params>& kernel) {
   const char* const family = kernel.family == Family::kSm90 ? "sm90" : "sm80";
-  const char* const type = kernel.type == ElementType::kBf16 ? "bf16" : "f16";
-  return nb::make_tuple(op, family, type, kernel.head_dim, kernel.head_dim_v);
+  return nb::make_tuple(op, family, kTypes[static_cast<int>(kernel.type)], kernel.head_dim,
+                        kernel.head_dim_v);
 }
 
 template <typename Params>
@@ -75,8 +79,9 @@ nb::list kernels() {
 nb::object choose_kernel(const std::string& op, const std::string& dtype, int head_dim,
                          int head_dim_v, int key_length, int batch_dims, int alignment,
                          int compute_capability, bool force_sm80) {
-  if (dtype != "bf16" && dtype != "f16") return nb::none();
-  const ElementType type = dtype == "bf16" ? ElementType::kBf16 : ElementType::kF16;
+  const auto* const name = std::find(std::begin(kTypes), std::end(kTypes), dtype);
+  if (name == std::end(kTypes)) return nb::none();
+  const auto type = static_cast<ElementType>(name - kTypes);
   for (const bool intervals : {false, true}) {
     const MhaFacts facts = {type,      head_dim,           head_dim_v, key_length, batch_dims,
                             alignment, compute_capability, force_sm80, intervals};

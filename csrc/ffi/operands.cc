@@ -10,25 +10,25 @@ namespace {
 
 Dims span_of(const std::vector<int64_t>& dims) { return {dims.data(), dims.size()}; }
 
-TensorView tensor_view(const void* data, const std::vector<int64_t>& strides) {
+TensorView tensor_view(ElementType type, const void* data, const std::vector<int64_t>& strides) {
   TensorView view{};
   view.data = data;
   view.row_stride = strides[strides.size() - 3];
   view.head_stride = strides[strides.size() - 2];
-  view.alignment = row_alignment(view.data, std::span(strides).first(strides.size() - 1));
+  view.alignment = row_alignment(type, view.data, std::span(strides).first(strides.size() - 1));
   return view;
 }
 
 }  // namespace
 
-int32_t row_alignment(const void* data, std::span<const int64_t> strides) {
+int32_t row_alignment(ElementType type, const void* data, std::span<const int64_t> strides) {
   uint64_t bits = reinterpret_cast<uintptr_t>(data);
-  for (const int64_t stride : strides) bits |= static_cast<uint64_t>(2 * stride);
+  for (const int64_t stride : strides) bits |= static_cast<uint64_t>(element_bytes(type) * stride);
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
-int32_t dense_row_alignment(const void* data, int64_t width) {
-  return row_alignment(data, std::span(&width, 1));
+int32_t dense_row_alignment(ElementType type, const void* data, int64_t width) {
+  return row_alignment(type, data, std::span(&width, 1));
 }
 
 void MhaOperands::add(std::vector<int64_t> dims, std::vector<int64_t> strides, int64_t* merged) {
@@ -56,7 +56,7 @@ ffi::Error MhaOperands::view(const ffi::AnyBuffer& buffer, Dims order, int64_t f
   JAX_FLASH_CHECK(dims[rank - 1] % heads == 0, "an array of queries, keys and values has ", heads,
                   " heads, which do not divide its width: ", to_string(dims));
   const int64_t width = dims[rank - 1] / heads;
-  tensor->data = static_cast<const uint16_t*>(tensor->data) + first * width;
+  tensor->data = static_cast<const char*>(tensor->data) + first * width * element_bytes(type_);
   tensor->dims.back() = count;
   tensor->dims.push_back(width);
   tensor->strides.back() = width;
@@ -67,11 +67,17 @@ ffi::Error MhaOperands::view(const ffi::AnyBuffer& buffer, Dims order, int64_t f
 ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key,
                                const ffi::AnyBuffer& value) {
   const ffi::DataType type = query.element_type();
-  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16 || type == ffi::F32,
+                  "query must be bf16, f16 or f32, got ", type);
+  JAX_FLASH_CHECK(type == ffi::F32 || !attributes_.tf32, "tf32 is for query of f32, got ", type);
   JAX_FLASH_CHECK(key.element_type() == type && value.element_type() == type,
                   "key and value must have query's type ", type, ", got ", key.element_type(),
                   " and ", value.element_type());
-  type_ = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
+  if (type == ffi::F32) {
+    type_ = attributes_.tf32 ? ElementType::kTf32 : ElementType::kF32;
+  } else {
+    type_ = type == ffi::BF16 ? ElementType::kBf16 : ElementType::kF16;
+  }
 
   const int64_t packed_heads = attributes_.packed_heads;
   const int64_t packed_kv_heads = attributes_.packed_kv_heads;
@@ -118,7 +124,7 @@ ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer
   }
   TensorView* const views[] = {&params_->query, &params_->key, &params_->value};
   for (int i = 0; i < 3; ++i) {
-    *views[i] = tensor_view(tensors[i].data, tensors[i].strides);
+    *views[i] = tensor_view(type_, tensors[i].data, tensors[i].strides);
     add(tensors[i].dims, tensors[i].strides, views[i]->batch_strides);
   }
 

@@ -26,6 +26,7 @@ struct MhaAttributes {
   bool has_intervals;  // then there are no lengths, windows and alignment
   bool has_slopes;
   float softcap;  // 0: none
+  bool tf32;      // products of f32 operands are those of tf32
   // N and K where one array [*batch, T, (N + 2 K) H], heads of queries, then of keys, then of
   // values, is each of the three operands; 0 otherwise.
   int64_t packed_heads;
@@ -48,6 +49,7 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<bool>("has_intervals")
       .template Attr<bool>("has_slopes")
       .template Attr<float>("softcap")
+      .template Attr<bool>("tf32")
       .template Attr<int64_t>("packed_heads")
       .template Attr<int64_t>("packed_kv_heads")
       .template Attr<Dims>("query_order")
@@ -55,11 +57,12 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<Dims>("value_order");
 }
 
-// What every row's address is a multiple of, in bytes, out of what the kernels make use of.
-int32_t row_alignment(const void* data, std::span<const int64_t> strides);
+// What every row's address is a multiple of, in bytes, out of what the kernels make use of. Strides
+// are in elements.
+int32_t row_alignment(ElementType type, const void* data, std::span<const int64_t> strides);
 
 // The same for a dense array with rows of `width` elements.
-int32_t dense_row_alignment(const void* data, int64_t width);
+int32_t dense_row_alignment(ElementType type, const void* data, int64_t width);
 
 // Query, key or value: [*batch, length, heads, width], strides in elements.
 struct MhaTensor {
@@ -92,7 +95,10 @@ class MhaOperands {
   ffi::Error finish();
 
   ElementType type() const { return type_; }
-  ffi::DataType data_type() const { return type_ == ElementType::kBf16 ? ffi::BF16 : ffi::F16; }
+  ffi::DataType data_type() const {
+    if (element_bytes(type_) == 4) return ffi::F32;
+    return type_ == ElementType::kBf16 ? ffi::BF16 : ffi::F16;
+  }
   // How many dims query has, and their sizes.
   size_t rank() const { return dims_[0].size(); }
   Dims query_dims() const { return {dims_[0].data(), rank()}; }

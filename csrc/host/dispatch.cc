@@ -61,22 +61,27 @@ constexpr MhaBwdKernel sm90_bwd_intervals() {
 
 constexpr auto kBf16 = ElementType::kBf16;
 constexpr auto kF16 = ElementType::kF16;
+constexpr auto kF32 = ElementType::kF32;
+constexpr auto kTf32 = ElementType::kTf32;
 
 constexpr MhaFwdKernel kMhaFwdKernels[] = {
-    sm90_fwd<kBf16, 64, 64>(),   sm90_fwd<kF16, 64, 64>(),    //
-    sm90_fwd<kBf16, 96, 96>(),   sm90_fwd<kF16, 96, 96>(),    //
-    sm90_fwd<kBf16, 128, 128>(), sm90_fwd<kF16, 128, 128>(),  //
-    sm90_fwd<kBf16, 192, 128>(), sm90_fwd<kF16, 192, 128>(),  //
-    sm90_fwd<kBf16, 192, 192>(), sm90_fwd<kF16, 192, 192>(),  //
-    sm90_fwd<kBf16, 256, 256>(), sm90_fwd<kF16, 256, 256>(),  //
-    sm80_fwd<kBf16, 32, 32>(),   sm80_fwd<kF16, 32, 32>(),    //
-    sm80_fwd<kBf16, 64, 64>(),   sm80_fwd<kF16, 64, 64>(),    //
-    sm80_fwd<kBf16, 80, 80>(),   sm80_fwd<kF16, 80, 80>(),    //
-    sm80_fwd<kBf16, 96, 96>(),   sm80_fwd<kF16, 96, 96>(),    //
-    sm80_fwd<kBf16, 128, 128>(), sm80_fwd<kF16, 128, 128>(),  //
-    sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),  //
-    sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),  //
-    sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),
+    sm90_fwd<kBf16, 64, 64>(),   sm90_fwd<kF16, 64, 64>(),     //
+    sm90_fwd<kBf16, 96, 96>(),   sm90_fwd<kF16, 96, 96>(),     //
+    sm90_fwd<kBf16, 128, 128>(), sm90_fwd<kF16, 128, 128>(),   //
+    sm90_fwd<kBf16, 192, 128>(), sm90_fwd<kF16, 192, 128>(),   //
+    sm90_fwd<kBf16, 192, 192>(), sm90_fwd<kF16, 192, 192>(),   //
+    sm90_fwd<kBf16, 256, 256>(), sm90_fwd<kF16, 256, 256>(),   //
+    sm80_fwd<kBf16, 32, 32>(),   sm80_fwd<kF16, 32, 32>(),     //
+    sm80_fwd<kBf16, 64, 64>(),   sm80_fwd<kF16, 64, 64>(),     //
+    sm80_fwd<kBf16, 80, 80>(),   sm80_fwd<kF16, 80, 80>(),     //
+    sm80_fwd<kBf16, 96, 96>(),   sm80_fwd<kF16, 96, 96>(),     //
+    sm80_fwd<kBf16, 128, 128>(), sm80_fwd<kF16, 128, 128>(),   //
+    sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),   //
+    sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),   //
+    sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),   //
+    sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kTf32, 64, 64>(),    //
+    sm80_fwd<kF32, 128, 128>(),  sm80_fwd<kTf32, 128, 128>(),  //
+    sm80_fwd<kF32, 256, 256>(),  sm80_fwd<kTf32, 256, 256>(),
 };
 
 constexpr MhaBwdKernel kMhaBwdKernels[] = {
@@ -90,7 +95,9 @@ constexpr MhaBwdKernel kMhaBwdKernels[] = {
     sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
     sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //
     sm80_bwd<kBf16, 192, 192>(), sm80_bwd<kF16, 192, 192>(),  //
-    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),
+    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),  //
+    sm80_bwd<kF32, 64, 64>(),    sm80_bwd<kTf32, 64, 64>(),   //
+    sm80_bwd<kF32, 128, 128>(),  sm80_bwd<kTf32, 128, 128>(),
 };
 
 constexpr MhaFwdKernel kMhaFwdIntervalsKernels[] = {

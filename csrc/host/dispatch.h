@@ -10,7 +10,14 @@
 
 namespace jax_flash {
 
-enum class ElementType { kBf16, kF16 };
+// Of operands, and of their products as far as that says: kF32 multiplies f32 to nearly all of its
+// bits, kTf32 rounds f32 operands to tf32.
+enum class ElementType { kBf16, kF16, kF32, kTf32 };
+
+constexpr int element_bytes(ElementType type) {
+  return type == ElementType::kF32 || type == ElementType::kTf32 ? 4 : 2;
+}
+
 enum class Family { kSm80, kSm90 };
 
 // One instantiation. Widths are what it pads to.

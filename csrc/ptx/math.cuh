@@ -22,6 +22,17 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
   return y;
 }
 
+// x rounded to the nearest of 10 bits of mantissa, the lower 13 bits being 0; NaN stays NaN.
+__device__ __forceinline__ float round_tf32(float x) {
+  uint32_t r;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));  // one instruction; that of sm_80 is four
+#else
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+#endif
+  return __uint_as_float(r);
+}
+
 // Two f32 to one packed 16-bit pair, `low` in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t cvt_rn_x2(float low, float high);

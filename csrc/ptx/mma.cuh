@@ -1,5 +1,5 @@
-// Warp-level matrix instructions of sm_80: ldmatrix (PTX ISA 9.7.14.5.15) and mma.sync m16n8k16
-// (9.7.14.5.8). tile/fragment.cuh says which thread holds which element.
+// Warp-level matrix instructions of sm_80: ldmatrix (PTX ISA 9.7.14.5.15), mma.sync m16n8k16
+// (9.7.14.5.8) and m16n8k8. tile/fragment.cuh says which thread holds which element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,6 +57,16 @@ template <>
 __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a * b, a 16x8 row-major, b 8x8 column-major, of tf32: f32 of which the lower 13 bits are not
+// looked at.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

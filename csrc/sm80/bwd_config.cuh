@@ -55,14 +55,28 @@ inline constexpr BwdTiles kBwdSmallTiles<192, 192>{64, 32, 8, 1, 4, 2, 2};
 template <>
 inline constexpr BwdTiles kBwdSmallTiles<256, 256>{32, 32, 4, 1, 2, 2, 2};
 
+// For f32: what 99 KB hold, of which two or three thread blocks fit the larger ones. Warps have
+// whole groups of 32 keys and of 32 columns.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr BwdTiles kBwdF32Tiles{};
+template <>
+inline constexpr BwdTiles kBwdF32Tiles<64, 64>{64, 64, 4, 1, 2, 2, 2};
+template <>
+inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
+
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.
 template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles,
           bool kIntervalsArg = false>
 struct BwdConfig {
   using Element = typename ElementOf<kType>::Type;
-  static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
-  static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr bool kF32 = element_bytes(kType) == 4;
+  static constexpr int kProducts = kType == ElementType::kF32 ? 3 : 1;  // of tf32, for one of f32
+  static constexpr int kUnits = element_bytes(kType) / 2;  // of 16 bits, in which rows are copied
+  static constexpr int kColumns = kHeadDimArg;             // widths after padding
+  static constexpr int kColumnsV = kHeadDimVArg;
+  static constexpr int kHeadDim = kUnits * kColumns;  // the same in such units
+  static constexpr int kHeadDimV = kUnits * kColumnsV;
   static constexpr bool kWide = kWideArg;
   static constexpr bool kIntervals = kIntervalsArg;
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
@@ -91,7 +105,7 @@ struct BwdConfig {
   using KeyLayout = TileLayout<kHeadDim>;
   using ValueLayout = TileLayout<kHeadDimV>;
   using DoutLayout = TileLayout<kHeadDimV>;
-  using ScoreLayout = TileLayout<kKeys>;
+  using ScoreLayout = TileLayout<kUnits * kKeys>;
 
   // Shared memory in bytes, from the first tile on: keys and values (later their gradients), the
   // stages, probabilities and score gradients, each stage's lse and delta.
@@ -117,6 +131,11 @@ struct BwdConfig {
                     kHeadDimV % (16 * kKeyColumnWarps) == 0 &&
                     kHeadDim % (16 * kDqueryColumnWarps) == 0,
                 "a warp's part is whole 16x16 blocks");
+  static_assert(!kF32 || (kScoreKeys <= 32 && kKeys % (32 * kKeyWarps) == 0 &&
+                          kColumns % (32 * kKeyColumnWarps) == 0 &&
+                          kColumnsV % (32 * kKeyColumnWarps) == 0 &&
+                          kColumns % (32 * kDqueryColumnWarps) == 0),
+                "of f32 a warp's part is whole groups of 32");
   static_assert(kScoreKeys == 16 || kScoreKeys == 32 || kScoreKeys == 64,
                 "chunks of a warp's keys are told apart by address bits of their own");
   static_assert(kQueryBytes % 128 == 0 && kStageBytes % 128 == 0 && kScoreBytes % 128 == 0 &&

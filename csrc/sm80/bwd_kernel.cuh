@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_dquery(const MhaBwdParams& params,
   Warp::multiply_dscores(dquery, dscore_tile, key_tile);
   float* const sum = params.dquery_sum + (block.flat_head + step.head) *
                                              bwd_padded_rows(params.query_length) *
-                                             Config::kHeadDim;
+                                             Config::kColumns;
   if (params.deterministic) [[unlikely]] {
     const BwdTurn<Config> turn(params, block, step);
     turn.wait();
@@ -88,8 +88,14 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
   const uint32_t probability_tile = tiles + Config::kProbabilityOffset;
   const uint32_t dscore_tile = tiles + Config::kDscoreOffset;
   int stage = 0;
+  bool first = true;
   do {
     ptx::cp_async_wait_group<kStages == 1 ? 1 : 0>();
+    if constexpr (Config::kF32) {
+      static_assert(kStages == 1);
+      if (first) f32::round_tile<Config, Config::kKeys, Config::kHeadDim>(key_tile);
+      f32::round_tile<Config, Config::kRows, Config::kHeadDim>(tiles + Config::kStageOffset);
+    }
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile, probabilities and score gradients before what overwrites them.
     __syncthreads();
@@ -125,6 +131,12 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     }
     if constexpr (kStages == 1) {
       ptx::cp_async_wait_group<0>();
+      if constexpr (Config::kF32) {
+        if (first)
+          f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(tiles + Config::kValueOffset);
+        first = false;
+        f32::round_tile<Config, Config::kRows, Config::kHeadDimV>(dout_tile);
+      }
       __syncthreads();  // the output gradients' copies before their reads
     }
     typename Warp::Scores dscores;
@@ -170,20 +182,23 @@ __device__ __forceinline__ void store_gradient(
   const int first_key = block.key_block * Config::kKeys;
   const int rows = params.key_length - first_key;
   const int valid_rows = block.mask.key_length - first_key;
-  if (f32) {
+  if (Config::kF32 || f32) {
     BwdWarp<Config>::store_gradient(static_cast<float*>(target) + offset, row_stride, gradient,
                                     factor, valid_rows, rows, width);
     return;
   }
-  BwdWarp<Config>::template stage_gradient<Layout>(tile, gradient, factor);
-  __syncthreads();  // all warps' parts before whole rows are read
-  // At least eight rows, after which the swizzle repeats.
-  constexpr int kWarpKeys = Config::kKeys / Config::kWarps < 8 ? 8 : Config::kKeys / Config::kWarps;
-  const int warp_key = BwdWarp<Config>::warp_id() * kWarpKeys;
-  if (warp_key >= Config::kKeys) return;
-  TileStore<kWarpKeys, kWidth, Config::kWide>::store(
-      static_cast<Element16*>(target) + offset + warp_key * row_stride, row_stride,
-      tile + warp_key * Layout::kPitch, valid_rows - warp_key, rows - warp_key, width);
+  if constexpr (!Config::kF32) {
+    BwdWarp<Config>::template stage_gradient<Layout>(tile, gradient, factor);
+    __syncthreads();  // all warps' parts before whole rows are read
+    // At least eight rows, after which the swizzle repeats.
+    constexpr int kWarpKeys =
+        Config::kKeys / Config::kWarps < 8 ? 8 : Config::kKeys / Config::kWarps;
+    const int warp_key = BwdWarp<Config>::warp_id() * kWarpKeys;
+    if (warp_key >= Config::kKeys) return;
+    TileStore<kWarpKeys, kWidth, Config::kWide>::store(
+        static_cast<Element16*>(target) + offset + warp_key * row_stride, row_stride,
+        tile + warp_key * Layout::kPitch, valid_rows - warp_key, rows - warp_key, width);
+  }
 }
 
 template <typename Config>
@@ -219,10 +234,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();  // keys and values are read no more; the state where there was no tile
   store_gradient<Config, typename Config::KeyLayout, Config::kHeadDim>(
       params, block, tiles + Config::kKeyOffset, warp.dkey, params.factor, params.dkey,
-      params.f32_dkey, params.head_dim);
+      params.f32_dkey, params.head_dim / Config::kUnits);
   store_gradient<Config, typename Config::ValueLayout, Config::kHeadDimV>(
       params, block, tiles + Config::kValueOffset, warp.dvalue, 1.0f, params.dvalue,
-      params.f32_dvalue, params.head_dim_v);
+      params.f32_dvalue, params.head_dim_v / Config::kUnits);
 }
 
 }  // namespace jax_flash::sm80

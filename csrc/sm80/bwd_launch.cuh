@@ -9,6 +9,7 @@
 #include "host/launch.h"
 #include "sm80/bwd.h"
 #include "sm80/bwd_kernel.cuh"
+#include "sm80/units.h"
 #include "tile/element.cuh"
 
 namespace jax_flash::sm80 {
@@ -36,8 +37,9 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int l2_bytes) {
 }
 
 template <typename Config>
-cudaError_t launch_main(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
+cudaError_t launch_main(MhaBwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   static_assert(Config::kSharedBytes <= 163 * 1024);
+  if constexpr (Config::kF32) count_16_bits(&params);
   const auto kernel = mha_bwd_kernel<Config>;
   const int64_t all = int64_t{params.batch} * params.kv_heads;
   const int64_t key_blocks = (params.key_length + int64_t{Config::kKeys} - 1) / Config::kKeys;
@@ -91,9 +93,30 @@ cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cud
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_f32(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
+  constexpr BwdTiles kTiles = kBwdF32Tiles<kHeadDim, kHeadDimV>;
+  using Wide = BwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
+  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kTiles>;
+  static_assert(Wide::kSharedBytes <= 99 * 1024);
+  cudaError_t error = launch_bwd_prepare<float>(params, kHeadDim, stream);
+  if (error != cudaSuccess) return error;
+  const bool wide = params.query.alignment == 16 && params.key.alignment == 16 &&
+                    params.value.alignment == 16 &&
+                    rows_aligned_16(params.dout, 2 * params.head_dim_v);
+  error = wide ? launch_main<Wide>(params, device, stream)
+               : launch_main<Narrow>(params, device, stream);
+  if (error != cudaSuccess) return error;
+  return launch_bwd_finish<float, DqueryF32Sum<kHeadDim>>(params, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  return launch_all<kType, kHeadDim, kHeadDimV, false>(params, device, stream);
+  if constexpr (element_bytes(kType) == 4) {
+    return launch_f32<kType, kHeadDim, kHeadDimV>(params, device, stream);
+  } else {
+    return launch_all<kType, kHeadDim, kHeadDimV, false>(params, device, stream);
+  }
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

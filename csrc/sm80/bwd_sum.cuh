@@ -21,6 +21,15 @@ struct DquerySum {
     return int64_t{row} * kWidth + column_tile * 128;
   }
 
+  // Of a lane's element in a tile.
+  static __device__ __forceinline__ int place(int lane, int element) {
+#if __CUDA_ARCH__ >= 900
+    return 4 * lane + element;
+#else
+    return 32 * element + lane;
+#endif
+  }
+
   // Adds one lane's part of a tile at `target`.
   static __device__ __forceinline__ void add(float* target, int lane, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 900
@@ -54,6 +63,22 @@ struct DquerySum {
       x[6 + e] = four.w;
     }
 #endif
+  }
+};
+
+// The same where column tiles are those of f32::Columns: tile 4 * group + q of a row holds its
+// columns 32 * group + 4 t + q, and at + 16 those of the second element.
+template <int kWidth>
+struct DqueryF32Sum : DquerySum<kWidth> {
+  static __device__ __forceinline__ void load(const float* head, int row, int chunk,
+                                              float (&x)[8]) {
+    using Base = DquerySum<kWidth>;
+    const int element = row % 16 / 8 * 2 + chunk % 4 / 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int lane = row % 8 * 4 + chunk % 2 * 2 + i / 4;
+      x[i] = head[Base::tile(row / 16 * 16, chunk / 4 * 4 + i % 4) + Base::place(lane, element)];
+    }
   }
 };
 

@@ -8,6 +8,7 @@
 #include "ptx/shared.cuh"
 #include "sm80/bwd_products.cuh"
 #include "sm80/bwd_sum.cuh"
+#include "sm80/f32_products.cuh"
 #include "sm80/interval_scores.cuh"
 #include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
@@ -25,10 +26,10 @@ struct BwdWarp {
   static constexpr int kScoreBlocks = Config::kScoreRows / 16;
   static constexpr int kScoreTiles = Config::kScoreKeys / 8;
   static constexpr int kKeyBlocks = Config::kKeys / Config::kKeyWarps / 16;
-  static constexpr int kKeyTiles = Config::kHeadDim / Config::kKeyColumnWarps / 8;
-  static constexpr int kValueTiles = Config::kHeadDimV / Config::kKeyColumnWarps / 8;
+  static constexpr int kKeyTiles = Config::kColumns / Config::kKeyColumnWarps / 8;
+  static constexpr int kValueTiles = Config::kColumnsV / Config::kKeyColumnWarps / 8;
   static constexpr int kDqueryBlocks = Config::kDqueryRows / 16;
-  static constexpr int kDqueryTiles = Config::kHeadDim / Config::kDqueryColumnWarps / 8;
+  static constexpr int kDqueryTiles = Config::kColumns / Config::kDqueryColumnWarps / 8;
   using Scores = float[kScoreBlocks][kScoreTiles][4];
 
   float dkey[kKeyBlocks][kKeyTiles][4];
@@ -53,16 +54,27 @@ struct BwdWarp {
   static __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t query_tile,
                                                        uint32_t key_tile) {
     using Layout = typename Config::QueryLayout;
-    clear(scores);
-    multiply<Element, Config::kHeadDim / 16>(
-        scores, RowBlocks<Layout>{a_operand_address<Layout>(query_tile, score_row())},
-        RowBlocks<Layout>{b_operand_address<Layout>(key_tile, score_key())});
+    if constexpr (Config::kF32) {
+      f32::multiply_rows<Config::kProducts, Layout, Layout, Config::kHeadDim / 16>(
+          scores, a_operand_address<Layout>(query_tile, score_row()),
+          b_operand_address<Layout>(key_tile, score_key()));
+    } else {
+      clear(scores);
+      multiply<Element, Config::kHeadDim / 16>(
+          scores, RowBlocks<Layout>{a_operand_address<Layout>(query_tile, score_row())},
+          RowBlocks<Layout>{b_operand_address<Layout>(key_tile, score_key())});
+    }
   }
 
   // dscores = dO V^T - delta
   static __device__ __forceinline__ void multiply_values(Scores& dscores, uint32_t dout_tile,
                                                          uint32_t value_tile, uint32_t deltas) {
     using Layout = typename Config::DoutLayout;
+    if constexpr (Config::kF32) {
+      f32::multiply_rows<Config::kProducts, Layout, Layout, Config::kHeadDimV / 16>(
+          dscores, a_operand_address<Layout>(dout_tile, score_row()),
+          b_operand_address<Layout>(value_tile, score_key()));
+    }
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
 #pragma unroll
@@ -70,13 +82,20 @@ struct BwdWarp {
         const float delta = row_state(deltas, i, h);
 #pragma unroll
         for (int j = 0; j < kScoreTiles; ++j) {
-          dscores[i][j][2 * h] = dscores[i][j][2 * h + 1] = -delta;
+          if constexpr (Config::kF32) {
+            dscores[i][j][2 * h] -= delta;
+            dscores[i][j][2 * h + 1] -= delta;
+          } else {
+            dscores[i][j][2 * h] = dscores[i][j][2 * h + 1] = -delta;
+          }
         }
       }
     }
-    multiply<Element, Config::kHeadDimV / 16>(
-        dscores, RowBlocks<Layout>{a_operand_address<Layout>(dout_tile, score_row())},
-        RowBlocks<Layout>{b_operand_address<Layout>(value_tile, score_key())});
+    if constexpr (!Config::kF32) {
+      multiply<Element, Config::kHeadDimV / 16>(
+          dscores, RowBlocks<Layout>{a_operand_address<Layout>(dout_tile, score_row())},
+          RowBlocks<Layout>{b_operand_address<Layout>(value_tile, score_key())});
+    }
   }
 
   // Scores (in place) become probabilities. `row` and `key` are the first of the tile.
@@ -153,7 +172,7 @@ struct BwdWarp {
     }
   }
 
-  // Rounded to 16 bits, to a tile [row][key].
+  // Rounded to what products take, to a tile [row][key].
   static __device__ __forceinline__ void store_scores(uint32_t tile, const Scores& scores) {
     const uint32_t address = score_address(tile);
 #pragma unroll
@@ -170,17 +189,26 @@ struct BwdWarp {
 
   // dvalue += P^T dO
   __device__ __forceinline__ void add_dvalue(uint32_t probability_tile, uint32_t dout_tile) {
-    multiply<Element, Config::kRows / 16>(
-        dvalue, a_columns<ScoreLayout, Config::kKeyWarps>(probability_tile, key_warp()),
-        b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(dout_tile, column_warp()));
+    if constexpr (Config::kF32) {
+      add_columns<typename Config::DoutLayout>(dvalue, probability_tile, dout_tile);
+    } else {
+      multiply<Element, Config::kRows / 16>(
+          dvalue, a_columns<ScoreLayout, Config::kKeyWarps>(probability_tile, key_warp()),
+          b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(dout_tile,
+                                                                          column_warp()));
+    }
   }
 
   // dkey += dS^T Q
   __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile) {
-    multiply<Element, Config::kRows / 16>(
-        dkey, a_columns<ScoreLayout, Config::kKeyWarps>(dscore_tile, key_warp()),
-        b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(query_tile,
-                                                                         column_warp()));
+    if constexpr (Config::kF32) {
+      add_columns<typename Config::QueryLayout>(dkey, dscore_tile, query_tile);
+    } else {
+      multiply<Element, Config::kRows / 16>(
+          dkey, a_columns<ScoreLayout, Config::kKeyWarps>(dscore_tile, key_warp()),
+          b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(query_tile,
+                                                                           column_warp()));
+    }
   }
 
   // dquery = dS K
@@ -188,25 +216,35 @@ struct BwdWarp {
       float (&dquery)[kDqueryBlocks][kDqueryTiles][4], uint32_t dscore_tile, uint32_t key_tile) {
     const int row = warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
     clear(dquery);
-    multiply<Element, Config::kKeys / 16>(
-        dquery, RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
-        b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(
-            key_tile, warp_id() / Config::kDqueryRowWarps));
+    if constexpr (Config::kF32) {
+      f32::add_columns<Config::kProducts, Config::kKeys / 8, Config::kDqueryColumnWarps>(
+          dquery, f32::RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
+          f32::Columns<typename Config::KeyLayout>::at(key_tile),
+          warp_id() / Config::kDqueryRowWarps);
+    } else {
+      multiply<Element, Config::kKeys / 16>(
+          dquery, RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
+          b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(
+              key_tile, warp_id() / Config::kDqueryRowWarps));
+    }
   }
 
   // `sum`: of the head; `row`: the first of the tile.
   static __device__ __forceinline__ void add_to_sum(
       float* sum, int row, const float (&dquery)[kDqueryBlocks][kDqueryTiles][4]) {
-    using Sum = DquerySum<Config::kHeadDim>;
+    // Of f32 a column tile here is a tile of a group: see f32::Columns.
+    using Sum = DquerySum<Config::kColumns>;
+    constexpr int kNeighbours = Config::kF32 ? 4 : 2;  // column tiles in a row of one warp
     const int column_warp = warp_id() / Config::kDqueryRowWarps;
     row += warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
-    float* const target = sum + Sum::tile(row, 2 * column_warp);
+    float* const target = sum + Sum::tile(row, kNeighbours * column_warp);
     const int lane = lane_id();
 #pragma unroll
     for (int i = 0; i < kDqueryBlocks; ++i) {
 #pragma unroll
       for (int j = 0; j < kDqueryTiles; ++j) {
-        const int column_tile = j / 2 * 2 * Config::kDqueryColumnWarps + j % 2;
+        const int column_tile =
+            j / kNeighbours * kNeighbours * Config::kDqueryColumnWarps + j % kNeighbours;
         Sum::add(target + Sum::tile(16 * i, column_tile), lane, dquery[i][j]);
       }
     }
@@ -228,6 +266,18 @@ struct BwdWarp {
   static __device__ __forceinline__ void store_gradient(
       float* target, int64_t row_stride, const float (&gradient)[kKeyBlocks][kTiles][4],
       float factor, int valid_rows, int rows, int width) {
+    if constexpr (Config::kF32) {
+      visit_groups<kTiles>([&](int i, int j, int e, int row, int column) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          if (row < rows && column + q < width) {
+            target[row * row_stride + column + q] =
+                row < valid_rows ? factor * gradient[i][j + q][e] : 0.0f;
+          }
+        }
+      });
+      return;
+    }
     visit_rows<kTiles>([&](int i, int j, int h, int row, int chunk) {
       const int column = 8 * chunk + fragment_column();
 #pragma unroll
@@ -241,6 +291,16 @@ struct BwdWarp {
   }
 
  private:
+  // d += A^T B, A being scores [row][key] and B the tile of the same rows.
+  template <typename Layout, int kTiles>
+  static __device__ __forceinline__ void add_columns(float (&d)[kKeyBlocks][kTiles][4],
+                                                     uint32_t a_tile, uint32_t b_tile) {
+    using Blocks = f32::ColumnBlocks<ScoreLayout, Config::kKeyWarps>;
+    f32::add_columns<Config::kProducts, Config::kRows / 8, Config::kKeyColumnWarps>(
+        d, Blocks{f32::Columns<ScoreLayout>::at(a_tile), key_warp()},
+        f32::Columns<Layout>::at(b_tile), column_warp());
+  }
+
   // lse or delta of this lane's row 16 * block + 8 * half.
   static __device__ __forceinline__ float row_state(uint32_t states, int block, int half) {
     return ptx::ld_shared_f32(states + 4 * (score_row() + fragment_row() + 16 * block + 8 * half));
@@ -278,14 +338,42 @@ struct BwdWarp {
 
   // Where this lane's first pair of scores is in the tile [row][key].
   static __device__ __forceinline__ uint32_t score_address(uint32_t tile) {
-    return tile + ScoreLayout::offset(score_row() + fragment_row(), score_key() / 8) +
-           2 * fragment_column();
+    const int row = score_row() + fragment_row();
+    const int byte = 2 * Config::kUnits * fragment_column();  // of the first eight keys
+    return tile + ScoreLayout::offset(row, Config::kUnits * score_key() / 8 + byte / 16) +
+           byte % 16;
   }
   // The bits of j are zero in the warp's first chunk.
   static __device__ __forceinline__ void store_pair(uint32_t address, int i, int j, int h,
                                                     float left, float right) {
-    ptx::st_shared((address ^ (j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch,
-                   ptx::cvt_rn_x2<Element>(left, right));
+    address = (address ^ (Config::kUnits * j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch;
+    if constexpr (Config::kF32) {
+      ptx::st_shared_v2(address, f32::stored<Config::kProducts>(left),
+                        f32::stored<Config::kProducts>(right));
+    } else {
+      ptx::st_shared(address, ptx::cvt_rn_x2<Element>(left, right));
+    }
+  }
+
+  // Calls f(block, tile, element, row, column) for this lane's fours of a gradient of keys or
+  // values of f32: that element of the tiles tile.. is in the columns column.., see f32::Columns.
+  template <int kTiles, typename F>
+  static __device__ __forceinline__ void visit_groups(F f) {
+    const int first_key = 4 * f32::Columns<ScoreLayout>::chunk(lane_id() / 4);
+    const int first_column = 4 * (lane_id() % 4);
+#pragma unroll
+    for (int i = 0; i < kKeyBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row =
+            32 * (i / 2 * Config::kKeyWarps + key_warp()) + first_key + 2 * (i % 2) + e / 2;
+#pragma unroll
+        for (int j = 0; j < kTiles; j += 4) {
+          f(i, j, e, row,
+            32 * (j / 4 * Config::kKeyColumnWarps + column_warp()) + first_column + 16 * (e % 2));
+        }
+      }
+    }
   }
 
   // Calls f(block, tile, half, row, chunk) for this lane's pairs of a gradient of keys or values.

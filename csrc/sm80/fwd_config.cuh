@@ -44,10 +44,31 @@ inline constexpr FwdTiles kFwdTiles<192, 192>{1, 64, 4, 1, 0, 2};
 template <>
 inline constexpr FwdTiles kFwdTiles<256, 256>{1, 64, 4, 1, 2, 2};
 
+// For f32: what 99 KB of shared memory and the registers hold. Not measured against others.
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+inline constexpr FwdTiles kFwdF32Tiles{};
+template <>
+inline constexpr FwdTiles kFwdF32Tiles<ElementType::kF32, 64, 64>{2, 32, 4, 2, 0, 2};
+template <>
+inline constexpr FwdTiles kFwdF32Tiles<ElementType::kTf32, 64, 64>{2, 64, 4, 2, 0, 2};
+template <ElementType kType>
+inline constexpr FwdTiles kFwdF32Tiles<kType, 128, 128>{2, 32, 4, 1, 0, 2};
+template <ElementType kType>
+inline constexpr FwdTiles kFwdF32Tiles<kType, 256, 256>{1, 16, 4, 1, 0, 2};
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+constexpr FwdTiles fwd_tiles() {
+  if constexpr (element_bytes(kType) == 4) {
+    return kFwdF32Tiles<kType, kHeadDim, kHeadDimV>;
+  } else {
+    return kFwdTiles<kHeadDim, kHeadDimV>;
+  }
+}
+
 // For rows that do not start at 16 bytes: few keys at a time, because the code that copies them
 // takes registers too.
 constexpr FwdTiles narrow_tiles(FwdTiles tiles) {
-  tiles.keys = 32;
+  tiles.keys = tiles.keys < 32 ? tiles.keys : 32;
   return tiles;
 }
 
@@ -57,8 +78,11 @@ template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, F
           bool kIntervalsArg = false>
 struct FwdConfig {
   using Element = typename ElementOf<kType>::Type;
-  static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
-  static constexpr int kHeadDimV = kHeadDimVArg;
+  static constexpr bool kF32 = element_bytes(kType) == 4;
+  static constexpr int kProducts = kType == ElementType::kF32 ? 3 : 1;  // of tf32, for one of f32
+  static constexpr int kUnits = element_bytes(kType) / 2;  // of 16 bits, in which rows are copied
+  static constexpr int kHeadDim = kUnits * kHeadDimArg;    // widths after padding, in such units
+  static constexpr int kHeadDimV = kUnits * kHeadDimVArg;
   static constexpr bool kWide = kWideArg;
   static constexpr bool kIntervals = kIntervalsArg;
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;

@@ -11,6 +11,7 @@
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
+#include "sm80/f32_products.cuh"
 #include "sm80/fwd_config.cuh"
 #include "sm80/interval_scores.cuh"
 #include "tile/copy.cuh"
@@ -32,7 +33,7 @@ struct FwdWarp {
   static constexpr int kBlocks = Config::kBlocks;
   static constexpr int kKeySteps = Config::kHeadDim / 16;
   static constexpr int kScoreTiles = Config::kKeys / 8;
-  static constexpr int kOutTiles = Config::kHeadDimV / 8;
+  static constexpr int kOutTiles = Config::kHeadDimV / Config::kUnits / 8;
 
   float out[kBlocks][kOutTiles][4];
   OnlineSoftmax<kBlocks> softmax;
@@ -82,26 +83,31 @@ struct FwdWarp {
                                                 uint32_t key_tile) const {
     using Layout = typename Config::KeyLayout;
     const uint32_t address = b_operand_address<Layout>(key_tile, 0);
+    if constexpr (Config::kF32) {
+      f32::multiply_rows<Config::kProducts, typename Config::QueryLayout, Layout, kKeySteps>(
+          scores, query_address, address);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
+      for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+        for (int j = 0; j < kScoreTiles; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[i][j][e] = 0.0f;
+          for (int e = 0; e < 4; ++e) scores[i][j][e] = 0.0f;
+        }
       }
-    }
 #pragma unroll
-    for (int step = 0; step < kKeySteps; ++step) {
-      uint32_t a[kBlocks][4];
-      query_operand(a, step);
+      for (int step = 0; step < kKeySteps; ++step) {
+        uint32_t a[kBlocks][4];
+        query_operand(a, step);
 #pragma unroll
-      for (int j = 0; j < kScoreTiles / 2; ++j) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, Layout::advance(address, 2 * step) + j * 16 * Layout::kPitch);
+        for (int j = 0; j < kScoreTiles / 2; ++j) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, Layout::advance(address, 2 * step) + j * 16 * Layout::kPitch);
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          ptx::mma_m16n8k16<Element>(scores[i][2 * j], a[i], b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(scores[i][2 * j + 1], a[i], b[2], b[3]);
+          for (int i = 0; i < kBlocks; ++i) {
+            ptx::mma_m16n8k16<Element>(scores[i][2 * j], a[i], b[0], b[1]);
+            ptx::mma_m16n8k16<Element>(scores[i][2 * j + 1], a[i], b[2], b[3]);
+          }
         }
       }
     }
@@ -111,22 +117,26 @@ struct FwdWarp {
   __device__ __forceinline__ void multiply_values(const float (&scores)[kBlocks][kScoreTiles][4],
                                                   uint32_t value_tile) {
     using Layout = typename Config::ValueLayout;
-    const uint32_t address = b_operand_trans_address<Layout>(value_tile, 0);
+    if constexpr (Config::kF32) {
+      f32::add_weighted<Config::kProducts, Layout>(out, scores, value_tile);
+    } else {
+      const uint32_t address = b_operand_trans_address<Layout>(value_tile, 0);
 #pragma unroll
-    for (int step = 0; step < kScoreTiles / 2; ++step) {
-      uint32_t a[kBlocks][4];
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        pack_a_operand<Element>(a[i], scores[i][2 * step], scores[i][2 * step + 1]);
-      }
-#pragma unroll
-      for (int j = 0; j < kOutTiles / 2; ++j) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, Layout::advance(address, 2 * j) + step * 16 * Layout::kPitch);
+      for (int step = 0; step < kScoreTiles / 2; ++step) {
+        uint32_t a[kBlocks][4];
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-          ptx::mma_m16n8k16<Element>(out[i][2 * j], a[i], b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(out[i][2 * j + 1], a[i], b[2], b[3]);
+          pack_a_operand<Element>(a[i], scores[i][2 * step], scores[i][2 * step + 1]);
+        }
+#pragma unroll
+        for (int j = 0; j < kOutTiles / 2; ++j) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4_trans(b, Layout::advance(address, 2 * j) + step * 16 * Layout::kPitch);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+            ptx::mma_m16n8k16<Element>(out[i][2 * j], a[i], b[0], b[1]);
+            ptx::mma_m16n8k16<Element>(out[i][2 * j + 1], a[i], b[2], b[3]);
+          }
         }
       }
     }
@@ -273,11 +283,15 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
         *lse_row(params, state.at, warp_row + row) =
             dead ? kMinusInfinity : warp.softmax.lse(i, h, softmax_scale<Config>(params));
       }
+      if constexpr (Config::kF32) {
+        f32::store_row<Layout>(out_tile, row, warp.out[i], h, inverse);
+      } else {
 #pragma unroll
-      for (int j = 0; j < FwdWarp<Config>::kOutTiles; ++j) {
-        ptx::st_shared(out_tile + Layout::offset(row, j) + column_bytes,
-                       ptx::cvt_rn_x2<typename Config::Element>(
-                           warp.out[i][j][2 * h] * inverse, warp.out[i][j][2 * h + 1] * inverse));
+        for (int j = 0; j < FwdWarp<Config>::kOutTiles; ++j) {
+          ptx::st_shared(out_tile + Layout::offset(row, j) + column_bytes,
+                         ptx::cvt_rn_x2<typename Config::Element>(
+                             warp.out[i][j][2 * h] * inverse, warp.out[i][j][2 * h + 1] * inverse));
+        }
       }
     }
   }
@@ -401,6 +415,14 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     } else {
       ptx::cp_async_wait_group<(kStages == 1 ? 0 : kStages - 2)>();
     }
+    if constexpr (Config::kF32) {
+      if (first) f32::round_tile<Config, Config::kRows, Config::kHeadDim>(query_tile);
+      f32::round_tile<Config, Config::kKeys, Config::kHeadDim>(stage_of(key));
+      if constexpr (kStages > 1) {
+        f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) +
+                                                                  Config::kKeyBytes);
+      }
+    }
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile before the copies that now overwrite it.
     __syncthreads();
@@ -425,6 +447,10 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     if (active) warp.multiply_keys(scores, stage_of(key));
     if constexpr (kStages == 1) {
       ptx::cp_async_wait_group<0>();
+      if constexpr (Config::kF32) {
+        f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(stage_of(key) +
+                                                                  Config::kKeyBytes);
+      }
       __syncthreads();  // the same for the values, and for the keys that are overwritten now
       const int ahead = key + Config::kKeys;
       if (ahead < state.end_key) {

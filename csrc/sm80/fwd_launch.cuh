@@ -8,6 +8,7 @@
 #include "host/launch.h"
 #include "sm80/fwd.h"
 #include "sm80/fwd_kernel.cuh"
+#include "sm80/units.h"
 
 namespace jax_flash::sm80 {
 
@@ -27,6 +28,7 @@ inline int64_t section_heads(const MhaFwdParams& params, int l2_bytes) {
 template <typename Config>
 cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   const auto kernel = mha_fwd_kernel<Config>;
+  if constexpr (Config::kF32) count_16_bits(&params);
   const int64_t row_blocks = (params.query_length + int64_t{Config::kRows} - 1) / Config::kRows;
   const int64_t section = section_heads(params, device.l2_bytes);
   const int64_t sections = (int64_t{params.batch} * params.heads + section - 1) / section;
@@ -53,7 +55,7 @@ inline bool rows_aligned_16(const MhaFwdParams& params) {
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+  constexpr FwdTiles kTiles = fwd_tiles<kType, kHeadDim, kHeadDimV>();
   using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
   using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles)>;
   return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
@@ -63,7 +65,7 @@ cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
-  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+  constexpr FwdTiles kTiles = fwd_tiles<kType, kHeadDim, kHeadDimV>();
   using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles, true>;
   using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles), true>;
   return rows_aligned_16(params) ? launch<Wide>(params, device, stream)

@@ -56,6 +56,22 @@ class TileCopy {
     }
   }
 
+  // Applies f to each 32-bit word that this thread copied to a tile, once its copies are done.
+  template <typename F>
+  static __device__ __forceinline__ void transform(uint32_t tile, F f) {
+    if (kRows < kRowsPerPass && row0() >= kRows) return;
+#pragma unroll 4
+    for (int pass = 0; pass < kRows; pass += kRowsPerPass) {
+#pragma unroll
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kLanes) {
+        const uint32_t address = tile + Layout::offset(row0() + pass, chunk0() + chunk);
+        const uint4 data = ptx::ld_shared_v4(address);
+        const uint32_t words[4] = {f(data.x), f(data.y), f(data.z), f(data.w)};
+        ptx::st_shared_v4(address, words);
+      }
+    }
+  }
+
  private:
   static __device__ __forceinline__ int row0() { return threadIdx.x / kLanes; }
   static __device__ __forceinline__ int chunk0() { return threadIdx.x % kLanes; }

@@ -18,5 +18,13 @@ template <>
 struct ElementOf<ElementType::kF16> {
   using Type = __half;
 };
+template <>
+struct ElementOf<ElementType::kF32> {
+  using Type = float;
+};
+template <>
+struct ElementOf<ElementType::kTf32> {
+  using Type = float;
+};
 
 }  // namespace jax_flash

@@ -87,14 +87,22 @@ def cuda_supports(call: Call) -> str | None:
     extension = registry.extension()
     if extension.missing is not None:
         return extension.missing
-    if str(call.dtype) not in plan.DTYPES:
-        return f"query of dtype {call.dtype}: the kernels take bfloat16 and float16"
+    is_f32 = str(call.dtype) == "float32"
+    if is_f32 and not extension.f32_kernels:
+        return (
+            f"query of dtype float32 is off unless JAX_FLASH_F32_KERNELS=1: {UNTRIED}"
+        )
+    if plan.kernel_type(call.dtype, None) is None:
+        return (
+            f"query of dtype {call.dtype}: the kernels take bfloat16, float16 and "
+            "float32"
+        )
     for name, text in options_of(call).items():
         if not plan.supported(name):
             return f"{text} is not supported by the kernels yet"
         if plan.OPTIONS[name].switched and not extension.option_kernels:
             return f"{text} is off unless JAX_FLASH_OPTION_KERNELS=1: {UNTRIED}"
-    if call.precision is not None:
+    if call.precision is not None and not is_f32:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
         return (
@@ -103,7 +111,12 @@ def cuda_supports(call: Call) -> str | None:
         )
     op = plan.operation("mha_fwd", options_of(call))
     return plan.missing_kernel(
-        op, call.dtype, call.head_dim, call.value_dim, extension.kernels
+        op,
+        call.dtype,
+        call.head_dim,
+        call.value_dim,
+        extension.kernels,
+        call.precision,
     )
 
 
@@ -139,7 +152,9 @@ def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
     extension = registry.extension()
     widths = call.head_dim, call.value_dim
     op = plan.operation("mha_bwd", options_of(call))
-    missing = plan.missing_kernel(op, call.dtype, *widths, extension.kernels)
+    missing = plan.missing_kernel(
+        op, call.dtype, *widths, extension.kernels, call.precision
+    )
     if missing is not None:
         return f"jnp: no kernel for {missing}"
     # Output and cotangents are never shared along a batch dimension.
@@ -159,6 +174,7 @@ def _kernels_named(op: str, call: Call, batch_dims: int) -> str:
             call.head_dim,
             call.value_dim,
             capability,
+            precision=call.precision,
             batch_dims=batch_dims,
             force_sm80=registry.extension().force_sm80,
         )

@@ -74,7 +74,7 @@ class AttentionConfig:
       dropout_rate: share of the probabilities that are dropped, see `dropout`.
       max_seqlen_q: bound of the queries of a packed sequence, None = all of T.
       max_seqlen_k: bound of its keys, None = all of S.
-      precision: None or "highest".
+      precision: None, "highest" or "tf32".
       deterministic: whether gradients must be bitwise reproducible. The kernels sum in
         a fixed order then; the jnp path always does, as far as XLA's operations do.
       present: the operands there are, in the order of `OPERANDS`.

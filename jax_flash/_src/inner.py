@@ -102,7 +102,7 @@ def _runs_kernel(
         )
     else:
         built = registry.extension().kernels
-        missing = plan.missing_kernel(op, query.dtype, *widths, built)
+        missing = plan.missing_kernel(op, query.dtype, *widths, built, config.precision)
         reason = None if missing is None else f"has no {op} kernel for {missing}"
     if reason is not None and "xla" not in config.implementations:
         raise NotImplementedError(f"implementation='cuda' {reason}")
@@ -171,6 +171,7 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
         "has_intervals": has_intervals,
         "has_slopes": "alibi_slopes" in config.present,
         "softcap": np.float32(0 if config.softcap is None else config.softcap),
+        "tf32": config.precision == "tf32",
         "packed_heads": np.int64(heads),
         "packed_kv_heads": np.int64(kv_heads),
         "query_order": query_order,

@@ -67,8 +67,25 @@ HEAD_DIMS = {
 Families and widths are in the order in which they are tried.
 """
 
+F32_HEAD_DIMS = {
+    "mha_fwd": ((64, 64), (128, 128), (256, 256)),
+    "mha_bwd": ((64, 64), (128, 128)),
+}
+"""The same of kernels for float32, all of the family "sm80".
+
+There are two of each: "f32", as precise as float32, and "tf32", whose products have
+factors rounded to TF32.
+"""
+
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
-"""NumPy name of a dtype the kernels take -> its name in the kernel table."""
+"""NumPy name of a dtype of 16 bits -> its name in the kernel table."""
+
+
+def kernel_type(dtype: Any, precision: str | None) -> str | None:
+    """What the kernel table calls operands of a dtype; None if no kernel takes it."""
+    if str(dtype) == "float32":
+        return "tf32" if precision == "tf32" else "f32"
+    return DTYPES.get(str(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +177,11 @@ KERNELS = tuple(
     for family, widths in families.items()
     for dtype in DTYPES.values()
     for head_dim, head_dim_v in widths
+) + tuple(
+    Kernel(op, "sm80", dtype, head_dim, head_dim_v)
+    for op, widths in F32_HEAD_DIMS.items()
+    for dtype in ("f32", "tf32")
+    for head_dim, head_dim_v in widths
 )
 
 # Compute capabilities that choose differently; 80 stands for all but 90.
@@ -195,6 +217,7 @@ def choose(
     head_dim_v: int,
     capability: int,
     *,
+    precision: str | None = None,
     batch_dims: int = 1,
     force_sm80: bool = False,
 ) -> Kernel | None:
@@ -206,6 +229,7 @@ def choose(
       head_dim: width of query and key.
       head_dim_v: width of value.
       capability: compute capability of the device, 90 for 9.0.
+      precision: of the products, as `mha` takes it.
       batch_dims: batch dimensions that stay apart, see `merged_batch_dims`.
       force_sm80: leave the family "sm90" out.
     """
@@ -215,7 +239,7 @@ def choose(
         "sm90": capability == HOPPER and not force_sm80 and readable,
         "sm80": capability >= 80,
     }
-    name = DTYPES.get(str(dtype))
+    name = kernel_type(dtype, precision)
     for kernel in KERNELS:
         fits = kernel.head_dim >= head_dim and kernel.head_dim_v >= head_dim_v
         if kernel.op == op and runs[kernel.family] and kernel.dtype == name and fits:
@@ -233,16 +257,23 @@ def missing_kernel(
     head_dim: int,
     head_dim_v: int,
     built: Collection[Kernel],
+    precision: str | None = None,
 ) -> str | None:
     """Why the kernels in `built` leave calls of these widths without one on some GPU.
 
     None if they do not: every other property of a call has "sm80" to fall back on.
     """
+    if str(dtype) == "float32" and op not in F32_HEAD_DIMS:
+        return f"query of dtype float32: {op} has kernels of bfloat16 and float16"
     widths = f"H={head_dim} and Hv={head_dim_v} of query and value"
     for capability in (HOPPER, OTHER):
-        kernel = choose(op, dtype, head_dim, head_dim_v, capability)
+        kernel = choose(
+            op, dtype, head_dim, head_dim_v, capability, precision=precision
+        )
         if kernel is None:
-            return f"{widths}: the kernels take widths of at most 256"
+            name = kernel_type(dtype, precision)
+            limit = max(k.head_dim for k in KERNELS if (k.op, k.dtype) == (op, name))
+            return f"{widths}: the kernels take widths of at most {limit}"
         if kernel not in built:
             return f"{widths}: {kernel} is not among the kernels that were built"
     return None

@@ -37,6 +37,7 @@ class Extension:
       quantised_kernels: whether decoding may use those for 8-bit caches.
       option_kernels: whether attention may use what no GPU has run yet: the kernels for
         options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
+      f32_kernels: whether attention of float32 may use kernels, not run by any GPU yet.
       missing: why there is no extension, None if there is one.
     """
 
@@ -45,6 +46,7 @@ class Extension:
     force_sm80: bool = False
     quantised_kernels: bool = True
     option_kernels: bool = False
+    f32_kernels: bool = False
     missing: str | None = None
 
 
@@ -70,6 +72,7 @@ def _load() -> Extension:
         kernels.force_sm80(),
         quantised_kernels=quantised,
         option_kernels=options,
+        f32_kernels=os.environ.get("JAX_FLASH_F32_KERNELS") == "1",
     )
 
 
@@ -87,10 +90,12 @@ def assume_kernels(
     *,
     force_sm80: bool = False,
     option_kernels: bool = False,
+    f32_kernels: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
-    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does.
+    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does,
+    `f32_kernels` those of JAX_FLASH_F32_KERNELS=1.
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
@@ -98,6 +103,7 @@ def assume_kernels(
         tuple(kernels),
         force_sm80=force_sm80,
         option_kernels=option_kernels,
+        f32_kernels=f32_kernels,
     )
     _assumed.append(assumed)
     try:

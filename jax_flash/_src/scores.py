@@ -32,12 +32,16 @@ def matmul(config: AttentionConfig, a: jax.Array, b: jax.Array) -> jax.Array:
     """Product of a [..., M, L] and b [..., L, C] in the accumulator dtype.
 
     A 16-bit factor is exact in every format a DEFAULT float32 product may use, so
-    only wide inputs and precision="highest" need the slow one.
+    only wide inputs and precision="highest" need the slow one. HIGH is TF32 on GPUs,
+    and more than that elsewhere.
     """
     wide = min(a.dtype.itemsize, b.dtype.itemsize) > 2 or config.precision == "highest"
     double = jnp.float64 in (a.dtype, b.dtype)
     dtype = jnp.float64 if double else jnp.float32
-    precision = lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
+    precision = lax.Precision.DEFAULT
+    if wide:
+        tf32 = config.precision == "tf32"
+        precision = lax.Precision.HIGH if tf32 else lax.Precision.HIGHEST
     return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision)
 
 

@@ -20,8 +20,8 @@ from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, QKV, TRAILING
 
 ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = (None, "highest")
-NAMED_PRECISIONS = ("tf32", "bf16", "f16")
+PRECISIONS = (None, "highest", "tf32")
+NAMED_PRECISIONS = ("bf16", "f16")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 LARGEST_WINDOW = 1 << 30
 """A window side this large is unbounded; smaller ones cannot overflow int32 rows."""

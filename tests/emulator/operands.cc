@@ -5,11 +5,12 @@
 namespace jax_flash {
 namespace {
 
-// [batch, length, heads, width], row-major, from a view of it.
+// [batch, length, heads, width], row-major, from a view of it; T is as wide as its elements.
+template <typename T>
 void copy(const MhaParams& params, const TensorView& view, int length, int heads, int width,
           ffi::AnyBuffer result) {
-  const auto* const from = static_cast<const uint16_t*>(view.data);
-  auto* to = static_cast<uint16_t*>(result.untyped_data());
+  const auto* const from = static_cast<const T*>(view.data);
+  auto* to = static_cast<T*>(result.untyped_data());
   for (int batch = 0; batch < params.batch; ++batch) {
     int64_t offset = 0;
     for (int dim = params.batch_dims - 1, left = batch; dim >= 0; --dim) {
@@ -31,25 +32,29 @@ ffi::Error read(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
                 ffi::Result<ffi::AnyBuffer> key_read, ffi::Result<ffi::AnyBuffer> value_read,
                 ffi::Result<ffi::AnyBuffer> facts, float scale, int64_t window_left,
                 int64_t window_right, bool bottom_right, bool has_query_lengths,
-                bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
+                bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap, bool tf32,
                 int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
                 Dims value_order) {
   MhaParams params{};
   MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, has_intervals, has_slopes, softcap, packed_heads,
+                        has_kv_lengths, has_intervals, has_slopes, softcap, tf32, packed_heads,
                         packed_kv_heads, query_order, key_order, value_order},
                        &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(mask, 0));
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
-  copy(params, params.query, params.query_length, params.heads, params.head_dim, *query_read);
-  copy(params, params.key, params.key_length, params.kv_heads, params.head_dim, *key_read);
-  copy(params, params.value, params.key_length, params.kv_heads, params.head_dim_v, *value_read);
+  void (*const copy_view)(const MhaParams&, const TensorView&, int, int, int, ffi::AnyBuffer) =
+      element_bytes(operands.type()) == 4 ? copy<uint32_t> : copy<uint16_t>;
+  copy_view(params, params.query, params.query_length, params.heads, params.head_dim, *query_read);
+  copy_view(params, params.key, params.key_length, params.kv_heads, params.head_dim, *key_read);
+  copy_view(params, params.value, params.key_length, params.kv_heads, params.head_dim_v,
+            *value_read);
   auto* const numbers = static_cast<int32_t*>(facts->untyped_data());
   numbers[0] = params.batch_dims;
   numbers[1] = params.query.alignment;
   numbers[2] = params.key.alignment;
   numbers[3] = params.value.alignment;
+  numbers[4] = static_cast<int32_t>(operands.type());
   return ffi::Error::Success();
 }
 

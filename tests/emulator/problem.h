@@ -46,24 +46,27 @@ struct Arguments {
   int32_t deterministic;
   int32_t multiprocessors;
   int32_t parts;  // for which the workspace has room
+  int32_t tf32_products;  // of one of f32: 3 or 1; 0 where operands have 16 bits
   float scale;
   float softcap;
 };
 
-inline TensorView view(const void* data, int64_t batch_stride, int heads, int width) {
+inline TensorView view(const void* data, int64_t batch_stride, int heads, int width, bool f32) {
   TensorView result{};
   result.data = data;
   result.batch_strides[0] = batch_stride;
   result.row_stride = int64_t{heads} * width;
   result.head_stride = width;
-  result.alignment = width % 8 == 0 ? 16 : width % 2 == 0 ? 4 : 2;
+  const int bytes = width * (f32 ? 4 : 2);
+  result.alignment = bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : 2;
   return result;
 }
 
 inline void describe(const Arguments& from, MhaParams& to) {
-  to.query = view(from.query, from.batch_strides[0], from.heads, from.head_dim);
-  to.key = view(from.key, from.batch_strides[1], from.kv_heads, from.head_dim);
-  to.value = view(from.value, from.batch_strides[2], from.kv_heads, from.head_dim_v);
+  const bool f32 = from.tf32_products != 0;
+  to.query = view(from.query, from.batch_strides[0], from.heads, from.head_dim, f32);
+  to.key = view(from.key, from.batch_strides[1], from.kv_heads, from.head_dim, f32);
+  to.value = view(from.value, from.batch_strides[2], from.kv_heads, from.head_dim_v, f32);
   to.query_lengths = {from.query_lengths, {1}};
   to.key_lengths = {from.key_lengths, {1}};
   to.batch_dims = 1;

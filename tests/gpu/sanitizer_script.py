@@ -71,6 +71,7 @@ def forward_calls() -> Iterator[Call]:
         yield (query, key, value), {}
         # More blocks than thread blocks.
         yield arrays(dtype, (9, 140, 16), (150, 4), *widths), {"is_causal": True}
+    yield from float32_calls("mha_fwd")
 
 
 def backward_calls() -> Iterator[Call]:
@@ -88,6 +89,15 @@ def backward_calls() -> Iterator[Call]:
         for deterministic in (False, True):
             yield problem, {"deterministic": deterministic}
             yield problem, {"is_causal": True, "deterministic": deterministic}
+    yield from float32_calls("mha_bwd")
+
+
+def float32_calls(op: str) -> Iterator[Call]:
+    """Arrays and options, for both precisions; rows that start anywhere, too."""
+    for widths in (*plan.F32_HEAD_DIMS[op], (33, 17)):
+        problem = arrays(jax.numpy.float32, (2, 150, 4), (170, 2), *widths)
+        for precision in (None, "tf32"):
+            yield problem, {"is_causal": True, "precision": precision}
 
 
 def interval_calls(op: str) -> Iterator[Call]:

@@ -43,6 +43,7 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
     # Programs of many kernels become CUDA graphs, in which the tool crashes.
     flags = os.environ.get("XLA_FLAGS", "")
     environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+    environment["JAX_FLASH_F32_KERNELS"] = "1"
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:

@@ -12,6 +12,13 @@ namespace jax_flash::ptx {
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
 inline float rcp_approx_ftz(float x) { return 1.0f / x; }
 
+inline float round_tf32(float x) {
+  if (!std::isfinite(x)) return x;
+  const auto bits = static_cast<uint32_t>(emulator::bits_of(x));
+  const uint32_t to_even = 0xfff + (bits >> 13 & 1);
+  return emulator::bit_cast<float>((bits + to_even) & 0xffffe000u);
+}
+
 template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {
   return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);

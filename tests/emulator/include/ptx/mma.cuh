@@ -1,6 +1,7 @@
 // csrc/ptx/mma.cuh for the emulator.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "emulator.h"
@@ -80,6 +81,24 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
       d[i] += emulator::bit_cast<float>(left >> shift & 0xffffffff) *
               emulator::bit_cast<float>(right >> shift & 0xffffffff);
     }
+  }
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint64_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  auto& all = emulator::exchange(words, 6);
+  const int lane = emulator::lane();
+  const auto tf32 = [](uint64_t word) { return emulator::bit_cast<float>(word & 0xffffe000u); };
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k) {
+      sum += double{tf32(all[lane / 4 * 4 + k % 4][k / 4 * 2 + i / 2])} *
+             tf32(all[column * 4 + k % 4][4 + k / 4]);
+    }
+    // Truncated, as tensor cores do.
+    d[i] = static_cast<float>(sum);
+    if (std::fabs(double{d[i]}) > std::fabs(sum)) d[i] = std::nextafter(d[i], 0.0f);
   }
 }
 

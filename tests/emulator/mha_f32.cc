@@ -1,0 +1,50 @@
+// The kernels of f32 on the CPU.
+#include <cuda_runtime.h>
+
+#include "problem.h"
+#include "sm80/bwd_launch.cuh"
+#include "sm80/fwd_launch.cuh"
+
+// What `extern __shared__ unsigned char shared[]` of the kernels means here.
+namespace jax_flash::sm80 {
+alignas(1024) unsigned char shared[227 * 1024];
+}  // namespace jax_flash::sm80
+unsigned char* emulated_shared_memory = jax_flash::sm80::shared;
+
+namespace {
+
+using namespace jax_flash;
+
+// The code of width 128 is that of 64 with other numbers.
+template <ElementType kType>
+cudaError_t launch_forward(const MhaFwdParams& params, const DeviceInfo& device) {
+  return std::max(params.head_dim, params.head_dim_v) <= 64
+             ? sm80::launch_mha_fwd<kType, 64, 64>(params, device, nullptr)
+             : sm80::launch_mha_fwd<kType, 256, 256>(params, device, nullptr);
+}
+
+template <ElementType kType>
+cudaError_t launch_backward(const Arguments& arguments, const DeviceInfo& device) {
+  return std::max(arguments.head_dim, arguments.head_dim_v) <= 64
+             ? sm80::launch_mha_bwd<kType, 64, 64>(backward_params(arguments, 64), device, nullptr)
+             : sm80::launch_mha_bwd<kType, 128, 128>(backward_params(arguments, 128), device,
+                                                     nullptr);
+}
+
+}  // namespace
+
+extern "C" int mha_fwd_f32(const jax_flash::Arguments* arguments) {
+  MhaFwdParams params{};
+  describe(*arguments, params);
+  params.out = arguments->out;
+  params.lse = arguments->lse;
+  const DeviceInfo device{80, 40 << 20, arguments->multiprocessors};
+  return arguments->tf32_products == 3 ? launch_forward<ElementType::kF32>(params, device)
+                                       : launch_forward<ElementType::kTf32>(params, device);
+}
+
+extern "C" int mha_bwd_f32(const jax_flash::Arguments* arguments) {
+  const DeviceInfo device{80, 40 << 20, arguments->multiprocessors};
+  return arguments->tf32_products == 3 ? launch_backward<ElementType::kF32>(*arguments, device)
+                                       : launch_backward<ElementType::kTf32>(*arguments, device);
+}

@@ -1,0 +1,109 @@
+"""The kernels of float32, as in emulator_test.py."""
+
+import ctypes
+import itertools
+import shutil
+
+import emulator_test
+import numpy as np
+import oracle
+import pytest
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+TOLERANCES = {3: 2e-6, 1: 3e-3}
+"""Products of TF32 for one of float32 -> relative errors of results."""
+
+
+def ways(widths: list[tuple[int, int]]) -> list[tuple]:
+    """Each case with one of the widths, and some with one product."""
+    cases = list(zip(emulator_test.CASES, itertools.cycle(widths)))
+    return [(*case, 3) for case in cases] + [(*case, 1) for case in cases[1::2]]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulator_test.build("mha_f32", tmp_path_factory.mktemp("f32"))
+
+
+WIDTHS = [(64, 64), (256, 256), (33, 17), (40, 56), (136, 200), (65, 130)]
+"""Of queries and of values; rows of odd ones do not start at 16 bytes."""
+
+
+def forward(
+    library: ctypes.CDLL,
+    arrays: dict[str, np.ndarray],
+    given: dict,
+    products: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    batch, rows, heads, _ = arrays["query"].shape
+    width = arrays["value"].shape[-1]
+    out = emulator_test.aligned((batch, rows, heads, width), np.float32)
+    lse = emulator_test.aligned((batch, heads, rows), np.float32)
+    emulator_test.call(
+        library.mha_fwd_f32,
+        given,
+        arrays,
+        {"out": out, "lse": lse},
+        multiprocessors=1,
+        tf32_products=products,
+    )
+    return out, lse
+
+
+@pytest.mark.parametrize(("case", "widths", "products"), ways(WIDTHS))
+def test_forward(
+    library: ctypes.CDLL, case: str, widths: tuple[int, int], products: int
+) -> None:
+    shape, given = emulator_test.CASES[case]
+    arrays = emulator_test.problem(shape, *widths, "float32")
+    expected = oracle.attention(*arrays.values(), **given)
+    emulator_test.spoil_keys(arrays, given)
+    out, lse = forward(library, arrays, given, products)
+    dead = np.isneginf(expected.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    tolerance = TOLERANCES[products]
+    for x, exact in ((out, expected.out), (np.where(dead, 0, lse), expected.lse)):
+        exact = np.where(np.isneginf(exact), 0, exact)
+        assert np.abs(x - exact).max() <= tolerance * max(1, np.abs(exact).max())
+    assert (np.moveaxis(out, 1, 2)[dead] == 0).all()
+
+
+@pytest.mark.parametrize("products", TOLERANCES)
+def test_nan_and_huge_numbers_reach_the_output(
+    library: ctypes.CDLL, products: int
+) -> None:
+    """Rounding must not turn the NaN that GPUs compute into a number."""
+    arrays = emulator_test.problem((1, 40, 40, 1, 1), 64, 64, "float32")
+    arrays["query"][0, 3, 0, 5] = np.uint32(0x7FFFFFFF).view(np.float32)
+    arrays["value"][0, :, 0, 9] = 1e33
+    out, lse = forward(library, arrays, {}, products)
+    assert np.isnan(out[0, 3]).all()
+    assert np.isnan(lse[0, 0, 3])
+    others = np.delete(out[0, :, 0], 3, axis=0)
+    np.testing.assert_allclose(others[:, 9], 1e33, rtol=1e-3)
+    assert np.isfinite(others).all()
+
+
+BACKWARD_WIDTHS = [(64, 64), (128, 128), (33, 17), (40, 56), (72, 127)]
+
+
+@pytest.mark.parametrize(("case", "widths", "products"), ways(BACKWARD_WIDTHS))
+def test_backward(
+    library: ctypes.CDLL, case: str, widths: tuple[int, int], products: int
+) -> None:
+    results, expected = emulator_test.run_backward(
+        library.mha_bwd_f32,
+        widths,
+        case,
+        list(emulator_test.CASES).index(case),
+        "float32",
+        64 if max(widths) <= 64 else 128,
+        tf32_products=products,
+    )
+    for name, exact in expected.items():
+        result = results[f"d{name}"].astype(np.float64)
+        assert np.isfinite(result).all(), name
+        error = np.linalg.norm(result - exact)
+        assert error <= TOLERANCES[products] * np.linalg.norm(exact) + 1e-6, name

@@ -1,0 +1,129 @@
+"""Calls of float32: which kernels are chosen for them, and what they are told."""
+
+import importlib.util
+import re
+import sys
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import call_of, cuda_text, kernel_calls, normal
+
+import jax_flash
+from jax_flash._src import registry
+
+
+def inputs(dtype: str = "float32") -> list[jax.Array]:
+    shapes = ((2, 64, 4, 16), (2, 48, 2, 16), (2, 48, 2, 8))
+    return [normal(*shape).astype(dtype) for shape in shapes]
+
+
+def attend(*arrays: Any, **options: Any) -> Any:
+    return jax_flash.mha(*arrays, **options)
+
+
+@pytest.fixture
+def switched() -> Any:
+    with registry.assume_kernels(f32_kernels=True):
+        yield
+
+
+@pytest.mark.usefixtures("switched")
+@pytest.mark.parametrize("precision", [None, "highest", "tf32"])
+def test_one_custom_call(precision: str | None) -> None:
+    text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs())
+    assert text.count("stablehlo.custom_call") == 1
+    line = call_of(registry.FORWARD_TARGET, text)
+    assert f"tf32 = {str(precision == 'tf32').lower()}" in line
+    types_ = line[line.rindex(" : (") :]
+    assert "-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>)" in types_
+
+
+@pytest.mark.usefixtures("kernels")
+def test_off_unless_asked_for() -> None:
+    assert kernel_calls(attend, *inputs()) == 0
+    message = "query of dtype float32 is off unless JAX_FLASH_F32_KERNELS=1: no GPU"
+    with pytest.raises(NotImplementedError, match=message):
+        attend(*inputs(), implementation="cuda")
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_switch_in_the_environment(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.SimpleNamespace(
+        registrations=dict,
+        kernels=list,
+        build_info=dict,
+        force_sm80=lambda: False,
+        paired_backward=lambda: False,
+    )
+    monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("JAX_FLASH_F32_KERNELS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JAX_FLASH_F32_KERNELS", value)
+    assert registry._load.__wrapped__().f32_kernels == (value == "1")
+
+
+@pytest.mark.usefixtures("switched")
+def test_what_the_kernels_lack() -> None:
+    arrays = inputs()
+    options = {"softcap": 5.0}
+    with registry.assume_kernels(f32_kernels=True, option_kernels=True):
+        assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
+        message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
+        with pytest.raises(NotImplementedError, match=message):
+            attend(*arrays, **options, implementation="cuda")
+    with jax.enable_x64(True):
+        doubles = [x.astype("float64") for x in arrays]
+        with pytest.raises(NotImplementedError, match="query of dtype float64: the"):
+            attend(*doubles, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="precision='tf32': the kernels rou"):
+        attend(*inputs("bfloat16"), precision="tf32", implementation="cuda")
+
+
+@pytest.mark.usefixtures("switched")
+def test_explain() -> None:
+    details = jax_flash.explain(*inputs(), precision="tf32").details["cuda"]
+    assert details == "sm80 64x64; gradients by sm80 64x64"
+    wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
+    details = jax_flash.explain(*wide).details["cuda"]
+    assert details.startswith("sm80 256x256; gradients by jnp: no kernel for H=144")
+
+
+@pytest.mark.usefixtures("switched")
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_gradients(precision: str | None) -> None:
+    def loss(*arrays: Any, **options: Any) -> Any:
+        return attend(*arrays, precision=precision, **options).sum()
+
+    grad = jax.grad(loss, (0, 1, 2))
+    text = cuda_text(grad, *inputs())
+    assert text.count("stablehlo.custom_call") == 2
+    line = call_of(registry.BACKWARD_TARGET, text)
+    assert f"tf32 = {str(precision == 'tf32').lower()}" in line
+    results = line[line.rindex("-> (") :]
+    assert results.startswith(
+        "-> (tensor<2x64x4x16xf32>, tensor<2x48x2x16xf32>, tensor<2x48x2x8xf32>"
+    )
+    wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
+    assert kernel_calls(grad, *wide, target=registry.BACKWARD_TARGET) == 0
+    message = "H=144 and Hv=72 of query and value: the kernels take widths of at most 1"
+    with pytest.raises(NotImplementedError, match=message):
+        cuda_text(
+            jax.grad(lambda *a: loss(*a, implementation="cuda"), (0, 1, 2)), *wide
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [None, "highest", "tf32"])
+def test_products_of_jnp(precision: str | None, dtype: str) -> None:
+    """TF32 on GPUs is what XLA makes of HIGH; 16-bit queries and keys are exact."""
+    text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs(dtype))
+    expected = {None: "HIGHEST", "highest": "HIGHEST", "tf32": "HIGH"}[precision]
+    if dtype == "bfloat16" and precision != "highest":
+        expected = "DEFAULT"
+    assert set(re.findall(r"precision = \[(\w+),", text)) == {expected}

@@ -1,0 +1,174 @@
+"""The kernels of float32 against float64.
+
+Needs JAX_FLASH_F32_KERNELS=1 in the environment: jnp runs otherwise.
+"""
+
+from typing import Any
+
+import chex
+import gpu_helpers
+import gradient_helpers
+import numpy as np
+import oracle
+import pytest
+import specs
+
+from jax_flash._src import registry
+
+if not registry.extension().f32_kernels:
+    pytest.skip("needs JAX_FLASH_F32_KERNELS=1", allow_module_level=True)
+
+TF32_ERROR = 2e-3
+"""Of results with precision "tf32", relative to the largest."""
+
+
+def spec(*sizes: int, **options: Any) -> specs.Spec:
+    return specs.Spec(*sizes, dtype="float32", **options)
+
+
+CASES = (
+    *(spec(1, 300, 400, 2, 1, width) for width in (64, 128, 256)),
+    *(spec(2, 257, 129, 4, 2, *widths) for widths in ((40, 24), (128, 72), (8, 200))),
+    # Rows that do not start at multiples of 16 bytes.
+    *(spec(1, 130, 200, 2, 2, *widths) for widths in ((33, 17), (127, 65), (255, 3))),
+    spec(1, 1, 1, 1, 1, 64),
+    spec(1, 1, 2049, 8, 1, 128),
+    spec(1, 2049, 2049, 2, 2, 64, is_causal=True),
+    spec(1, 1025, 1025, 2, 1, 128, is_causal=True),
+    *(
+        spec(2, 200, 333, 4, 2, width, is_causal=True, causal_alignment=f"{side}_{end}")
+        for width, side, end in ((64, "top", "left"), (256, "bottom", "right"))
+    ),
+    spec(1, 400, 150, 2, 2, 128, is_causal=True),
+    spec(1, 500, 700, 3, 3, 128, window_size=(100, 20)),
+    spec(1, 500, 500, 3, 1, 64, is_causal=True, window_size=(70, None)),
+    *(
+        spec(
+            3,
+            150,
+            177,
+            2,
+            1,
+            width,
+            is_causal=True,
+            query_lengths=(150, 70, 0),
+            key_lengths=(100, 177, 9),
+        )
+        for width in (64, 128, 200)
+    ),
+    spec(2, 70, 80, 1, 1, 64, key_lengths=(0, 80)),
+)
+
+
+@pytest.fixture(scope="module", params=[None, "highest", "tf32"])
+def results(request: pytest.FixtureRequest) -> tuple[str | None, list[Any]]:
+    """All cases by one program for each precision."""
+    problems = [
+        (case.arrays(i), case.options | {"precision": request.param})
+        for i, case in enumerate(CASES)
+    ]
+    return request.param, gpu_helpers.run_kernels(problems)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: str(CASES[i]))
+def test_forward(results: tuple[str | None, list[Any]], number: int) -> None:
+    precision, all_results = results
+    arrays, options = CASES[number].arrays(number), CASES[number].options
+    if precision == "tf32":
+        assert_close_as_tf32(all_results[number], arrays, options)
+    else:
+        gpu_helpers.assert_result(all_results[number], (arrays, options))
+
+
+def assert_close_as_tf32(result: Any, arrays: Any, options: dict[str, Any]) -> None:
+    out, lse = result
+    expected = oracle.attention(*arrays, **options)
+    dead = np.isneginf(expected.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    assert (np.moveaxis(out, 1, 2)[dead] == 0).all()
+    for x, exact in ((out, expected.out), (lse, expected.lse)):
+        exact, x = (np.where(np.isneginf(y), 0, y) for y in (exact, x))
+        error = np.abs(x - exact).max(initial=0)
+        assert error <= TF32_ERROR * max(1, np.abs(exact).max(initial=0))
+
+
+NARROW = [(i, case) for i, case in enumerate(CASES) if max(case.widths) <= 128]
+"""Gradients of wider ones are jnp's."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_gradients(precision: str | None, deterministic: bool) -> None:
+    """Every second problem has a cotangent of lse."""
+    problems = [
+        gradient_helpers.problem_of(case, i, with_lse=i % 2 == 1).poisoned()
+        for i, case in NARROW
+    ]
+    labels = [case for _, case in NARROW]
+    ways = {"precision": precision, "deterministic": deterministic}
+    gradient_helpers.assert_all(labels, problems, **ways)
+
+
+def test_gradients_as_tf32() -> None:
+    problems = [
+        gradient_helpers.problem_of(case, i, with_lse=i % 2 == 1) for i, case in NARROW
+    ]
+    results = gradient_helpers.run_gradients(
+        [problem.poisoned() for problem in problems], precision="tf32"
+    )
+    for (_, case), problem, result in zip(NARROW, problems, results, strict=True):
+        clean = problem.clean()
+        query, key, value = clean.arrays
+        expected = oracle.gradients(
+            query, key, value, clean.dout, clean.dlse, **clean.given
+        )
+        for name, got in zip(gradient_helpers.NAMES, result, strict=True):
+            exact = expected[name]
+            error = np.abs(got - exact).max()
+            largest = np.abs(exact).max()
+            assert error <= 2 * TF32_ERROR * max(1, largest), (case, name)
+
+
+def test_deterministic_gradients_are_bitwise_reproducible() -> None:
+    cases = [spec(1, 700, 900, 4, 2, width, is_causal=True) for width in (64, 128)]
+    problems = [gradient_helpers.problem_of(case) for case in cases]
+    first, *others = (
+        gradient_helpers.run_gradients(problems, deterministic=True) for _ in range(3)
+    )
+    for other in others:
+        chex.assert_trees_all_equal(first, other)
+
+
+def test_precisions_differ_as_they_should() -> None:
+    """Of one problem: "highest" is None, and "tf32" is rounded."""
+    arrays = spec(1, 256, 512, 2, 2, 128).arrays()
+    default, highest, tf32 = (
+        gpu_helpers.run_kernel(*arrays, precision=precision)[0]
+        for precision in (None, "highest", "tf32")
+    )
+    np.testing.assert_array_equal(default, highest)
+    expected = oracle.attention(*arrays).out
+    errors = [np.abs(x - expected).max() for x in (default, tf32)]
+    assert errors[0] < 2e-6
+    assert 1e-5 < errors[1] < TF32_ERROR
+
+
+def test_nan_stays_nan() -> None:
+    query, key, value = spec(1, 64, 96, 1, 1, 64).arrays()
+    query[0, 3, 0, 5] = np.nan
+    for precision in (None, "tf32"):
+        out, _ = gpu_helpers.run_kernel(query, key, value, precision=precision)
+        assert np.isnan(out[0, 3]).all()
+        assert np.isfinite(np.delete(out, 3, axis=1)).all()
+
+
+def test_bitwise_reproducible_and_independent_of_neighbours() -> None:
+    query, key, value = spec(3, 200, 300, 4, 2, 64, is_causal=True).arrays()
+    out, lse = gpu_helpers.run_kernel(query, key, value, is_causal=True)
+    again = gpu_helpers.run_kernel(query, key, value, is_causal=True)
+    alone = gpu_helpers.run_kernel(
+        *(x[1:2] for x in (query, key, value)), is_causal=True
+    )
+    for one, same, single in zip((out, lse), again, alone, strict=True):
+        np.testing.assert_array_equal(one, same)
+        np.testing.assert_array_equal(one[1:2], single)
