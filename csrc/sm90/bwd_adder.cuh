@@ -36,35 +36,37 @@ struct BwdAdder {
     return Config::kDeterministic;
   }
 
-  // Waits until this block may add to a part of a tile; returns whether it is to store instead.
-  // With an order, key blocks add from the last that the tile sees to the first.
-  __device__ __forceinline__ bool wait_for_turn(int32_t* turn, const BwdBlock<Config>& block,
+  // With an order, in which key blocks add from the last that the tile sees to the first: waits
+  // until this block may add to a part of a tile; returns whether it is to store instead.
+  __device__ __forceinline__ bool wait_for_turn(const int32_t* turn, const BwdBlock<Config>& block,
                                                 int tile) const {
-    int before;
-    if (ordered()) {
-      const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
-      constexpr int kKeys = Config::kClusterKeys;
-      before = (keys.end - 1) / kKeys - block.first_key / kKeys;
-      while (ptx::ld_acquire(turn) < before) {
-      }
-    } else {
-      before = ptx::atom_acquire_add(turn, 1);
-      if (before > 0 && before < kStored) {
-        while (ptx::ld_acquire(turn) < kStored) {
-        }
-      }
+    const KeyInterval keys = block.mask.hull(tile * Config::kRows, (tile + 1) * Config::kRows);
+    constexpr int kKeys = Config::kClusterKeys;
+    const int before = (keys.end - 1) / kKeys - block.first_key / kKeys;
+    while (ptx::ld_acquire(turn) < before) {
     }
     ptx::fence_proxy_async_global();
     return before == 0;
   }
 
-  // Without an order: whether a part is there to be added to, asked for while dQ is computed. Most
-  // are, but for those of the first blocks of work of a head.
-  __device__ __forceinline__ bool is_stored(int32_t* turn) const {
+  // Without an order: whether a part is there to be added to. Most are, but for those of the first
+  // blocks of work of a head.
+  __device__ __forceinline__ bool is_stored(const int32_t* turn) const {
     if (!params.first_stores) return true;
     if (ptx::ld_acquire(turn) < kStored) return false;
     ptx::fence_proxy_async_global();
     return true;
+  }
+  // Returns whether this block is the first to add to a part, and is to store; else waits until it
+  // is stored.
+  __device__ __forceinline__ bool comes_first(int32_t* turn) const {
+    const int before = ptx::atom_acquire_add(turn, 1);
+    if (before > 0 && before < kStored) {
+      while (ptx::ld_acquire(turn) < kStored) {
+      }
+    }
+    ptx::fence_proxy_async_global();
+    return before == 0;
   }
 
   // One part of a tile; stores: instead of adding, as only the lane that adds need know.
@@ -101,18 +103,19 @@ struct BwdAdder {
   }
 
   // This warp's parts of a tile, from the one numbered `first` in the sum. tile: its number in the
-  // head. With an order the parts have one turn, that of the first, which is asked for while dQ is
-  // computed: each answer takes as long as the copy of a part.
+  // head. What can be asked is asked while dQ is computed: each answer takes as long as the copy of
+  // a part. With an order the parts have one turn, that of the first.
   __device__ __forceinline__ void add(const BwdBlock<Config>& block, int tile, int64_t first,
                                       int parts) const {
     int32_t* const turns = params.turns + first;
     bool stores = false;
-    if (ordered()) {
-      if (lane_id() == 0) stores = wait_for_turn(turns, block, tile);
+    if constexpr (Config::kDeterministic || Config::kIntervals) {
+      const bool adds_in_turn = ordered() && lane_id() == 0;
+      if (adds_in_turn) stores = wait_for_turn(turns, block, tile);
       __syncwarp();
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) add_part(first + part, stores, [] {});
-      if (lane_id() == 0) {
+      if (adds_in_turn) {
         publish(turns, 1);
         // That there is something in the other parts, for the last kernel.
         for (int part = 1; part < parts; ++part) ptx::red_add(turns + part, 1);
@@ -120,12 +123,10 @@ struct BwdAdder {
     } else {
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
-        bool may_add = false;
-        if (lane_id() == 0) may_add = is_stored(turns + part);
+        bool stored = false;
+        if (lane_id() == 0) stored = is_stored(turns + part);
         __syncwarp();
-        add_part(first + part, stores, [&] {
-          if (!may_add) stores = wait_for_turn(turns + part, block, tile);
-        });
+        add_part(first + part, stores, [&] { stores = !stored && comes_first(turns + part); });
         if (stores) publish(turns + part, kStored);
         stores = false;
       }

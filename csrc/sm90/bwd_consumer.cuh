@@ -203,14 +203,15 @@ struct BwdConsumer {
 
   // Leaves a piece of a product for dQ, in the order of its registers, to the warp that adds it to
   // the sum.
-  __device__ __forceinline__ void hand_over_piece(const float (&d)[kSums], int piece) const {
-    constexpr int kCount = kSums / Config::kSumPieces;
+  static constexpr int kPieceSums = kSums / Config::kSumPieces;
+  __device__ __forceinline__ void hand_over_piece(const float (&d)[kPieceSums]) const {
+    constexpr int kCount = kPieceSums;
     ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
     const uint32_t target =
         tiles + Config::kSumOffset + warpgroup * 512 * kCount + threadIdx.x % 128 * 16;
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
-      const float* const x = d + piece * kCount + 4 * i;
+      const float* const x = d + 4 * i;
       const uint32_t words[4] = {__float_as_uint(x[0]), __float_as_uint(x[1]),
                                  __float_as_uint(x[2]), __float_as_uint(x[3])};
       ptx::st_shared_v4(target + 2048 * i, words);
@@ -220,7 +221,12 @@ struct BwdConsumer {
   }
   __device__ __forceinline__ void hand_over(const float (&d)[kSums]) const {
 #pragma unroll
-    for (int piece = 0; piece < Config::kSumPieces; ++piece) hand_over_piece(d, piece);
+    for (int piece = 0; piece < Config::kSumPieces; ++piece) {
+      float x[kPieceSums];
+#pragma unroll
+      for (int i = 0; i < kPieceSums; ++i) x[i] = d[piece * kPieceSums + i];
+      hand_over_piece(x);
+    }
   }
 
   // Zeroes the rows of queries and output gradients that may hold anything.

@@ -227,7 +227,9 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.
     constexpr int kShort = 768;
-    const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
+    const bool windows = params.window_left != kUnbounded && bwd_tries("rows64");
+    const bool small =
+        params.window_right != kUnbounded && (params.query_length <= kShort || windows);
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
   }
 }

@@ -36,6 +36,12 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
 
   int rank;  // in the cluster
 
+  // Of the first warpgroup: the last piece of dQ that has to be handed over, if there is one.
+  static constexpr bool kLeavesRest = Config::kDoutStages == 1;
+  static_assert(!kLeavesRest || Config::kSumPieces == 2, "one piece at once, one later");
+  float rest[Base::kPieceSums];
+  bool has_rest = false;
+
   __device__ __forceinline__ bool has_part(int tile) const {
     return Config::parts_of(warpgroup, rank, tile) > 0;
   }
@@ -80,11 +86,15 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     ptx::wgmma_commit_group();
   }
 
-  // dV += P^T dO, and dQ of the step before, which is handed over beside it.
+  // dV += P^T dO, and dQ of the step before.
   template <bool kWithQueries>
   __device__ __forceinline__ void add_to_values(Gradient<0>& dvalue,
-                                                const uint32_t (&p)[kScores / 2]) const {
+                                                const uint32_t (&p)[kScores / 2]) {
     wait(shared.dout_full[this->dout_stage()], this->dout_parity());
+    if constexpr (kWithQueries && kLeavesRest) {
+      add_to_values_first(dvalue, p);
+      return;
+    }
     float dquery[kSums];
     if constexpr (kWithQueries) {
       wait_all_scores();
@@ -97,14 +107,39 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     if constexpr (kWithQueries) {
       ptx::wgmma_wait_group<1>();
       give_scores_back(true);
-      this->hand_over_piece(dquery, 0);
+      this->hand_over(dquery);
     }
     ptx::wgmma_wait_group<0>();
     this->release_douts();
-    if constexpr (kWithQueries) {
+  }
+
+  // With one stage of output gradients: dV first, which needs nothing of the other thread block, so
+  // that they are given back before dQ is done. Its last piece follows beside the next scores.
+  __device__ __forceinline__ void add_to_values_first(Gradient<0>& dvalue,
+                                                      const uint32_t (&p)[kScores / 2]) {
+    ptx::wgmma_fence();
+    Base::template issue_gradient<DoutLayout>(dvalue, p, this->dout_tile());
+    wait_all_scores();
+    float dquery[kSums];
+    ptx::wgmma_fence();
+    issue_dquery_of_pair<0>(dquery);
+    ptx::wgmma_wait_group<1>();
+    this->release_douts();
+    ptx::wgmma_wait_group<0>();
+    give_scores_back(true);
+    float piece[Base::kPieceSums];
 #pragma unroll
-      for (int piece = 1; piece < Config::kSumPieces; ++piece) this->hand_over_piece(dquery, piece);
+    for (int i = 0; i < Base::kPieceSums; ++i) {
+      piece[i] = dquery[i];
+      rest[i] = dquery[kSums - Base::kPieceSums + i];
     }
+    this->hand_over_piece(piece);
+    has_rest = true;
+  }
+  // The last piece of dQ of an earlier step, of the first warpgroup.
+  __device__ __forceinline__ void hand_over_rest() {
+    if (kLeavesRest && has_rest) this->hand_over_piece(rest);
+    has_rest = false;
   }
 
   // dK += dS^T Q, and dQ of the step before if there is one: `first` is of the block of work.
@@ -133,7 +168,7 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     const bool with_queries = !first && has_part(tile_before(block, tile));
     uint32_t scores[kScores / 2];
     if constexpr (kRole == 0) {
-      Base::template share_probabilities<kClean>(scores, block, tile);
+      Base::template share_probabilities<kClean>(scores, block, tile, [&] { hand_over_rest(); });
       if (with_queries) {
         add_to_values<true>(gradient, scores);
       } else {
@@ -156,6 +191,7 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
   template <int kRole, bool kWithQueries>
   __device__ __forceinline__ void finish_block() {
     float dquery[kSums];
+    if constexpr (kRole == 0) hand_over_rest();
     if constexpr (kWithQueries) {
       wait_all_scores();
       ptx::wgmma_fence();

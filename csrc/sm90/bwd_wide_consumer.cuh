@@ -102,10 +102,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   }
 
   // P of a tile of queries of one head, in registers and where the other warpgroup finds it.
-  template <bool kClean>
+  // beside(): what is done while the scores are computed.
+  template <bool kClean, typename Beside>
   __device__ __forceinline__ void share_probabilities(uint32_t (&p)[kScores / 2],
-                                                      const BwdBlock<Config>& block,
-                                                      int tile) const {
+                                                      const BwdBlock<Config>& block, int tile,
+                                                      Beside beside) const {
     const int first_row = tile * kRows;
     wait(shared.query_full[this->stage()], this->parity());
     if constexpr (!kClean) {
@@ -118,6 +119,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
+    beside();
     ptx::wgmma_wait_group<0>();
     this->template take_probabilities<kClean>(p, weights, s, early, block, first_row);
     wait_scores_used();
@@ -139,7 +141,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   __device__ __forceinline__ void step_scores(const BwdBlock<Config>& block, Gradient<0>& dvalue,
                                               int tile, bool first) {
     uint32_t p[kScores / 2];
-    share_probabilities<kClean>(p, block, tile);
+    share_probabilities<kClean>(p, block, tile, [] {});
     wait(shared.dout_full[this->dout_stage()], this->dout_parity());
     ptx::wgmma_fence();
     issue_gradient<DoutLayout>(dvalue, p, this->dout_tile());

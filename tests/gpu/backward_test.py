@@ -253,6 +253,8 @@ DETERMINISTIC = (
     specs.Spec(9, 130, 260, 16, 16, 33, is_causal=True),
     specs.Spec(1, 2048, 2048, 6, 2, 256, is_causal=True),
     specs.Spec(2, 1000, 1500, 4, 4, 192, window_size=(300, 10)),
+    specs.Spec(4, 1024, 1024, 16, 16, 64, is_causal=True),  # many rounds of blocks
+    specs.Spec(1, 1024, 1024, 32, 8, 128, is_causal=True),  # parts of groups
 )
 
 
