@@ -32,7 +32,7 @@ import numpy as np
 
 import jax_flash
 from benchmarks.timing import Call, Protocol, Samples, Summary, measure, short
-from jax_flash._src import compat
+from jax_flash._src import compat, decode_plan
 
 ROTATED = 260e6
 """Bytes of caches that are read in turn; several times the L2."""
@@ -165,9 +165,11 @@ SMOKE_CELLS = (
 Attention = Callable[..., jax.Array]
 
 
-def ours(implementation: str, cell: Cell) -> Attention:
-    """`decode_mha` by one implementation."""
+def ours(implementation: str, cell: Cell, short: bool = False) -> Attention:
+    """`decode_mha` by one implementation; short: with splits down to 64 keys."""
     scale = SCALE if cell.quantised else None
+    rows = cell.tokens * cell.heads // cell.kv_heads
+    splits = decode_plan.enough_splits(rows, cell.kv_heads) if short else None
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
         return jax_flash.decode_mha(
@@ -178,6 +180,7 @@ def ours(implementation: str, cell: Cell) -> Attention:
             page_table=table,
             k_scale=scale,
             v_scale=scale,
+            num_splits=splits,
             implementation=implementation,
         )
 
@@ -339,6 +342,7 @@ def fa3(splits: int, cell: Cell) -> Attention:
 
 ARMS: dict[str, Callable[[Cell], Attention]] = {
     "jax_flash": functools.partial(ours, "cuda"),
+    "jax_flash_short": functools.partial(ours, "cuda", short=True),
     "jax_flash_xla": functools.partial(ours, "xla"),
     "cudnn": cudnn,
     "cudnn_paged": cudnn_paged,
@@ -351,7 +355,7 @@ ARMS: dict[str, Callable[[Cell], Attention]] = {
     "fa3_16": functools.partial(fa3, 16),
     "fa3_32": functools.partial(fa3, 32),
 }
-DEFAULT_ARMS = tuple(name for name in ARMS if name != "jax_flash_xla")
+DEFAULT_ARMS = tuple(name for name in ARMS if not name.startswith("jax_flash_"))
 SMOKE_ARMS = ("jax_flash_xla", "cudnn_paged", "xla", "pallas_4")
 
 

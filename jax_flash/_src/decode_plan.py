@@ -21,6 +21,12 @@ FEW_ROWS, MANY_ROWS = 16, 64
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
 
 
+def enough_splits(rows: int, kv_heads: int) -> int:
+    """Splits of one sequence that fill a GPU."""
+    tile = FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
+    return min(MOST_SPLITS, max(1, UNITS // (kv_heads * -(-rows // tile))))
+
+
 def _least_keys(width: int, cache_bytes: int, rows: int) -> int:
     """Two tiles of a thread block: fewer do not pay for the end of a split.
 
@@ -62,8 +68,7 @@ def splits_of(
         span = min(span, window_left + tokens)
     least = SPLIT_UNIT
     if num_splits is None:
-        tile = FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
-        num_splits = min(MOST_SPLITS, max(1, UNITS // (kv_heads * -(-rows // tile))))
+        num_splits = enough_splits(rows, kv_heads)
         least = _least_keys(width, cache_bytes, rows)
     units = -(-span // SPLIT_UNIT)
     keys = max(least, SPLIT_UNIT * -(-units // num_splits))
