@@ -60,7 +60,7 @@ struct WorkLengths {
 template <bool kOfKeys>
 __global__ void __launch_bounds__(kWorkOrderThreads)
     interval_order_kernel(const __grid_constant__ MhaParams params,
-                      const __grid_constant__ WorkLengths lengths) {
+                          const __grid_constant__ WorkLengths lengths) {
   extern __shared__ __align__(1024) unsigned char memory[];
   int* const bins = reinterpret_cast<int*>(memory);  // how many blocks; then the place of the next
   int* const sums = bins + kWorkOrderBins;           // of each warp's bins
