@@ -539,7 +539,7 @@ def test_symbolic_lengths_for_cuda() -> None:
     exported = export.export(
         jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=checks
     )(*shapes, *ids)
-    for target in TARGETS:
+    for target in TARGETS[1:]:
         line = call_of(target, exported.mlir_module())
         assert "has_intervals = true" in line
         assert "tensor<?x?x4xi32>" in line  # rows
