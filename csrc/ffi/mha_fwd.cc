@@ -37,7 +37,7 @@ ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t str
 }
 
 ffi::Error decode_queue(const ffi::RemainingRets& scratch, MhaFwdParams* params) {
-  const auto queue = scratch.get<ffi::AnyBuffer>(0);
+  auto queue = scratch.get<ffi::AnyBuffer>(0);  // older headers have no const access
   if (queue.has_error()) return queue.error();
   const int64_t size = queue_size(params->batch, params->query_length);
   JAX_FLASH_CHECK((*queue)->element_type() == ffi::S32 &&
