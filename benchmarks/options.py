@@ -131,6 +131,9 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     def alibi(query: Any, key: Any, value: Any, slopes: Any) -> jax.Array:
         return mha(query, key, value, bias=jax_flash.alibi(slopes))
 
+    def dropout(query: Any, key: Any, value: Any, word: Any) -> jax.Array:
+        return mha(query, key, value, dropout_rate=0.1, dropout_key=word)
+
     def all_of_them(query: Any, key: Any, value: Any, ids: Any, sinks: Any) -> Any:
         options = {"q_segment_ids": ids, "kv_segment_ids": ids, "sinks": sinks}
         options |= {"window_size": (window, 0), "softcap": 30.0}
@@ -142,6 +145,7 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
         VARLEN: Row(varlen, (jnp.asarray(offsets),), packed),
         "softcap": Row(softcap, (), dense),
         "alibi": Row(alibi, (slopes,), dense),
+        "dropout": Row(dropout, (jnp.asarray([1, 2], jnp.uint32),), dense),
         "segments + window + sinks + softcap": Row(all_of_them, (ids, sinks), within),
     }
 

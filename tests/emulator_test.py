@@ -27,12 +27,12 @@ if shutil.which("g++") is None:
 _POINTERS = (
     "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
     "key_lengths", "dquery", "dkey", "dvalue", "workspace", "rows", "row_tiles", "keys",
-    "key_tiles", "slopes",
+    "key_tiles", "slopes", "seeds",
 )
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "paired",
+    "deterministic", "multiprocessors", "paired", "dropout",
 )
 # fmt: on
 
@@ -45,6 +45,7 @@ class Arguments(ctypes.Structure):
         ("batch_strides", ctypes.c_int64 * 3),
         ("interval_stride", ctypes.c_int64),
         ("slope_stride", ctypes.c_int64),
+        ("seed_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -91,7 +92,8 @@ def call(
 ) -> None:
     """Calls a function of the library: `given` are options of `mha`.
 
-    Among `arrays` may be those of a call with intervals, and `slopes` [1 or B, N].
+    Among `arrays` may be those of a call with intervals, `slopes` [1 or B, N], and
+    `seeds` uint32 [1 or B, N, 2] of dropout, whose rate in parts of 256 is an option.
     """
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     lengths = {
@@ -115,6 +117,7 @@ def call(
         batch_strides=(ctypes.c_int64 * 3)(*(x[0].size for x in (query, key, value))),
         interval_stride=len(arrays.get("rows", ())) > 1,
         slope_stride=heads * (len(arrays.get("slopes", ())) > 1),
+        seed_stride=2 * heads * (len(arrays.get("seeds", ())) > 1),
         batch=batch,
         query_length=rows,
         key_length=key.shape[1],
@@ -128,6 +131,7 @@ def call(
         f16=query.dtype == np.float16,
         scale=given.get("scale", width**-0.5),
         softcap=given.get("softcap", 0),
+        dropout=given.get("dropout", 0),
     )
     assert function(ctypes.byref(arguments)) == 0
 

@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_flash._src import inner, intervals, reference, reference_grad, registry
+from jax_flash._src import (
+    dropout,
+    inner,
+    intervals,
+    reference,
+    reference_grad,
+    registry,
+)
 from jax_flash._src.config import OPERANDS, AttentionConfig, Backward
 
 LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
@@ -149,6 +156,7 @@ def _emulation(
             window_right=int(attributes["window_right"]),
             bottom_right=attributes["bottom_right"],
             softcap=float(attributes["softcap"]) or None,
+            dropout_rate=float(attributes["dropout"]) / dropout.LEVELS,
             present=tuple(name for name in OPERANDS if name in given),
         )
         args = [given[name] for name in (*config.present, *residuals)]
@@ -171,14 +179,15 @@ def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:
     """Names of the operands after rows, keys and values."""
     if not attributes["has_intervals"]:
         assert not attributes["has_slopes"]
-        assert attributes["softcap"] == 0
+        assert attributes["softcap"] == attributes["dropout"] == 0
         has = attributes["has_query_lengths"], attributes["has_kv_lengths"]
         return tuple(n for n, given in zip(LENGTHS, has, strict=True) if given)
     for name in ("has_query_lengths", "has_kv_lengths"):
         assert not attributes[name], name
     assert (attributes["window_left"], attributes["window_right"]) == (-1, -1)
     slopes = ("slopes",) if attributes["has_slopes"] else ()
-    return ("rows", "row_tiles", "keys", "key_tiles", *slopes)
+    seeds = ("dropout_seeds",) if attributes["dropout"] else ()
+    return ("rows", "row_tiles", "keys", "key_tiles", *slopes, *seeds)
 
 
 def _unpacked(same: Sequence[jax.Array], heads: int, kv_heads: int) -> list[jax.Array]:

@@ -11,7 +11,9 @@ import oracle
 from emulator_test import aligned, call
 from interval_arrays import interval_arrays
 
-from jax_flash._src import plan
+from jax_flash._src import dropout, plan
+
+DROPOUT_KEY = np.array([7, 11], np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Case:
       wide: as for `interval_arrays`.
       options: `softcap` and `scale`, as of `mha`.
       slopes: f32 [1 or B, N], or none.
+      dropout_rate: by DROPOUT_KEY.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -37,6 +40,7 @@ class Case:
     wide: bool = False
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     slopes: np.ndarray | None = None
+    dropout_rate: float = 0.0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Operands beside those of attention."""
@@ -45,7 +49,16 @@ class Case:
         )
         if self.slopes is not None:
             result["slopes"] = self.slopes.astype(np.float32)
+        if self.dropout_rate:
+            batch, _, _, heads, _ = self.shape
+            seeds = dropout.seeds(jnp.asarray(DROPOUT_KEY), (batch,), heads)
+            result["seeds"] = np.asarray(seeds)
         return result
+
+    def numbers(self) -> dict[str, float]:
+        """Options that are no arrays."""
+        rate = self.dropout_rate
+        return self.options | {"dropout": oracle.threshold(rate) if rate else 0}
 
     def given(self) -> dict[str, Any]:
         """The same for `oracle.attention`."""
@@ -54,6 +67,8 @@ class Case:
         if self.slopes is not None:
             distance = np.abs(self.position[..., None] - np.arange(keys))
             given["bias"] = -self.slopes[:, :, None, None] * distance[:, None]
+        if self.dropout_rate:
+            given |= {"dropout_rate": self.dropout_rate, "dropout_key": DROPOUT_KEY}
         return given
 
 
@@ -188,6 +203,15 @@ def _cases() -> dict[str, Callable[[], Case]]:
             },
             window_size=(100, 50),
         ),
+        # Clean tiles, which have no mask, and others.
+        "dropout": lambda: of_options(
+            (2, 150, 600, 2, 1), rest={"dropout_rate": 0.3}, is_causal=True
+        ),
+        "dropout, soft cap, dead rows": lambda: of_options(
+            (1, 170, 300, 2, 2),
+            scattered[:170],
+            rest={"dropout_rate": 0.7, "options": {"softcap": 2.0}},
+        ),
     }
 
 
@@ -245,7 +269,7 @@ def check_forward(
     lse = aligned((batch, heads, rows), np.float32)
     call(
         function,
-        case.options,
+        case.numbers(),
         arrays | case.arrays(),
         {"out": out, "lse": lse},
         multiprocessors=multiprocessors,
@@ -306,7 +330,7 @@ def run_backward(
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS
     results["workspace"] = aligned((size,), np.float32)
-    call(function, case.options, arrays | case.arrays(), results, **ways)
+    call(function, case.numbers(), arrays | case.arrays(), results, **ways)
     del results["workspace"]
     expected.pop("bias", None)
     return {name[1:]: x for name, x in results.items()}, expected

@@ -138,14 +138,17 @@ ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer
 ffi::Error MhaOperands::decode_mask(const ffi::RemainingArgs& args, size_t skipped) {
   const bool has_intervals = attributes_.has_intervals;
   const bool has_lengths = attributes_.has_query_lengths || attributes_.has_kv_lengths;
-  const bool has_options = attributes_.has_slopes || attributes_.softcap != 0;
+  const bool has_options =
+      attributes_.has_slopes || attributes_.softcap != 0 || attributes_.dropout != 0;
   JAX_FLASH_CHECK(has_intervals ? !has_lengths : !has_options, "calls ",
                   has_intervals ? "with intervals have no lengths"
-                                : "without intervals have neither slopes nor a softcap");
+                                : "without intervals have no slopes, softcap or dropout");
   JAX_FLASH_CHECK(attributes_.softcap >= 0, "softcap must not be negative, got ",
                   attributes_.softcap);
+  JAX_FLASH_CHECK(attributes_.dropout >= 0 && attributes_.dropout < 256,
+                  "dropout must be a number of parts of 256, got ", attributes_.dropout);
   const size_t expected =
-      has_intervals ? size_t{4} + attributes_.has_slopes
+      has_intervals ? size_t{4} + attributes_.has_slopes + (attributes_.dropout != 0)
                     : size_t{attributes_.has_query_lengths} + size_t{attributes_.has_kv_lengths};
   JAX_FLASH_CHECK(args.size() == skipped + expected, "expected ", skipped + expected,
                   " operands after the tensors, got ", args.size());
@@ -206,11 +209,21 @@ ffi::Error MhaOperands::decode_intervals(const ffi::RemainingArgs& args, size_t 
   view.keys = static_cast<const int32_t*>(arrays[2].data);
   view.key_tiles = static_cast<const KeyTile*>(arrays[3].data);
   view.softcap = attributes_.softcap;
+  view.dropout = static_cast<int32_t>(attributes_.dropout);
+  view.kept_scale = dropout_scale(view.dropout);
   add({batch.begin(), batch.end()}, row_major_strides(batch), view.batch_strides);
-  if (!attributes_.has_slopes) return ffi::Error::Success();
-  const auto slopes = args.get<ffi::AnyBuffer>(first + std::size(arrays));
-  if (!slopes.has_value()) return slopes.error();
-  return decode_slopes(*slopes);
+  size_t next = first + std::size(arrays);
+  if (attributes_.has_slopes) {
+    const auto slopes = args.get<ffi::AnyBuffer>(next++);
+    if (!slopes.has_value()) return slopes.error();
+    JAX_FLASH_RETURN_IF_ERROR(decode_slopes(*slopes));
+  }
+  if (view.dropout != 0) {
+    const auto seeds = args.get<ffi::AnyBuffer>(next++);
+    if (!seeds.has_value()) return seeds.error();
+    JAX_FLASH_RETURN_IF_ERROR(decode_seeds(*seeds));
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error MhaOperands::decode_slopes(const ffi::AnyBuffer& slopes) {
@@ -224,6 +237,20 @@ ffi::Error MhaOperands::decode_slopes(const ffi::AnyBuffer& slopes) {
   IntervalsView& view = params_->intervals;
   view.slopes = static_cast<const float*>(slopes.untyped_data());
   add({dims.begin(), dims.end()}, row_major_strides(dims), view.slope_strides);
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::decode_seeds(const ffi::AnyBuffer& seeds) {
+  const Dims dims = seeds.dimensions();
+  JAX_FLASH_CHECK(seeds.element_type() == ffi::U32, "seeds must be uint32, got ",
+                  seeds.element_type());
+  JAX_FLASH_CHECK(dims.size() == batch_.rank() + 2 && dims[batch_.rank()] == params_->heads &&
+                      dims[batch_.rank() + 1] == 2 && join(dims),
+                  "seeds ", to_string(dims), " do not fit the batch dims and heads of ",
+                  to_string(span_of(dims_[0])));
+  IntervalsView& view = params_->intervals;
+  view.seeds = static_cast<const uint32_t*>(seeds.untyped_data());
+  add({dims.begin(), dims.end()}, row_major_strides(dims), view.seed_strides);
   return ffi::Error::Success();
 }
 

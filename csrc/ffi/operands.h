@@ -25,7 +25,8 @@ struct MhaAttributes {
   bool has_kv_lengths;
   bool has_intervals;  // then there are no lengths, windows and alignment
   bool has_slopes;
-  float softcap;  // 0: none
+  float softcap;    // 0: none
+  int64_t dropout;  // random bytes below it drop; 0: none
   // N and K where one array [*batch, T, (N + 2 K) H], heads of queries, then of keys, then of
   // values, is each of the three operands; 0 otherwise.
   int64_t packed_heads;
@@ -48,6 +49,7 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<bool>("has_intervals")
       .template Attr<bool>("has_slopes")
       .template Attr<float>("softcap")
+      .template Attr<int64_t>("dropout")
       .template Attr<int64_t>("packed_heads")
       .template Attr<int64_t>("packed_kv_heads")
       .template Attr<Dims>("query_order")
@@ -81,7 +83,8 @@ class MhaOperands {
                     const ffi::AnyBuffer& value);
 
   // What follows the first `skipped` of `args`: the lengths that there are, int32 [*batch], or
-  // int32 arrays as IntervalsView has them, then slopes f32 [*batch, N] if there are any.
+  // int32 arrays as IntervalsView has them, then slopes f32 [*batch, N] if there are any,
+  // then seeds uint32 [*batch, N, 2] if there is dropout.
   ffi::Error decode_mask(const ffi::RemainingArgs& args, size_t skipped);
 
   // Takes the batch dims of another operand [*batch, ...] into account, of which there are as many
@@ -108,6 +111,7 @@ class MhaOperands {
 
   ffi::Error decode_intervals(const ffi::RemainingArgs& args, size_t first);
   ffi::Error decode_slopes(const ffi::AnyBuffer& slopes);
+  ffi::Error decode_seeds(const ffi::AnyBuffer& seeds);
   void add(std::vector<int64_t> dims, std::vector<int64_t> strides, int64_t* merged);
 
   const MhaAttributes attributes_;

@@ -48,6 +48,11 @@ struct alignas(16) KeyTile {
   int32_t unused[3];
 };
 
+// The factor of what is kept where `threshold` in 256 are dropped, on average.
+constexpr float dropout_scale(int threshold) {
+  return 256.0f / static_cast<float>(256 - threshold);
+}
+
 // Device arrays, row-major. The four that describe the mask have one set of batch dims.
 struct IntervalsView {
   const RowRecord* rows;     // [*batch, interval_tiles(query_length) * kIntervalRows]
@@ -58,6 +63,10 @@ struct IntervalsView {
   const float* slopes;       // f32 [*batch, heads], or null: 0
   int64_t slope_strides[8];  // of batch dims, in elements
   float softcap;             // bound of softcap * tanh(logits / softcap); 0: none
+  const uint32_t* seeds;     // of dropout, [*batch, heads, 2]; null if there is none
+  int64_t seed_strides[8];   // of batch dims, in elements
+  int32_t dropout;           // random bytes below it drop a probability; 0: none
+  float kept_scale;          // of a probability that is kept: dropout_scale(dropout)
 };
 
 }  // namespace jax_flash

@@ -15,6 +15,7 @@
 #include "sm80/interval_scores.cuh"
 #include "tile/copy.cuh"
 #include "tile/copy_live.cuh"
+#include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
@@ -214,7 +215,8 @@ struct BlockState {
   const Element16* value;
   int end_key;  // of the keys that the block sees
   WarpKeys warp_keys[Config::kWarps];
-  ScoreOptions options;  // of calls with intervals
+  ScoreOptions options;  // these two: of calls with intervals
+  Dropout dropout;
 };
 
 // Of the exponentials.
@@ -261,6 +263,7 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
         // Such a row's sums are anything, if there are tiles that all others see.
         const KeyInterval keys = state.mask.interval(warp_row + row);
         dead = keys.first >= keys.end;
+        inverse *= params.intervals.kept_scale;
         if (dead) {
           inverse = 0.0f;
 #pragma unroll
@@ -373,6 +376,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     state.end_key = keys.end;
     if constexpr (Config::kIntervals) {
       state.options = ScoreOptions::make(params, at.batch, at.head);
+      state.dropout = Dropout::make(params, at.batch, at.head);
     }
   }
   if (lane_id() == 0) {
@@ -448,6 +452,9 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
         Warp::apply_mask(scores, state.mask, this_row(), key);
       }
       warp.softmax.update(scores, warp.out, softmax_scale<Config>(params));
+      if constexpr (Config::kIntervals) {
+        if (params.intervals.dropout != 0) drop(scores, state.dropout, this_row(), key);
+      }
       warp.multiply_values(scores, stage_of(key) + Config::kKeyBytes);
     }
     key += Config::kKeys;

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "host/params.h"
+#include "ptx/warpgroup.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/section_order.h"
 #include "tile/intervals.cuh"
@@ -69,14 +70,20 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
 template <typename Config>
 struct BwdStep {
   float slope;  // of its query head
+  int head;     // that
+  int row;      // the first
   bool dead;    // whether some queries may hold anything
   bool mixed;   // whether ids count
   bool clean[Config::kWarpgroups];
 };
 
 template <typename Config>
-__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
+__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int row,
                                           BwdStep<Config>& step) {
+  step.head = head;
+  step.row = row;
+  ptx::forget_memory();  // the producer has few registers
+  const int tile = row / Config::kRows;
   step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
   const RowTile& rows = block.mask.row_tiles[tile];
   step.mixed = rows.mixed != 0;

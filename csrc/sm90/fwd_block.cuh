@@ -13,6 +13,7 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/section_order.h"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
@@ -43,6 +44,7 @@ struct FwdPlan {
 template <int kWarpgroups>
 struct FwdBlockIntervals {
   float slope;
+  Dropout dropout;
   bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
   bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
@@ -105,6 +107,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);
     block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    block.dropout = Dropout::make(params, at.batch, block.head);
   } else {
     block.mask = row_mask(params, at.batch);
   }

@@ -18,6 +18,7 @@
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/quad.cuh"
 #include "tile/score_options.cuh"
 
@@ -95,6 +96,23 @@ struct FwdConsumer {
   __device__ __forceinline__ void pack() {
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Zeros in place of the probabilities of tile `tile` that dropout drops.
+  __device__ __forceinline__ void drop(const FwdBlock<Config>& block, int tile) {
+#pragma unroll
+    for (int i = 0; i < Config::kKeys / 32; ++i) {
+      ptx::forget_memory();  // one draw after the other: registers are few
+      const Dropout dropout = block.dropout;
+      const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+      uint32_t words[2][2];
+      dropout.template draw<false>(words, row, tile * Config::kKeys + 32 * i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int byte = Dropout::byte_of<false>(j % 2, j / 2 % 2);
+        p[8 * i + j] &= Dropout::pair_mask(words[j / 4], byte);
+      }
+    }
   }
 
   __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
@@ -243,7 +261,7 @@ struct FwdConsumer {
     } else if (moved) {
       scale_out(factor);
     }
-    finish_step(tile_sum);
+    finish_step(block, tile, tile_sum);
     if constexpr (Config::kIntervals) {
       if (careful) clear_dead_values(block, tile);
     } else {
@@ -269,15 +287,20 @@ struct FwdConsumer {
     if (previous) release_value();
   }
 
-  __device__ __forceinline__ void finish_step(const float (&tile_sum)[2]) {
+  __device__ __forceinline__ void finish_step(const FwdBlock<Config>& block, int tile,
+                                              const float (&tile_sum)[2]) {
     release_key();
     softmax.sum[0] += tile_sum[0];
     softmax.sum[1] += tile_sum[1];
     pack();
+    if constexpr (Config::kIntervals) {
+      if (params.intervals.dropout != 0) drop(block, tile);
+    }
   }
 
   // The rest of a step for a warp with rows that are watched, or that left the range.
-  __device__ __forceinline__ void finish_rare(Left left, float (&tile_sum)[2]) {
+  __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
+                                              float (&tile_sum)[2]) {
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
@@ -290,7 +313,7 @@ struct FwdConsumer {
     }
     softmax.keep_watching();
     if (moved) scale_out(factor);
-    finish_step(tile_sum);
+    finish_step(block, tile, tile_sum);
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
@@ -344,6 +367,7 @@ struct FwdConsumer {
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
       if (is_dropped(block, row + 8 * h)) inverse[h] = 0.0f;
+      if constexpr (Config::kIntervals) inverse[h] *= params.intervals.kept_scale;
       // Then lse is -inf.
       if (Config::kIntervals && inverse[h] == 0.0f) softmax.sum[h] = 0.0f;
       if (lane_id() % 4 == 0) {
@@ -427,10 +451,14 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= lowest) {
+    while (tile >= (Config::kIntervals && Config::kOneBody ? block.lowest[warpgroup] : lowest)) {
       Left left = Left::kNothing;
       if constexpr (Config::kOneBody) {
-        left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
+        // With intervals registers are few, and the limits read again.
+        const bool careful = Config::kIntervals ? tile >= block.clean_end[warpgroup] ||
+                                                      tile < block.clean_first[warpgroup]
+                                                : tile >= clean_end || tile < clean_first;
+        left = step(block, tile, careful, first, fresh, tile_sum);
         fresh = first;
         first = false;
       } else {
@@ -449,7 +477,7 @@ struct FwdConsumer {
         }
       }
       if (left != Left::kNothing) [[unlikely]]
-        finish_rare(left, tile_sum);
+        finish_rare(block, tile, left, tile_sum);
       --tile;
     }
     // By a warpgroup without rows: the product that is still to come may use any values.

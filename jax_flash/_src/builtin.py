@@ -94,6 +94,8 @@ def cuda_supports(call: Call) -> str | None:
             return f"{text} is not supported by the kernels yet"
         if plan.OPTIONS[name].switched and not extension.option_kernels:
             return f"{text} is off unless JAX_FLASH_OPTION_KERNELS=1: {UNTRIED}"
+    if clash := plan.clash(options_of(call)):
+        return f"{clash} is not supported by the kernels yet"
     if call.precision is not None:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
@@ -130,8 +132,10 @@ def _batches(call: Call) -> list[tuple[int, ...]]:
     masks = [of(name) for name in intervals.OPERANDS if name in call.present]
     if plan.needs_intervals(options_of(call)):
         masks = [np.broadcast_shapes((1,) * len(call.batch), *masks)]
-    slopes = [of("alibi_slopes")] if call.alibi_slopes is not None else []
-    return [*batches, *masks, *slopes]
+    others = [
+        of(name) for name in ("alibi_slopes", "dropout_seeds") if name in call.present
+    ]
+    return [*batches, *masks, *others]
 
 
 def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:

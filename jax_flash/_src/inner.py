@@ -18,6 +18,7 @@ from jax.interpreters import mlir, xla
 from jax_flash._src import (
     avals,
     compat,
+    dropout,
     intervals,
     packed,
     plan,
@@ -67,8 +68,9 @@ def _only_on_cuda(ctx: Any, config: AttentionConfig | DecodeConfig) -> None:
 
 def _options(config: AttentionConfig) -> tuple[str, ...]:
     """What a call has beyond query, key and value, as far as kernels differ by it."""
-    others = config.present[len(config.orders) :]
-    return others + (() if config.softcap is None else ("softcap",))
+    numbers = () if config.softcap is None else ("softcap",)
+    numbers += ("dropout_rate",) if config.dropout_rate else ()
+    return config.present[len(config.orders) :] + numbers
 
 
 def _runs_kernel(
@@ -94,6 +96,8 @@ def _runs_kernel(
     op = plan.operation(op, _options(config))
     if "alibi_slopes" in perturbed:
         reason = "has no kernel for the gradient of alibi_slopes"
+    elif clash := plan.clash(_options(config)):
+        reason = f"has no kernel for {clash}"
     elif batch_dims > plan.MAX_BATCH_DIMS:
         reason = (
             f"takes at most {plan.MAX_BATCH_DIMS} batch dimensions (vmap adds one "
@@ -134,6 +138,8 @@ def _mask_operands(
     arrays = [*intervals.intervals(config, given)]
     if "alibi_slopes" in given:
         arrays.append(given["alibi_slopes"].astype(jnp.float32))
+    if "dropout_seeds" in given:
+        arrays.append(given["dropout_seeds"])
     return arrays
 
 
@@ -170,6 +176,9 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
         "has_intervals": has_intervals,
         "has_slopes": "alibi_slopes" in config.present,
         "softcap": np.float32(0 if config.softcap is None else config.softcap),
+        "dropout": np.int64(
+            dropout.threshold(config.dropout_rate) if config.dropout_rate else 0
+        ),
         "packed_heads": np.int64(heads),
         "packed_kv_heads": np.int64(kv_heads),
         "query_order": query_order,

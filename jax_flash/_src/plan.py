@@ -110,7 +110,7 @@ OPTIONS = {
     "mask": Support(),
     "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
     "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
-    "dropout_rate": Support(),
+    "dropout_rate": Support(FAMILIES, intervals=True, switched=True),
     "cu_seqlens_q": Support(FAMILIES, intervals=True, switched=True),
     "cu_seqlens_k": Support(FAMILIES, intervals=True, switched=True),
 }
@@ -128,6 +128,19 @@ def needs_intervals(options: Iterable[str]) -> bool:
     `options` are the names of what it has beyond query, key and value.
     """
     return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
+
+
+def clash(options: Iterable[str]) -> str | None:
+    """Options of a call that no kernel takes together, in words; None if there are
+    none.
+
+    Kernels do not know where the sequences of packed arrays begin, from where dropout
+    counts rows and keys.
+    """
+    given = set(options)
+    if "dropout_rate" in given and "cu_seqlens_q" in given:
+        return "dropout_rate together with cu_seqlens_q"
+    return None
 
 
 def operation(op: str, options: Iterable[str]) -> str:

@@ -22,14 +22,16 @@ struct Arguments {
   void* dkey;
   void* dvalue;
   float* workspace;
-  const RowRecord* rows;  // these five: of kernels with intervals
+  const RowRecord* rows;  // these six: of kernels with intervals
   const RowTile* row_tiles;
   const int32_t* keys;
   const KeyTile* key_tiles;
   const float* slopes;
+  const uint32_t* seeds;
   int64_t batch_strides[3];
   int64_t interval_stride;
   int64_t slope_stride;
+  int64_t seed_stride;
   int32_t batch;
   int32_t query_length;
   int32_t key_length;
@@ -45,6 +47,7 @@ struct Arguments {
   int32_t deterministic;
   int32_t multiprocessors;
   int32_t paired;
+  int32_t dropout;
   float scale;
   float softcap;
 };
@@ -77,9 +80,10 @@ inline void describe(const Arguments& from, MhaParams& to) {
   to.window_left = from.window_left;
   to.window_right = from.window_right;
   to.bottom_right = from.bottom_right != 0;
-  to.intervals = {
-      from.rows,   from.row_tiles,      from.keys,   from.key_tiles, {from.interval_stride},
-      from.slopes, {from.slope_stride}, from.softcap};
+  to.intervals = {from.rows,           from.row_tiles,         from.keys,
+                  from.key_tiles,      {from.interval_stride}, from.slopes,
+                  {from.slope_stride}, from.softcap,           from.seeds,
+                  {from.seed_stride},  from.dropout,           dropout_scale(from.dropout)};
 }
 
 // `width`: of the sum of the gradient of queries in the workspace.
