@@ -280,9 +280,10 @@ def test_explain() -> None:
 def test_dropout_of_packed_sequences_is_jnp() -> None:
     """Their rows and keys are counted from where each begins, which no kernel knows."""
     packed = [x[0] for x in tensors()]
+    offsets: Any = OFFSETS
 
     def f(*args: Any, **options: Any) -> Any:
-        return mha_varlen(*args, *OFFSETS, **DROPOUT, **options)
+        return mha_varlen(*args, *offsets, **DROPOUT, **options)
 
     assert kernel_calls(f, *packed) == 0
     with pytest.raises(NotImplementedError, match="dropout_rate together with cu_seq"):

@@ -131,8 +131,7 @@ def needs_intervals(options: Iterable[str]) -> bool:
 
 
 def clash(options: Iterable[str]) -> str | None:
-    """Options of a call that no kernel takes together, in words; None if there are
-    none.
+    """Options of a call that no kernel takes together, in words, if there are any.
 
     Kernels do not know where the sequences of packed arrays begin, from where dropout
     counts rows and keys.

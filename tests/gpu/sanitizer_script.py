@@ -90,7 +90,7 @@ def backward_calls() -> Iterator[Call]:
 
 
 def interval_calls(op: str) -> Iterator[Call]:
-    """Arrays and options: ids in runs and in any order, cap, ALiBi, dropout, padding."""
+    """Arrays and options: ids in any order, cap, ALiBi, dropout, padding."""
     rng = np.random.default_rng(1)
     runs = {
         "q_segment_ids": np.sort(rng.integers(-1, 4, (2, 150)), -1),
