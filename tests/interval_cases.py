@@ -366,18 +366,20 @@ def run_backward(
     dout = rng.standard_normal(exact.out.shape, np.float32)
     arrays["dout"] = dout.astype(query.dtype)
     dead_rows = dead_rows_of(case)
-    dead = np.broadcast_to(dead_rows[:, None], exact.lse.shape)
+    dead = np.isneginf(exact.lse)  # by the mask or the bias, too
+    dead_by_row = np.moveaxis(dead, 1, 2)
     if with_dlse:
         arrays["dlse"] = rng.standard_normal(exact.lse.shape, np.float32)
     expected = oracle.gradients(
         query,
         key,
         value,
-        np.where(dead_rows[..., None, None], 0, arrays["dout"]),
+        np.where(dead_by_row[..., None], 0, arrays["dout"]),
         np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
         **given,
     )
     spoil(arrays, case, dead_rows)
+    arrays["dout"][dead_by_row] = arrays["out"][dead_by_row] = np.nan
     if with_dlse:
         arrays["dlse"][dead] = np.nan
     result_dtype = np.dtype(np.float32) if ways.get("f32_results") else query.dtype
@@ -385,12 +387,16 @@ def run_backward(
         f"d{name}": aligned(arrays[name].shape, result_dtype)
         for name in ("query", "key", "value")
     }
+    if case.bias is not None:
+        results["dbias"] = aligned(case.bias.shape, np.float32, 0)
+        expected["bias"] = oracle.reduced_to(expected["bias"], case.bias.shape)
+    else:
+        expected.pop("bias", None)
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS
     results["workspace"] = aligned((size,), np.float32)
     call(function, case.numbers(), arrays | case.arrays(), results, **ways)
     del results["workspace"]
-    expected.pop("bias", None)
     return {name[1:]: x for name, x in results.items()}, expected
 
 
