@@ -252,7 +252,8 @@ def _cases() -> dict[str, Callable[[], Case]]:
             is_causal=True,
         ),
         "bias": lambda: of_options(
-            (1, 140, 300, 2, 1), rest={"bias": random_bias((1, 2, 140, 300), "bfloat16")}
+            (1, 140, 300, 2, 1),
+            rest={"bias": random_bias((1, 2, 140, 300), "bfloat16")},
         ),
         "bias in f32, shared by rows": lambda: of_options(
             (2, 150, 333, 2, 2),

@@ -111,8 +111,8 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     Warp::multiply_keys(scores, query_tile, key_tile);
     bool options = false;
     if constexpr (Config::kIntervals) {
-      options = ScoreOptions::any(params) || ScoreOptions::hides(params) ||
-                params.intervals.dropout != 0;
+      options =
+          ScoreOptions::any(params) || ScoreOptions::hides(params) || params.intervals.dropout != 0;
       if (options) {
         const int head = block.kv_head * plan.group + step.head;
         Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,

@@ -149,8 +149,8 @@ struct BwdWarp {
             float& score = scores[i][j][2 * h + e];
             const int column = key + 8 * j + e;
             const float capped = options.capped(score);
-            const float logit = options.biased(capped, record.position - column) +
-                                (e == 0 ? biases.x : biases.y);
+            const float logit =
+                options.biased(capped, record.position - column) + (e == 0 ? biases.x : biases.y);
             const bool seen = column >= record.first && column < record.end &&
                               (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);

@@ -135,9 +135,9 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
     // Any other scale goes through the careful path, which multiplies it in; options of scores do.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
-                      (Config::kIntervals &&
-                       (ScoreOptions::any(params) || ScoreOptions::hides(params)));
+    const bool none =
+        all.first >= all.end || params.scale.first != 1.0f ||
+        (Config::kIntervals && (ScoreOptions::any(params) || ScoreOptions::hides(params)));
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

@@ -78,7 +78,8 @@ struct BiasRows {
   // Of any type.
   __device__ __forceinline__ float2 load_pair(int row, int column) const {
     if (type != BiasType::kF32) return unpack(load_word(row, column));
-    return __ldg(reinterpret_cast<const float2*>(this->row(row)) + min_int(column, columns - 2) / 2);
+    return __ldg(reinterpret_cast<const float2*>(this->row(row)) +
+                 min_int(column, columns - 2) / 2);
   }
 
   // Of f32.

@@ -93,8 +93,8 @@ inline void describe(const Arguments& from, MhaParams& to) {
                   {from.slope_stride}, from.softcap,           from.seeds,
                   {from.seed_stride},  from.dropout,           dropout_scale(from.dropout)};
   const int64_t* strides = from.bias_strides;
-  to.intervals.bias = {from.bias, {strides[0]}, strides[1], strides[2],
-                       static_cast<BiasType>(from.bias_type)};
+  to.intervals.bias = {
+      from.bias, {strides[0]}, strides[1], strides[2], static_cast<BiasType>(from.bias_type)};
   strides = from.mask_strides;
   to.intervals.mask = {from.mask, {strides[0]}, strides[1], strides[2]};
 }
