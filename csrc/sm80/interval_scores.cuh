@@ -134,15 +134,19 @@ struct KeptScores {
 template <int kBlocks, int kTiles>
 __device__ __forceinline__ void drop(float (&scores)[kBlocks][kTiles][4], const Dropout& dropout,
                                      int row, int first_key) {
+  constexpr int kPart = kTiles % 4 == 0 ? 4 : 2;  // drawn together: registers are few
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
-    KeptScores<kTiles> kept;
-    kept.draw(dropout, row + 16 * i, first_key);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int first = 0; first < kTiles; first += kPart) {
+      KeptScores<kPart> kept;
+      kept.draw(dropout, row + 16 * i, first_key + 8 * first);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!kept(j, e / 2, e % 2)) scores[i][j][e] = 0.0f;
+      for (int j = 0; j < kPart; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!kept(j, e / 2, e % 2)) scores[i][first + j][e] = 0.0f;
+        }
       }
     }
   }
