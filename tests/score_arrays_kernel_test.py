@@ -83,7 +83,7 @@ def test_operands_and_attributes() -> None:
     bias, mask = bias_of("1nts"), mask_of("b11s")
 
     def f(*args: Any) -> Any:
-        return attend(*args, bias, mask=mask)
+        return attend(*args, bias=bias, mask=mask)
 
     with registry.assume_kernels(option_kernels=True):
         text = cuda_text(f, *tensors())
@@ -137,7 +137,7 @@ def test_values_with_other_options() -> None:
 
             def one(*args: Any) -> Any:
                 given = options | {"mask": mask, "implementation": implementation}
-                return attend(*args, bias, **given)
+                return attend(*args, bias=bias, **given)
 
             return one(*args), jax.grad(loss(one), (0, 1, 2))(*args)
 
@@ -223,7 +223,7 @@ def test_gradients_that_are_jnp(
         assert calls((0, 3)) == 0
         with pytest.raises(NotImplementedError, match=message):
             calls(3, implementation="cuda")
-        bias_alone = jax_flash.explain(*tensors(), bias, **options).details["cuda"]
+        bias_alone = jax_flash.explain(*tensors(), bias=bias, **options).details["cuda"]
         assert bias_alone.endswith("(by jnp if bias has one)")
 
 
@@ -234,14 +234,14 @@ def test_exact_gradient_of_a_bias_is_deterministic() -> None:
     with registry.assume_kernels(option_kernels=True):
         args = bias_of("bnts"), *tensors()
         assert kernel_calls(jax.grad(f), *args, target=registry.BACKWARD_TARGET) == 1
-        details = jax_flash.explain(*args[1:], args[0], deterministic=True).details
+        details = jax_flash.explain(*args[1:], bias=args[0], deterministic=True).details
         assert "by jnp" not in details["cuda"]
 
 
 def test_one_bias_for_all_keys_is_jnp() -> None:
     bias = jnp.ones((ROWS, 1), jnp.float32)
     with registry.assume_kernels(option_kernels=True):
-        assert kernel_calls(lambda *a: mha(*a, bias), *tensors()) == 0
+        assert kernel_calls(lambda *a: mha(*a, bias=bias), *tensors()) == 0
         message = r"bias \(of shape \(1, 1, 70, 1\)\) that keys share is not supported"
         with pytest.raises(NotImplementedError, match=message):
-            mha(*tensors(), bias, implementation="cuda")
+            mha(*tensors(), bias=bias, implementation="cuda")

@@ -51,6 +51,14 @@ ffi::Error read(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
   numbers[1] = params.query.alignment;
   numbers[2] = params.key.alignment;
   numbers[3] = params.value.alignment;
+  const BiasView& bias = params.intervals.bias;
+  const MaskView& bits = params.intervals.mask;
+  int next = 4;
+  for (const int64_t stride : {bias.batch_strides[0], bias.head_stride, bias.row_stride,
+                               bits.batch_strides[0], bits.head_stride, bits.row_stride}) {
+    numbers[next++] = static_cast<int32_t>(stride);
+  }
+  numbers[next] = static_cast<int32_t>(bias.type);
   return ffi::Error::Success();
 }
 

@@ -149,7 +149,7 @@ def test_gradient_of_bias(width: int, dropout: bool) -> None:
         def f(biases: Any) -> Any:
             options = {"dropout_rate": rate, "implementation": "cuda", **rest}
             options |= {"is_causal": True, "return_lse": True}
-            return [mha(*arrays, bias, **options) for bias in biases]
+            return [mha(*arrays, bias=bias, **options) for bias in biases]
 
         return jax.vjp(f, biases)[1]([cotangents] * len(biases))[0]
 
@@ -158,7 +158,7 @@ def test_gradient_of_bias(width: int, dropout: bool) -> None:
     for pattern, bias, x in zip(PATTERNS, biases, got, strict=True):
         options = problem.given | {"bias": bias.astype(np.float64)}
         exact = oracle.gradients(
-            *problem.arrays, problem.dout, problem.dlse, **options
+            *problem.arrays, dout=problem.dout, dlse=problem.dlse, **options
         )["bias"]
         expected = oracle.reduced_to(exact, bias.shape)
         assert x.dtype == bias.dtype
