@@ -100,18 +100,24 @@ def gradients(
     q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     dsinks = np.zeros((query.shape[0], query.shape[2]), np.float32)
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    factors = oracle.kept_of(shape, given)
     for index, pair, p, slope in weights(q, k, scale, given):
-        delta = (rounded(rounded(p) @ v[pair]) * do[index]).sum(-1, keepdims=True)
+        b, rows, n = index
+        kept = np.float32(1)
+        if factors is not None:
+            kept = factors[b, n, rows].astype(np.float32)
+        delta = (rounded(rounded(p * kept) @ v[pair]) * do[index]).sum(
+            -1, keepdims=True
+        )
         if dlse is not None:
-            b, rows, n = index
             delta = delta - dlse[b, n, rows, None]
         if "sinks" in given:
-            b, _, n = index
             live = p.any(-1, keepdims=True)
             share = np.where(live, 1 - p.sum(-1, keepdims=True, dtype=np.float64), 0)
             dsinks[b, n] -= (share * delta).sum()
-        dv[pair] += rounded(p).T @ do[index]
-        ds = rounded(do[index] @ v[pair].T)
+        dv[pair] += rounded(p * kept).T @ do[index]
+        ds = rounded(do[index] @ v[pair].T) * kept
         ds -= delta
         ds *= p
         ds *= scale * slope

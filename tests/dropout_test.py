@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import specs
 from helpers import assert_close, normal, qkv, shrink_blocks
@@ -89,7 +90,10 @@ def test_against_the_definition(chunked: bool, monkeypatch: pytest.MonkeyPatch) 
         shrink_blocks(monkeypatch)
     spec = specs.Spec(2, 19, 21, 4, 2, 8, 6, dtype="float32")
     arrays = tuple(map(jnp.asarray, spec.arrays()))
-    keep = jnp.asarray(factors(2, 4, 19, 21, 0.25), jnp.float32)
+    exact = factors(2, 4, 19, 21, 0.25)
+    given = {"dropout_rate": 0.25, "dropout_key": np.asarray(KEY)}
+    np.testing.assert_array_equal(oracle.kept_of(exact.shape, given), exact)
+    keep = jnp.asarray(exact, jnp.float32)
     flash = functools.partial(mha, dropout_rate=0.25, dropout_key=KEY)
     dense = functools.partial(dropped, keep=keep)
     assert_close(jax.jit(flash)(*arrays), dense(*arrays))

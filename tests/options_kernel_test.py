@@ -47,6 +47,10 @@ SLOPES = jnp.asarray([0.5, 0.1, 0.0, 0.2], jnp.float32)
 Q_IDS = np.repeat([[0, 3, 7, -1]], [20, 30, 12, 8], -1).astype(np.int32)
 KV_IDS = np.repeat([[0, 3, 5, -2]], [20, 60, 30, 20], -1).astype(np.int32)
 DOCUMENTS: dict[str, Any] = {"q_segment_ids": Q_IDS, "kv_segment_ids": KV_IDS}
+DROPOUT: dict[str, Any] = {
+    "dropout_rate": 0.25,
+    "dropout_key": np.array([3, 4], np.uint32),
+}
 LENGTHS = {
     "query_seq_lengths": np.array([70, 33], np.int32),
     "key_value_seq_lengths": np.array([90, 0], np.int32),
@@ -115,9 +119,17 @@ LOWERED: dict[str, tuple[dict[str, Any], list[str], float]] = {
         intervals_of(2),
         0.0,
     ),
+    "dropout": (DROPOUT, [*intervals_of(1), "2x4x2xui32"], 0.0),
     "all": (
-        {**DOCUMENTS, **LENGTHS, "slopes": SLOPES, "softcap": 2.0, "is_causal": True},
-        [*intervals_of(2), "1x4xf32"],
+        {
+            **DOCUMENTS,
+            **LENGTHS,
+            **DROPOUT,
+            "slopes": SLOPES,
+            "softcap": 2.0,
+            "is_causal": True,
+        },
+        [*intervals_of(2), "1x4xf32", "2x4x2xui32"],
         2.0,
     ),
 }
@@ -145,6 +157,7 @@ def test_operands_and_attributes(case: str) -> None:
             "has_intervals = true",
             f"has_slopes = {str('slopes' in options).lower()}",
             f"softcap = {softcap:.6e} : f32",
+            f"dropout = {64 if 'dropout_rate' in options else 0} : i64",
             "window_left = -1 : i64",
             "window_right = -1 : i64",
             "bottom_right = true",
@@ -169,6 +182,7 @@ def test_other_calls_have_no_intervals() -> None:
     for attribute in ("has_intervals", "has_slopes"):
         assert f"{attribute} = false" in line
     assert "softcap = 0.000000e+00 : f32" in line
+    assert "dropout = 0 : i64" in line
     assert "window_right = 0 : i64" in line
 
 
@@ -194,6 +208,7 @@ OFF = {
     "softcap": ({"softcap": 3.0}, "softcap=3.0"),
     "slopes": ({"slopes": SLOPES}, r"alibi_slopes \(of shape \(1, 4\)\)"),
     "segments": (DOCUMENTS, r"q_segment_ids \(of shape \(1, 70\)\)"),
+    "dropout": (DROPOUT, "dropout_rate=0.25"),
 }
 
 
@@ -269,6 +284,43 @@ def test_explain() -> None:
 
 
 @pytest.mark.usefixtures("switched")
+def test_dropout_of_packed_sequences_is_jnp() -> None:
+    """Their rows and keys are counted from where each begins, which no kernel knows."""
+    packed = [x[0] for x in tensors()]
+    offsets: Any = OFFSETS
+
+    def f(*args: Any, **options: Any) -> Any:
+        return mha_varlen(*args, *offsets, **DROPOUT, **options)
+
+    assert kernel_calls(f, *packed) == 0
+    with pytest.raises(NotImplementedError, match="dropout_rate together with cu_seq"):
+        f(*packed, implementation="cuda")
+
+
+def test_vmap_over_keys_of_dropout() -> None:
+    """A draw for each key, and the same one for all queries without a key."""
+    keys = jnp.asarray([[1, 2], [3, 4], [1, 2]], jnp.uint32)
+    query, key, value = tensors()
+
+    def f(implementation: str, keys: Any, *args: Any) -> Any:
+        def one(word: Any, *args: Any) -> Any:
+            given = {"dropout_rate": 0.5, "dropout_key": word}
+            return attend(*args, **given, implementation=implementation)
+
+        out = jax.vmap(one, (0, None, None, None))(keys, *args)
+        return out, jax.vmap(jax.grad(loss(one), (1, 3)), (0, None, None, None))(
+            keys, *args
+        )
+
+    got, expected = both(f, keys, query, key, value)
+    assert_close(got[0], expected[0], 2.0**-7)
+    assert_close(got[1], expected[1], ROUNDING)
+    out = np.asarray(got[0][0])
+    np.testing.assert_array_equal(out[0], out[2])
+    assert not np.allclose(out[0], out[1], atol=1e-2)
+
+
+@pytest.mark.usefixtures("switched")
 def test_missing_kernels() -> None:
     built = [k for k in plan.KERNELS if k.op != "mha_bwd_intervals"]
     with registry.assume_kernels(built, option_kernels=True):
@@ -293,8 +345,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "kv_segment_ids": rng.integers(-2, 3, (BATCH, KEYS)),
         "window_size": (60, 20),
     },
+    "dropout": DROPOUT,
     "all": {
         **DOCUMENTS,
+        **DROPOUT,
         **LENGTHS,
         "slopes": jnp.stack([SLOPES, -SLOPES]),
         "softcap": 2.0,
@@ -470,7 +524,7 @@ SPECS = (P("x", None, "y"),) * 3 + (P("x"), P("x"), P("y"))
 
 def sharded_run(implementation: str, *args: Any) -> Any:
     def one(*args: Any) -> Any:
-        options = dict(zip(OPERANDS[3:], args[3:], strict=True))
+        options = dict(zip(OPERANDS[3:], args[3:], strict=True)) | DROPOUT
         return attend(*args[:3], **options, implementation=implementation)
 
     return one(*args), jax.grad(loss(one), (0, 1, 2))(*args)

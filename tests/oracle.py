@@ -103,6 +103,51 @@ def bias_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | 
     return -slopes[:, :, None, None] * distances(shape, given)
 
 
+def kept_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | None:
+    """What dropout multiplies probabilities by, [B, N, T, S], or None.
+
+    From docs/design/dropout.md. `dropout_key` is the words of a key, uint32 [2].
+    """
+    if not given.get("dropout_rate"):
+        return None
+    words = [np.uint64(word) for word in given["dropout_key"]]
+    batch, heads, rows, keys = shape
+    b, n = np.ogrid[:batch, :heads]
+    seeds = _philox([n, b, 0 * n, 0 * n], words)[:2]
+    i, j = np.ogrid[:rows, :keys]
+    row, key = (x // 16 * 4 + x // 2 % 4 for x in (i, j))
+    counter = [x[None, None] for x in (key, row, 0 * row, 0 * row)]
+    drawn = _philox(counter, [x[..., None, None] for x in seeds])
+    word = np.choose(2 * (i % 2) + j % 2, drawn)
+    shift = 8 * (2 * (i // 8 % 2) + j // 8 % 2)
+    least = threshold(given["dropout_rate"])
+    byte = word >> shift.astype(np.uint64) & np.uint64(255)
+    return np.where(byte >= least, 256 / (256 - least), 0)
+
+
+def threshold(rate: float) -> int:
+    """The bytes below it drop."""
+    return int(np.clip(np.round(256 * rate), 1, 255))
+
+
+def _philox(counter: list[Any], key: list[Any]) -> list[Array]:
+    """Philox4x32 with 7 rounds, in the lower halves of uint64."""
+    low = np.uint64(0xFFFFFFFF)
+    x, k = (
+        [np.asarray(c).astype(np.uint64) for c in list_] for list_ in (counter, key)
+    )
+    for _ in range(7):
+        first, second = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        x = [
+            (second >> np.uint64(32)) ^ x[1] ^ k[0],
+            second & low,
+            (first >> np.uint64(32)) ^ x[3] ^ k[1],
+            first & low,
+        ]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return x
+
+
 def distances(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
     """Of each key from the one that a row is aligned with: [B, 1, T, S]."""
     return np.abs(aligned(shape, given)[..., None] - np.arange(shape[3]))[:, None]
@@ -132,6 +177,7 @@ class _Block:
       weights: softmax [t, S], 0 in rows that may attend nothing.
       lse: log-sum-exp [t], -inf in such rows.
       slope: derivative of the soft cap [t, S], or 1.
+      kept: what dropout multiplies weights by [t, S], or 1.
     """
 
     index: tuple[int, slice, int]
@@ -139,6 +185,7 @@ class _Block:
     weights: Array
     lse: Array
     slope: Any
+    kept: Any
 
     @property
     def by_head(self) -> tuple[int, int, slice]:
@@ -155,7 +202,7 @@ def _blocks(query: Array, key: Array, given: dict[str, Any]) -> Iterator[_Block]
     scale, softcap = given.get("scale"), given.get("softcap")
     scale = width**-0.5 if scale is None else scale
     ok = allowed(shape, given)
-    bias = bias_of(shape, given)
+    bias, kept = bias_of(shape, given), kept_of(shape, given)
     sinks = None if given.get("sinks") is None else _spread(given["sinks"], shape[:2])
     for b, n, part in blocks(shape):
         pair = b, slice(None), n // groups
@@ -170,7 +217,8 @@ def _blocks(query: Array, key: Array, given: dict[str, Any]) -> Iterator[_Block]
             s += bias[b, n, part]
         sink = None if sinks is None else sinks[b, n]
         p, lse = _softmax(s, ok[b, n, part], sink)
-        yield _Block((b, part, n), pair, p, lse, slope)
+        factor = 1.0 if kept is None else kept[b, n, part]
+        yield _Block((b, part, n), pair, p, lse, slope, factor)
 
 
 def _softmax(s: Array, ok: Array, sink: float | None) -> tuple[Array, Array]:
@@ -203,7 +251,7 @@ def attention(query: Any, key: Any, value: Any, **given: Any) -> Result:
     out = np.empty((batch, rows, heads, value.shape[-1]))
     lse = np.empty((batch, heads, rows))
     for block in _blocks(query, key, given):
-        out[block.index] = block.weights @ value[block.pair]
+        out[block.index] = (block.weights * block.kept) @ value[block.pair]
         lse[block.by_head] = block.lse
     return Result(out, lse)
 
@@ -235,12 +283,14 @@ def gradients(
     for block in _blocks(query, key, given):
         index, pair, p, lse = block.index, block.pair, block.weights, block.lse
         do = dout[index]
-        delta = ((p @ value[pair]) * do).sum(-1)
+        dropped = p * block.kept
+        delta = ((dropped @ value[pair]) * do).sum(-1)
         if dlse is not None:
             one = np.asarray(dlse, np.float64)[block.by_head]
             delta -= np.where(np.isinf(lse), 0, one)
-        result["value"][pair] += p.T @ do
+        result["value"][pair] += dropped.T @ do
         ds = do @ value[pair].T
+        ds *= block.kept
         ds -= delta[:, None]
         ds *= p
         if "bias" in result:

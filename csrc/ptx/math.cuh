@@ -60,6 +60,14 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2_e4m3x2(uint16_t pair) {
 }
 #endif
 
+// Four bytes out of the eight of x (0 to 3) and y (4 to 7): a nibble of `selector` for each, with 8
+// added for one that repeats the byte's highest bit.
+__device__ __forceinline__ uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(selector));
+  return r;
+}
+
 // x - y of two packed f16 pairs.
 __device__ __forceinline__ uint32_t sub_f16x2(uint32_t x, uint32_t y) {
   uint32_t r;

@@ -15,6 +15,7 @@
 #include "sm80/bwd_config.cuh"
 #include "sm80/bwd_warp.cuh"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm80 {
@@ -116,12 +117,15 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     Warp::multiply_keys(scores, query_tile, key_tile);
     bool options = false;
     if constexpr (Config::kIntervals) {
-      options = ScoreOptions::any(params);
+      options =
+          ScoreOptions::any(params) || ScoreOptions::hides(params) || params.intervals.dropout != 0;
       if (options) {
         const int head = block.kv_head * plan.group + step.head;
         Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,
                                    lses, ScoreOptions::make(params, block.batch, head),
-                                   probability_tile);
+                                   Dropout::make(params, block.batch, head),
+                                   BiasRows::make(params, block.batch, head),
+                                   MaskRows::make(params, block.batch, head), probability_tile);
       }
     }
     if (!options) {
@@ -142,12 +146,25 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     typename Warp::Scores dscores;
     Warp::multiply_values(dscores, dout_tile, tiles + Config::kValueOffset,
                           lses + 4 * Config::kRows);
+    if (Config::kIntervals && params.intervals.dropout != 0) {
+      Warp::multiply_dropped(dscores, scores, lses + 4 * Config::kRows,
+                             params.intervals.kept_scale);
+    } else {
 #pragma unroll
-    for (int i = 0; i < Warp::kScoreBlocks; ++i) {
+      for (int i = 0; i < Warp::kScoreBlocks; ++i) {
 #pragma unroll
-      for (int j = 0; j < Warp::kScoreTiles; ++j) {
+        for (int j = 0; j < Warp::kScoreTiles; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dscores[i][j][e] *= scores[i][j][e];
+          for (int e = 0; e < 4; ++e) dscores[i][j][e] *= scores[i][j][e];
+        }
+      }
+    }
+    if constexpr (Config::kIntervals) {
+      if (params.dbias.data != nullptr) {
+        const int head = block.kv_head * plan.group + step.head;
+        Warp::add_bias_gradients(BiasGradient::make(params, block.batch, head), dscores, step.row,
+                                 block.key_block * Config::kKeys, params.query_length,
+                                 params.key_length);
       }
     }
     Warp::store_scores(dscore_tile, dscores);
@@ -236,8 +253,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       params, block, tiles + Config::kKeyOffset, warp.dkey, params.factor, params.dkey,
       params.f32_dkey, params.head_dim / Config::kUnits);
   store_gradient<Config, typename Config::ValueLayout, Config::kHeadDimV>(
-      params, block, tiles + Config::kValueOffset, warp.dvalue, 1.0f, params.dvalue,
-      params.f32_dvalue, params.head_dim_v / Config::kUnits);
+      params, block, tiles + Config::kValueOffset, warp.dvalue,
+      Config::kIntervals ? params.intervals.kept_scale : 1.0f, params.dvalue, params.f32_dvalue,
+      params.head_dim_v / Config::kUnits);
 }
 
 }  // namespace jax_flash::sm80

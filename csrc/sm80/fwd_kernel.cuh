@@ -16,6 +16,7 @@
 #include "sm80/interval_scores.cuh"
 #include "tile/copy.cuh"
 #include "tile/copy_live.cuh"
+#include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
@@ -224,7 +225,8 @@ struct BlockState {
   const Element16* value;
   int end_key;  // of the keys that the block sees
   WarpKeys warp_keys[Config::kWarps];
-  ScoreOptions options;  // of calls with intervals
+  ScoreOptions options;  // these two: of calls with intervals
+  Dropout dropout;
 };
 
 // Of the exponentials.
@@ -271,6 +273,7 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
         // Such a row's sums are anything, if there are tiles that all others see.
         const KeyInterval keys = state.mask.interval(warp_row + row);
         dead = keys.first >= keys.end;
+        inverse *= params.intervals.kept_scale;
         if (dead) {
           inverse = 0.0f;
 #pragma unroll
@@ -387,6 +390,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     state.end_key = keys.end;
     if constexpr (Config::kIntervals) {
       state.options = ScoreOptions::make(params, at.batch, at.head);
+      state.dropout = Dropout::make(params, at.batch, at.head);
     }
   }
   if (lane_id() == 0) {
@@ -463,6 +467,10 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
       if constexpr (Config::kIntervals) {
         if (ScoreOptions::any(params)) {
           apply_options(scores, state.options, state.mask, this_row(), key + fragment_column());
+          if (params.intervals.bias.data != nullptr) {
+            add_bias(scores, BiasRows::make(params, state.at.batch, state.at.head), this_row(),
+                     key + fragment_column());
+          }
           scaled = false;
         }
       }
@@ -473,7 +481,18 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
           [[unlikely]] {
         Warp::apply_mask(scores, state.mask, this_row(), key);
       }
+      if constexpr (Config::kIntervals) {
+        if (params.intervals.mask.data != nullptr) {
+          for_hidden<Warp::kBlocks, Warp::kScoreTiles>(
+              MaskRows::make(params, state.at.batch, state.at.head), this_row(),
+              key + fragment_column(),
+              [&](int i, int j, int h, int e) { scores[i][j][2 * h + e] = kMinusInfinity; });
+        }
+      }
       warp.softmax.update(scores, warp.out, softmax_scale<Config>(params));
+      if constexpr (Config::kIntervals) {
+        if (params.intervals.dropout != 0) drop(scores, state.dropout, this_row(), key);
+      }
       warp.multiply_values(scores, stage_of(key) + Config::kKeyBytes);
     }
     key += Config::kKeys;

@@ -6,8 +6,11 @@
 #include <cstdint>
 
 #include "host/params.h"
+#include "ptx/warpgroup.cuh"
+#include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
 
@@ -40,6 +43,42 @@ __device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4
   }
 }
 
+// Adds the biases of a head.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void add_bias(float (&scores)[kBlocks][kTiles][4], const BiasRows& bias,
+                                         int row, int key) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float2 x = bias.load_pair(row + 16 * i + 8 * h, key + 8 * j);
+        scores[i][j][2 * h] += x.x;
+        scores[i][j][2 * h + 1] += x.y;
+      }
+    }
+  }
+}
+
+// Calls f(i, j, h, e) for what the mask hides.
+template <int kBlocks, int kTiles, typename F>
+__device__ __forceinline__ void for_hidden(const MaskRows& mask, int row, int key, F f) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int column = key + 8 * j;
+        const uint32_t bits = mask.word(row + 16 * i + 8 * h, column) >> (column % 32);
+        if ((bits & 1) == 0) f(i, j, h, 0);
+        if ((bits & 2) == 0) f(i, j, h, 1);
+      }
+    }
+  }
+}
+
 // Keys with another id than the row's get a score of -inf.
 template <int kBlocks, int kTiles>
 __device__ __forceinline__ void mask_ids(float (&scores)[kBlocks][kTiles][4],
@@ -59,6 +98,55 @@ __device__ __forceinline__ void mask_ids(float (&scores)[kBlocks][kTiles][4],
       for (int h = 0; h < 2; ++h) {
         if (key_ids.x != row_ids[i][h]) scores[i][j][2 * h] = kMinusInfinity;
         if (key_ids.y != row_ids[i][h]) scores[i][j][2 * h + 1] = kMinusInfinity;
+      }
+    }
+  }
+}
+
+// What is kept of the 16 rows from `row` on, for all 8-column tiles of a fragment, keys from
+// `first_key` on.
+template <int kTiles>
+struct KeptScores {
+  static constexpr int kCount = kTiles % 4 == 0 ? 2 : 1;  // of 16 x 16 tiles drawn together
+  uint32_t words[kTiles / 2][2];
+
+  __device__ __forceinline__ void draw(const Dropout& dropout, int row, int first_key) {
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; i += kCount) {
+      ptx::forget_memory();  // one draw after the other: registers are few
+      uint32_t drawn[kCount][2];
+      dropout.template draw<false>(drawn, row, first_key + 16 * i);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        words[i + k][0] = drawn[k][0];
+        words[i + k][1] = drawn[k][1];
+      }
+    }
+  }
+
+  // Whether the element in column `e` of tile `j` and row half `h` is.
+  __device__ __forceinline__ bool operator()(int j, int h, int e) const {
+    return Dropout::kept(words[j / 2][e], Dropout::byte_of<false>(h, j % 2));
+  }
+};
+
+// Zeros in place of the probabilities that dropout drops.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void drop(float (&scores)[kBlocks][kTiles][4], const Dropout& dropout,
+                                     int row, int first_key) {
+  constexpr int kPart = kTiles % 4 == 0 ? 4 : 2;  // drawn together: registers are few
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kPart) {
+      KeptScores<kPart> kept;
+      kept.draw(dropout, row + 16 * i, first_key + 8 * first);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!kept(j, e / 2, e % 2)) scores[i][first + j][e] = 0.0f;
+        }
       }
     }
   }

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "host/params.h"
+#include "ptx/warpgroup.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/section_order.h"
 #include "sm90/work_order.cuh"
@@ -48,6 +49,7 @@ struct BwdPlan {
 struct BwdIntervalBlock {
   const float* slopes;  // of the sequence's query heads, or null
   bool dead_keys;       // whether there are keys that may hold anything
+  bool hides;           // whether rows that have keys may see none
 };
 struct BwdPlainBlock {};
 
@@ -86,18 +88,24 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
 template <typename Config>
 struct BwdStep {
   float slope;  // of its query head
+  int head;     // that
+  int row;      // the first
   bool dead;    // whether some queries may hold anything
   bool mixed;   // whether ids count
   bool clean[Config::kWarpgroups];
 };
 
 template <typename Config>
-__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
+__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int row,
                                           BwdStep<Config>& step) {
+  step.head = head;
+  step.row = row;
+  ptx::forget_memory();  // the producer has few registers
+  const int tile = row / Config::kRows;
   step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
   const RowTile& rows = block.mask.row_tiles[tile];
   step.mixed = rows.mixed != 0;
-  const bool dead = rows.dead != 0;
+  const bool dead = rows.dead != 0 || block.hides;
   step.dead = dead;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
@@ -134,6 +142,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     if (view.slopes != nullptr) {
       block.slopes += batch_offset(view.slope_strides, block.batch, params);
     }
+    block.hides = ScoreOptions::hides(params);
     block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
   } else {
     block.keys = max(block.mask.key_length - block.first_key, 0);
@@ -150,8 +159,9 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
-    // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f;
+    // Any other scale goes through the careful path, which multiplies it in; masks and biases do.
+    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
+                      (Config::kIntervals && ScoreOptions::hides(params));
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

@@ -15,6 +15,7 @@
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_clean_scores.cuh"
 #include "sm90/bwd_config.cuh"
+#include "sm90/bwd_interval_scores.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -235,7 +236,10 @@ struct BwdConsumer {
     if constexpr (Config::kIntervals) {
       if (!shared.steps[stage()].dead) return;
       const RowRecord* const records = shared.records[stage()];
-      const auto is_dead = [&](int row) { return records[row].first >= records[row].end; };
+      const float* const lse = shared.row_lse[stage()];
+      const auto is_dead = [&](int row) {
+        return records[row].first >= records[row].end || lse[row] == __builtin_huge_valf();
+      };
       clear_rows_if<QueryLayout>(query_tile(), kRows, is_dead);
       clear_rows_if<DoutLayout>(dout_tile(), kRows, is_dead);
     } else {
@@ -273,83 +277,41 @@ struct BwdConsumer {
             block.first_key + Config::kKeyStep * warpgroup};
   }
 
-  // With intervals, where a tile is not clean: P = 2^(S - lse) of this step's queries, and P times
-  // the derivatives of the logits. s is used up. kOptions: whether scores have options.
-  template <bool kOptions>
-  __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
-                                                             uint32_t (&weights)[kScores / 2],
-                                                             float (&s)[kScores],
-                                                             const float2 (&early)[kEarlyLoads],
-                                                             const BwdBlock<Config>& block) const {
-    const BwdStep<Config>& step = shared.steps[stage()];
-    const ScoreOptions options = {params.scale.first * params.scale.second,
-                                  params.intervals.softcap, step.slope};
-    const float inverse = options.inverse();
-    const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
+  __device__ __forceinline__ IntervalScores<Config> interval_scores(
+      const BwdBlock<Config>& block) const {
     const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
-    const int first_key =
-        block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
-    const bool mixed = step.mixed;
-    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
-                        mixed ? block.mask.id(first_key + 8) : 0};
-    const RowRecord* const records = shared.records[stage()] + fragment_column();
-    const float* const lse = lse_columns();
-#pragma unroll
-    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
-    if (kOptions && options.softcap != 0.0f) {
-#pragma unroll
-      for (float& score : s) score = options.cap(score, inverse);
-    }
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
-      float probability[2][2];
-      float weight[2][2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const RowRecord row = records[8 * j + e];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int key = first_key + 8 * h;
-          float score = s[4 * j + 2 * h + e];
-          float derivative = 1.0f;
-          if constexpr (kOptions) {
-            derivative = options.derivative(score, inverse);
-            score = options.biased(score, static_cast<float>(row.position - key));
-          }
-          const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
-          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
-          probability[h][e] = seen ? power : 0.0f;
-          weight[h][e] = probability[h][e] * derivative;
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
-        weights[2 * j + h] =
-            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
-      }
-    }
+    return {params, block, shared.steps[stage()], shared.records[stage()],
+            block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row()};
   }
 
-  // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
-  // P unless scores have options. s is used up.
+  // P = 2^(S - lse) of this step's queries, from `first_row` on, less what dropout drops. weights:
+  // what dS is a multiple of, P unless scores have options; see IntervalScores::drop. s is used up.
   template <bool kClean>
   __device__ __forceinline__ void take_probabilities(
       uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2], float (&s)[kScores],
       const float2 (&early)[kEarlyLoads], const BwdBlock<Config>& block, int first_row) const {
-    if constexpr (kClean && Config::kIntervals) {
-      const CleanScores<Config> scores = clean_scores(block);
-      if (ScoreOptions::any(params)) return scores.take(p, weights, s, early, lse_columns());
-    }
-    if constexpr (kClean || !Config::kIntervals) {
+    if (kClean && Config::kIntervals && ScoreOptions::any(params)) {
+      clean_scores(block).take(p, weights, s, early, lse_columns());
+    } else if constexpr (kClean || !Config::kIntervals) {
       take_exponentials<kClean>(p, s, early, block, first_row);
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
-    } else if (ScoreOptions::any(params)) {
-      take_interval_exponentials<true>(p, weights, s, early, block);
     } else {
-      take_interval_exponentials<false>(p, weights, s, early, block);
+      const IntervalScores<Config> scores = interval_scores(block);
+      const bool biased = params.intervals.bias.data != nullptr;
+      if (biased && params.intervals.bias.type == BiasType::kF32) {
+        scores.template take_exponentials<true, Bias::k32>(p, weights, s, early, lse_columns());
+      } else if (biased) {
+        scores.template take_exponentials<true, Bias::k16>(p, weights, s, early, lse_columns());
+      } else if (ScoreOptions::any(params)) {
+        scores.template take_exponentials<true>(p, weights, s, early, lse_columns());
+      } else {
+        scores.template take_exponentials<false>(p, weights, s, early, lse_columns());
+      }
+      if (params.intervals.mask.data != nullptr) scores.hide(p, weights);
+    }
+    if constexpr (Config::kIntervals) {
+      if (params.intervals.dropout != 0) interval_scores(block).drop(p, weights);
     }
   }
 
@@ -384,8 +346,18 @@ struct BwdConsumer {
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
                                                        const uint32_t (&p)[kScores / 2],
                                                        const float (&dp)[kScores],
-                                                       const float2 (&early)[kEarlyLoads]) const {
+                                                       const float2 (&early)[kEarlyLoads],
+                                                       const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
+    if constexpr (Config::kIntervals) {
+      if (params.dbias.data != nullptr) {
+        interval_scores(block).add_bias_gradients(p, dp, early, delta);
+      }
+      if (params.intervals.dropout != 0) {
+        take_dropped_gradients<Config>(ds, p, dp, early, delta, params.intervals.kept_scale);
+        return;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
@@ -426,14 +398,16 @@ struct BwdConsumer {
 
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<1>();
-    take_score_gradients(ds, weights, dp, early);
+    take_score_gradients(ds, weights, dp, early, block);
     wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
     store_scores(ds);
     ptx::fence_proxy_async_shared();
     warp_arrive(shared.score_full[steps % 2]);
 
     take_turn();
-    wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
+    // Computed anew where registers are few.
+    const uint32_t now = Config::kIntervals && !kClean ? ptx::fresh_address(steps) : steps;
+    wait(shared.score_full[(now + 1) % 2], now / 2 % 2);
     float dquery[kSums];
     ptx::wgmma_fence();
     // In the first step of a block of what lies there from the block before: dropped.
@@ -461,6 +435,12 @@ struct BwdConsumer {
       const uint32_t words[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
       ptx::stmatrix_x4_trans(target + 16 * 128 * k, words);
     }
+  }
+
+  // Of the gradient of values: P of what dropout keeps is larger.
+  __device__ __forceinline__ float value_factor() const {
+    if constexpr (Config::kIntervals) return params.intervals.kept_scale;
+    return 1.0f;
   }
 
   // One gradient, keys by width, to its place in global memory.
@@ -603,7 +583,8 @@ struct BwdConsumer {
         run_block(block);
       }
       store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
-      store_gradient(dvalue, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v, block);
+      store_gradient(dvalue, value_factor(), params.dvalue, params.f32_dvalue, params.head_dim_v,
+                     block);
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();

@@ -188,7 +188,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->delta_columns());
     ptx::wgmma_wait_group<0>();
-    this->take_score_gradients(ds, p, dp, early);
+    this->take_score_gradients(ds, p, dp, early, block);
     this->release_douts();
     ptx::bar_sync(3 + warpgroup, 128);  // all have read P
     this->store_scores(ds);
@@ -262,8 +262,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
         run_block.template operator()<kRole>(block, gradient);
       }
       if constexpr (kRole == 0) {
-        this->store_gradient(gradient, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v,
-                             block);
+        this->store_gradient(gradient, this->value_factor(), params.dvalue, params.f32_dvalue,
+                             params.head_dim_v, block);
       } else {
         this->store_gradient(gradient, params.factor, params.dkey, params.f32_dkey, params.head_dim,
                              block);

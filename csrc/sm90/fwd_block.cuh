@@ -14,6 +14,7 @@
 #include "sm90/section_order.h"
 #include "sm90/work_order.cuh"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
@@ -47,6 +48,7 @@ struct FwdPlan {
 template <int kWarpgroups>
 struct FwdBlockIntervals {
   float slope;
+  Dropout dropout;
   bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
   bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
@@ -112,6 +114,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);
     block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    block.dropout = Dropout::make(params, at.batch, block.head);
   } else {
     block.mask = row_mask(params, at.batch);
   }
@@ -151,8 +154,9 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
       block.dead[w] = block.mask.dead_rows(begin, past);
     }
     if (padding) core = {0, kMaxLength};
-    // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = core.first >= core.end || params.scale.first != 1.0f;
+    // Any other scale goes through the careful path, which multiplies it in; masks and biases do.
+    const bool none = core.first >= core.end || params.scale.first != 1.0f ||
+                      (Config::kIntervals && ScoreOptions::hides(params));
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;

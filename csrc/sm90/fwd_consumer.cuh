@@ -15,10 +15,12 @@
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
+#include "sm90/fwd_interval_scores.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
 #include "tile/quad.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -53,6 +55,10 @@ struct FwdConsumer {
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+  }
+  // This lane's first row of the block.
+  __device__ __forceinline__ int block_row() const {
+    return 64 * warpgroup + warp_row() + fragment_row();
   }
   __device__ __forceinline__ uint32_t query_tile() const {
     return tiles + blocks % Config::kQueryStages * Config::kQueryStageBytes +
@@ -116,16 +122,17 @@ struct FwdConsumer {
     ptx::wgmma_fence();
     issue_scores();
     ptx::wgmma_commit_group();
-    if (previous) {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                         value_ring.parity());
-    }
+    if (previous) wait_value();
     ptx::wgmma_fence();
     issue_values(!fresh);
     ptx::wgmma_commit_group();
     pass_turn();
   }
 
+  __device__ __forceinline__ void wait_value() const {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                       value_ring.parity());
+  }
   __device__ __forceinline__ void release_key() {
     warp_arrive(shared.key_empty[key_ring.stage()]);
     key_ring.next();
@@ -150,11 +157,17 @@ struct FwdConsumer {
       if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
     }
     if (left || tile >= block.full_end[warpgroup]) {
-      const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+      const int row = block.first_row + block_row();
       if constexpr (Config::kIntervals) {
         softmax.apply_mask(s, block.mask, row, tile * Config::kKeys, left, block.mixed[warpgroup]);
       } else {
         softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
+      }
+    }
+    if constexpr (Config::kIntervals) {
+      if (params.intervals.mask.data != nullptr) {
+        apply_bits(s, MaskRows::make(params, block.batch, block.head),
+                   block.first_row + block_row(), tile * Config::kKeys);
       }
     }
     return softmax.template follow_maximum<true>(s, params.scale, factor);
@@ -165,7 +178,7 @@ struct FwdConsumer {
     caps_exactly = false;
     aligned[0] = aligned[1] = 0;
     if (block.slope == 0.0f) return;
-    const int row = 64 * warpgroup + warp_row() + fragment_row();
+    const int row = block_row();
     int last = -kMaxLength;
     bool dropped[2];
 #pragma unroll
@@ -202,7 +215,7 @@ struct FwdConsumer {
            (block.slope != 0.0f && any_before_last(first_key) && any_after(first_key));
   }
 
-  // Soft cap and ALiBi make logits of scores, wherever the keys are.
+  // Soft cap, ALiBi and bias make logits of scores, wherever the keys are.
   __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
     const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
 #pragma unroll
@@ -218,6 +231,10 @@ struct FwdConsumer {
       for (int i = 0; i < kScores; ++i) {
         s[i] = options.biased(s[i], distances[i / 2 % 2] - static_cast<float>(i / 4 * 8 + i % 2));
       }
+    }
+    if (params.intervals.bias.data != nullptr) {
+      const int row = block.first_row + block_row();
+      add_bias(s, BiasRows::make(params, block.batch, block.head), row, first_key);
     }
   }
 
@@ -261,8 +278,7 @@ struct FwdConsumer {
   __device__ __forceinline__ void skip_values(int tiles) {
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                         value_ring.parity());
+      wait_value();
       release_value();
     }
   }
@@ -320,13 +336,13 @@ struct FwdConsumer {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
-      const int row = 64 * warpgroup + warp_row() + fragment_row();
+      const int row = block_row();
       if (is_dropped(block, row)) softmax.reference[0] = 0.0f;
       if (is_dropped(block, row + 8)) softmax.reference[1] = 0.0f;
     } else if (moved) {
       scale_out(factor);
     }
-    finish_step(tile_sum);
+    finish_step(block, tile, tile_sum);
     if constexpr (Config::kIntervals) {
       if (careful) clear_dead_values(block, tile);
     } else {
@@ -352,11 +368,17 @@ struct FwdConsumer {
     if (previous) release_value();
   }
 
-  __device__ __forceinline__ void finish_step(const float (&tile_sum)[2]) {
+  __device__ __forceinline__ void finish_step(const FwdBlock<Config>& block, int tile,
+                                              const float (&tile_sum)[2]) {
     release_key();
     softmax.sum[0] += tile_sum[0];
     softmax.sum[1] += tile_sum[1];
     pack();
+    if constexpr (Config::kIntervals) {
+      if (params.intervals.dropout != 0) {
+        drop(p, block, block_row(), tile * Config::kKeys);
+      }
+    }
   }
 
   // The rest of a step for a warp with rows that are watched, or that left the range.
@@ -388,60 +410,35 @@ struct FwdConsumer {
     }
     softmax.keep_watching();
     if (moved) scale_out(factor);
-    finish_step(tile_sum);
+    finish_step(block, tile, tile_sum);
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
   __device__ __forceinline__ void clear_values(int rows) {
-    using Layout = typename Config::ValueLayout;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                       value_ring.parity());
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    const int thread = threadIdx.x % 128;
-    for (int i = thread; i < (Config::kKeys - rows) * 8; i += 128) {
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(value_tile() + slab * Layout::kSlabBytes + rows * 128 + 16 * i, zeros);
-      }
-    }
-    ptx::fence_proxy_async_shared();
-    ptx::bar_sync(5 + warpgroup, 128);
+    wait_value();
+    clear_rows_from<Config>(value_tile(), rows, 5 + warpgroup);
   }
 
   // The same for those of dead keys, anywhere in a tile.
   __device__ __forceinline__ void clear_dead_values(const FwdBlock<Config>& block, int tile) {
-    using Layout = typename Config::ValueLayout;
     if (tile >= block.full_first[warpgroup] && tile < block.full_end[warpgroup]) return;
     const int first_key = tile * Config::kKeys;
     if (!block.mask.dead_keys(first_key, first_key + Config::kKeys)) return;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                       value_ring.parity());
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    const int thread = threadIdx.x % 128;
-    // Where there are no keys TMA has written zeros.
-    const int rows = min(Config::kKeys, block.mask.key_length - first_key);
-#pragma unroll 1
-    for (int row = thread / 8; row < rows; row += 16) {
-      if (__ldg(block.mask.key_ids + first_key + row) >= 0) continue;
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(value_tile() + Layout::offset(row, 8 * slab + thread % 8), zeros);
-      }
-    }
-    ptx::fence_proxy_async_shared();
-    ptx::bar_sync(5 + warpgroup, 128);
+    wait_value();
+    clear_dead_rows<Config>(value_tile(), block, first_key, 5 + warpgroup);
   }
 
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
   // needs.
   __device__ __forceinline__ void finish_rows(int number) {
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
-    const int row = 64 * warpgroup + warp_row() + fragment_row();
+    const int row = block_row();
     ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
       if (is_dropped(block, row + 8 * h)) inverse[h] = 0.0f;
+      if constexpr (Config::kIntervals) inverse[h] *= params.intervals.kept_scale;
       // Then lse is -inf.
       if (Config::kIntervals && inverse[h] == 0.0f) softmax.sum[h] = 0.0f;
       if (lane_id() % 4 == 0) {
@@ -489,7 +486,7 @@ struct FwdConsumer {
   // eight neighbouring columns, 16 bytes, of every 32.
   __device__ __forceinline__ void store_direct(const FwdBlock<Config>& block) const {
     const int lane = lane_id() % 4;
-    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+    const int row = block.first_row + block_row();
     const int heads = (1 << plan.pack_shift) - 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -525,10 +522,14 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= lowest) {
+    while (tile >= (Config::kIntervals && Config::kOneBody ? block.lowest[warpgroup] : lowest)) {
       Left left = Left::kNothing;
       if constexpr (Config::kOneBody) {
-        left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
+        // With intervals registers are few, and the limits read again.
+        const bool careful = Config::kIntervals ? tile >= block.clean_end[warpgroup] ||
+                                                      tile < block.clean_first[warpgroup]
+                                                : tile >= clean_end || tile < clean_first;
+        left = step(block, tile, careful, first, fresh, tile_sum);
         fresh = first;
         first = false;
       } else {
@@ -581,8 +582,7 @@ struct FwdConsumer {
       ++blocks;
     }
     if (pending) {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                         value_ring.parity());
+      wait_value();
       ptx::wgmma_fence();
       issue_values(!fresh);
       ptx::wgmma_commit_group();

@@ -122,12 +122,12 @@ OPTIONS = {
     "deterministic": Support(FAMILIES),
     "softcap": Support(FAMILIES, decode=True, intervals=True, switched=True),
     "sinks": Support(FAMILIES, decode=True),
-    "bias": Support(),
+    "bias": Support(FAMILIES, intervals=True, switched=True),
     "alibi_slopes": Support(FAMILIES, intervals=True, switched=True),
-    "mask": Support(),
+    "mask": Support(FAMILIES, intervals=True, switched=True),
     "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
     "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
-    "dropout_rate": Support(),
+    "dropout_rate": Support(FAMILIES, intervals=True, switched=True),
     "cu_seqlens_q": Support(FAMILIES, intervals=True, switched=True),
     "cu_seqlens_k": Support(FAMILIES, intervals=True, switched=True),
 }
@@ -145,6 +145,38 @@ def needs_intervals(options: Iterable[str]) -> bool:
     `options` are the names of what it has beyond query, key and value.
     """
     return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
+
+
+def clash(options: Iterable[str]) -> str | None:
+    """Options of a call that no kernel takes together, in words, if there are any.
+
+    Kernels do not know where the sequences of packed arrays begin, from where dropout
+    counts rows and keys.
+    """
+    given = set(options)
+    if "dropout_rate" in given and "cu_seqlens_q" in given:
+        return "dropout_rate together with cu_seqlens_q"
+    return None
+
+
+def bias_of_all_keys(shape: Iterable[Any]) -> str:
+    """What no kernel takes: a bias of this shape, one number for all keys."""
+    return f"bias (of shape {tuple(shape)}) that keys share"
+
+
+def no_bias_gradient(
+    softcap: float | None, deterministic: bool, shared: bool
+) -> str | None:
+    """Why no kernel has the gradient of a bias, as what it lacks; None if one does.
+
+    The backward has probabilities times the derivative of the soft cap, and adds up
+    what heads, rows or batch entries share (`shared`) in no order.
+    """
+    if softcap is not None:
+        return f"the gradient of bias with softcap={softcap}"
+    if deterministic and shared:
+        return "the gradient of a broadcast bias with deterministic=True"
+    return None
 
 
 def operation(op: str, options: Iterable[str]) -> str:

@@ -118,9 +118,14 @@ def plain(query: Any, key: Any, value: Any, **given: Any) -> np.ndarray:
     """`baseline.attention` in NumPy: no program to compile for each shape."""
     q, k, v = (x.astype(np.float32) for x in (query, key, value))
     out = np.empty((*query.shape[:3], value.shape[-1]), query.dtype)
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    factors = oracle.kept_of(shape, given)
     for index, pair, p, _ in baseline.weights(
         q, k, baseline.scale_of(query, given), given
     ):
+        if factors is not None:
+            b, rows, n = index
+            p = p * factors[b, n, rows].astype(np.float32)
         out[index] = p.astype(query.dtype).astype(np.float32) @ v[pair]
     return out
 

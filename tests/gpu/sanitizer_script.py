@@ -101,7 +101,7 @@ def float32_calls(op: str) -> Iterator[Call]:
 
 
 def interval_calls(op: str) -> Iterator[Call]:
-    """Arrays and options: ids in runs and in any order, soft cap, ALiBi, padding."""
+    """Arrays and options: ids in any order, cap, biases, masks, dropout, padding."""
     rng = np.random.default_rng(1)
     runs = {
         "q_segment_ids": np.sort(rng.integers(-1, 4, (2, 150)), -1),
@@ -121,7 +121,10 @@ def interval_calls(op: str) -> Iterator[Call]:
         yield problem, rest | {"is_causal": True, **deterministic}
         problem = arrays(dtype, (1, 600, 4), (600, 2), *widths)
         ids = np.repeat(np.array([[0, 1]]), [250, 350], -1)
-        yield problem, {"q_segment_ids": ids, "kv_segment_ids": ids}
+        bias = rng.standard_normal((1, 1, 600, 600), np.float32)
+        yield problem, {"bias": bias, "mask": rng.random((4, 1, 600)) < 0.5}
+        dropout = {"dropout_rate": 0.5, "dropout_key": np.array([1, 2], np.uint32)}
+        yield problem, {"q_segment_ids": ids, "kv_segment_ids": ids, **dropout}
 
 
 def decode_calls() -> Iterator[Call]:

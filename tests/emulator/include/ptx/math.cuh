@@ -23,6 +23,16 @@ template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {
   return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);
 }
+inline uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> 4 * i & 15;
+    const uint32_t byte = bytes >> 8 * (nibble & 7) & 255;
+    result |= (nibble < 8 ? byte : byte < 128 ? 0 : 255) << 8 * i;
+  }
+  return result;
+}
 inline uint32_t sub_f16x2(uint32_t x, uint32_t y) {
   const auto half = [&](int shift) {
     return static_cast<float>(emulator::bit_cast<__half>(x >> shift & 0xffff)) -
