@@ -133,7 +133,7 @@ def read_intervals(*more: Any, **changes: Any) -> list[int]:
         TARGET,
         [
             *(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in operands[:3]),
-            jax.ShapeDtypeStruct((11,), jnp.int32),
+            jax.ShapeDtypeStruct((12,), jnp.int32),
         ],
     )
     attributes = inner._attributes(config_of(order, order, order))
