@@ -112,6 +112,8 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     powers = -8.0 * np.arange(1, problem.heads + 1) / problem.heads
     slopes = jnp.asarray(np.exp2(powers), jnp.float32)
     sinks = jnp.ones(problem.heads, jnp.float32)
+    square = (1, 1, problem.length, problem.length)
+    bias = jax.random.normal(jax.random.key(1), square, jnp.bfloat16)
 
     def mha(query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
         options |= {"is_causal": True, "implementation": implementation}
@@ -134,6 +136,12 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     def dropout(query: Any, key: Any, value: Any, word: Any) -> jax.Array:
         return mha(query, key, value, dropout_rate=0.1, dropout_key=word)
 
+    def biased(query: Any, key: Any, value: Any, bias: Any) -> jax.Array:
+        return mha(query, key, value, bias=bias)
+
+    def masked(query: Any, key: Any, value: Any, mask: Any) -> jax.Array:
+        return mha(query, key, value, mask=mask)
+
     def all_of_them(query: Any, key: Any, value: Any, ids: Any, sinks: Any) -> Any:
         options = {"q_segment_ids": ids, "kv_segment_ids": ids, "sinks": sinks}
         options |= {"window_size": (window, 0), "softcap": 30.0}
@@ -146,6 +154,8 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
         "softcap": Row(softcap, (), dense),
         "alibi": Row(alibi, (slopes,), dense),
         "dropout": Row(dropout, (jnp.asarray([1, 2], jnp.uint32),), dense),
+        "bias, one for all heads": Row(biased, (bias,), dense),
+        "mask, one for all heads": Row(masked, (bias < 1,), dense),
         "segments + window + sinks + softcap": Row(all_of_them, (ids, sinks), within),
     }
 

@@ -27,12 +27,14 @@ if shutil.which("g++") is None:
 _POINTERS = (
     "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
     "key_lengths", "dquery", "dkey", "dvalue", "workspace", "rows", "row_tiles", "keys",
-    "key_tiles", "slopes", "seeds",
+    "key_tiles", "slopes", "seeds", "bias", "mask", "dbias",
 )
+_STRIDES = ("bias_strides", "mask_strides", "dbias_strides")
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "paired", "dropout",
+    "deterministic", "multiprocessors", "paired", "dropout", "bias_type",
+    "dbias_shared",
 )
 # fmt: on
 
@@ -46,6 +48,7 @@ class Arguments(ctypes.Structure):
         ("interval_stride", ctypes.c_int64),
         ("slope_stride", ctypes.c_int64),
         ("seed_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in _STRIDES),
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -83,6 +86,17 @@ def aligned(shape: tuple[int, ...], dtype: Any, fill: float = np.nan) -> np.ndar
     return array
 
 
+BIAS_TYPES = ("bfloat16", "float16", "float32")
+
+
+def strides_of(x: np.ndarray) -> list[int]:
+    """Strides of the first three of four dims in elements, 0 where x is shared."""
+    return [
+        0 if size == 1 else stride // x.itemsize
+        for size, stride in zip(x.shape[:3], x.strides[:3], strict=True)
+    ]
+
+
 def call(
     function: Any,
     given: dict[str, Any],
@@ -92,8 +106,10 @@ def call(
 ) -> None:
     """Calls a function of the library: `given` are options of `mha`.
 
-    Among `arrays` may be those of a call with intervals, `slopes` [1 or B, N], and
-    `seeds` uint32 [1 or B, N, 2] of dropout, whose rate in parts of 256 is an option.
+    Among `arrays` may be those of a call with intervals, `slopes` [1 or B, N], `seeds`
+    uint32 [1 or B, N, 2] of dropout, whose rate in parts of 256 is an option, and
+    `bias` and `mask`, of 4 dims, size 1 where they are shared; the same for a result
+    `dbias`.
     """
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     lengths = {
@@ -118,6 +134,14 @@ def call(
         interval_stride=len(arrays.get("rows", ())) > 1,
         slope_stride=heads * (len(arrays.get("slopes", ())) > 1),
         seed_stride=2 * heads * (len(arrays.get("seeds", ())) > 1),
+        **{
+            f"{name}_strides": (ctypes.c_int64 * 3)(*strides_of(x))
+            for name, x in (held | results).items()
+            if f"{name}_strides" in _STRIDES
+        },
+        bias_type=BIAS_TYPES.index(str(held["bias"].dtype)) if "bias" in held else 0,
+        dbias_shared="dbias" in results
+        and results["dbias"].shape[:3] != (batch, heads, rows),
         batch=batch,
         query_length=rows,
         key_length=key.shape[1],

@@ -164,10 +164,16 @@ def _emulation(
             batch = results[0].shape[:-3]
             for name in residuals:
                 assert given[name].shape[: len(batch)] == batch, name
-            which = Backward(OPERANDS[:3], ((),) * 3, has_dlse)
+            perturbed = OPERANDS[:3] + (("bias",) if attributes["has_dbias"] else ())
+            which = Backward(perturbed, ((),) * len(perturbed), has_dlse)
             computed = reference_grad.backward(*args, config=config, backward=which)
             # The workspace, of which nobody reads what is in it.
-            computed.append(jnp.full(results[3].shape, jnp.nan, results[3].dtype))
+            computed.insert(3, jnp.full(results[3].shape, jnp.nan, results[3].dtype))
+            for x, result in zip(computed[4:], results[4:], strict=True):
+                sizes = zip(x.shape, result.shape, strict=True)
+                axes = tuple(i for i, (n, m) in enumerate(sizes) if n != m)
+                assert not (axes and attributes["deterministic"])
+                computed[4] = x.sum(axes, keepdims=True)
         else:
             computed = reference.forward(*args, config=config)
         return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
@@ -178,7 +184,8 @@ def _emulation(
 def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:
     """Names of the operands after rows, keys and values."""
     if not attributes["has_intervals"]:
-        assert not attributes["has_slopes"]
+        for name in ("has_slopes", "has_mask", "has_bias"):
+            assert not attributes[name], name
         assert attributes["softcap"] == attributes["dropout"] == 0
         has = attributes["has_query_lengths"], attributes["has_kv_lengths"]
         return tuple(n for n, given in zip(LENGTHS, has, strict=True) if given)
@@ -187,7 +194,9 @@ def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:
     assert (attributes["window_left"], attributes["window_right"]) == (-1, -1)
     slopes = ("slopes",) if attributes["has_slopes"] else ()
     seeds = ("dropout_seeds",) if attributes["dropout"] else ()
-    return ("rows", "row_tiles", "keys", "key_tiles", *slopes, *seeds)
+    names = ("rows", "row_tiles", "keys", "key_tiles", *slopes, *seeds)
+    arrays = (("mask_bits", "has_mask"), ("bias", "has_bias"))
+    return names + tuple(name for name, given in arrays if attributes[given])
 
 
 def _unpacked(same: Sequence[jax.Array], heads: int, kv_heads: int) -> list[jax.Array]:
@@ -215,9 +224,19 @@ def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
     key = jnp.arange(key_count, dtype=jnp.int32)
     keys = keys[..., None, :key_count]
     seen = (first <= key) & (key < end) & ((row_id == keys) | ~mixed[..., None])
+    if "bias" in given:
+        assert given["bias"].shape[-1] == -(-key_count // 8) * 8
+        given["bias"] = given["bias"][..., :key_count]
     if "slopes" in given:
         distance = jnp.abs(position - key)[..., None, :, :].astype(jnp.float32)
-        given["bias"] = -given.pop("slopes")[..., None, None] * distance
+        slopes = -given.pop("slopes")[..., None, None] * distance
+        given["bias"] = given.get("bias", 0.0) + slopes
+    seen = seen[..., None, :, :]
+    if "mask_bits" in given:
+        words = given.pop("mask_bits")[..., None]
+        bits = words >> jnp.arange(32, dtype=jnp.uint32) & 1
+        bits = bits.reshape(*bits.shape[:-2], -1)
+        seen = seen & (bits[..., :key_count] == 1)
     live_rows = (row_id >= 0)[..., None]
     live_keys = (keys[..., 0, :] >= 0)[..., None, None]
     for name in ("query", "out", "dout"):
@@ -225,4 +244,4 @@ def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
             given[name] = jnp.where(live_rows, given[name], 0)
     for name in ("key", "value"):
         given[name] = jnp.where(live_keys, given[name], 0)
-    return given | {"mask": seen[..., None, :, :]}
+    return given | {"mask": seen}

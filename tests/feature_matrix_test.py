@@ -10,6 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tools import feature_matrix
 
+ARRAYS = ("alibi_slopes", "bias", "mask")
+
 
 def test_page_is_current() -> None:
     assert feature_matrix.PAGE.read_text() == feature_matrix.page()
@@ -23,7 +25,7 @@ def test_table_knows_every_option() -> None:
 def test_kernels_take_what_their_calls_have() -> None:
     taken = {n for n in OPERANDS[3:] if n != "dropout_seeds" and plan.supported(n)}
     joined = {"sinks"}  # to what the kernels compute without them
-    assert taken == {*intervals.OPERANDS, "alibi_slopes"} | joined
+    assert taken == {*intervals.OPERANDS, *ARRAYS} | joined
 
 
 def test_what_a_switch_keeps_off() -> None:
@@ -32,4 +34,4 @@ def test_what_a_switch_keeps_off() -> None:
     assert switched == {n for n, support in plan.OPTIONS.items() if support.intervals}
     lengths = {"query_seq_lengths", "key_value_seq_lengths"}
     numbers = {"softcap", "dropout_rate"}
-    assert switched == {*intervals.OPERANDS, "alibi_slopes"} - lengths | numbers
+    assert switched == {*intervals.OPERANDS, *ARRAYS} - lengths | numbers

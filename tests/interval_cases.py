@@ -11,7 +11,7 @@ import oracle
 from emulator_test import aligned, call
 from interval_arrays import interval_arrays
 
-from jax_flash._src import dropout, plan
+from jax_flash._src import dropout, intervals, plan
 
 DROPOUT_KEY = np.array([7, 11], np.uint32)
 
@@ -30,6 +30,8 @@ class Case:
       options: `softcap` and `scale`, as of `mha`.
       slopes: f32 [1 or B, N], or none.
       dropout_rate: by DROPOUT_KEY.
+      bias: bf16, f16 or f32 [1 or B, 1 or N, 1 or T, S], or none.
+      mask: bool of such a shape, or none.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -41,6 +43,8 @@ class Case:
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     slopes: np.ndarray | None = None
     dropout_rate: float = 0.0
+    bias: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Operands beside those of attention."""
@@ -53,6 +57,11 @@ class Case:
             batch, _, _, heads, _ = self.shape
             seeds = dropout.seeds(jnp.asarray(DROPOUT_KEY), (batch,), heads)
             result["seeds"] = np.asarray(seeds)
+        if self.bias is not None:
+            result["bias"] = np.asarray(intervals.bias_rows(jnp.asarray(self.bias)))
+        if self.mask is not None:
+            bits = intervals.mask_bits(jnp.asarray(self.mask), self.shape[2])
+            result["mask"] = np.asarray(bits)
         return result
 
     def numbers(self) -> dict[str, float]:
@@ -63,10 +72,13 @@ class Case:
     def given(self) -> dict[str, Any]:
         """The same for `oracle.attention`."""
         keys = self.shape[2]
-        given = self.options | {"mask": self.seen[:, None]}
+        mask = self.seen[:, None]
+        given = self.options | {"mask": mask if self.mask is None else mask & self.mask}
         if self.slopes is not None:
             distance = np.abs(self.position[..., None] - np.arange(keys))
             given["bias"] = -self.slopes[:, :, None, None] * distance[:, None]
+        if self.bias is not None:
+            given["bias"] = given.get("bias", 0) + self.bias.astype(np.float64)
         if self.dropout_rate:
             given |= {"dropout_rate": self.dropout_rate, "dropout_key": DROPOUT_KEY}
         return given
@@ -121,6 +133,24 @@ def packed(
     if is_causal:
         seen &= np.arange(keys) <= position[..., None]
     return Case(shape, q_ids, kv_ids, seen, position, **rest)
+
+
+def random_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Half of the keys, none in every seventh row that has a mask of its own."""
+    mask = np.random.default_rng(3).random(shape) < 0.5
+    if shape[2] > 1:
+        mask[:, :, ::7] = False
+    return mask
+
+
+def random_bias(shape: tuple[int, int, int, int], dtype: str) -> np.ndarray:
+    """Random normal, with -inf here and there, and all over every ninth row."""
+    rng = np.random.default_rng(4)
+    bias = rng.standard_normal(shape, np.float32)
+    bias[rng.random(shape) < 0.05] = -np.inf
+    if shape[2] > 1:
+        bias[:, :, ::9] = -np.inf
+    return bias.astype(jnp.dtype(dtype))
 
 
 def _sorted(rng: np.random.Generator, length: int, ids: int) -> np.ndarray:
@@ -212,6 +242,34 @@ def _cases() -> dict[str, Callable[[], Case]]:
             scattered[:170],
             rest={"dropout_rate": 0.7, "options": {"softcap": 2.0}},
         ),
+        "mask": lambda: of_options(
+            (2, 150, 333, 2, 1), rest={"mask": random_mask((1, 2, 150, 333))}
+        ),
+        "mask of keys, dead rows": lambda: of_options(
+            (2, 170, 300, 2, 1),
+            scattered[:170],
+            rest={"mask": random_mask((2, 1, 1, 300))},
+            is_causal=True,
+        ),
+        "bias": lambda: of_options(
+            (1, 140, 300, 2, 1),
+            rest={"bias": random_bias((1, 2, 140, 300), "bfloat16")},
+        ),
+        "bias in f32, shared by rows": lambda: of_options(
+            (2, 150, 333, 2, 2),
+            rest={"bias": random_bias((2, 1, 1, 333), "float32"), "dropout_rate": 0.4},
+            is_causal=True,
+        ),
+        "bias and mask": lambda: of_options(
+            (2, 130, 200, 4, 2),
+            mixed[0][:130],
+            mixed[1][:200],
+            rest={
+                "bias": random_bias((1, 4, 130, 200), "float16"),
+                "mask": random_mask((2, 1, 130, 200)),
+                "slopes": np.array([[0.1, 0.02, 0.2, 0.0]]),
+            },
+        ),
     }
 
 
@@ -251,7 +309,7 @@ def spoil(arrays: dict[str, np.ndarray], case: Case, dead_rows: np.ndarray) -> N
 
 
 def dead_rows_of(case: Case) -> np.ndarray:
-    """Which rows see nothing: bool [B, T]."""
+    """Which rows see nothing by their intervals and ids: bool [B, T]."""
     batch, rows = case.shape[:2]
     return np.broadcast_to(~case.seen.any(-1), (batch, rows))
 
@@ -274,7 +332,8 @@ def check_forward(
         {"out": out, "lse": lse},
         multiprocessors=multiprocessors,
     )
-    dead = np.broadcast_to(dead_rows[:, None], lse.shape)
+    dead = np.isneginf(expected.lse)
+    assert dead[np.broadcast_to(dead_rows[:, None], lse.shape)].all()
     np.testing.assert_array_equal(np.isneginf(lse), dead)
     lse_error = np.abs(np.where(dead, 0, lse) - np.where(dead, 0, expected.lse))
     assert lse_error.max() <= 2e-6 * max(1, np.abs(expected.lse[~dead]).max(initial=0))
@@ -308,18 +367,20 @@ def run_backward(
     dout = rng.standard_normal(exact.out.shape, np.float32)
     arrays["dout"] = dout.astype(query.dtype)
     dead_rows = dead_rows_of(case)
-    dead = np.broadcast_to(dead_rows[:, None], exact.lse.shape)
+    dead = np.isneginf(exact.lse)  # by the mask or the bias, too
+    dead_by_row = np.moveaxis(dead, 1, 2)
     if with_dlse:
         arrays["dlse"] = rng.standard_normal(exact.lse.shape, np.float32)
     expected = oracle.gradients(
         query,
         key,
         value,
-        np.where(dead_rows[..., None, None], 0, arrays["dout"]),
+        np.where(dead_by_row[..., None], 0, arrays["dout"]),
         np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
         **given,
     )
     spoil(arrays, case, dead_rows)
+    arrays["dout"][dead_by_row] = arrays["out"][dead_by_row] = np.nan
     if with_dlse:
         arrays["dlse"][dead] = np.nan
     result_dtype = np.dtype(np.float32) if ways.get("f32_results") else query.dtype
@@ -327,12 +388,16 @@ def run_backward(
         f"d{name}": aligned(arrays[name].shape, result_dtype)
         for name in ("query", "key", "value")
     }
+    if case.bias is not None:
+        results["dbias"] = aligned(case.bias.shape, np.float32, 0)
+        expected["bias"] = oracle.reduced_to(expected["bias"], case.bias.shape)
+    else:
+        expected.pop("bias", None)
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS
     results["workspace"] = aligned((size,), np.float32)
     call(function, case.numbers(), arrays | case.arrays(), results, **ways)
     del results["workspace"]
-    expected.pop("bias", None)
     return {name[1:]: x for name, x in results.items()}, expected
 
 

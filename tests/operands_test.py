@@ -47,7 +47,7 @@ def read(config: AttentionConfig, *operands: Any, shapes: Any, **changes: Any) -
     results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     call = jax.ffi.ffi_call(
         TARGET,
-        [*results, jax.ShapeDtypeStruct((4,), jnp.int32)],
+        [*results, jax.ShapeDtypeStruct((11,), jnp.int32)],
         input_layouts=inner._layouts(config, ()),
     )
     attributes = inner._attributes(config) | changes
@@ -76,7 +76,7 @@ def test_three_arrays_of_any_order() -> None:
     *got, facts = read(config, query, key, value, shapes=shapes)
     full = [jnp.broadcast_to(x, (3, 2, *x.shape[2:])) for x in (query, key, value)]
     assert_read(got, *full)
-    assert facts.tolist() == [2, 16, 16, 16]
+    assert facts[:4].tolist() == [2, 16, 16, 16]
 
 
 @pytest.mark.parametrize("width", [8, 6, 3])
@@ -89,7 +89,7 @@ def test_one_array_of_all_three(heads: tuple[int, int], width: int) -> None:
     *got, facts = read(config, *[whole] * 3, shapes=[x.shape for x in parts])
     assert_read(got, *parts)
     alignment = {8: 16, 6: 4, 3: 2}[width]
-    assert facts.tolist()[1:] == [alignment] * 3
+    assert facts[1:4].tolist() == [alignment] * 3
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3)], ids=str)
@@ -103,6 +103,54 @@ def test_one_array_of_any_order(order: tuple[int, ...]) -> None:
     *got, facts = read(config, *[whole] * 3, shapes=shapes)
     assert_read(got, *parts)
     assert facts[0] == (1 if order == (0, 1, 2, 3) else 2)
+
+
+def interval_operands(*more: Any) -> list[Any]:
+    """Of 5 rows, 6 keys, 4 heads and 2 batch entries: tensors, intervals, the rest."""
+    tensors = numbered(2, 5, 4, 8), numbered(2, 6, 2, 8), numbered(2, 6, 2, 8)
+    shapes = (1, 64, 4), (1, 1, 8), (1, 64), (1, 1, 8)
+    return [*tensors, *(jnp.zeros(shape, jnp.int32) for shape in shapes), *more]
+
+
+def read_intervals(*more: Any, **changes: Any) -> list[int]:
+    operands = interval_operands(*more)
+    order = tuple(range(4))
+    call = jax.ffi.ffi_call(
+        TARGET,
+        [
+            *(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in operands[:3]),
+            jax.ShapeDtypeStruct((11,), jnp.int32),
+        ],
+    )
+    attributes = inner._attributes(config_of(order, order, order))
+    attributes |= {"has_intervals": True, **changes}
+    return jax.jit(lambda *x: call(*x, **attributes))(*operands)[3].tolist()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_bias_and_mask(dtype: Any) -> None:
+    """Strides of 0 along what shares them, rows of whole eights and of 16 bytes."""
+    given = {"has_mask": True, "has_bias": True}
+    bits, bias = jnp.zeros((2, 1, 5, 4), jnp.uint32), jnp.zeros((2, 4, 5, 8), dtype)
+    number = [jnp.bfloat16, jnp.float16, jnp.float32].index(dtype)
+    facts = read_intervals(bits, bias, **given)
+    assert facts[4:] == [160, 40, 8, 20, 0, 4, number]
+    facts = read_intervals(bits[:1, :, :1], bias[:1, :, :1], **given)
+    assert facts[4:] == [0, 8, 0, 0, 0, 0, number]
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (np.zeros((2, 4, 5, 6), np.float32), "rows of 8"),
+        (np.zeros((2, 3, 5, 8), np.float32), "does not fit 4 heads"),
+        (np.zeros((3, 4, 5, 8), np.float32), "the batch dims of"),
+        (np.zeros((2, 4, 5, 8), np.int32), "bias must be bf16, f16 or f32"),
+    ],
+)
+def test_bias_that_does_not_fit(bias: np.ndarray, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        read_intervals(bias, has_bias=True)
 
 
 @pytest.mark.parametrize(

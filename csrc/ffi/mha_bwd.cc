@@ -3,7 +3,8 @@
 // query, key and value as for jax_flash_mha_fwd, out and dout [*batch, T, N, Hv], lse f32
 // [*batch, N, T], then dlse like lse if its attribute says so, and the lengths or intervals -> the
 // gradients of query, key and value, each with the full batch and in query's type or f32, and a
-// workspace f32 [floats], of which plan.py in jax_flash/_src says the size.
+// workspace f32 [floats], of which plan.py in jax_flash/_src says the size, and that of a bias if
+// has_dbias, see operands.h.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -102,16 +103,18 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    ffi::AnyBuffer dout, ffi::RemainingArgs others,
                    ffi::Result<ffi::AnyBuffer> dquery, ffi::Result<ffi::AnyBuffer> dkey,
                    ffi::Result<ffi::AnyBuffer> dvalue, ffi::Result<ffi::AnyBuffer> workspace,
-                   bool has_dlse, bool deterministic, float scale, int64_t window_left,
-                   int64_t window_right, bool bottom_right, bool has_query_lengths,
-                   bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                   int64_t dropout, int64_t packed_heads, int64_t packed_kv_heads, Dims query_order,
-                   Dims key_order, Dims value_order) {
+                   ffi::RemainingRets more, bool has_dlse, bool has_dbias, bool deterministic,
+                   float scale, int64_t window_left, int64_t window_right, bool bottom_right,
+                   bool has_query_lengths, bool has_kv_lengths, bool has_intervals, bool has_slopes,
+                   float softcap, int64_t dropout, bool has_mask, bool has_bias,
+                   int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
+                   Dims value_order) {
   MhaBwdParams params{};
-  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, has_intervals, has_slopes, softcap, dropout, packed_heads,
-                        packed_kv_heads, query_order, key_order, value_order},
-                       &params);
+  MhaOperands operands(
+      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
+       has_intervals, has_slopes, softcap, dropout, has_mask, has_bias, packed_heads,
+       packed_kv_heads, query_order, key_order, value_order},
+      &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   // The batch of dout is full, that of every other operand may be shared.
   JAX_FLASH_CHECK(dout.dimensions().size() == operands.rank() && operands.join(dout.dimensions()),
@@ -155,6 +158,18 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   for (const Gradient& gradient : gradients) {
     JAX_FLASH_RETURN_IF_ERROR(decode_gradient(gradient, operands));
   }
+  JAX_FLASH_CHECK(more.size() == size_t{has_dbias} && (!has_dbias || has_bias), "has_dbias is ",
+                  has_dbias, " and has_bias ", has_bias, ", but there are ", more.size(),
+                  " results more");
+  if (has_dbias) {
+    const auto dbias = more.get<ffi::AnyBuffer>(0);
+    if (!dbias.has_value()) return dbias.error();
+    JAX_FLASH_RETURN_IF_ERROR(operands.decode_bias_gradient(**dbias, &params.dbias));
+    JAX_FLASH_CHECK(!deterministic || !params.dbias.shared,
+                    "sums of the gradient of a bias have no order: deterministic is not possible");
+    const cudaError_t error = cudaMemsetAsync(params.dbias.data, 0, (*dbias)->size_bytes(), stream);
+    if (error != cudaSuccess) return cuda_failure("zeroing the gradient of a bias", error);
+  }
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.factor = scale;
   params.deterministic = deterministic;
@@ -178,7 +193,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kMhaBwd, mha_bwd,
                                                       .Ret<ffi::AnyBuffer>()
                                                       .Ret<ffi::AnyBuffer>()
                                                       .Ret<ffi::AnyBuffer>()
+                                                      .RemainingRets()
                                                       .Attr<bool>("has_dlse")
+                                                      .Attr<bool>("has_dbias")
                                                       .Attr<bool>("deterministic")),
                               {ffi::Traits::kCmdBufferCompatible});
 

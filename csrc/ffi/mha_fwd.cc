@@ -3,8 +3,8 @@
 // query [*batch, T, N, H], key [*batch, S, K, H], value [*batch, S, K, Hv], or for each of them the
 // array of all three, [*batch, T, (N + 2 K) H], whose N and K the attributes packed_heads and
 // packed_kv_heads are, otherwise 0; then int32 [*batch] query lengths and key lengths, each if its
-// attribute says so, or with intervals the arrays of host/intervals.h and, if there are any, slopes
-// and seeds
+// attribute says so, or with intervals the arrays of host/intervals.h and, if there are any,
+// slopes, seeds, bits of a mask and a bias
 // -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T]. Batch dims of an operand are
 // full or 1 (shared).
 #include <algorithm>
@@ -42,13 +42,14 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    ffi::Result<ffi::AnyBuffer> lse, float scale, int64_t window_left,
                    int64_t window_right, bool bottom_right, bool has_query_lengths,
                    bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                   int64_t dropout, int64_t packed_heads, int64_t packed_kv_heads, Dims query_order,
-                   Dims key_order, Dims value_order) {
+                   int64_t dropout, bool has_mask, bool has_bias, int64_t packed_heads,
+                   int64_t packed_kv_heads, Dims query_order, Dims key_order, Dims value_order) {
   MhaFwdParams params{};
-  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, has_intervals, has_slopes, softcap, dropout, packed_heads,
-                        packed_kv_heads, query_order, key_order, value_order},
-                       &params);
+  MhaOperands operands(
+      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
+       has_intervals, has_slopes, softcap, dropout, has_mask, has_bias, packed_heads,
+       packed_kv_heads, query_order, key_order, value_order},
+      &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(mask, 0));
 

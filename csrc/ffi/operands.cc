@@ -138,17 +138,18 @@ ffi::Error MhaOperands::decode(const ffi::AnyBuffer& query, const ffi::AnyBuffer
 ffi::Error MhaOperands::decode_mask(const ffi::RemainingArgs& args, size_t skipped) {
   const bool has_intervals = attributes_.has_intervals;
   const bool has_lengths = attributes_.has_query_lengths || attributes_.has_kv_lengths;
-  const bool has_options =
-      attributes_.has_slopes || attributes_.softcap != 0 || attributes_.dropout != 0;
+  const bool has_options = attributes_.has_slopes || attributes_.softcap != 0 ||
+                           attributes_.dropout != 0 || attributes_.has_mask || attributes_.has_bias;
   JAX_FLASH_CHECK(has_intervals ? !has_lengths : !has_options, "calls ",
                   has_intervals ? "with intervals have no lengths"
-                                : "without intervals have no slopes, softcap or dropout");
+                                : "without intervals have no options of scores");
   JAX_FLASH_CHECK(attributes_.softcap >= 0, "softcap must not be negative, got ",
                   attributes_.softcap);
   JAX_FLASH_CHECK(attributes_.dropout >= 0 && attributes_.dropout < 256,
                   "dropout must be a number of parts of 256, got ", attributes_.dropout);
   const size_t expected =
-      has_intervals ? size_t{4} + attributes_.has_slopes + (attributes_.dropout != 0)
+      has_intervals ? size_t{4} + attributes_.has_slopes + (attributes_.dropout != 0) +
+                          attributes_.has_mask + attributes_.has_bias
                     : size_t{attributes_.has_query_lengths} + size_t{attributes_.has_kv_lengths};
   JAX_FLASH_CHECK(args.size() == skipped + expected, "expected ", skipped + expected,
                   " operands after the tensors, got ", args.size());
@@ -223,6 +224,21 @@ ffi::Error MhaOperands::decode_intervals(const ffi::RemainingArgs& args, size_t 
     if (!seeds.has_value()) return seeds.error();
     JAX_FLASH_RETURN_IF_ERROR(decode_seeds(*seeds));
   }
+  if (attributes_.has_mask) {
+    const auto mask = args.get<ffi::AnyBuffer>(next++);
+    if (!mask.has_value()) return mask.error();
+    JAX_FLASH_CHECK(mask->element_type() == ffi::U32, "bits of a mask must be uint32, got ",
+                    mask->element_type());
+    MaskView& bits = view.mask;
+    bits.data = static_cast<const uint32_t*>(mask->untyped_data());
+    JAX_FLASH_RETURN_IF_ERROR(decode_rows("mask", *mask, mask_words(params_->key_length),
+                                          bits.batch_strides, &bits.head_stride, &bits.row_stride));
+  }
+  if (attributes_.has_bias) {
+    const auto bias = args.get<ffi::AnyBuffer>(next++);
+    if (!bias.has_value()) return bias.error();
+    JAX_FLASH_RETURN_IF_ERROR(decode_bias(*bias));
+  }
   return ffi::Error::Success();
 }
 
@@ -251,6 +267,50 @@ ffi::Error MhaOperands::decode_seeds(const ffi::AnyBuffer& seeds) {
   IntervalsView& view = params_->intervals;
   view.seeds = static_cast<const uint32_t*>(seeds.untyped_data());
   add({dims.begin(), dims.end()}, row_major_strides(dims), view.seed_strides);
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::decode_bias(const ffi::AnyBuffer& bias) {
+  const ffi::DataType type = bias.element_type();
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16 || type == ffi::F32,
+                  "bias must be bf16, f16 or f32, got ", type);
+  BiasView& view = params_->intervals.bias;
+  view.data = bias.untyped_data();
+  view.type = type == ffi::BF16  ? BiasType::kBf16
+              : type == ffi::F16 ? BiasType::kF16
+                                 : BiasType::kF32;
+  return decode_rows("bias", bias, (int64_t{params_->key_length} + 7) / 8 * 8, view.batch_strides,
+                     &view.head_stride, &view.row_stride);
+}
+
+ffi::Error MhaOperands::decode_bias_gradient(const ffi::AnyBuffer& buffer, BiasGradientView* view) {
+  JAX_FLASH_CHECK(buffer.element_type() == ffi::F32, "the gradient of a bias must be f32, got ",
+                  buffer.element_type());
+  view->data = static_cast<float*>(buffer.untyped_data());
+  JAX_FLASH_RETURN_IF_ERROR(decode_rows("dbias", buffer, params_->key_length, view->batch_strides,
+                                        &view->head_stride, &view->row_stride));
+  const int64_t all =
+      batch_size() * params_->heads * params_->query_length * int64_t{params_->key_length};
+  view->shared = static_cast<int64_t>(buffer.element_count()) != all;
+  return ffi::Error::Success();
+}
+
+ffi::Error MhaOperands::decode_rows(const char* name, const ffi::AnyBuffer& buffer, int64_t columns,
+                                    int64_t* batch_strides, int64_t* head_stride,
+                                    int64_t* row_stride) {
+  const Dims dims = buffer.dimensions();
+  const size_t rank = batch_.rank();
+  const auto fits = [&](size_t dim, int64_t size) { return dims[dim] == size || dims[dim] == 1; };
+  JAX_FLASH_CHECK(dims.size() == rank + 3 && fits(rank, params_->heads) &&
+                      fits(rank + 1, params_->query_length) && dims[rank + 2] == columns &&
+                      join(dims),
+                  name, " ", to_string(dims), " does not fit ", params_->heads, " heads, ",
+                  params_->query_length, " queries, rows of ", columns, " and the batch dims of ",
+                  to_string(span_of(dims_[0])));
+  const std::vector<int64_t> strides = row_major_strides(dims);
+  *head_stride = dims[rank] == 1 ? 0 : strides[rank];
+  *row_stride = dims[rank + 1] == 1 ? 0 : strides[rank + 1];
+  add({dims.begin(), dims.end()}, strides, batch_strides);
   return ffi::Error::Success();
 }
 

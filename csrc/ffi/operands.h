@@ -27,6 +27,8 @@ struct MhaAttributes {
   bool has_slopes;
   float softcap;    // 0: none
   int64_t dropout;  // random bytes below it drop; 0: none
+  bool has_mask;
+  bool has_bias;
   // N and K where one array [*batch, T, (N + 2 K) H], heads of queries, then of keys, then of
   // values, is each of the three operands; 0 otherwise.
   int64_t packed_heads;
@@ -50,6 +52,8 @@ auto bind_mha_attributes(Binding binding) {
       .template Attr<bool>("has_slopes")
       .template Attr<float>("softcap")
       .template Attr<int64_t>("dropout")
+      .template Attr<bool>("has_mask")
+      .template Attr<bool>("has_bias")
       .template Attr<int64_t>("packed_heads")
       .template Attr<int64_t>("packed_kv_heads")
       .template Attr<Dims>("query_order")
@@ -84,8 +88,12 @@ class MhaOperands {
 
   // What follows the first `skipped` of `args`: the lengths that there are, int32 [*batch], or
   // int32 arrays as IntervalsView has them, then slopes f32 [*batch, N] if there are any,
-  // then seeds uint32 [*batch, N, 2] if there is dropout.
+  // then seeds uint32 [*batch, N, 2] if there is dropout, then the bits of a mask, then a bias,
+  // as MaskView and BiasView have them, of size 1 along dims that share them.
   ffi::Error decode_mask(const ffi::RemainingArgs& args, size_t skipped);
+
+  // The gradient of a bias, f32 [*batch, N, T, S], of size 1 along dims that are summed up.
+  ffi::Error decode_bias_gradient(const ffi::AnyBuffer& buffer, BiasGradientView* view);
 
   // Takes the batch dims of another operand [*batch, ...] into account, of which there are as many
   // as query has; false if they do not fit.
@@ -112,6 +120,10 @@ class MhaOperands {
   ffi::Error decode_intervals(const ffi::RemainingArgs& args, size_t first);
   ffi::Error decode_slopes(const ffi::AnyBuffer& slopes);
   ffi::Error decode_seeds(const ffi::AnyBuffer& seeds);
+  ffi::Error decode_bias(const ffi::AnyBuffer& bias);
+  // Checks [*batch, N, T, columns], of size 1 along dims that share it, and sets the strides.
+  ffi::Error decode_rows(const char* name, const ffi::AnyBuffer& buffer, int64_t columns,
+                         int64_t* batch_strides, int64_t* head_stride, int64_t* row_stride);
   void add(std::vector<int64_t> dims, std::vector<int64_t> strides, int64_t* merged);
 
   const MhaAttributes attributes_;

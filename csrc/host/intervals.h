@@ -53,6 +53,29 @@ constexpr float dropout_scale(int threshold) {
   return 256.0f / static_cast<float>(256 - threshold);
 }
 
+// Words of 32 bits for a row of the mask: whole 16 bytes.
+constexpr int mask_words(int key_length) { return (key_length + 127) / 128 * 4; }
+
+enum class BiasType : int32_t { kBf16, kF16, kF32 };
+
+// [*batch, heads, query_length, key_length in whole eights], or null: none. Strides are in
+// elements, 0 along what shares it.
+struct BiasView {
+  const void* data;
+  int64_t batch_strides[8];
+  int64_t head_stride;
+  int64_t row_stride;
+  BiasType type;
+};
+
+// Bits [*batch, heads, query_length, mask_words(key_length)], 1 = attend, or null: none.
+struct MaskView {
+  const uint32_t* data;
+  int64_t batch_strides[8];
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
 // Device arrays, row-major. The four that describe the mask have one set of batch dims.
 struct IntervalsView {
   const RowRecord* rows;     // [*batch, interval_tiles(query_length) * kIntervalRows]
@@ -67,6 +90,8 @@ struct IntervalsView {
   int64_t seed_strides[8];   // of batch dims, in elements
   int32_t dropout;           // random bytes below it drop a probability; 0: none
   float kept_scale;          // of a probability that is kept: dropout_scale(dropout)
+  BiasView bias;
+  MaskView mask;
 };
 
 }  // namespace jax_flash

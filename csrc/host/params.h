@@ -102,6 +102,16 @@ constexpr int bwd_padded_rows(int query_length) {
 // Width of the sum of the gradient of queries, for a kernel of width `head_dim`: whole parts.
 constexpr int bwd_sum_width(int head_dim) { return (head_dim + 63) / 64 * 64; }
 
+// f32, where the gradient of a bias is added up: as BiasView, but for rows of key_length, and zeros
+// before. Null: it is not wanted.
+struct BiasGradientView {
+  float* data;
+  int64_t batch_strides[kMaxBatchDims];
+  int64_t head_stride;
+  int64_t row_stride;
+  bool shared;  // some dim shares it
+};
+
 struct MhaBwdParams : MhaParams {
   float factor;  // of the logits, as called: natural logits = factor * q.k
 
@@ -119,6 +129,7 @@ struct MhaBwdParams : MhaParams {
   bool f32_dquery;
   bool f32_dkey;
   bool f32_dvalue;
+  BiasGradientView dbias;
   bool deterministic;
   bool paired;  // thread blocks of the sm_90 kernels over width 128 work in pairs
 

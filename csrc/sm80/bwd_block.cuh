@@ -13,6 +13,7 @@
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score_options.cuh"
 #include "tile/sequence.cuh"
 
 namespace jax_flash::sm80 {
@@ -44,7 +45,9 @@ struct BwdBlock {
   const Element16* dout;
   const float* row_lse;
   const float* row_delta;
-  int batch;  // with intervals
+  int batch;        // these three: with intervals
+  int padded_rows;  // of a head, in row_lse
+  bool hides;       // whether rows that have keys may see none
 };
 
 // A tile of queries of one head of the group.
@@ -90,6 +93,8 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
       block.rows.first += Config::kRows;
     }
     block.batch = batch;
+    block.padded_rows = bwd_padded_rows(params.query_length);
+    block.hides = ScoreOptions::hides(params);
   } else {
     if (block.rows.first < block.rows.end) {
       block.rows.first = block.rows.first / Config::kRows * Config::kRows;
@@ -158,12 +163,15 @@ __device__ __forceinline__ void copy_values(const MhaBwdParams& params,
 template <typename Config, int kWidth>
 __device__ __forceinline__ void copy_query_rows(const BwdBlock<Config>& block, uint32_t tile,
                                                 const Element16* operand, int64_t row_stride,
-                                                int row, int width, int alignment) {
+                                                BwdStep step, int width, int alignment) {
+  const int row = step.row;
   if constexpr (Config::kIntervals) {
-    if (block.mask.dead_rows(row, row + Config::kRows)) {
+    if (block.hides || block.mask.dead_rows(row, row + Config::kRows)) {
+      const float* const lse = block.row_lse + step.head * int64_t{block.padded_rows};
       const auto is_live = [&](int row) {
         const KeyInterval keys = block.mask.interval(row);
-        return keys.first < keys.end;
+        // Written by bwd_prepare: infinite where a row sees nothing.
+        return keys.first < keys.end && lse[row] < __builtin_huge_valf();
       };
       copy_live_rows<Config::kRows, kWidth, Config::kThreads, Config::kWide>(
           tile, operand, row_stride, row, width, is_live);
@@ -184,7 +192,7 @@ __device__ __forceinline__ void copy_queries(const MhaBwdParams& params,
                                              int stage, BwdStep step) {
   copy_query_rows<Config, Config::kHeadDim>(
       block, tiles + Config::kStageOffset + stage * Config::kStageBytes,
-      block.query + step.head * params.query.head_stride, params.query.row_stride, step.row,
+      block.query + step.head * params.query.head_stride, params.query.row_stride, step,
       params.head_dim, params.query.alignment);
   constexpr int kChunks = Config::kRows / 4;
   const int chunk = threadIdx.x;
@@ -204,7 +212,7 @@ __device__ __forceinline__ void copy_douts(const MhaBwdParams& params,
   const int width = params.head_dim_v;
   copy_query_rows<Config, Config::kHeadDimV>(
       block, tiles + Config::kStageOffset + stage * Config::kStageBytes + Config::kQueryBytes,
-      block.dout + step.head * width, static_cast<int64_t>(params.heads) * width, step.row, width,
+      block.dout + step.head * width, static_cast<int64_t>(params.heads) * width, step, width,
       width % 2 == 0 && reinterpret_cast<uintptr_t>(params.dout) % 4 == 0 ? 4 : 2);
 }
 

@@ -111,12 +111,15 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     Warp::multiply_keys(scores, query_tile, key_tile);
     bool options = false;
     if constexpr (Config::kIntervals) {
-      options = ScoreOptions::any(params) || params.intervals.dropout != 0;
+      options =
+          ScoreOptions::any(params) || ScoreOptions::hides(params) || params.intervals.dropout != 0;
       if (options) {
         const int head = block.kv_head * plan.group + step.head;
         Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,
                                    lses, ScoreOptions::make(params, block.batch, head),
-                                   Dropout::make(params, block.batch, head), probability_tile);
+                                   Dropout::make(params, block.batch, head),
+                                   BiasRows::make(params, block.batch, head),
+                                   MaskRows::make(params, block.batch, head), probability_tile);
       }
     }
     if (!options) {
@@ -142,6 +145,14 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
 #pragma unroll
           for (int e = 0; e < 4; ++e) dscores[i][j][e] *= scores[i][j][e];
         }
+      }
+    }
+    if constexpr (Config::kIntervals) {
+      if (params.dbias.data != nullptr) {
+        const int head = block.kv_head * plan.group + step.head;
+        Warp::add_bias_gradients(BiasGradient::make(params, block.batch, head), dscores, step.row,
+                                 block.key_block * Config::kKeys, params.query_length,
+                                 params.key_length);
       }
     }
     Warp::store_scores(dscore_tile, dscores);

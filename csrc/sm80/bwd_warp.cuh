@@ -120,7 +120,8 @@ struct BwdWarp {
   // negative where dropout drops, and then the probability in the tile is 0.
   static __device__ __forceinline__ void softmax_with_options(
       Scores& scores, const IntervalMask& mask, int row, int key, uint32_t lses,
-      const ScoreOptions& options, const Dropout& dropout, uint32_t tile) {
+      const ScoreOptions& options, const Dropout& dropout, const BiasRows& bias,
+      const MaskRows& bits, uint32_t tile) {
     const uint32_t address = score_address(tile);
     row += score_row() + fragment_row();
     key += score_key() + fragment_column();
@@ -135,15 +136,23 @@ struct BwdWarp {
         const float lse = row_state(lses, i, h);
 #pragma unroll
         for (int j = 0; j < kScoreTiles; ++j) {
+          const int key_pair = key + 8 * j;
+          float2 biases = make_float2(0.0f, 0.0f);
+          if (bias.data != nullptr) biases = bias.load_pair(row + 16 * i + 8 * h, key_pair);
+          uint32_t word = ~0u;
+          if (bits.data != nullptr) {
+            word = bits.word(row + 16 * i + 8 * h, key_pair) >> (key_pair % 32);
+          }
           float probabilities[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& score = scores[i][j][2 * h + e];
             const int column = key + 8 * j + e;
             const float capped = options.capped(score);
-            const float logit = options.biased(capped, record.position - column);
+            const float logit =
+                options.biased(capped, record.position - column) + (e == 0 ? biases.x : biases.y);
             const bool seen = column >= record.first && column < record.end &&
-                              (!mixed || mask.id(column) == record.id);
+                              (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
             probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
             score = probabilities[e] * options.derivative(capped);
@@ -176,6 +185,31 @@ struct BwdWarp {
             const bool dropped = __float_as_uint(score) >> 31 != 0;
             x = dropped ? -delta : fmaf(x, kept_scale, (kept_scale - 1.0f) * delta);
             x *= fabsf(score);
+          }
+        }
+      }
+    }
+  }
+
+  // Score gradients of a tile, `row` and `key` its first, to where those of biases are added up.
+  static __device__ __forceinline__ void add_bias_gradients(const BiasGradient& gradient,
+                                                            const Scores& dscores, int row, int key,
+                                                            int rows, int keys) {
+    row += score_row() + fragment_row();
+    key += score_key() + fragment_column();
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int this_row = row + 16 * i + 8 * h;
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = key + 8 * j + e;
+            if (this_row < rows && column < keys) {
+              gradient.add(this_row, column, dscores[i][j][2 * h + e]);
+            }
           }
         }
       }

@@ -441,6 +441,10 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
       if constexpr (Config::kIntervals) {
         if (ScoreOptions::any(params)) {
           apply_options(scores, state.options, state.mask, this_row(), key + fragment_column());
+          if (params.intervals.bias.data != nullptr) {
+            add_bias(scores, BiasRows::make(params, state.at.batch, state.at.head), this_row(),
+                     key + fragment_column());
+          }
           scaled = false;
         }
       }
@@ -450,6 +454,14 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
       if (key < warp_keys.unmasked.first || key + Config::kKeys > warp_keys.unmasked.end)
           [[unlikely]] {
         Warp::apply_mask(scores, state.mask, this_row(), key);
+      }
+      if constexpr (Config::kIntervals) {
+        if (params.intervals.mask.data != nullptr) {
+          for_hidden<Warp::kBlocks, Warp::kScoreTiles>(
+              MaskRows::make(params, state.at.batch, state.at.head), this_row(),
+              key + fragment_column(),
+              [&](int i, int j, int h, int e) { scores[i][j][2 * h + e] = kMinusInfinity; });
+        }
       }
       warp.softmax.update(scores, warp.out, softmax_scale<Config>(params));
       if constexpr (Config::kIntervals) {

@@ -10,6 +10,7 @@
 #include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
 
@@ -37,6 +38,42 @@ __device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4
           float& score = scores[i][j][2 * h + e];
           score = options.logit(score, distance - (8 * j + e));
         }
+      }
+    }
+  }
+}
+
+// Adds the biases of a head.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void add_bias(float (&scores)[kBlocks][kTiles][4], const BiasRows& bias,
+                                         int row, int key) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float2 x = bias.load_pair(row + 16 * i + 8 * h, key + 8 * j);
+        scores[i][j][2 * h] += x.x;
+        scores[i][j][2 * h + 1] += x.y;
+      }
+    }
+  }
+}
+
+// Calls f(i, j, h, e) for what the mask hides.
+template <int kBlocks, int kTiles, typename F>
+__device__ __forceinline__ void for_hidden(const MaskRows& mask, int row, int key, F f) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int column = key + 8 * j;
+        const uint32_t bits = mask.word(row + 16 * i + 8 * h, column) >> (column % 32);
+        if ((bits & 1) == 0) f(i, j, h, 0);
+        if ((bits & 2) == 0) f(i, j, h, 1);
       }
     }
   }
@@ -97,15 +134,19 @@ struct KeptScores {
 template <int kBlocks, int kTiles>
 __device__ __forceinline__ void drop(float (&scores)[kBlocks][kTiles][4], const Dropout& dropout,
                                      int row, int first_key) {
+  constexpr int kPart = kTiles % 4 == 0 ? 4 : 2;  // drawn together: registers are few
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
-    KeptScores<kTiles> kept;
-    kept.draw(dropout, row + 16 * i, first_key);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int first = 0; first < kTiles; first += kPart) {
+      KeptScores<kPart> kept;
+      kept.draw(dropout, row + 16 * i, first_key + 8 * first);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!kept(j, e / 2, e % 2)) scores[i][j][e] = 0.0f;
+      for (int j = 0; j < kPart; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!kept(j, e / 2, e % 2)) scores[i][first + j][e] = 0.0f;
+        }
       }
     }
   }

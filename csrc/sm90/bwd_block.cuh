@@ -35,6 +35,7 @@ struct BwdPlan {
 struct BwdIntervalBlock {
   const float* slopes;  // of the sequence's query heads, or null
   bool dead_keys;       // whether there are keys that may hold anything
+  bool hides;           // whether rows that have keys may see none
 };
 struct BwdPlainBlock {};
 
@@ -87,7 +88,7 @@ __device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int hea
   step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
   const RowTile& rows = block.mask.row_tiles[tile];
   step.mixed = rows.mixed != 0;
-  const bool dead = rows.dead != 0;
+  const bool dead = rows.dead != 0 || block.hides;
   step.dead = dead;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
@@ -114,6 +115,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     if (view.slopes != nullptr) {
       block.slopes += batch_offset(view.slope_strides, block.batch, params);
     }
+    block.hides = ScoreOptions::hides(params);
     block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
   } else {
     block.keys = max(block.mask.key_length - block.first_key, 0);
@@ -133,8 +135,9 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
     // Any other scale goes through the careful path, which multiplies it in; options of scores do.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
-                      (Config::kIntervals && ScoreOptions::any(params));
+    const bool none =
+        all.first >= all.end || params.scale.first != 1.0f ||
+        (Config::kIntervals && (ScoreOptions::any(params) || ScoreOptions::hides(params)));
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

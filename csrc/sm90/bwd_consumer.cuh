@@ -223,7 +223,10 @@ struct BwdConsumer {
     if constexpr (Config::kIntervals) {
       if (!shared.steps[stage()].dead) return;
       const RowRecord* const records = shared.records[stage()];
-      const auto is_dead = [&](int row) { return records[row].first >= records[row].end; };
+      const float* const lse = shared.row_lse[stage()];
+      const auto is_dead = [&](int row) {
+        return records[row].first >= records[row].end || lse[row] == __builtin_huge_valf();
+      };
       clear_rows_if<QueryLayout>(query_tile(), kRows, is_dead);
       clear_rows_if<DoutLayout>(dout_tile(), kRows, is_dead);
     } else {
@@ -275,11 +278,17 @@ struct BwdConsumer {
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
     } else {
       const IntervalScores<Config> scores = interval_scores(block);
-      if (ScoreOptions::any(params)) {
+      const bool biased = params.intervals.bias.data != nullptr;
+      if (biased && params.intervals.bias.type == BiasType::kF32) {
+        scores.template take_exponentials<true, Bias::k32>(p, weights, s, early, lse_columns());
+      } else if (biased) {
+        scores.template take_exponentials<true, Bias::k16>(p, weights, s, early, lse_columns());
+      } else if (ScoreOptions::any(params)) {
         scores.template take_exponentials<true>(p, weights, s, early, lse_columns());
       } else {
         scores.template take_exponentials<false>(p, weights, s, early, lse_columns());
       }
+      if (params.intervals.mask.data != nullptr) scores.hide(p, weights);
     }
     if constexpr (Config::kIntervals) {
       if (params.intervals.dropout != 0) interval_scores(block).drop(p, weights);
@@ -317,9 +326,13 @@ struct BwdConsumer {
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
                                                        const uint32_t (&p)[kScores / 2],
                                                        const float (&dp)[kScores],
-                                                       const float2 (&early)[kEarlyLoads]) const {
+                                                       const float2 (&early)[kEarlyLoads],
+                                                       const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kIntervals) {
+      if (params.dbias.data != nullptr) {
+        interval_scores(block).add_bias_gradients(p, dp, early, delta);
+      }
       if (params.intervals.dropout != 0) {
         take_dropped_gradients<Config>(ds, p, dp, early, delta, params.intervals.kept_scale);
         return;
@@ -365,7 +378,7 @@ struct BwdConsumer {
 
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<1>();
-    take_score_gradients(ds, weights, dp, early);
+    take_score_gradients(ds, weights, dp, early, block);
     wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
     store_scores(ds);
     ptx::fence_proxy_async_shared();

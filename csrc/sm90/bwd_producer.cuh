@@ -107,9 +107,13 @@ struct BwdProducer {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
+    const int64_t first_state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
     const auto state = [&] {
-      if constexpr (Config::kIntervals) ptx::forget_memory();  // registers are few
-      return (int64_t{block.batch} * params.heads + head) * padded_rows + row;
+      if constexpr (Config::kIntervals) {
+        ptx::forget_memory();  // computed anew: registers are few
+        return (int64_t{block.batch} * params.heads + head) * padded_rows + row;
+      }
+      return first_state;
     };
     wait_released(Config::kQueryReleased, Config::kStages);
     if (lane_id() == 0) {

@@ -142,7 +142,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     if constexpr (Config::kIntervals) {
       const KeyInterval seen = block.mask.hull(begin, past);
       padding = seen.first >= seen.end;
-      careful = ScoreOptions::any(params);
+      careful = ScoreOptions::any(params) || ScoreOptions::hides(params);
       // Rows may begin anywhere: all tiles are before those that are seen in full.
       if (core.first >= core.end) core.first = kMaxLength;
       block.mixed[w] = block.mask.mixed(begin, past);

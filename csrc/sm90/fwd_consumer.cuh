@@ -20,6 +20,7 @@
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/quad.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -170,10 +171,17 @@ struct FwdConsumer {
         softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
       }
     }
+    if constexpr (Config::kIntervals) {
+      if (params.intervals.mask.data != nullptr) {
+        apply_bits(MaskRows::make(params, block.batch, block.head),
+                   block.first_row + 64 * warpgroup + warp_row() + fragment_row(),
+                   tile * Config::kKeys);
+      }
+    }
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Soft cap and ALiBi make logits of scores.
+  // Soft cap, ALiBi and bias make logits of scores.
   __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
     const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
     const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
@@ -188,6 +196,39 @@ struct FwdConsumer {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       s[i] = options.logit(s[i], distances[i / 2 % 2] - (i / 4 * 8 + i % 2));
+    }
+    if (params.intervals.bias.data != nullptr) {
+      add_bias(BiasRows::make(params, block.batch, block.head), row, first_key);
+    }
+  }
+
+  __device__ __forceinline__ void add_bias(const BiasRows& bias, int row, int first_key) {
+#pragma unroll
+    for (int i = 0; i < Config::kKeys / 32; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x[8];
+        bias.load(x, row + 8 * h, first_key + 32 * i);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) s[16 * i + k / 2 * 4 + 2 * h + k % 2] += x[k];
+      }
+    }
+  }
+
+  // Scores of -inf where the mask has no bit.
+  __device__ __forceinline__ void apply_bits(const MaskRows& mask, int row, int first_key) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < Config::kKeys / 32; ++i) {
+        const uint32_t word = mask.word(row + 8 * h, first_key + 32 * i) >> fragment_column();
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          if ((word >> (k / 2 * 8 + k % 2) & 1) == 0) {
+            s[16 * i + k / 2 * 4 + 2 * h + k % 2] = kMinusInfinity;
+          }
+        }
+      }
     }
   }
 

@@ -1,4 +1,4 @@
-// Soft cap and ALiBi: what becomes of a scaled score before it is masked.
+// Soft cap, ALiBi and bias: what becomes of a scaled score before it is masked.
 #pragma once
 
 #include "host/params.h"
@@ -17,7 +17,13 @@ struct ScoreOptions {
 
   // Whether scores change at all; otherwise they stay q.k and the kernel scales them as ever.
   JAX_FLASH_HOST_DEVICE static bool any(const MhaParams& params) {
-    return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr;
+    return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr ||
+           params.intervals.bias.data != nullptr;
+  }
+
+  // Whether a row that has keys may yet see none of them.
+  JAX_FLASH_HOST_DEVICE static bool hides(const MhaParams& params) {
+    return params.intervals.mask.data != nullptr || params.intervals.bias.data != nullptr;
   }
 
   __device__ __forceinline__ static ScoreOptions make(const MhaParams& params, int batch,

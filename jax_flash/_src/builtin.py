@@ -96,6 +96,9 @@ def cuda_supports(call: Call) -> str | None:
             return f"{text} is off unless JAX_FLASH_OPTION_KERNELS=1: {UNTRIED}"
     if clash := plan.clash(options_of(call)):
         return f"{clash} is not supported by the kernels yet"
+    if call.bias is not None and call.bias.shape[-1] != call.key_length:
+        clash = plan.bias_of_all_keys(call.bias.shape)
+        return f"{clash} is not supported by the kernels yet"
     if call.precision is not None:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
@@ -132,9 +135,8 @@ def _batches(call: Call) -> list[tuple[int, ...]]:
     masks = [of(name) for name in intervals.OPERANDS if name in call.present]
     if plan.needs_intervals(options_of(call)):
         masks = [np.broadcast_shapes((1,) * len(call.batch), *masks)]
-    others = [
-        of(name) for name in ("alibi_slopes", "dropout_seeds") if name in call.present
-    ]
+    names = ("bias", "mask", "alibi_slopes", "dropout_seeds")
+    others = [of(name) for name in names if name in call.present]
     return [*batches, *masks, *others]
 
 
@@ -149,6 +151,11 @@ def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
     # Output and cotangents are never shared along a batch dimension.
     full = np.broadcast_shapes(*batches)
     named = _kernels_named(op, call, plan.merged_batch_dims([*batches, full]))
+    if call.bias is not None:
+        heads_and_rows = call.num_heads, call.query_length
+        split = (*full, *heads_and_rows) == call.bias.shape[:-1]
+        if plan.no_bias_gradient(call.softcap, call.deterministic, not split):
+            named += " (by jnp if bias has one)"
     if call.alibi_slopes is not None:
         named += " (by jnp if alibi_slopes has one)"
     return named

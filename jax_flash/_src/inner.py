@@ -74,11 +74,11 @@ def _options(config: AttentionConfig) -> tuple[str, ...]:
 
 
 def _runs_kernel(
-    ctx: Any, config: AttentionConfig, op: str, perturbed: tuple[str, ...] = ()
+    ctx: Any, config: AttentionConfig, op: str, backward: Backward | None = None
 ) -> bool:
     """Whether a call lowered for CUDA runs the kernel of `op`, or jnp.
 
-    `perturbed` are the operands that gradients are wanted of.
+    `backward` says which gradients are wanted, if `op` is "mha_bwd".
 
     Raises:
       NotImplementedError: neither may.
@@ -94,9 +94,7 @@ def _runs_kernel(
         return False
     batch_dims = query.ndim - TRAILING[config.present[0]]
     op = plan.operation(op, _options(config))
-    if "alibi_slopes" in perturbed:
-        reason = "has no kernel for the gradient of alibi_slopes"
-    elif clash := plan.clash(_options(config)):
+    if clash := plan.clash(_options(config)) or _clash_of_arrays(ctx, config, backward):
         reason = f"has no kernel for {clash}"
     elif batch_dims > plan.MAX_BATCH_DIMS:
         reason = (
@@ -126,6 +124,34 @@ def _tensors(
     return [whole] * 3, packed.shapes(config.qkv_heads, whole.shape)
 
 
+def _clash_of_arrays(
+    ctx: Any, config: AttentionConfig, backward: Backward | None
+) -> str | None:
+    """What no kernel has of the arrays of a call, in words, if there is anything."""
+    avals_of = dict(zip(config.present, ctx.avals_in, strict=False))
+    rows, keys = _lengths(config, avals_of)
+    bias = avals_of.get("bias")
+    if bias is not None and bias.shape[-1] != keys:
+        return plan.bias_of_all_keys(bias.shape)
+    if backward is None or not {"bias", "alibi_slopes"} & set(backward.perturbed):
+        return None
+    if "alibi_slopes" in backward.perturbed:
+        return "the gradient of alibi_slopes"
+    assert bias is not None
+    heads = (config.qkv_heads or ctx.avals_in[0].shape[-2:])[0]
+    axes = dict(zip(backward.perturbed, backward.shared, strict=True))["bias"]
+    shared = bool(axes) or bias.shape[-3:-1] != (heads, rows)
+    deterministic = config.deterministic or compat.deterministic_ops()
+    return plan.no_bias_gradient(config.softcap, deterministic, shared)
+
+
+def _lengths(config: AttentionConfig, given: dict[str, Any]) -> tuple[Any, Any]:
+    """T and S, of operands or their types."""
+    names = TENSORS[:2] if config.qkv_heads is None else (QKV, QKV)
+    rows, keys = (given[name].shape[-TRAILING[name]] for name in names)
+    return rows, keys
+
+
 def _mask_operands(
     config: AttentionConfig, given: dict[str, jax.Array]
 ) -> list[jax.Array]:
@@ -140,6 +166,11 @@ def _mask_operands(
         arrays.append(given["alibi_slopes"].astype(jnp.float32))
     if "dropout_seeds" in given:
         arrays.append(given["dropout_seeds"])
+    if "mask" in given:
+        keys = _lengths(config, given)[1]
+        arrays.append(intervals.mask_bits(given["mask"], keys))
+    if "bias" in given:
+        arrays.append(intervals.bias_rows(given["bias"]))
     return arrays
 
 
@@ -179,6 +210,8 @@ def _attributes(config: AttentionConfig) -> dict[str, Any]:
         "dropout": np.int64(
             dropout.threshold(config.dropout_rate) if config.dropout_rate else 0
         ),
+        "has_mask": "mask" in config.present,
+        "has_bias": "bias" in config.present,
         "packed_heads": np.int64(heads),
         "packed_kv_heads": np.int64(kv_heads),
         "query_order": query_order,
@@ -260,12 +293,12 @@ def call_backward(
     by_name = {}
     if "sinks" in shared:
         by_name["sinks"] = sinks.gradient(given)
-    if {QKV, *TENSORS} & set(shared):
+    if {QKV, *TENSORS, "bias"} & set(shared):
         by_name |= _run_backward(given, batch, shared, config, backward)
 
     def finished(name: str) -> jax.Array:
         gradient, axes = by_name[name], shared[name]
-        if axes:
+        if axes and name != "bias":  # which the kernel has summed up
             gradient = gradient.sum([len(batch) + axis for axis in axes], keepdims=True)
         return gradient.astype(given[name].dtype)
 
@@ -279,7 +312,10 @@ def _run_backward(
     config: AttentionConfig,
     backward: Backward,
 ) -> dict[str, jax.Array]:
-    """The FFI call: gradients of query, key and value, each with the full batch."""
+    """The FFI call: gradients of query, key and value, each with the full batch.
+
+    And that of the bias, if it is wanted, in float32 and summed up.
+    """
     residuals = avals.backward_operands(config, backward)[len(config.present) :]
     others = [given[name] for name in residuals] + _mask_operands(config, given)
     tensors, shapes = _tensors(config, given)
@@ -301,6 +337,12 @@ def _run_backward(
         count, heads, rows, dtype, width, shapes[2][-1], op
     )
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
+    if "bias" in shared:
+        sizes = list(batch)
+        for axis in shared["bias"]:
+            sizes[axis] = 1
+        shape = (*sizes, *given["bias"].shape[len(batch) :])
+        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     run = jax.ffi.ffi_call(
         registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)
     )
@@ -309,11 +351,14 @@ def _run_backward(
         *others,
         **_attributes(config),
         has_dlse=backward.has_dlse,
+        has_dbias="bias" in shared,
         deterministic=config.deterministic or compat.deterministic_ops(),
     )
-    if config.qkv_heads is not None:
-        return {QKV: packed.join(gradients[:3])}
-    return dict(zip(TENSORS, gradients, strict=False))
+    if config.qkv_heads is None:
+        by_name = dict(zip(TENSORS, gradients, strict=False))
+    else:
+        by_name = {QKV: packed.join(gradients[:3])}
+    return by_name | ({"bias": gradients[4]} if "bias" in shared else {})
 
 
 _backward_by_kernel = mlir.lower_fun(call_backward, multiple_results=True)
@@ -331,7 +376,7 @@ def _backward_cuda(
     ctx: Any, *operands: Any, config: AttentionConfig, backward: Backward
 ) -> Any:
     """The kernel where the call has one, else the specification."""
-    runs = _runs_kernel(ctx, config, "mha_bwd", backward.perturbed)
+    runs = _runs_kernel(ctx, config, "mha_bwd", backward)
     lower = _backward_by_kernel if runs else _backward_in_jnp
     return lower(ctx, *operands, config=config, backward=backward)
 

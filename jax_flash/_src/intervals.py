@@ -28,8 +28,31 @@ OPERANDS = (
 TILE = 64
 """Rows, and keys, that one record sums up."""
 
+BIAS_DTYPES = ("bfloat16", "float16", "float32")
+"""Of biases that kernels read as they are."""
+
 MAX_LENGTH = 1 << 30
 """An end beyond all keys; a larger length is no problem for the kernels."""
+
+
+def mask_bits(mask: jax.Array, keys: int) -> jax.Array:
+    """A boolean mask [..., S|1] as bits: uint32 [..., words], the lowest bit first.
+
+    Rows are whole 16 bytes. `keys` is S.
+    """
+    words = -(-keys // 128) * 4
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
+    pad = [(0, 0)] * (mask.ndim - 1) + [(0, words * 32 - keys)]
+    bits = jnp.pad(mask, pad).reshape(*mask.shape[:-1], words, 32).astype(jnp.uint32)
+    return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+
+def bias_rows(bias: jax.Array) -> jax.Array:
+    """A bias [..., S] as kernels read it: of 16 or 32 bits, rows of whole eights."""
+    if str(bias.dtype) not in BIAS_DTYPES:
+        bias = bias.astype(jnp.float32)
+    pad = [(0, 0)] * (bias.ndim - 1) + [(0, -bias.shape[-1] % 8)]
+    return jnp.pad(bias, pad)
 
 
 class Intervals(NamedTuple):

@@ -105,9 +105,9 @@ OPTIONS = {
     "deterministic": Support(FAMILIES),
     "softcap": Support(FAMILIES, decode=True, intervals=True, switched=True),
     "sinks": Support(FAMILIES, decode=True),
-    "bias": Support(),
+    "bias": Support(FAMILIES, intervals=True, switched=True),
     "alibi_slopes": Support(FAMILIES, intervals=True, switched=True),
-    "mask": Support(),
+    "mask": Support(FAMILIES, intervals=True, switched=True),
     "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
     "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
     "dropout_rate": Support(FAMILIES, intervals=True, switched=True),
@@ -139,6 +139,26 @@ def clash(options: Iterable[str]) -> str | None:
     given = set(options)
     if "dropout_rate" in given and "cu_seqlens_q" in given:
         return "dropout_rate together with cu_seqlens_q"
+    return None
+
+
+def bias_of_all_keys(shape: Iterable[Any]) -> str:
+    """What no kernel takes: a bias of this shape, one number for all keys."""
+    return f"bias (of shape {tuple(shape)}) that keys share"
+
+
+def no_bias_gradient(
+    softcap: float | None, deterministic: bool, shared: bool
+) -> str | None:
+    """Why no kernel has the gradient of a bias, as what it lacks; None if one does.
+
+    The backward has probabilities times the derivative of the soft cap, and adds up
+    what heads, rows or batch entries share (`shared`) in no order.
+    """
+    if softcap is not None:
+        return f"the gradient of bias with softcap={softcap}"
+    if deterministic and shared:
+        return "the gradient of a broadcast bias with deterministic=True"
     return None
 
 

@@ -32,13 +32,14 @@ ffi::Error read(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
                 ffi::Result<ffi::AnyBuffer> facts, float scale, int64_t window_left,
                 int64_t window_right, bool bottom_right, bool has_query_lengths,
                 bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
-                int64_t dropout, int64_t packed_heads, int64_t packed_kv_heads, Dims query_order,
-                Dims key_order, Dims value_order) {
+                int64_t dropout, bool has_mask, bool has_bias, int64_t packed_heads,
+                int64_t packed_kv_heads, Dims query_order, Dims key_order, Dims value_order) {
   MhaParams params{};
-  MhaOperands operands({scale, window_left, window_right, bottom_right, has_query_lengths,
-                        has_kv_lengths, has_intervals, has_slopes, softcap, dropout, packed_heads,
-                        packed_kv_heads, query_order, key_order, value_order},
-                       &params);
+  MhaOperands operands(
+      {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
+       has_intervals, has_slopes, softcap, dropout, has_mask, has_bias, packed_heads,
+       packed_kv_heads, query_order, key_order, value_order},
+      &params);
   JAX_FLASH_RETURN_IF_ERROR(operands.decode(query, key, value));
   JAX_FLASH_RETURN_IF_ERROR(operands.decode_mask(mask, 0));
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
@@ -50,6 +51,14 @@ ffi::Error read(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
   numbers[1] = params.query.alignment;
   numbers[2] = params.key.alignment;
   numbers[3] = params.value.alignment;
+  const BiasView& bias = params.intervals.bias;
+  const MaskView& bits = params.intervals.mask;
+  int next = 4;
+  for (const int64_t stride : {bias.batch_strides[0], bias.head_stride, bias.row_stride,
+                               bits.batch_strides[0], bits.head_stride, bits.row_stride}) {
+    numbers[next++] = static_cast<int32_t>(stride);
+  }
+  numbers[next] = static_cast<int32_t>(bias.type);
   return ffi::Error::Success();
 }
 

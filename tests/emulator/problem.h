@@ -22,16 +22,22 @@ struct Arguments {
   void* dkey;
   void* dvalue;
   float* workspace;
-  const RowRecord* rows;  // these six: of kernels with intervals
+  const RowRecord* rows;  // these nine: of kernels with intervals
   const RowTile* row_tiles;
   const int32_t* keys;
   const KeyTile* key_tiles;
   const float* slopes;
   const uint32_t* seeds;
+  const void* bias;
+  const uint32_t* mask;
+  float* dbias;
   int64_t batch_strides[3];
   int64_t interval_stride;
   int64_t slope_stride;
   int64_t seed_stride;
+  int64_t bias_strides[3];  // of batch, heads and rows, in elements; so are the next
+  int64_t mask_strides[3];
+  int64_t dbias_strides[3];
   int32_t batch;
   int32_t query_length;
   int32_t key_length;
@@ -48,6 +54,8 @@ struct Arguments {
   int32_t multiprocessors;
   int32_t paired;
   int32_t dropout;
+  int32_t bias_type;
+  int32_t dbias_shared;
   float scale;
   float softcap;
 };
@@ -84,6 +92,11 @@ inline void describe(const Arguments& from, MhaParams& to) {
                   from.key_tiles,      {from.interval_stride}, from.slopes,
                   {from.slope_stride}, from.softcap,           from.seeds,
                   {from.seed_stride},  from.dropout,           dropout_scale(from.dropout)};
+  const int64_t* strides = from.bias_strides;
+  to.intervals.bias = {
+      from.bias, {strides[0]}, strides[1], strides[2], static_cast<BiasType>(from.bias_type)};
+  strides = from.mask_strides;
+  to.intervals.mask = {from.mask, {strides[0]}, strides[1], strides[2]};
 }
 
 // `width`: of the sum of the gradient of queries in the workspace.
@@ -101,6 +114,8 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.f32_dquery = to.f32_dkey = to.f32_dvalue = from.f32_results != 0;
   to.deterministic = from.deterministic != 0;
   to.paired = from.paired != 0;
+  const int64_t* const strides = from.dbias_strides;
+  to.dbias = {from.dbias, {strides[0]}, strides[1], strides[2], from.dbias_shared != 0};
   const int64_t rows = int64_t{from.batch} * from.heads * bwd_padded_rows(from.query_length);
   to.dquery_sum = from.workspace;
   to.row_lse = to.dquery_sum + rows * width;

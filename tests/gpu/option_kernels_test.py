@@ -1,17 +1,25 @@
-"""Kernels with intervals: dropout, beside other options, by float64."""
+"""Kernels with intervals: bias, mask, dropout, beside other options, by float64."""
 
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import specs
 from gpu_helpers import assert_result, run_kernels
 from gradient_helpers import Problem, assert_all, problem_of
 
-from jax_flash import alibi
+from jax_flash import alibi, mha
 
 Spec = specs.Spec
 
+PATTERNS = ("bnts", "1nts", "b1ts", "bn1s", "11ts", "111s")
+"""Which of the dimensions of a bias or a mask are in full."""
+
+BIAS_DTYPES = (jnp.bfloat16, np.float16, np.float32)
 WIDTHS = ((64, 64), (128, 128), (256, 256), (40, 24), (33, 17), (192, 128))
 MASKS: tuple[dict[str, Any], ...] = (
     {},
@@ -30,7 +38,7 @@ def ids(seed: int, batch: int, length: int) -> np.ndarray:
 
 
 def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
-    """Of the kinds named by letters: dropout (p), documents, cap, alibi."""
+    """Of the kinds named by letters: dropout (p), documents, cap, alibi, bias, mask."""
     rng = np.random.default_rng([seed, 6])
     given: dict[str, Any] = {}
     if "p" in kinds:
@@ -44,14 +52,36 @@ def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
     if "a" in kinds:
         slopes = rng.uniform(0, 0.3, (spec.batch, spec.heads))
         given["bias"] = alibi(slopes.astype(np.float32))
+    full = (spec.batch, spec.heads, spec.query_length, spec.key_length)
+    if "b" in kinds:
+        given["bias"] = bias_of(rng, shape_of(PATTERNS[seed % 6], full), seed)
+    if "m" in kinds:
+        mask = rng.random(shape_of(PATTERNS[(seed + 3) % 6], full)) < 0.6
+        if mask.shape[2] > 1:
+            mask[:, :, ::11] = False
+        given["mask"] = mask
     return given
+
+
+def shape_of(pattern: str, full: tuple[int, ...]) -> tuple[int, ...]:
+    """Size 1 where the pattern has a 1."""
+    return tuple(1 if c == "1" else n for c, n in zip(pattern, full, strict=True))
+
+
+def bias_of(
+    rng: np.random.Generator, shape: tuple[int, ...], seed: int = 0
+) -> np.ndarray:
+    """Random normal, -inf here and there, in one of the types."""
+    bias = rng.standard_normal(shape, np.float32)
+    bias[rng.random(shape) < 0.02] = -np.inf
+    return bias.astype(BIAS_DTYPES[seed % 3])
 
 
 def cases(dtype: str) -> list[tuple[Spec, str]]:
     """Every width with every kind; masks, lengths and groups of heads in turn."""
     found = []
     for i, widths in enumerate(WIDTHS):
-        for j, kinds in enumerate(("p", "pc", "pdca")):
+        for j, kinds in enumerate(("p", "pdca", "b", "m", "bm", "pbmdc")):
             mask = MASKS[(i + j) % len(MASKS)]
             found.append((Spec(2, 150, 170, 4, 2, *widths, dtype=dtype, **mask), kinds))
     found += [
@@ -59,6 +89,9 @@ def cases(dtype: str) -> list[tuple[Spec, str]]:
         (Spec(1, 777, 1300, 4, 1, 128, dtype=dtype), "p"),
         (Spec(1, 900, 900, 2, 2, 256, dtype=dtype, is_causal=True), "pd"),
         (Spec(3, 1, 500, 8, 2, 128, dtype=dtype), "p"),
+        (Spec(1, 900, 1111, 4, 2, 128, dtype=dtype), "bm"),
+        (Spec(1, 900, 900, 2, 2, 64, dtype=dtype, is_causal=True), "b"),
+        (Spec(1, 777, 1300, 2, 1, 256, dtype=dtype), "m"),
     ]
     return found
 
@@ -90,3 +123,71 @@ def test_forward(dtype: str) -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients(dtype: str, deterministic: bool) -> None:
     assert_all(*problems(dtype), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_gradient_of_bias(width: int, dropout: bool) -> None:
+    """Summed over what shares it, for every pattern; grouped heads, masked rows."""
+    spec = Spec(2, 333, 300, 4, 2, width, is_causal=True)
+    full = (2, 4, 333, 300)
+    rng = np.random.default_rng(width)
+    given: dict[str, Any] = {"mask": rng.random((2, 1, 333, 300)) < 0.7}
+    if dropout:
+        given |= options_of(spec, 1, "p")
+    biases = [
+        bias_of(rng, shape_of(pattern, full), i) for i, pattern in enumerate(PATTERNS)
+    ]
+    problem = problem_of(spec, 2, with_lse=True, **given)
+    assert problem.dlse is not None
+    rate = given.pop("dropout_rate", 0.0)
+
+    @functools.partial(jax.jit, static_argnames=("rate",))
+    def gradients(
+        arrays: Any, biases: Any, cotangents: Any, rest: Any, rate: float
+    ) -> Any:
+        def f(biases: Any) -> Any:
+            options = {"dropout_rate": rate, "implementation": "cuda", **rest}
+            options |= {"is_causal": True, "return_lse": True}
+            return [mha(*arrays, bias=bias, **options) for bias in biases]
+
+        return jax.vjp(f, biases)[1]([cotangents] * len(biases))[0]
+
+    cotangents = problem.dout, problem.dlse
+    got = gradients(tuple(problem.arrays), biases, cotangents, given, rate=rate)
+    for pattern, bias, x in zip(PATTERNS, biases, got, strict=True):
+        options = problem.given | {"bias": bias.astype(np.float64)}
+        exact = oracle.gradients(
+            *problem.arrays, dout=problem.dout, dlse=problem.dlse, **options
+        )["bias"]
+        expected = oracle.reduced_to(exact, bias.shape)
+        assert x.dtype == bias.dtype
+        error = np.linalg.norm(np.asarray(x, np.float64) - expected)
+        assert error <= 0.01 * np.linalg.norm(expected) + 1e-4, pattern
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_rows_of_minus_infinity(width: int) -> None:
+    """Out 0, lse -inf and gradients 0, with NaN as the cotangent of such a row."""
+    query, key, value = Spec(1, 200, 300, 2, 2, width).arrays()
+    bias = np.zeros((1, 2, 200, 300), np.float32)
+    bias[:, 1, 70:90] = -np.inf
+    dout = np.ones((1, 200, 2, width), query.dtype)
+    dout[:, 70:90, 1] = np.nan
+
+    @jax.jit
+    def run(query: Any, key: Any, value: Any, bias: Any, dout: Any) -> Any:
+        def f(*arrays: Any) -> Any:
+            return mha(*arrays, return_lse=True, implementation="cuda")
+
+        (out, lse), vjp = jax.vjp(f, query, key, value, bias)
+        return out, lse, vjp((dout, jnp.zeros_like(lse)))
+
+    out, lse, gradients = jax.tree.map(np.asarray, run(query, key, value, bias, dout))
+    assert not out[:, 70:90, 1].astype(np.float32).any()
+    assert np.isneginf(lse[:, 1, 70:90]).all()
+    assert np.isfinite(lse[:, 0]).all()
+    for gradient in gradients:
+        assert np.isfinite(gradient.astype(np.float32)).all()
+    assert not gradients[0][:, 70:90, 1].astype(np.float32).any()
+    assert not gradients[3][:, 1, 70:90].any()

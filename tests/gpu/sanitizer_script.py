@@ -90,7 +90,7 @@ def backward_calls() -> Iterator[Call]:
 
 
 def interval_calls(op: str) -> Iterator[Call]:
-    """Arrays and options: ids in any order, cap, ALiBi, dropout, padding."""
+    """Arrays and options: ids in any order, cap, biases, masks, dropout, padding."""
     rng = np.random.default_rng(1)
     runs = {
         "q_segment_ids": np.sort(rng.integers(-1, 4, (2, 150)), -1),
@@ -110,6 +110,8 @@ def interval_calls(op: str) -> Iterator[Call]:
         yield problem, rest | {"is_causal": True, **deterministic}
         problem = arrays(dtype, (1, 600, 4), (600, 2), *widths)
         ids = np.repeat(np.array([[0, 1]]), [250, 350], -1)
+        bias = rng.standard_normal((1, 1, 600, 600), np.float32)
+        yield problem, {"bias": bias, "mask": rng.random((4, 1, 600)) < 0.5}
         dropout = {"dropout_rate": 0.5, "dropout_key": np.array([1, 2], np.uint32)}
         yield problem, {"q_segment_ids": ids, "kv_segment_ids": ids, **dropout}
 

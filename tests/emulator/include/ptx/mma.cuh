@@ -83,4 +83,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
+inline uint32_t movmatrix_trans(uint32_t x) {
+  const int lane = emulator::lane();
+  uint32_t result = 0;
+  for (int e = 0; e < 2; ++e) {
+    const uint32_t word = __shfl_sync(0xffffffffu, x, (lane % 4 * 2 + e) * 4 + lane / 4 / 2);
+    result |= (word >> 16 * (lane / 4 % 2) & 0xffff) << 16 * e;
+  }
+  return result;
+}
+
 }  // namespace jax_flash::ptx
