@@ -137,7 +137,7 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
         return mha(query, key, value, dropout_rate=0.1, dropout_key=word)
 
     def biased(query: Any, key: Any, value: Any, bias: Any) -> jax.Array:
-        return mha(query, key, value, bias)
+        return mha(query, key, value, bias=bias)
 
     def masked(query: Any, key: Any, value: Any, mask: Any) -> jax.Array:
         return mha(query, key, value, mask=mask)
