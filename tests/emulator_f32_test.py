@@ -106,4 +106,5 @@ def test_backward(
         result = results[f"d{name}"].astype(np.float64)
         assert np.isfinite(result).all(), name
         error = np.linalg.norm(result - exact)
-        assert error <= TOLERANCES[products] * np.linalg.norm(exact) + 1e-6, name
+        # Differences of large numbers may be small, or 0 for a single key.
+        assert error <= TOLERANCES[products] * max(3, np.linalg.norm(exact)), name
