@@ -18,6 +18,10 @@ an option that its kernel lacks runs in jnp, or raises `NotImplementedError` wit
 `JAX_FLASH_OPTION_KERNELS=1` is in the environment, because no GPU has run them yet. jnp
 runs everything, on every platform.
 
+The table is that of bfloat16 and float16. float32 has kernels of the family sm80, which
+all GPUs run, for widths up to 128 and the options that are "yes" here; they run only if
+`JAX_FLASH_F32_KERNELS=1` is in the environment, because no GPU has run them yet.
+
 | argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
 |---|---|---|---|---|---|
 """

@@ -68,7 +68,7 @@ Families and widths are in the order in which they are tried.
 """
 
 F32_HEAD_DIMS = {
-    "mha_fwd": ((64, 64), (128, 128), (256, 256)),
+    "mha_fwd": ((64, 64), (128, 128)),
     "mha_bwd": ((64, 64), (128, 128)),
 }
 """The same of kernels for float32, all of the family "sm80".
