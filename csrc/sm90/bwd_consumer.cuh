@@ -39,6 +39,7 @@ struct BwdConsumer {
   static constexpr int kScores = kRows / 2;
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
+  static constexpr int kPieceSums = kSums / Config::kSumPieces;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;
@@ -203,14 +204,12 @@ struct BwdConsumer {
 
   // Leaves a piece of a product for dQ, in the order of its registers, to the warp that adds it to
   // the sum.
-  static constexpr int kPieceSums = kSums / Config::kSumPieces;
   __device__ __forceinline__ void hand_over_piece(const float (&d)[kPieceSums]) const {
-    constexpr int kCount = kPieceSums;
     ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
     const uint32_t target =
-        tiles + Config::kSumOffset + warpgroup * 512 * kCount + threadIdx.x % 128 * 16;
+        tiles + Config::kSumOffset + warpgroup * 512 * kPieceSums + threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
+    for (int i = 0; i < kPieceSums / 4; ++i) {
       const float* const x = d + 4 * i;
       const uint32_t words[4] = {__float_as_uint(x[0]), __float_as_uint(x[1]),
                                  __float_as_uint(x[2]), __float_as_uint(x[3])};

@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (uint64_t& barrier : shared.dout_open) init(barrier, 1);
       for (uint64_t& barrier : shared.other_score_full) init(barrier, 1);
       for (uint64_t& barrier : shared.sent_score_empty) init(barrier, Config::kConsumerWarps);
+      init(shared.taken_full, 1);
+      init(shared.taken_empty, 1);
     }
     ptx::fence_mbarrier_init();
   }

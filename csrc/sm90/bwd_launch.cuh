@@ -29,7 +29,7 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
   // Where blocks wait for longer ones, and where nobody knows how long they are.
   const bool waits = params.deterministic && params.window_right != kUnbounded;
-  plan->queued = !Config::kPaired && (waits || Config::kIntervals);
+  plan->queued = waits || Config::kIntervals;
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;

@@ -46,6 +46,9 @@ struct BwdShared
   uint64_t dout_open[Config::kDoutStages];  // the same
   uint64_t other_score_full[2];             // the other one's dS has come
   uint64_t sent_score_empty[2];             // the other one is done with dS of this one
+  uint64_t taken_full;                      // the number of the next block of work has come
+  uint64_t taken_empty;                     // the other one has it
+  alignas(16) int32_t taken[4];             // the first of these; a copy has 16 bytes
 };
 
 template <typename Config>
