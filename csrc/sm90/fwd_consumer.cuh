@@ -15,6 +15,7 @@
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
+#include "sm90/fwd_logits.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
@@ -44,12 +45,8 @@ struct FwdConsumer {
   uint32_t p[kScores / 2];
   float out[kOuts];
   RowSoftmax<Config> softmax;
-  float inverse[2];  // of the sums of the block that is finished but not stored
-  // With intervals. Of the block at work: the keys that the rows are aligned with, from this lane's
-  // first column, if there are slopes; whether scores have been found that its soft cap is not a
-  // polynomial for.
-  int aligned[2];
-  bool caps_exactly;
+  float inverse[2];          // of the sums of the block that is finished but not stored
+  FwdLogits<Config> logits;  // of the block at work; with intervals
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
@@ -147,7 +144,9 @@ struct FwdConsumer {
     }
     const bool left = tile < block.full_first[warpgroup];
     if constexpr (Config::kIntervals) {
-      if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
+      if (ScoreOptions::any(params)) {
+        logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
+      }
     }
     if (left || tile >= block.full_end[warpgroup]) {
       const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
@@ -160,89 +159,14 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Finds what `aligned` says. Rows that are dropped have the place of one that is not.
-  __device__ __forceinline__ void begin_options(const FwdBlock<Config>& block) {
-    caps_exactly = false;
-    aligned[0] = aligned[1] = 0;
-    if (block.slope == 0.0f) return;
-    const int row = 64 * warpgroup + warp_row() + fragment_row();
-    int last = -kMaxLength;
-    bool dropped[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      dropped[h] = is_dropped(block, row + 8 * h);
-      if (dropped[h]) continue;
-      aligned[h] = block.mask.row(block.first_row + row + 8 * h).position;
-      last = max(last, aligned[h]);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      last = max(last, __shfl_xor_sync(0xffffffffu, last, step));
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) aligned[h] = (dropped[h] ? last : aligned[h]) - fragment_column();
-  }
-
-  __device__ __forceinline__ float distance(int h, int first_key) const {
-    return static_cast<float>(aligned[h] - first_key);
-  }
-
-  // Whether some row of the warp is aligned with a key after the tile's first (before its last).
-  __device__ __forceinline__ bool any_after(int first_key) const {
-    return __any_sync(0xffffffffu, max(aligned[0], aligned[1]) > first_key);
-  }
-  __device__ __forceinline__ bool any_before_last(int first_key) const {
-    return __any_sync(0xffffffffu, min(aligned[0], aligned[1]) < first_key + Config::kKeys - 7);
-  }
-
-  // Whether a clean tile whose scores have options needs `apply_options`.
-  __device__ __forceinline__ bool is_special(const FwdBlock<Config>& block, int tile) const {
-    const int first_key = tile * Config::kKeys;
-    return caps_exactly ||
-           (block.slope != 0.0f && any_before_last(first_key) && any_after(first_key));
-  }
-
-  // Soft cap and ALiBi make logits of scores, wherever the keys are.
-  __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
-    const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] *= options.scale;
-    if (options.softcap != 0.0f) {
-      const float inverse = options.inverse();
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = options.cap(s[i], inverse);
-    }
-    if (options.slope != 0.0f) {
-      const float distances[2] = {distance(0, first_key), distance(1, first_key)};
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        s[i] = options.biased(s[i], distances[i / 2 % 2] - static_cast<float>(i / 4 * 8 + i % 2));
-      }
-    }
-  }
-
-  // Exponentials of a clean tile that is not special, whose scores have options.
-  __device__ __forceinline__ bool option_exponentials(const FwdBlock<Config>& block, int tile,
-                                                      float (&tile_sum)[2], uint32_t& outside) {
-    const bool has_cap = params.intervals.softcap != 0.0f;
-    if (has_cap && block.slope == 0.0f) {
-      return softmax.capped_exponentials(s, plan.capped, tile_sum, outside);
-    }
-    if (has_cap) softmax.cap(s, plan.capped, outside);
-    const int first_key = tile * Config::kKeys;
-    const LinearBias bias = LinearBias::make(block.slope, any_after(first_key));
-    const float distances[2] = {distance(0, first_key), distance(1, first_key)};
-    return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
-                                       tile_sum, outside);
-  }
-
   // Exponentials of a tile. careful: as for `step`; its scores are logits.
   __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
                                                bool careful, float (&tile_sum)[2],
                                                uint32_t& outside) {
     if constexpr (Config::kIntervals) {
       if (!careful && ScoreOptions::any(params)) {
-        return option_exponentials(block, tile, tile_sum, outside);
+        return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
+                                   tile_sum, outside);
       }
     }
     return softmax.exponentials(s, params.scale, tile_sum);
@@ -284,11 +208,16 @@ struct FwdConsumer {
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
-      if constexpr (Config::kIntervals) begin_options(block);
+      if constexpr (Config::kIntervals) {
+        const int row = 64 * warpgroup + warp_row() + fragment_row();
+        logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
+      }
     }
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kIntervals) watching = watching || (!careful && is_special(block, tile));
+    if constexpr (Config::kIntervals) {
+      watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
+    }
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
     } else {
@@ -366,7 +295,9 @@ struct FwdConsumer {
     bool moved = false;
     if (left == Left::kWatchedRows) {
       if constexpr (Config::kIntervals) {
-        if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
+        if (ScoreOptions::any(params)) {
+          logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        }
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
@@ -376,14 +307,16 @@ struct FwdConsumer {
         if constexpr (Config::kIntervals) {
           if (!ScoreOptions::any(params)) return score;
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
-          return options.logit(score, distance(h, tile * Config::kKeys) - column);
+          return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
           return score;
         }
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kIntervals) caps_exactly = caps_exactly || left == Left::kInvalid;
+      if constexpr (Config::kIntervals) {
+        logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
+      }
       moved = true;
     }
     softmax.keep_watching();

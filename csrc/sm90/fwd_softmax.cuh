@@ -146,6 +146,16 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
+  // Whether `capped` holds for all scores of the warp.
+  static __device__ __forceinline__ bool all_inside(const float (&s)[kScores],
+                                                    const TanhPolynomial& capped) {
+    float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(s[i]));
+    const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    return !__any_sync(0xffffffffu, !TanhPolynomial::holds(all * capped.argument));
+  }
+
   // Scores become logits in base 2. `outside`: see TanhPolynomial.
   static __device__ __forceinline__ void cap(float (&s)[kScores], const TanhPolynomial& capped,
                                              uint32_t& outside) {
