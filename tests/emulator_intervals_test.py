@@ -92,7 +92,7 @@ def test_longest_blocks_first(
         some = some[some[:, 0] < some[:, 1]]
         if not some.size:
             return 0
-        return -(-some[:, 1].max() // tile) - some[:, 0].min() // tile
+        return int(-(-some[:, 1].max() // tile) - some[:, 0].min() // tile)
 
     assert queue[0] == 0
     orders = queue[plan.QUEUE_HEADER :].reshape(batch, -1)

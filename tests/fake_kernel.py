@@ -72,7 +72,11 @@ def _handler(frame: "ctypes._Pointer[_CallFrame]") -> None:
 @functools.cache
 def _register() -> None:
     capsule = jax.ffi.pycapsule(_handler)
-    for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET):
+    for target in (
+        registry.FORWARD_TARGET,
+        registry.BACKWARD_TARGET,
+        registry.INTERVALS_TARGET,
+    ):
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
 
 
@@ -106,6 +110,8 @@ def emulated(option_kernels: bool = False) -> Iterator[None]:
     with (
         _lowered_as_on_cuda(option_kernels),
         mock.patch.object(jax.ffi, "ffi_call", _emulation),
+        # tests/emulator_interval_arrays_test.py calls the kernel itself.
+        mock.patch.object(intervals, "by_kernel", intervals.intervals),
     ):
         yield
 

@@ -116,6 +116,55 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, np.ndarray], dict[str, Any]]] 
 }
 
 
+def shuffled(batch: int, length: int, count: int) -> np.ndarray:
+    """Documents whose ids do not grow, each in one piece or two."""
+    rng = np.random.default_rng(length)
+    pieces = rng.permutation(np.repeat(np.arange(count), 2))
+    cuts = np.sort(rng.integers(0, length, (batch, 2 * count - 1)), -1)
+    which = (np.arange(length)[:, None] >= cuts[:, None]).sum(-1)
+    return pieces[which].astype(np.int32)
+
+
+LARGER: dict[str, tuple[tuple[int, int], dict[str, np.ndarray], dict[str, Any]]] = {
+    "shuffled documents": (
+        (900, 2500),
+        segments(shuffled(2, 900, 9), shuffled(2, 2500, 9)),
+        {},
+    ),
+    "shuffled documents, causal": (
+        (2300, 2300),
+        segments(*[shuffled(1, 2300, 12)] * 2),
+        CAUSAL,
+    ),
+    "long documents, window": (
+        (2300, 2300),
+        segments(*[runs(1, 2300, 3)] * 2),
+        {"window_left": 700, "window_right": 0},
+    ),
+    "unsorted, window": (
+        (300, 2200),
+        segments(ids(2, 300, 50), ids(2, 2200, 50)),
+        {"window_left": 1500, "window_right": 200},
+    ),
+    "one id, top left": (
+        (700, 2200),
+        segments(np.zeros((1, 700), int), np.zeros((1, 2200), int)),
+        TOP_LEFT,
+    ),
+    "widest windows": (
+        (100, 90),
+        segments(ids(1, 100, 2), ids(1, 90, 2)),
+        {"window_left": 2**31 - 1, "window_right": 2**30},
+    ),
+    "extreme ids": (
+        (130, 200),
+        segments(*[ids(1, n, 2) * (2**31 - 1) for n in (130, 200)]),
+        WINDOW,
+    ),
+}
+"""Cases for kernels alone: too large to be looked at element by element."""
+
+
 def operands_of(
     sizes: tuple[int, int], given: dict[str, np.ndarray], batch: int
 ) -> dict[str, jax.Array]:

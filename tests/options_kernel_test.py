@@ -37,6 +37,12 @@ SHAPES = ((BATCH, ROWS, 4, 16), (BATCH, KEYS, 2, 16), (BATCH, KEYS, 2, 8))
 ROUNDING = 2e-2
 """Of gradients by an emulated kernel, which rounds its results to bfloat16."""
 
+TARGETS = (
+    registry.INTERVALS_TARGET,
+    registry.FORWARD_TARGET,
+    registry.BACKWARD_TARGET,
+)
+
 SLOPES = jnp.asarray([0.5, 0.1, 0.0, 0.2], jnp.float32)
 Q_IDS = np.repeat([[0, 3, 7, -1]], [20, 30, 12, 8], -1).astype(np.int32)
 KV_IDS = np.repeat([[0, 3, 5, -2]], [20, 60, 30, 20], -1).astype(np.int32)
@@ -179,7 +185,7 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     text = cuda_text(
         jax.grad(lambda *a: layers(*a).astype(jnp.float32).sum()), *tensors()
     )
-    assert text.count("stablehlo.sort") == 1
+    assert text.count(f"@{registry.INTERVALS_TARGET}(") == 1
     f = jax.grad(lambda *a: layers(*a).astype(jnp.float32).sum())
     assert kernel_calls(f, *tensors()) == 3
 
@@ -530,14 +536,11 @@ def test_symbolic_lengths_for_cuda() -> None:
         options = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "softcap": 2.0}
         return gradient(**options, is_causal=True)(query, key, value)
 
-    checks = [
-        export.DisabledSafetyCheck.custom_call(target)
-        for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET)
-    ]
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
     exported = export.export(
         jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=checks
     )(*shapes, *ids)
-    for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET):
+    for target in TARGETS[1:]:
         line = call_of(target, exported.mlir_module())
         assert "has_intervals = true" in line
         assert "tensor<?x?x4xi32>" in line  # rows

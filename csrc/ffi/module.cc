@@ -25,6 +25,7 @@ nb::dict registrations() {
   nb::dict targets;
   targets["jax_flash_mha_fwd"] = encapsulate(kMhaFwd);
   targets["jax_flash_mha_bwd"] = encapsulate(kMhaBwd);
+  targets["jax_flash_intervals"] = encapsulate(kIntervals);
   targets["jax_flash_decode"] = encapsulate(kDecode);
   targets["jax_flash_sample"] = encapsulate(kSample);
   targets["jax_flash_top_k"] = encapsulate(kTopK);

@@ -59,8 +59,8 @@ struct WorkLengths {
 // Writes the queue of a call: who is next, and the blocks of each sequence by length.
 template <bool kOfKeys>
 __global__ void __launch_bounds__(kWorkOrderThreads)
-    work_order_kernel(const __grid_constant__ MhaParams params,
-                      const __grid_constant__ WorkLengths lengths) {
+    interval_order_kernel(const __grid_constant__ MhaParams params,
+                          const __grid_constant__ WorkLengths lengths) {
   extern __shared__ __align__(1024) unsigned char memory[];
   int* const bins = reinterpret_cast<int*>(memory);  // how many blocks; then the place of the next
   int* const sums = bins + kWorkOrderBins;           // of each warp's bins
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
 
 template <bool kOfKeys>
 cudaError_t launch_work_order(const MhaParams& params, int rows, int keys, cudaStream_t stream) {
-  return launch_kernel(work_order_kernel<kOfKeys>, dim3(static_cast<unsigned>(params.batch)),
+  return launch_kernel(interval_order_kernel<kOfKeys>, dim3(static_cast<unsigned>(params.batch)),
                        kWorkOrderThreads, sizeof(int) * (kWorkOrderBins + kWorkOrderThreads / 32),
                        stream, params, WorkLengths::make<kOfKeys>(params, rows, keys));
 }

@@ -132,7 +132,7 @@ def _mask_operands(
     """
     if not plan.needs_intervals(_options(config)):
         return [given[name] for name in LENGTHS if name in given]
-    arrays = [*intervals.intervals(config, given)]
+    arrays = [*intervals.by_kernel(config, given)]
     if "alibi_slopes" in given:
         arrays.append(given["alibi_slopes"].astype(jnp.float32))
     return arrays

@@ -6,13 +6,16 @@ docs/design/intervals.md says how they are found. There is no array [T, S] on th
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash._src import compat, mask
-from jax_flash._src.config import QKV, TRAILING, AttentionConfig
+from jax_flash._src import compat, mask, registry
+from jax_flash._src.config import QKV, TRAILING, UNBOUNDED, AttentionConfig
 from jax_flash._src.scores import Operands
 
 OPERANDS = (
@@ -24,6 +27,15 @@ OPERANDS = (
     "cu_seqlens_k",
 )
 """The operands that masks depend on."""
+
+FIELDS = (
+    "window_left",
+    "window_right",
+    "bottom_right",
+    "max_seqlen_q",
+    "max_seqlen_k",
+)
+"""The fields of the config that they depend on."""
 
 TILE = 64
 """Rows, and keys, that one record sums up."""
@@ -58,11 +70,27 @@ def intervals(config: AttentionConfig, o: Operands) -> Intervals:
       config: the call.
       o: its canonical operands by name, none of them empty.
     """
+    return _called(_intervals, config, o)
+
+
+def by_kernel(config: AttentionConfig, o: Operands) -> Intervals:
+    """The same, number for number, by an FFI call: for CUDA, with the extension."""
+    return _called(_by_kernel, config, o)
+
+
+def _called(f: Callable, config: AttentionConfig, o: Operands) -> Intervals:
+    """The results of `f` of the operands that the mask depends on."""
     given = {name: o[name] for name in OPERANDS if name in o}
     names = (QKV, QKV) if QKV in o else ("query", "key")
     sizes = tuple(o[name].shape[-TRAILING[name]] for name in names)
     whole = o[names[0]]
-    made = _intervals(given, config, sizes, whole.ndim - TRAILING[names[0]])
+    # What has nothing to do with the mask should not keep equal masks apart.
+    relevant = AttentionConfig(
+        scale=1.0,
+        present=tuple(given),
+        **{name: getattr(config, name) for name in FIELDS},
+    )
+    made = f(given, relevant, sizes, whole.ndim - TRAILING[names[0]])
     return Intervals(*(compat.vary_like(x, whole) for x in made))
 
 
@@ -106,6 +134,51 @@ def _intervals(
     dead_keys = (key_ids < 0).reshape(*batch, key_count, TILE).any(-1)
     return Intervals(
         jnp.stack(columns, -1), tiles, key_ids, _key_tiles(tiles, dead_keys)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "batch_dims"))
+@compat.allows_rank_promotion
+def _by_kernel(
+    o: Operands, config: AttentionConfig, sizes: tuple[int, int], batch_dims: int
+) -> Intervals:
+    """Operands with their batch in one dimension, and the results of the FFI call."""
+    given = {name: o[name] for name in OPERANDS if name in o}  # in the order of a call
+    heads = [x.shape[: x.ndim - TRAILING[name]] for name, x in given.items()]
+    batch = jnp.broadcast_shapes((1,) * batch_dims, *heads)
+    count = math.prod(batch)
+    operands = [jnp.stack([jnp.asarray(n, jnp.int32) for n in sizes])]
+    for name, x in given.items():
+        trailing = x.shape[x.ndim - TRAILING[name] :]
+        full = jnp.broadcast_to(x, batch + trailing)
+        operands.append(full.reshape(count, *trailing))
+    row_count, key_count = (-(-n // TILE) for n in sizes)
+    trailing = (
+        (row_count * TILE, 4),
+        (row_count, 8),
+        (key_count * TILE,),
+        (key_count, 8),
+    )
+    shapes = [jax.ShapeDtypeStruct((count, *x), jnp.int32) for x in trailing]
+    run = jax.ffi.ffi_call(registry.INTERVALS_TARGET, shapes)
+
+    def most(size: int | None) -> np.int64:
+        return np.int64(UNBOUNDED if size is None else size)
+
+    made = run(
+        *operands,
+        window_left=np.int64(config.window_left),
+        window_right=np.int64(config.window_right),
+        bottom_right=config.bottom_right,
+        max_seqlen_q=most(config.max_seqlen_q),
+        max_seqlen_k=most(config.max_seqlen_k),
+        has_ids="q_segment_ids" in o,
+        has_query_lengths="query_seq_lengths" in o,
+        has_kv_lengths="key_value_seq_lengths" in o,
+        has_offsets="cu_seqlens_q" in o,
+    )
+    return Intervals(
+        *(x.reshape(batch + t) for x, t in zip(made, trailing, strict=True))
     )
 
 

@@ -18,6 +18,7 @@ from jax_flash._src import plan
 
 FORWARD_TARGET = "jax_flash_mha_fwd"
 BACKWARD_TARGET = "jax_flash_mha_bwd"
+INTERVALS_TARGET = "jax_flash_intervals"
 DECODE_TARGET = "jax_flash_decode"
 SAMPLE_TARGET = "jax_flash_sample"
 TOP_K_TARGET = "jax_flash_top_k"

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import intervals_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from gpu_helpers import assert_result, run_kernels
 from gradient_helpers import Problem, assert_all, assert_gradients, problem_of
 
 from jax_flash import alibi, explain, mha, mha_varlen
+from jax_flash._src import intervals
 
 Spec = specs.Spec
 
@@ -98,6 +100,34 @@ def problems(dtype: str) -> tuple[list[str], list[Problem]]:
     ]
     labels = [f"{kinds} {spec}" for spec, kinds in cases(dtype)]
     return labels, [problem.poisoned() for problem in made]
+
+
+def test_arrays() -> None:
+    """The kernels that compute them against jnp, number for number, on the CPU."""
+    made = intervals_test.CASES | intervals_test.LARGER
+    calls = []
+    for sizes, given, fields in made.values():
+        o = intervals_test.operands_of(sizes, given, intervals_test.batch_of(given))
+        limit = intervals.MAX_LENGTH // 2
+        bounded = {n: min(x, limit) for n, x in fields.items() if n.startswith("wind")}
+        calls.append((intervals_test.config_of(o, fields | bounded), o))
+    configs = [config for config, _ in calls]
+
+    @jax.jit
+    def by_kernel(operands: Any) -> Any:
+        return [
+            intervals.by_kernel(*call) for call in zip(configs, operands, strict=True)
+        ]
+
+    got = by_kernel([o for _, o in calls])
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = [
+            intervals.intervals(config, jax.tree.map(np.asarray, o))
+            for config, o in calls
+        ]
+    for name, *arrays in zip(made, got, expected, strict=True):
+        for x, y in zip(*arrays, strict=True):
+            np.testing.assert_array_equal(x, y, name)
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)

@@ -4,6 +4,7 @@ python tests/gpu/sanitizer_script.py mha_fwd  # or another key of CALLS
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -177,6 +178,7 @@ CALLS = {
     "mha_bwd": backward_calls,
     "mha_fwd_intervals": functools.partial(interval_calls, "mha_fwd_intervals"),
     "mha_bwd_intervals": functools.partial(interval_calls, "mha_bwd_intervals"),
+    "intervals": lambda: itertools.islice(interval_calls("mha_bwd_intervals"), 4),
     "decode": decode_calls,
     "sample": logits_calls,
     "top_k": top_k_calls,
@@ -218,6 +220,7 @@ RUN = {
     "mha_bwd": run_backward,
     "mha_fwd_intervals": run_forward,
     "mha_bwd_intervals": run_backward,
+    "intervals": run_backward,
     "decode": run_decode,
     "sample": lambda problem, options: sample(problem[0], jax.random.key(0), **options),
     "top_k": lambda problem, options: top_k(*problem, **options),

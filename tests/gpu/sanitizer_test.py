@@ -18,6 +18,7 @@ KERNELS = {
     "mha_bwd": "bwd",
     "mha_fwd_intervals": "mha_fwd_kernel",
     "mha_bwd_intervals": "bwd",
+    "intervals": "interval_",  # what runs before them, on mask and order
     "decode": "decode",
     "sample": "sample_kernel",
     "top_k": "top_k_kernel",

@@ -105,6 +105,7 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -128,6 +129,18 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bit) {
   return __shfl_sync(mask, value, emulator::lane() ^ bit);
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint64_t bits = value;
+  auto& all = emulator::exchange(&bits, 1);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(all[i][0]) << i;
+  return votes;
+}
+// From 1; 0 where there is none.
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
+inline int __clzll(long long bits) { return bits == 0 ? 64 : __builtin_clzll(bits); }
 inline bool __any_sync(unsigned, bool value) {
   const uint64_t bits = value;
   auto& all = emulator::exchange(&bits, 1);

@@ -1,0 +1,19 @@
+#include "ops/intervals.cuh"
+
+namespace jax_flash::ops {
+
+cudaError_t launch_intervals(const IntervalsParams& params, cudaStream_t stream) {
+  const int row_tiles = params.sequences * params.row_count;
+  const int key_tiles = params.sequences * params.key_count;
+  constexpr int kWarps = kKeyThreads / kWarp;
+  const dim3 key_grid(static_cast<unsigned>((key_tiles + kWarps - 1) / kWarps));
+  cudaError_t error = launch_kernel(interval_keys_kernel, key_grid, kKeyThreads, 0, stream, params);
+  if (error != cudaSuccess) return error;
+  const int threads = params.key_ids != nullptr ? kRowThreads : kIntervalRows;
+  error = launch_kernel(interval_rows_kernel, dim3(static_cast<unsigned>(row_tiles)), threads,
+                        sizeof(IntervalRowsShared), stream, params);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(interval_key_tiles_kernel, key_grid, kKeyThreads, 0, stream, params);
+}
+
+}  // namespace jax_flash::ops
