@@ -181,6 +181,7 @@ struct BwdProducer {
     const int groups = gridDim.x / kCluster;
     const int padded_rows = bwd_padded_rows(params.query_length);
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
+    if constexpr (Config::kIntervals) wait_for_work_order();
 #pragma unroll 1
     for (int round = 0; Config::kIntervals || round * groups < plan.order.ids; ++round) {
       // With intervals not before there is room for the block: who has room takes the next.
