@@ -53,8 +53,9 @@ struct alignas(16) KeyTile {
 // keys.
 inline constexpr int kQueueHeader = 4;
 
+// In whole 16 bytes, so that what follows is aligned.
 constexpr int64_t queue_size(int64_t sequences, int length) {
-  return kQueueHeader + sequences * interval_tiles(length);
+  return (kQueueHeader + sequences * interval_tiles(length) + 3) / 4 * 4;
 }
 
 // Device arrays, row-major. The four that describe the mask have one set of batch dims.

@@ -48,13 +48,15 @@ cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int threads, s
 // griddepcontrol.wait, and before that write nothing and read nothing that the other kernel writes.
 template <typename... Params>
 cudaError_t launch_dependent_kernel(void (*kernel)(Params...), dim3 grid, int threads,
-                                    cudaStream_t stream, const Params&... params) {
+                                    size_t shared_bytes, cudaStream_t stream,
+                                    const Params&... params) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -225,6 +225,7 @@ struct BwdProducer {
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
     // The next id, or the first of the round that it is in.
     int next = kMayQueue ? group() : 0;
+    if constexpr (Config::kIntervals) wait_for_work_order();
 #pragma unroll 1
     for (;; next += plan.groups.divisor) {
       // Before a block of work is taken: others may wait for it.

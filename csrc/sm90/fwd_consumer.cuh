@@ -135,9 +135,29 @@ struct FwdConsumer {
     warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
   }
 
+  // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
+  // are not moved across.
+  struct MaskLoads {
+    RowRecord rows[2];
+    bool dead_keys;
+  };
+  __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
+    MaskLoads loads{};
+    if constexpr (Config::kIntervals) {
+      if (tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup]) {
+        const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+        loads.rows[0] = block.mask.row_records[row];
+        loads.rows[1] = block.mask.row_records[row + 8];
+        const int first_key = tile * Config::kKeys;
+        loads.dead_keys = block.mask.dead_keys(first_key, first_key + Config::kKeys);
+      }
+    }
+    return loads;
+  }
+
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
   __device__ __forceinline__ bool prepare(const FwdBlock<Config>& block, int tile,
-                                          float (&factor)[2]) {
+                                          const MaskLoads& loads, float (&factor)[2]) {
     if (params.scale.first != 1.0f) [[unlikely]] {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
@@ -149,10 +169,11 @@ struct FwdConsumer {
       }
     }
     if (left || tile >= block.full_end[warpgroup]) {
-      const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
       if constexpr (Config::kIntervals) {
-        softmax.apply_mask(s, block.mask, row, tile * Config::kKeys, left, block.mixed[warpgroup]);
+        softmax.apply_mask(s, block.mask, loads.rows, tile * Config::kKeys, left,
+                           block.mixed[warpgroup]);
       } else {
+        const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
         softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
       }
     }
@@ -213,6 +234,8 @@ struct FwdConsumer {
         logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
       }
     }
+    MaskLoads loads{};
+    if (careful) loads = load_mask(block, tile);
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kIntervals) {
@@ -228,7 +251,7 @@ struct FwdConsumer {
     bool moved = false;
     Left left = Left::kNothing;
     uint32_t outside = 0;
-    if (careful) moved = prepare(block, tile, factor);
+    if (careful) moved = prepare(block, tile, loads, factor);
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
@@ -257,7 +280,7 @@ struct FwdConsumer {
     }
     finish_step(tile_sum);
     if constexpr (Config::kIntervals) {
-      if (careful) clear_dead_values(block, tile);
+      if (loads.dead_keys) clear_dead_values(block, tile);
     } else {
       if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
         clear_values(block.value_rows);
@@ -344,9 +367,7 @@ struct FwdConsumer {
   // The same for those of dead keys, anywhere in a tile.
   __device__ __forceinline__ void clear_dead_values(const FwdBlock<Config>& block, int tile) {
     using Layout = typename Config::ValueLayout;
-    if (tile >= block.full_first[warpgroup] && tile < block.full_end[warpgroup]) return;
     const int first_key = tile * Config::kKeys;
-    if (!block.mask.dead_keys(first_key, first_key + Config::kKeys)) return;
     ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                        value_ring.parity());
     const uint32_t zeros[4] = {0, 0, 0, 0};

@@ -110,16 +110,20 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   if (error != cudaSuccess) return error;
   const int64_t grid = plan.splits > 1 ? int64_t{plan.order.ids} * plan.splits
                                        : std::min<int64_t>(plan.order.ids, multiprocessors);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cudaLaunchAttribute attribute{};
+  if constexpr (Config::kIntervals) {
+    attribute = after_work_order();
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kFwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.splits > 1 ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = Config::kIntervals || plan.splits > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params, plan);
 }
 

@@ -58,6 +58,7 @@ struct FwdPlanner {
     const int groups = gridDim.x / plan.splits;
     const int group = blockIdx.x / plan.splits;
     RingIndex<Shared::kBlockSlots> ring;
+    if constexpr (Config::kIntervals) wait_for_work_order();
     // Ids in rounds of one for each thread block, every other round in reverse: with the longest
     // blocks first that evens out the sums. With intervals who has room takes the next.
 #pragma unroll 1

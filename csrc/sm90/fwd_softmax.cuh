@@ -66,9 +66,9 @@ struct RowSoftmax {
 
   // The same for intervals of rows that have records; `mixed`: ids have to be compared, too.
   static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const IntervalMask& mask,
-                                                    int row, int first_key, bool left, bool mixed) {
+                                                    const RowRecord (&records)[2], int first_key,
+                                                    bool left, bool mixed) {
     const int first_column = first_key + fragment_column();
-    const RowRecord records[2] = {mask.row(row), mask.row(row + 8)};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       if (i / 4 * 8 + i % 2 >= records[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;

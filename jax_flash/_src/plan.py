@@ -346,7 +346,8 @@ def queue_size(batch: int, length: int) -> int:
 
     `length` is the number of rows in a forward, that of keys in a backward.
     """
-    return QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
+    size = QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
+    return -(-size // 4) * 4  # what follows is aligned
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:
