@@ -46,14 +46,6 @@ def test_info_of_a_forced_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  cuda  can run it on cuda: sm80 64x64; gradients by sm80 64x64\n" in text
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_info_of_pairs(paired: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with registry.assume_kernels(paired_backward=paired):
-        assert main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert ("JAX_FLASH_PAIRED_BACKWARD=1: pairs over width 128" in text) == paired
-
-
 @pytest.mark.parametrize("on", [False, True])
 def test_info_of_what_is_off(on: bool, capsys: pytest.CaptureFixture[str]) -> None:
     with registry.assume_kernels(option_kernels=on):

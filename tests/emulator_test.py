@@ -32,7 +32,7 @@ _POINTERS = (
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "paired",
+    "deterministic", "multiprocessors",
 )
 # fmt: on
 
@@ -278,10 +278,6 @@ def test_backward_sm90(
     [
         ((96, 96), False, 128),
         ((88, 72), False, 128),
-        ((192, 128), True, 192),
-        ((160, 192), True, 192),
-        ((256, 256), False, 256),
-        ((200, 232), False, 256),
     ],
 )
 def test_wide_backward_sm90(
@@ -312,9 +308,7 @@ def test_paired_backward_sm90(backward: ctypes.CDLL, case: str, turn: int) -> No
     widths = WIDTHS_OF_PAIRS[(number + turn) % 4]
     tile = 256 if max(widths) > 192 else 192
     number += number // 4 + 3 * turn
-    check_backward(
-        backward.mha_bwd_sm90, widths, case, number, tile == 192, tile, paired=True
-    )
+    check_backward(backward.mha_bwd_sm90, widths, case, number, tile == 192, tile)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -341,8 +335,6 @@ def check_backward(
     number: int,
     f16: bool,
     tile: int,
-    *,
-    paired: bool = False,
 ) -> None:
     """One case, run in one of several ways by its number."""
     shape, given = CASES_OF_PAIRS[case]
@@ -391,8 +383,8 @@ def check_backward(
         f32_results=f32_results,
         deterministic=deterministic,
         # Thread blocks run one after another: none may wait for a later one.
-        multiprocessors=(1 + paired) * (1 if deterministic else 1 + number % 3),
-        paired=paired,
+        # Those of Hopper work in pairs over width 128.
+        multiprocessors=(1 + (tile > 128)) * (1 if deterministic else 1 + number % 3),
     )
     for name, x in expected.items():
         result = results[f"d{name}"].astype(np.float64)

@@ -214,7 +214,6 @@ def test_switch_in_the_environment(
         kernels=list,
         build_info=dict,
         force_sm80=lambda: False,
-        paired_backward=lambda: False,
     )
     monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

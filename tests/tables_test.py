@@ -171,14 +171,13 @@ def test_extension_knows_its_operations(built: Any) -> None:
     assert built.choose_kernel("mha", "bf16", 64, 64, **facts) is None
 
 
-@pytest.mark.parametrize("switch", ["force_sm80", "paired_backward"])
 @pytest.mark.parametrize(
     ("value", "forced"), [("1", True), ("0", False), ("", False), (None, False)]
 )
 @pytest.mark.usefixtures("built")
-def test_environment(switch: str, value: str | None, forced: bool) -> None:
-    variable = f"JAX_FLASH_{switch.upper()}"
-    code = f"from jax_flash import _kernels; print(_kernels.{switch}())"
+def test_environment(value: str | None, forced: bool) -> None:
+    variable = "JAX_FLASH_FORCE_SM80"
+    code = "from jax_flash import _kernels; print(_kernels.force_sm80())"
     env = {k: v for k, v in os.environ.items() if k != variable}
     if value is not None:
         env[variable] = value

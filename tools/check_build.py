@@ -51,7 +51,7 @@ SM90_FORWARD = re.compile(
     r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])E)?"
 )
 # sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic, mask>> and, over
-# width 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, paired, mask>>.
+# width 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, mask>>.
 SM90_BACKWARD = re.compile(
     r"4sm90\d+mha_bwd_kernelI.*?Bwd(?P<wide>Wide)?ConfigILNS_11ElementTypeE"
     r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)E(?:Lb[01]E)+"

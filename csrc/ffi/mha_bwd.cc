@@ -158,7 +158,6 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.factor = scale;
   params.deterministic = deterministic;
-  params.paired = paired_backward();
   return launch(&params, operands.type(), *workspace, stream);
 }
 

@@ -106,7 +106,6 @@ NB_MODULE(_kernels, m) {
         "The row of kernels() that runs a call with these properties, or None.");
   m.def("force_sm80", &force_sm80,
         "Whether JAX_FLASH_FORCE_SM80=1 was in the environment when it was first asked for.");
-  m.def("paired_backward", &paired_backward, "The same of JAX_FLASH_PAIRED_BACKWARD=1.");
   m.def("key_interval", &key_interval, nb::arg("row"), nb::arg("query_length"),
         nb::arg("key_length"), nb::arg("window_left"), nb::arg("window_right"),
         nb::arg("bottom_right"),

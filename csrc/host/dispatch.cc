@@ -159,9 +159,4 @@ bool force_sm80() {
   return forced;
 }
 
-bool paired_backward() {
-  static const bool paired = is_set("JAX_FLASH_PAIRED_BACKWARD");
-  return paired;
-}
-
 }  // namespace jax_flash

@@ -50,7 +50,4 @@ const MhaBwdKernel* choose_mha_bwd_kernel(const MhaFacts& facts);
 // Whether JAX_FLASH_FORCE_SM80=1 is in the environment, which is read once.
 bool force_sm80();
 
-// The same of JAX_FLASH_PAIRED_BACKWARD=1: MhaBwdParams::paired. Until a GPU has run it.
-bool paired_backward();
-
 }  // namespace jax_flash

@@ -120,7 +120,6 @@ struct MhaBwdParams : MhaParams {
   bool f32_dkey;
   bool f32_dvalue;
   bool deterministic;
-  bool paired;  // thread blocks of the sm_90 kernels over width 128 work in pairs
 
   // Workspace, written by the kernel that runs first. Rows are padded to bwd_padded_rows, widths
   // to bwd_sum_width.

@@ -47,6 +47,7 @@ struct BwdConfig {
   static constexpr int kQueryReleased = 5;
   static constexpr int kDoutReleased = kQueryReleased + kStages;
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
+  static constexpr int kQueryArrivals = 0;  // not at an mbarrier
 
   // Named barriers between a consumer warpgroup and the warp that adds its part of dQ.
   static constexpr int kSumFree = kDoutReleased + kDoutStages;

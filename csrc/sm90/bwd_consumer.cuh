@@ -78,7 +78,13 @@ struct BwdConsumer {
 
   // Give this step's queries or output gradients back. All lanes read what comes with them.
   __device__ __forceinline__ void release_queries() const {
-    ptx::bar_arrive(Config::kQueryReleased + stage(), Config::kReleaseThreads);
+    if constexpr (Config::kQueryArrivals == 0) {
+      ptx::bar_arrive(Config::kQueryReleased + stage(), Config::kReleaseThreads);
+    } else if (warpgroup == 0 || Config::kIntervals) {
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.query_empty[stage()]));
+    } else {
+      warp_arrive(shared.query_empty[stage()]);
+    }
   }
   __device__ __forceinline__ void release_douts() const {
     ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
@@ -571,7 +577,6 @@ struct BwdConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    warp_arrive(shared.score_full[1]);  // of the step before the first
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
 #pragma unroll 1
     while (true) {
@@ -580,7 +585,10 @@ struct BwdConsumer {
       if (block.tiles < 0) break;
 #pragma unroll
       for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
-      if (block.tiles > 0) run_block(block);
+      if (block.tiles > 0) {
+        if (blocks == 0) warp_arrive(shared.score_full[1]);  // of the step before the first
+        run_block(block);
+      }
       store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
       store_gradient(dvalue, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v, block);
       // By all threads, which have all read it: what racecheck understands.

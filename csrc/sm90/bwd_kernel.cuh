@@ -3,8 +3,8 @@
 // Thread blocks stay and work off blocks of keys (bwd_block.cuh). One warp plans and copies; two
 // consumer warpgroups own 64 keys each and go through the queries that see them, of all query heads
 // that share the key head, so dK and dV are summed in registers. dQ is added to a sum in global
-// memory, which bwd_finish.cuh turns into the result. Over width 128 thread blocks may work in
-// pairs. docs/design/bwd_sm90.md has limits, barriers and measurements.
+// memory, which bwd_finish.cuh turns into the result. Over width 128 thread blocks work in pairs,
+// unless there are intervals. docs/design/bwd_sm90.md has limits, barriers and measurements.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +30,14 @@ template <typename Config>
 struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, false, Mask>> {
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>> {
   using Type =
-      BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, false, Mask>>;
+      BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>>;
 };
 template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, true>> {
-  using Type = BwdPairedConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, true>>;
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, RowMask>> {
+  using Type = BwdPairedConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>>;
 };
 
 template <typename Config>
@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       init(shared.value_empty[i], Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStages; ++i) init(shared.query_full[i], 1);
+    if constexpr (Config::kQueryArrivals > 0) {
+      for (uint64_t& barrier : shared.query_empty) init(barrier, Config::kQueryArrivals);
+    }
     for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
     for (int i = 0; i < 2; ++i) {
       init(shared.score_full[i], Config::kScoreWarps);

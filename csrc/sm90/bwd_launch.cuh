@@ -100,14 +100,14 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
 
 // Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
 // the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
-// are a large part of the work and few add to the same part at a time. keys: of a block.
-inline bool bwd_first_stores(const MhaBwdParams& params, int keys) {
+// are a large part of the work and few add to the same part at a time.
+inline bool bwd_first_stores(const MhaBwdParams& params) {
   if (params.deterministic) return true;
   const bool diagonal = params.window_right != kUnbounded;
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 4096 : keys < 128 ? 512 : 2048);
+  return seen <= (diagonal ? 4096 : 2048);
 }
 
 // Thread blocks of the main kernel, or pairs of them. Where blocks of keys keep their distance,
@@ -127,7 +127,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     params.window_left = params.window_right = kUnbounded;
     params.first_stores = params.deterministic;
   } else {
-    params.first_stores = bwd_first_stores(params, Config::kClusterKeys);
+    params.first_stores = bwd_first_stores(params);
   }
 
   const auto kernel = mha_bwd_kernel<Config>;
@@ -181,16 +181,11 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)
                : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, device, stream);
   };
-  const auto launch_wide = [&]<bool kPaired>() {
-    return params.deterministic
-               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true, kPaired>>(
-                     params, device, stream)
-               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, kPaired>>(
-                     params, device, stream);
-  };
   if constexpr (kHeadDim > 128) {
-    return params.paired ? launch_wide.template operator()<true>()
-                         : launch_wide.template operator()<false>();
+    return params.deterministic
+               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, device, stream)
+               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(params, device,
+                                                                              stream);
   } else if constexpr (kHeadDim == 64) {
     return launch.template operator()<128>();
   } else {
@@ -205,7 +200,7 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
   if constexpr (kHeadDim > 128) {
-    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, false, IntervalMask>>(
+    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask>>(
         params, device, stream);
   } else {
     return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask>>(

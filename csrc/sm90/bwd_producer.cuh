@@ -78,6 +78,15 @@ struct BwdProducer {
     if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
   }
 
+  __device__ __forceinline__ void wait_queries_released() const {
+    if constexpr (Config::kQueryArrivals == 0) {
+      wait_released(Config::kQueryReleased, Config::kStages);
+    } else {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[copied % Config::kStages]),
+                         copied / Config::kStages % 2 ^ 1);
+    }
+  }
+
   // All slabs of a tile of queries or output gradients, whose stage is free. Of a pair, each copies
   // half of the rows to both, when both stages are free: this thread has the other's word for it at
   // `open`.
@@ -108,7 +117,7 @@ struct BwdProducer {
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
     const int64_t state = (int64_t{block.batch} * params.heads + head) * padded_rows + row;
-    wait_released(Config::kQueryReleased, Config::kStages);
+    wait_queries_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
@@ -205,8 +214,10 @@ struct BwdProducer {
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
     }
     // No arrival stays without its partner.
-    for (int stage = 0; stage < min(copied, Config::kStages); ++stage) {
-      ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
+    if constexpr (Config::kQueryArrivals == 0) {
+      for (int stage = 0; stage < min(copied, Config::kStages); ++stage) {
+        ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
+      }
     }
     for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
       ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);

@@ -33,6 +33,7 @@ struct BwdShared
   uint64_t value_full[Config::kKeyStages];
   uint64_t value_empty[Config::kKeyStages];
   uint64_t query_full[Config::kStages];
+  uint64_t query_empty[Config::kStages];  // where kQueryArrivals is not 0
   uint64_t dout_full[Config::kDoutStages];
   uint64_t score_full[2];  // dS
   uint64_t score_empty[2];

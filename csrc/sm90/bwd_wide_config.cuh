@@ -13,18 +13,17 @@
 namespace jax_flash::sm90 {
 
 // 64 keys and 64 queries. One warpgroup has the scores and dV, the other dP, dS and dK; both have
-// parts of dQ, of 64 columns each. kPairedArg: clusters of two thread blocks with neighbouring
-// keys, which exchange dS; each has half of the columns of dQ, over the keys of both. The others as
-// for BwdConfig.
+// parts of dQ, of 64 columns each. Without intervals there are clusters of two thread blocks with
+// neighbouring keys, which exchange dS; each has half of the columns of dQ, over the keys of both.
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, bool kDeterministicArg,
-          bool kPairedArg, typename MaskArg = RowMask>
+          typename MaskArg = RowMask>
 struct BwdWideConfig {
   using Mask = MaskArg;
   static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
-  static constexpr bool kPaired = kPairedArg;
+  static constexpr bool kPaired = !kIntervals;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
   static constexpr int kRows = 64;
@@ -47,9 +46,12 @@ struct BwdWideConfig {
   // Named barriers, as in BwdConfig but for the first two: P is there; its place is free again.
   static constexpr int kScored = 1;
   static constexpr int kScoresUsed = 2;
-  static constexpr int kQueryReleased = 5;
-  static constexpr int kDoutReleased = kQueryReleased + kStages;
+  static constexpr int kDoutReleased = 5;
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
+  // Queries are given back at mbarriers: racecheck does not follow the first warpgroup's reads of
+  // lse through a named one that the second reaches much later. With intervals both have read
+  // records; else the second's warps arrive once.
+  static constexpr int kQueryArrivals = 128 + (kIntervals ? 128 : 4);
   static constexpr int kSumFree = kDoutReleased + kDoutStages;
   static constexpr int kSumReady = kSumFree + kWarpgroups;
   static constexpr int kSumThreads = 128 + 32;

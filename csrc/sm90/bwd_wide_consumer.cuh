@@ -154,8 +154,6 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     if (!first) this->hand_over(dquery[0]);
     ptx::wgmma_wait_group<0>();
     if (!first) this->hand_over(dquery[1]);
-    // The other warpgroup needs the queries as long. Given back earlier, racecheck objects to the
-    // next lse being written where this warpgroup has read.
     this->release_queries();
     ++steps;
   }
@@ -256,7 +254,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       Gradient<kRole> gradient;
 #pragma unroll
       for (float& x : gradient) x = 0.0f;
-      if (block.tiles > 0) run_block.template operator()<kRole>(block, gradient);
+      if (block.tiles > 0) {
+        // Of the step before the first.
+        if (kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
+        run_block.template operator()<kRole>(block, gradient);
+      }
       if constexpr (kRole == 0) {
         this->store_gradient(gradient, 1.0f, params.dvalue, params.f32_dvalue, params.head_dim_v,
                              block);
@@ -276,7 +278,6 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       run_role<0>(run_block);
       wait_scores_used();  // the last arrival's partner
     } else {
-      warp_arrive(shared.score_full[1]);  // of the step before the first
       run_role<1>(run_block);
     }
   }

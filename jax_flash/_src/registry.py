@@ -33,8 +33,6 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
-      paired_backward: whether JAX_FLASH_PAIRED_BACKWARD makes thread blocks of the
-        "sm90" backward over width 128 work in pairs.
       quantised_kernels: whether decoding may use those for 8-bit caches.
       option_kernels: whether attention may use what no GPU has run yet: the kernels for
         options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
@@ -44,7 +42,6 @@ class Extension:
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
-    paired_backward: bool = False
     quantised_kernels: bool = True
     option_kernels: bool = False
     missing: str | None = None
@@ -70,7 +67,6 @@ def _load() -> Extension:
         table,
         info,
         kernels.force_sm80(),
-        kernels.paired_backward(),
         quantised_kernels=quantised,
         option_kernels=options,
     )
@@ -90,7 +86,6 @@ def assume_kernels(
     *,
     force_sm80: bool = False,
     option_kernels: bool = False,
-    paired_backward: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
@@ -101,7 +96,6 @@ def assume_kernels(
     assumed = Extension(
         tuple(kernels),
         force_sm80=force_sm80,
-        paired_backward=paired_backward,
         option_kernels=option_kernels,
     )
     _assumed.append(assumed)

@@ -44,7 +44,6 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
-  int32_t paired;
   float scale;
   float softcap;
 };
@@ -96,7 +95,6 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.dvalue = from.dvalue;
   to.f32_dquery = to.f32_dkey = to.f32_dvalue = from.f32_results != 0;
   to.deterministic = from.deterministic != 0;
-  to.paired = from.paired != 0;
   const int64_t rows = int64_t{from.batch} * from.heads * bwd_padded_rows(from.query_length);
   to.dquery_sum = from.workspace;
   to.row_lse = to.dquery_sum + rows * width;

@@ -15,7 +15,6 @@ from gpu_helpers import in_new_process
 from gradient_helpers import Problem, assert_all, gradients_of, problem_of
 
 from jax_flash import mha
-from jax_flash._src import registry
 
 SMALL, LARGE = 10, 4
 """Problems of a program, for sequences up to 400 and longer ones."""
@@ -300,14 +299,7 @@ def test_repeated_gradients_are_equal() -> None:
 
 
 def test_in_pairs() -> None:
-    if registry.extension().force_sm80:
-        pytest.skip("the environment chooses sm80")
-    in_new_process(in_pairs, JAX_FLASH_PAIRED_BACKWARD="1")
-
-
-def in_pairs() -> None:
     """Whole, odd and missing tiles of keys, more pairs than fit, NaN where not read."""
-    assert registry.extension().paired_backward
     options: list[dict[str, Any]] = [
         {"is_causal": True},
         {"window_size": (100, 20)},
@@ -328,7 +320,6 @@ def in_pairs() -> None:
         for group in groups_of(chosen, SMALL):
             problems = [problem_of(s, i, True).poisoned() for i, s in enumerate(group)]
             assert_all(group, problems, deterministic=deterministic)
-    test_repeated_gradients_are_equal()
 
 
 def test_more_elements_than_31_bits() -> None:

@@ -2,7 +2,6 @@
 
 PYTHONPATH=.gpu pytest tests/gpu -n 6 --dist worksteal
 JAX_FLASH_FORCE_SM80=1 PYTHONPATH=.gpu pytest tests/gpu   # the other family on Hopper
-JAX_FLASH_PAIRED_BACKWARD=1 PYTHONPATH=.gpu pytest tests/gpu/backward_test.py
 """
 
 import os

@@ -146,6 +146,31 @@ def assert_gradients(result: Gradients, problem: Problem) -> None:
     Bounded by the error of `baseline.gradients`, by rounding, and by the float32 error
     of `dout @ value^T - delta`, which `baseline` may be spared where one weight is 1.
     """
+    assert_all_gradients([(result, problem)])
+
+
+def assert_all_gradients(parts: Sequence[tuple[Gradients, Problem]]) -> None:
+    """The same of the parts of one call: its largest error is that of all of them."""
+    compared = [compare_gradients(result, problem) for result, problem in parts]
+    step = float(jnp.finfo(parts[0][1].arrays[0].dtype).eps)
+    for i, name in enumerate(NAMES):
+        got, plain, expected, extra = zip(*(each[i] for each in compared), strict=True)
+        flat = [
+            np.concatenate([x.ravel() for x in xs]) for xs in (got, plain, expected)
+        ]
+        try:
+            baseline.assert_within(*flat, step=step, extra=max(extra))
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from error
+
+
+def compare_gradients(
+    result: Gradients, problem: Problem
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
+    """Result, baseline, float64 and what rounding adds, of each of NAMES.
+
+    What attends nothing is checked right here.
+    """
     problem = problem.clean()
     query, key, value = problem.arrays
     operands = query, key, value, problem.dout, problem.dlse
@@ -159,14 +184,6 @@ def assert_gradients(result: Gradients, problem: Problem) -> None:
 
     slope = 2.0**-21 * scale * size(problem.dout) * size(value)
     extra = {"query": slope * size(key), "key": slope * size(query), "value": 0.0}
-    step = float(jnp.finfo(query.dtype).eps)
-    for name, got in zip(NAMES, result, strict=True):
-        try:
-            baseline.assert_within(
-                got, plain[name], expected[name], step=step, extra=extra[name]
-            )
-        except AssertionError as error:
-            raise AssertionError(f"gradient of {name}: {error}") from error
     empty = problem.empty_rows()
     assert (np.moveaxis(result[0], 1, 2)[empty].astype(np.float32) == 0).all()
     # Keys that no row sees.
@@ -175,6 +192,10 @@ def assert_gradients(result: Gradients, problem: Problem) -> None:
     unseen = ~oracle.allowed(shape, problem.given).any((1, 2))
     for got in result[1:]:
         assert (got[unseen].astype(np.float32) == 0).all()
+    return [
+        (np.asarray(got), plain[name], expected[name], extra[name])
+        for name, got in zip(NAMES, result, strict=True)
+    ]
 
 
 def assert_all(

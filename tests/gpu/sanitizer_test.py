@@ -27,7 +27,7 @@ FAMILIES = [
     (op, family)
     for op in KERNELS
     for family in (("chosen", "sm80") if op.startswith("mha") else ("chosen",))
-] + [("mha_bwd", "paired")]
+]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -39,12 +39,13 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
     # One allocation for each buffer, so that memcheck sees its end.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     environment["JAX_FLASH_OPTION_KERNELS"] = "1"
+    # Programs of many kernels become CUDA graphs, in which the tool crashes.
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:
         pytest.skip("the environment chooses sm80, too")
-    if family == "paired":
-        environment["JAX_FLASH_PAIRED_BACKWARD"] = "1"
     command = [
         sanitizer,
         f"--tool={tool}",
