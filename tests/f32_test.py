@@ -90,7 +90,7 @@ def test_explain() -> None:
     assert details == "sm80 64x64; gradients by sm80 64x64"
     wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
     reason = jax_flash.explain(*wide).reasons["cuda"]
-    assert reason.endswith("the kernels take widths of at most 128")
+    assert str(reason).endswith("the kernels take widths of at most 128")
 
 
 @pytest.mark.usefixtures("switched")
