@@ -27,8 +27,12 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
 template <typename... Params>
 cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                             int cluster, cudaStream_t stream, const Params&... params) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  // Otherwise the driver may leave room for one thread block where two fit.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

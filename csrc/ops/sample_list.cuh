@@ -113,9 +113,14 @@ __device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& sl
   // Its barriers order zeros before additions.
   const uint32_t bound = lower_bound(own, k);
   if (own[0] >= bound) {
+    uint32_t keys[kSegments];
 #pragma unroll
     for (int segment = 0; segment < kSegments; ++segment) {
-      if (shared.segments[segment][thread] >= bound) {
+      keys[segment] = shared.segments[segment][thread];
+    }
+#pragma unroll
+    for (int segment = 0; segment < kSegments; ++segment) {
+      if (keys[segment] >= bound) {
         const int slot = atomicAdd(&shared.item_count, 1);
         shared.items[slot] = static_cast<uint16_t>(segment * kSampleThreads + thread);
       }
