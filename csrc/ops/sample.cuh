@@ -55,11 +55,12 @@ __device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& s
   return list_exactly(row, k);
 }
 
-// Draws among all elements of a row, all of its blocks together, after segment_maxima.
+// Draws among all elements of a row, all of its blocks together, after segment_maxima. Parameters
+// stay in memory until they are used: registers are scarce across calls of `select`.
 template <typename T>
 __device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& slice,
                                          const Blocks& blocks, uint32_t largest,
-                                         const SampleRow& parameters, int32_t* token) {
+                                         const SampleRow* parameters, int32_t* token) {
   SampleShared& shared = sample_shared();
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
@@ -67,29 +68,29 @@ __device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& sl
   __syncthreads();
   largest = __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
   largest = static_cast<uint32_t>(blocks.say(0, largest).largest);
-  const Weigher weigher{logit_of(largest), parameters.factor};
+  const Weigher weigher{logit_of(largest), parameters->factor};
   Cut by_count{0, 0};
-  if (parameters.k < static_cast<uint32_t>(row.size)) {
-    by_count = select(row, slice, blocks, Count{}, parameters.k, 1);
+  if (parameters->k < static_cast<uint32_t>(row.size)) {
+    by_count = select(row, slice, blocks, Count{}, parameters->k, 1);
   }
   Cut cut = by_count;
-  if (parameters.mass <= kAllMass) {
+  if (parameters->mass <= kAllMass) {
     const Weight measure{by_count, weigher};
     const unsigned long long own =
         sum_parts(row, slice, [&](int index, uint32_t key) -> unsigned long long {
           return measure.keeps(index, key) ? measure.of(key) : 0;
         });
     const unsigned long long total = blocks.say(3, own).total;
-    cut = select(row, slice, blocks, measure, nucleus(total, parameters.mass), 4);
+    cut = select(row, slice, blocks, measure, nucleus(total, parameters->mass), 4);
   }
   const auto weight = [&](int index, uint32_t key) -> unsigned long long {
     if (!cut.keeps(index, key)) return 0;
     const uint32_t distance = weigher.distance(key);
-    return distance <= parameters.distance ? weight_of(distance) : 0;
+    return distance <= parameters->distance ? weight_of(distance) : 0;
   };
   const unsigned long long own = sum_parts(row, slice, weight);
   const Blocks::Said sums = blocks.say(6, own);
-  const uint64_t random = uint64_t{parameters.random_high} << 32 | parameters.random_low;
+  const uint64_t random = uint64_t{parameters->random_high} << 32 | parameters->random_low;
   const unsigned long long target = __umul64hi(random, sums.total);
   if (sums.total == 0) {
     // Nothing may be chosen: the best, if there is one, has a weight.
@@ -129,19 +130,20 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
       params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
   const LogitRow<T> row =
       LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
-  const SampleRow parameters =
-      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
+  const SampleRow* const parameters =
+      reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
+  const uint32_t k = parameters->k;
   int32_t* const token = params.tokens + block.flat;
   const Blocks blocks{block.rank, 1 << split_bits};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
-  if (parameters.k <= kMaxRanked) {
-    const int count = candidates(row, slice, blocks, largest, static_cast<int>(parameters.k));
+  if (k <= kMaxRanked) {
+    const int count = candidates(row, slice, blocks, largest, static_cast<int>(k));
     if (block.rank != 0) return;
     if (count == 0) {
       if (threadIdx.x == 0) *token = -1;
     } else {
-      draw_ranked(parameters, count, token);
+      draw_ranked(*parameters, count, token);
     }
   } else {
     draw_any(row, slice, blocks, largest, parameters, token);
