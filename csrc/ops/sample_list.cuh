@@ -83,7 +83,8 @@ __device__ __forceinline__ void list_candidate(unsigned long long candidate) {
   if (slot < kMaxListed) shared.listed[slot] = candidate;
 }
 
-// Of the candidates that the threads hold (0: none) makes the new list: the k best and a few more.
+// Of the candidates that the threads hold (0: none) makes the new list: the k best and at most
+// bound_slack(k) more, however many are equal.
 template <int kHeld>
 __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], int k) {
   SampleShared& shared = sample_shared();
@@ -92,10 +93,20 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) keys[i] = key_of_candidate(held[i]);
   // Its barriers order reads of the old list, and the zero, before additions.
-  const uint32_t bound = lower_bound(keys, k);
+  unsigned long long bound = static_cast<unsigned long long>(lower_bound(keys, k)) << 32;
+  const int rest = shared.tally_rest;
+  if (shared.tally_bin >= 0 && shared.tally_count - rest > bound_slack(k)) {
+    // All in the bin of the bound are equal to it: a bound for the complements of their indices,
+    // which are the lower words and never 0.
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      keys[i] = held[i] >> 32 == bound >> 32 ? static_cast<uint32_t>(held[i]) : 0;
+    }
+    bound |= lower_bound(keys, rest);
+  }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (keys[i] >= bound) list_candidate(held[i]);
+    if (held[i] >= bound) list_candidate(held[i]);
   }
   // Orders the candidates before their reads.
   __syncthreads();

@@ -71,21 +71,26 @@ struct LogitRow {
     return ranks_all || key > kKeyOfMinusInfinity ? key : 0;
   }
 
-  // A vector, and a byte for each of its elements that is not zero where that may be chosen.
+  // A vector, and a bit for each of its elements, at allowed_bit, that may be chosen.
   struct Loaded {
     uint4 raw;
-    uint64_t allowed;
+    uint32_t allowed;
   };
+
+  // A byte of a mask is 0 or 1, so two words of it fit in one.
+  static __device__ __forceinline__ constexpr int allowed_bit(int e) {
+    return e < 4 ? 8 * e : 8 * (e - 4) + 4;
+  }
 
   __device__ __forceinline__ Loaded load_wide(int vector) const {
     const int first = vector * kV;
-    Loaded loaded{*reinterpret_cast<const uint4*>(logits + first), ~uint64_t{0}};
+    Loaded loaded{*reinterpret_cast<const uint4*>(logits + first), ~0u};
     if (mask != nullptr) {
       if constexpr (kV == 4) {
         loaded.allowed = *reinterpret_cast<const uint32_t*>(mask + first);
       } else {
         const uint2 bytes = *reinterpret_cast<const uint2*>(mask + first);
-        loaded.allowed = uint64_t{bytes.y} << 32 | bytes.x;
+        loaded.allowed = bytes.x | bytes.y << 4;
       }
     }
     return loaded;
@@ -99,7 +104,7 @@ struct LogitRow {
     for (int e = 0; e < kV; ++e) {
       const int index = first + e;
       const bool allowed = index < size && (mask == nullptr || mask[index]);
-      loaded.allowed |= uint64_t{allowed} << (8 * e);
+      loaded.allowed |= uint32_t{allowed} << allowed_bit(e);
     }
     return loaded;
   }
@@ -111,7 +116,7 @@ struct LogitRow {
     unpack<T>(loaded.raw, x);
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      const uint32_t key_here = (loaded.allowed >> (8 * e) & 0xff) != 0 ? key(x[e]) : 0;
+      const uint32_t key_here = (loaded.allowed >> allowed_bit(e) & 1) != 0 ? key(x[e]) : 0;
       if (key_here != 0) f(vector * kV + e, key_here);
     }
   }
