@@ -81,7 +81,8 @@ struct FwdBlock
   Element16* out;
 };
 
-// Which rows of which head block `id` is; a negative batch where a section is padded.
+// Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
+// padded.
 template <typename Config>
 __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, const FwdPlan& plan,
                                                     int id) {
@@ -93,8 +94,8 @@ __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, 
   return {row_block, place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
-// Describes the block at `at`; false if it sees no keys. Its `tiles` are those of this thread block
-// among `splits`, and may be none.
+// Describes the block at `at`; false if it (with kPaired: its pair) sees no keys. Its `tiles` are
+// those of this thread block among `splits`, and may be none; both of a pair have the same.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,
@@ -117,8 +118,11 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   }
   block.rows = (block.mask.query_length << pack_shift) - first_row;
   ptx::forget_memory();  // the planner has few registers
-  const KeyInterval keys = block.mask.hull(max(first_row, 0) >> pack_shift,
-                                           ((first_row + Config::kRows - 1) >> pack_shift) + 1);
+  // Of all rows whose thread blocks visit the same tiles.
+  const int hull_row = first_row - at.row_block % Config::kCluster * Config::kRows;
+  const int hull_end = hull_row + Config::kCluster * Config::kRows;
+  const KeyInterval keys =
+      block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;

@@ -58,7 +58,7 @@ struct SlabLayout {
 };
 
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
-          bool kIntervalsArg = false>
+          bool kIntervalsArg = false, bool kPairedArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
   static constexpr bool kIntervals = kIntervalsArg;
@@ -83,13 +83,18 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
+  // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
+  // same key tiles, of which each copies half into the shared memory of both.
+  static constexpr bool kPaired = kPairedArg;
+  static constexpr int kCluster = kPaired ? 2 : 1;
+
   // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
   // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
-  // rows of a thread block.
-  static constexpr bool kSkips = kKeys < 64 * kWarpgroups;
+  // rows that share them.
+  static constexpr bool kSkips = kKeys < 64 * kWarpgroups * kCluster;
 
   // A warpgroup's softmax runs beside its own second product; with three warpgroups, only beside
   // those of the others.
@@ -111,6 +116,8 @@ struct FwdConfig {
   static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
+  static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),
+                "each thread block of a pair copies half of the slabs");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
 };
