@@ -90,7 +90,13 @@ struct BwdConsumer {
     }
   }
   __device__ __forceinline__ void release_douts() const {
-    ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
+    if constexpr (Config::kDoutArrivals == 0) {
+      ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
+    } else if (warpgroup == 1) {
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.dout_empty[dout_stage()]));
+    } else {
+      warp_arrive(shared.dout_empty[dout_stage()]);
+    }
   }
 
   __device__ __forceinline__ uint32_t key_tile() const {

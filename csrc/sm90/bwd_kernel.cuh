@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int i = 0; i < Config::kStages; ++i) init(shared.query_full[i], 1);
     if constexpr (Config::kQueryArrivals > 0) {
       for (uint64_t& barrier : shared.query_empty) init(barrier, Config::kQueryArrivals);
+      for (uint64_t& barrier : shared.dout_empty) init(barrier, Config::kDoutArrivals);
     }
     for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
     for (int i = 0; i < 2; ++i) {

@@ -100,7 +100,6 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  if (diagonal && bwd_tries("stores")) return true;
   return seen <= (diagonal ? 4096 : 2048);
 }
 
@@ -109,7 +108,6 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
 // with the same part and wait for each other once, which has to be a small part of the work. For
 // widths up to 128.
 inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) {
-  if (bwd_tries("unordered")) return false;
   if (params.window_right == kUnbounded) {
     const int64_t blocks = int64_t{params.batch} * params.heads * (params.key_length / 128);
     return params.head_dim > 64 && params.window_left == kUnbounded &&
@@ -228,9 +226,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.
     constexpr int kShort = 768;
-    const bool windows = params.window_left != kUnbounded && bwd_tries("rows64");
-    const bool small =
-        params.window_right != kUnbounded && (params.query_length <= kShort || windows);
+    const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
   }
 }

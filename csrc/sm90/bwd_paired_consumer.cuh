@@ -53,8 +53,9 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
 
   // dS of the step before is there, of both thread blocks.
   __device__ __forceinline__ void wait_all_scores() const {
-    this->wait_scores();
-    wait(shared.other_score_full[(steps + 1) % 2], (steps + 1) / 2 % 2 ^ 1);
+    const uint32_t parity = (steps + 1) / 2 % 2 ^ 1;
+    wait(shared.score_full[(steps + 1) % 2], parity);
+    wait(shared.other_score_full[(steps + 1) % 2], parity);
   }
   // This warp is done with the other's dS of the step before.
   __device__ __forceinline__ void give_scores_back(bool gives) const {

@@ -78,18 +78,28 @@ struct BwdProducer {
     key_ring.next();
   }
 
-  // Waits until all consumers are done with what the next of `stages` tiles held before.
-  __device__ __forceinline__ void wait_released(int barrier, int stages) const {
-    if constexpr (Config::kPaired) __syncwarp();  // one lane waits for the other thread block
-    if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
+  // Waits until all consumers are done with what the next of `stages` tiles held before: at a named
+  // barrier, the first of which is `named`, or at an mbarrier.
+  __device__ __forceinline__ void wait_released(int named, int stages) const {
+    if (copied >= stages) ptx::bar_sync(named + copied % stages, Config::kReleaseThreads);
+  }
+  template <int kStages>
+  __device__ __forceinline__ void wait_released(const uint64_t (&empty)[kStages]) const {
+    ptx::mbarrier_wait(ptx::shared_address(&empty[copied % kStages]), copied / kStages % 2 ^ 1);
   }
 
   __device__ __forceinline__ void wait_queries_released() const {
     if constexpr (Config::kQueryArrivals == 0) {
       wait_released(Config::kQueryReleased, Config::kStages);
     } else {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[copied % Config::kStages]),
-                         copied / Config::kStages % 2 ^ 1);
+      wait_released(shared.query_empty);
+    }
+  }
+  __device__ __forceinline__ void wait_douts_released() const {
+    if constexpr (Config::kDoutArrivals == 0) {
+      wait_released(Config::kDoutReleased, Config::kDoutStages);
+    } else {
+      wait_released(shared.dout_empty);
     }
   }
 
@@ -142,7 +152,7 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
     }
-    wait_released(Config::kDoutReleased, Config::kDoutStages);
+    wait_douts_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kDoutStages;
       const uint32_t barrier = ptx::shared_address(&shared.dout_full[stage]);
@@ -270,8 +280,10 @@ struct BwdProducer {
         ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
       }
     }
-    for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
-      ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
+    if constexpr (Config::kDoutArrivals == 0) {
+      for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
+        ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
+      }
     }
   }
 };

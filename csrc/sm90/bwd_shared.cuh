@@ -35,7 +35,8 @@ struct BwdShared
   uint64_t query_full[Config::kStages];
   uint64_t query_empty[Config::kStages];  // where kQueryArrivals is not 0
   uint64_t dout_full[Config::kDoutStages];
-  uint64_t score_full[2];  // dS
+  uint64_t dout_empty[Config::kDoutStages];  // where kDoutArrivals is not 0
+  uint64_t score_full[2];                    // dS
   uint64_t score_empty[2];
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];

@@ -46,13 +46,12 @@ struct BwdWideConfig {
   // Named barriers, as in BwdConfig but for the first two: P is there; its place is free again.
   static constexpr int kScored = 1;
   static constexpr int kScoresUsed = 2;
-  static constexpr int kDoutReleased = 5;
-  static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
-  // Queries are given back at mbarriers: racecheck does not follow the first warpgroup's reads of
-  // lse through a named one that the second reaches much later. With intervals both have read
-  // records; else the second's warps arrive once.
+  // Queries and output gradients are given back at mbarriers: racecheck does not follow one
+  // warpgroup's reads of lse or delta through a named one that the other reaches much later. The
+  // other's warps arrive once, but with intervals both have read records.
   static constexpr int kQueryArrivals = 128 + (kIntervals ? 128 : 4);
-  static constexpr int kSumFree = kDoutReleased + kDoutStages;
+  static constexpr int kDoutArrivals = 128 + 4;
+  static constexpr int kSumFree = 5;
   static constexpr int kSumReady = kSumFree + kWarpgroups;
   static constexpr int kSumThreads = 128 + 32;
 

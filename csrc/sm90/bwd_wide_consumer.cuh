@@ -257,8 +257,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
 #pragma unroll
       for (float& x : gradient) x = 0.0f;
       if (block.tiles > 0) {
-        // Of the step before the first.
-        if (kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
+        // Of the step before the first, which pairs do not wait for.
+        if (!Config::kPaired && kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
         run_block.template operator()<kRole>(block, gradient);
       }
       if constexpr (kRole == 0) {
