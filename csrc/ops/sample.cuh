@@ -24,8 +24,8 @@ namespace jax_flash::ops {
 
 // Lists the k best of a row and no others, by histograms, in one block. All threads have read the
 // old list.
-template <typename T>
-__device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
+template <typename Row>
+__device__ __forceinline__ int list_exactly(const Row& row, int k) {
   SampleShared& shared = sample_shared();
   const Slice all = Slice::of(row, 0, 0);
   const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
@@ -42,9 +42,9 @@ __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
 
 // In the first block of a row, after segment_maxima: the list of its k best, perhaps with more
 // candidates; how many. The others' result has no meaning.
-template <typename T>
-__device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& slice,
-                                          const Blocks& blocks, uint32_t largest, int k) {
+template <typename Row>
+__device__ __forceinline__ int candidates(const Row& row, const Slice& slice, const Blocks& blocks,
+                                          uint32_t largest, int k) {
   // Many candidates take longer to rank than to narrow.
   const int most = blocks.count > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
   int count = list_best(row, slice, largest, k, most);
@@ -59,10 +59,9 @@ inline constexpr int kElsewhere = -2;
 
 // Draws among all elements of a row, all of its blocks together, after segment_maxima. The
 // token, -1 if there is none, or kElsewhere if another block has it.
-template <typename T>
-__device__ __forceinline__ int draw_any(const LogitRow<T>& row, const Slice& slice,
-                                        const Blocks& blocks, uint32_t largest,
-                                        const SampleRow& given) {
+template <typename Row>
+__device__ __forceinline__ int draw_any(const Row& row, const Slice& slice, const Blocks& blocks,
+                                        uint32_t largest, const SampleRow& given) {
   SampleShared& shared = sample_shared();
   const SampleRow& parameters = shared.parameters;
   if (threadIdx.x == 0) shared.parameters = given;
@@ -134,8 +133,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   const RowBlock block = RowBlock::of(params.rows, split_bits);
   const bool* const mask =
       params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
-  const LogitRow<T> row =
-      LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
+  const LogitRow<T, false> row{row_of<T>(params.logits, block.group, block.row), mask, params.size};
   const SampleRow* const parameters =
       reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
   const uint32_t k = parameters->k;
@@ -161,8 +159,8 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     top_k_kernel(const __grid_constant__ TopKParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
-  const LogitRow<T> row = LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row),
-                                            nullptr, params.size, true);
+  const LogitRow<T, true> row{row_of<T>(params.logits, block.group, block.row), nullptr,
+                              params.size};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
   const int count = candidates(row, slice, Blocks{block.rank, 1 << split_bits}, largest, params.k);
