@@ -61,10 +61,9 @@ inline constexpr int kElsewhere = -2;
 // token, -1 if there is none, or kElsewhere if another block has it.
 template <typename Row>
 __device__ __forceinline__ int draw_any(const Row& row, const Slice& slice, const Blocks& blocks,
-                                        uint32_t largest, const SampleRow& given) {
+                                        uint32_t largest) {
   SampleShared& shared = sample_shared();
   const SampleRow& parameters = shared.parameters;
-  if (threadIdx.x == 0) shared.parameters = given;
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
   // Orders the maxima and the parameters before their reads.
@@ -140,18 +139,23 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   const Blocks blocks{block.rank, 1 << split_bits};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
+  SampleShared& shared = sample_shared();
+  if (threadIdx.x == 0) {
+    // Both paths have barriers before their use.
+    shared.parameters = *parameters;
+    shared.token = params.tokens + block.flat;
+  }
   if (k <= kMaxRanked) {
     const int count = candidates(row, slice, blocks, largest, static_cast<int>(k));
     if (block.rank != 0) return;
-    int32_t* const token = params.tokens + block.flat;
     if (count == 0) {
-      if (threadIdx.x == 0) *token = -1;
+      if (threadIdx.x == 0) *shared.token = -1;
     } else {
-      draw_ranked(*parameters, count, token);
+      draw_ranked(shared.parameters, count, shared.token);
     }
   } else {
-    const int index = draw_any(row, slice, blocks, largest, *parameters);
-    if (threadIdx.x == 0 && index != kElsewhere) params.tokens[block.flat] = index;
+    const int index = draw_any(row, slice, blocks, largest);
+    if (threadIdx.x == 0 && index != kElsewhere) *shared.token = index;
   }
 }
 
