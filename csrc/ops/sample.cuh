@@ -127,7 +127,7 @@ struct RowBlock {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 2)
+__global__ void __launch_bounds__(kSampleThreads, 1)
     sample_kernel(const __grid_constant__ SampleParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
   const bool* const mask =
