@@ -24,8 +24,8 @@ namespace jax_flash::ops {
 
 // Lists the k best of a row and no others, by histograms, in one block. All threads have read the
 // old list.
-template <typename T>
-__device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
+template <typename Row>
+__device__ __forceinline__ int list_exactly(const Row& row, int k) {
   SampleShared& shared = sample_shared();
   const Slice all = Slice::of(row, 0, 0);
   const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
@@ -42,9 +42,9 @@ __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
 
 // In the first block of a row, after segment_maxima: the list of its k best, perhaps with more
 // candidates; how many. The others' result has no meaning.
-template <typename T>
-__device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& slice,
-                                          const Blocks& blocks, uint32_t largest, int k) {
+template <typename Row>
+__device__ __forceinline__ int candidates(const Row& row, const Slice& slice, const Blocks& blocks,
+                                          uint32_t largest, int k) {
   // Many candidates take longer to rank than to narrow.
   const int most = blocks.count > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
   int count = list_best(row, slice, largest, k, most);
@@ -59,13 +59,11 @@ inline constexpr int kElsewhere = -2;
 
 // Draws among all elements of a row, all of its blocks together, after segment_maxima. The
 // token, -1 if there is none, or kElsewhere if another block has it.
-template <typename T>
-__device__ __forceinline__ int draw_any(const LogitRow<T>& row, const Slice& slice,
-                                        const Blocks& blocks, uint32_t largest,
-                                        const SampleRow& given) {
+template <typename Row>
+__device__ __forceinline__ int draw_any(const Row& row, const Slice& slice, const Blocks& blocks,
+                                        uint32_t largest) {
   SampleShared& shared = sample_shared();
   const SampleRow& parameters = shared.parameters;
-  if (threadIdx.x == 0) shared.parameters = given;
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
   // Orders the maxima and the parameters before their reads.
@@ -129,31 +127,35 @@ struct RowBlock {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 2)
+__global__ void __launch_bounds__(kSampleThreads, 1)
     sample_kernel(const __grid_constant__ SampleParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
   const bool* const mask =
       params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
-  const LogitRow<T> row =
-      LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
+  const LogitRow<T, false> row{row_of<T>(params.logits, block.group, block.row), mask, params.size};
   const SampleRow* const parameters =
       reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
   const uint32_t k = parameters->k;
   const Blocks blocks{block.rank, 1 << split_bits};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
+  SampleShared& shared = sample_shared();
+  if (threadIdx.x == 0) {
+    // Both paths have barriers before their use.
+    shared.parameters = *parameters;
+    shared.token = params.tokens + block.flat;
+  }
   if (k <= kMaxRanked) {
     const int count = candidates(row, slice, blocks, largest, static_cast<int>(k));
     if (block.rank != 0) return;
-    int32_t* const token = params.tokens + block.flat;
     if (count == 0) {
-      if (threadIdx.x == 0) *token = -1;
+      if (threadIdx.x == 0) *shared.token = -1;
     } else {
-      draw_ranked(*parameters, count, token);
+      draw_ranked(shared.parameters, count, shared.token);
     }
   } else {
-    const int index = draw_any(row, slice, blocks, largest, *parameters);
-    if (threadIdx.x == 0 && index != kElsewhere) params.tokens[block.flat] = index;
+    const int index = draw_any(row, slice, blocks, largest);
+    if (threadIdx.x == 0 && index != kElsewhere) *shared.token = index;
   }
 }
 
@@ -161,8 +163,8 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     top_k_kernel(const __grid_constant__ TopKParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
-  const LogitRow<T> row = LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row),
-                                            nullptr, params.size, true);
+  const LogitRow<T, true> row{row_of<T>(params.logits, block.group, block.row), nullptr,
+                              params.size};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
   const int count = candidates(row, slice, Blocks{block.rank, 1 << split_bits}, largest, params.k);

@@ -18,16 +18,16 @@ namespace jax_flash::ops {
 
 // The largest key in each segment of each thread's share into shared.segments; the thread's
 // largest.
-template <typename T>
-__device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const Slice& slice) {
-  constexpr int kV = LogitRow<T>::kV;
+template <typename Row>
+__device__ __forceinline__ uint32_t segment_maxima(const Row& row, const Slice& slice) {
+  constexpr int kV = Row::kV;
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   uint32_t own = 0;
   int vector = slice.first + thread;
   if (thread == 0) shared.item_count = shared.listed_count = 0;
   if (thread < kTallies) shared.tallies[thread] = 0;
-  if (row.mask == nullptr && row.wide) {
+  if (row.mask == nullptr && row.wide()) {
     // In shared memory, since the compiler will not keep so many loads in flight to registers. No
     // barriers: a thread copies and reads what is its own.
     const uint32_t ring = ptx::shared_address(&shared.ring[0][thread]);
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const
           ptx::cp_async_wait_group<kRing - 1>();
           if (vector < slice.end) {
             float x[kV];
-            unpack<T>(ptx::ld_shared_v4(ring + i * kSlot), x);
+            unpack<typename Row::Element>(ptx::ld_shared_v4(ring + i * kSlot), x);
 #pragma unroll
             for (int e = 0; e < kV; ++e) logit = fmaxf(logit, x[e]);
           }
@@ -115,9 +115,9 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
 
 // After segment_maxima, whose result is `largest`: lists the k best of the slice and some more, up
 // to `most` if that is possible. How many, or more than kMaxListed if there are too many.
-template <typename T>
-__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice,
-                                         uint32_t largest, int k, int most) {
+template <typename Row>
+__device__ __forceinline__ int list_best(const Row& row, const Slice& slice, uint32_t largest,
+                                         int k, int most) {
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   const uint32_t own[1] = {largest};

@@ -46,29 +46,27 @@ __device__ __forceinline__ uint32_t weight_of(uint32_t distance) {
   return octaves < 31 ? value >> (octaves + 1) : 0;
 }
 
-// A row, and what of it may be chosen.
-template <typename T>
+// A row, and what of it may be chosen. `kRanksAll`: top_k ranks NaN and -inf, sample never draws
+// them.
+template <typename T, bool kRanksAll>
 struct LogitRow {
   const T* logits;
   const bool* mask;  // or null
   int size;
-  bool wide;       // whether logits and mask can be read a vector at a time
-  bool ranks_all;  // top_k ranks NaN and -inf, sample never draws them
 
+  using Element = T;
   static constexpr int kV = kVector<T>;
 
-  static __device__ __forceinline__ LogitRow make(const T* logits, const bool* mask, int size,
-                                                  bool ranks_all) {
-    const bool wide =
-        size % kV == 0 && is_aligned(logits) && reinterpret_cast<uintptr_t>(mask) % kV == 0;
-    return {logits, mask, size, wide, ranks_all};
+  // Whether logits and mask can be read a vector at a time.
+  __device__ __forceinline__ bool wide() const {
+    return size % kV == 0 && is_aligned(logits) && reinterpret_cast<uintptr_t>(mask) % kV == 0;
   }
 
   __device__ __forceinline__ int vectors() const { return (size + kV - 1) / kV; }
 
   __device__ __forceinline__ uint32_t key(float logit) const {
     const uint32_t key = key_of(logit);
-    return ranks_all || key > kKeyOfMinusInfinity ? key : 0;
+    return kRanksAll || key > kKeyOfMinusInfinity ? key : 0;
   }
 
   // A vector, and a bit for each of its elements, at allowed_bit, that may be chosen.
@@ -97,7 +95,7 @@ struct LogitRow {
   }
 
   __device__ __forceinline__ Loaded load(int vector) const {
-    if (wide) return load_wide(vector);
+    if (wide()) return load_wide(vector);
     const int first = vector * kV;
     Loaded loaded{load_vector(logits, first, size, false), 0};
 #pragma unroll
@@ -132,7 +130,7 @@ struct LogitRow {
   __device__ __forceinline__ void visit_all(int first, int end, const F& f) const {
     constexpr int kAhead = 4;
     int vector = first;
-    if (wide) {
+    if (wide()) {
 #pragma unroll 1
       for (; vector + (kAhead - 1) * kStep < end; vector += kAhead * kStep) {
         Loaded loaded[kAhead];
@@ -155,8 +153,8 @@ struct Slice {
   int turns;
 
   // That of block `rank` of 2^split_bits.
-  template <typename T>
-  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int split_bits) {
+  template <typename Row>
+  static __device__ __forceinline__ Slice of(const Row& row, int rank, int split_bits) {
     const int vectors = row.vectors();
     const int size = (vectors + (1 << split_bits) - 1) >> split_bits;
     constexpr int kOfSegments = kSegments * kRing * kSampleThreads;

@@ -48,7 +48,9 @@ struct SampleShared {
   unsigned long long chunk_sums[2][kSampleWarps];
   unsigned long long said[kSlots];  // to the other blocks of the row
   unsigned long long rest;
-  SampleRow parameters;  // of a draw among all elements: registers are scarce across its calls
+  // Of a draw, here since registers are scarce across calls of `select`:
+  SampleRow parameters;
+  int32_t* token;
   uint32_t lowest[kSampleWarps];
   uint32_t highest[kSampleWarps];
   uint32_t bin;
