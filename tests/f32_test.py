@@ -1,9 +1,6 @@
 """Calls of float32: which kernels are chosen for them, and what they are told."""
 
-import importlib.util
 import re
-import sys
-import types
 from typing import Any
 
 import jax
@@ -26,7 +23,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
 
 @pytest.fixture
 def switched() -> Any:
-    with registry.assume_kernels(f32_kernels=True):
+    with registry.assume_kernels():
         yield
 
 
@@ -41,37 +38,11 @@ def test_one_custom_call(precision: str | None) -> None:
     assert "-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>)" in types_
 
 
-@pytest.mark.usefixtures("kernels")
-def test_off_unless_asked_for() -> None:
-    assert kernel_calls(attend, *inputs()) == 0
-    message = "query of dtype float32 is off unless JAX_FLASH_F32_KERNELS=1: no GPU"
-    with pytest.raises(NotImplementedError, match=message):
-        attend(*inputs(), implementation="cuda")
-
-
-@pytest.mark.parametrize("value", [None, "0", "1"])
-def test_switch_in_the_environment(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = types.SimpleNamespace(
-        registrations=dict,
-        kernels=list,
-        build_info=dict,
-        force_sm80=lambda: False,
-    )
-    monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.delenv("JAX_FLASH_F32_KERNELS", raising=False)
-    if value is not None:
-        monkeypatch.setenv("JAX_FLASH_F32_KERNELS", value)
-    assert registry._load.__wrapped__().f32_kernels == (value == "1")
-
-
 @pytest.mark.usefixtures("switched")
 def test_what_the_kernels_lack() -> None:
     arrays = inputs()
     options = {"softcap": 5.0}
-    with registry.assume_kernels(f32_kernels=True, option_kernels=True):
+    with registry.assume_kernels():
         assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
         message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
         with pytest.raises(NotImplementedError, match=message):

@@ -4,10 +4,7 @@ What is lowered for CUDA, and what becomes of it where the call is emulated: jnp
 operations that know only operands and attributes of the call.
 """
 
-import importlib.util
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,7 +53,7 @@ LENGTHS = {
 @pytest.fixture
 def switched() -> Iterator[None]:
     """Calls are lowered for CUDA as if the kernels had been built, with all options."""
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         yield
 
 
@@ -83,7 +80,7 @@ def gradient(argnums: Any = (0, 1, 2), **options: Any) -> Callable:
 
 def both(f: Callable, *args: Any) -> tuple[Any, Any]:
     """The results of f(implementation, *args) by emulated kernels, and by jnp."""
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         got = jax.jit(lambda *a: f("cuda", *a))(*args)
     return got, jax.jit(lambda *a: f("xla", *a))(*args)
 
@@ -191,47 +188,6 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     assert kernel_calls(f, *tensors()) == 3
 
 
-OFF = {
-    "softcap": ({"softcap": 3.0}, "softcap=3.0"),
-    "slopes": ({"slopes": SLOPES}, r"alibi_slopes \(of shape \(1, 4\)\)"),
-    "segments": (DOCUMENTS, r"q_segment_ids \(of shape \(1, 70\)\)"),
-}
-
-
-@pytest.mark.parametrize("case", OFF)
-def test_off_unless_asked_for(case: str, kernels: None) -> None:
-    options, name = OFF[case]
-
-    def f(*args: Any, **more: Any) -> Any:
-        return attend(*args, **options, **more)
-
-    assert kernel_calls(f, *tensors()) == 0
-    message = rf"cuda: {name} is off unless JAX_FLASH_OPTION_KERNELS=1: no GPU"
-    with pytest.raises(NotImplementedError, match=message):
-        f(*tensors(), implementation="cuda")
-    with registry.assume_kernels(option_kernels=True):
-        assert kernel_calls(lambda *a: f(*a, implementation="cuda"), *tensors()) == 1
-
-
-@pytest.mark.parametrize("value", [None, "0", "1"])
-def test_switch_in_the_environment(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Read when the extension, here a stand-in, is loaded."""
-    module = types.SimpleNamespace(
-        registrations=dict,
-        kernels=list,
-        build_info=dict,
-        force_sm80=lambda: False,
-    )
-    monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.delenv("JAX_FLASH_OPTION_KERNELS", raising=False)
-    if value is not None:
-        monkeypatch.setenv("JAX_FLASH_OPTION_KERNELS", value)
-    assert registry._load.__wrapped__().option_kernels == (value == "1")
-
-
 @pytest.mark.usefixtures("switched")
 def test_gradients_of_slopes_are_jnp() -> None:
     """The whole backward is, as the kernel has none for them."""
@@ -272,13 +228,13 @@ def test_explain() -> None:
 @pytest.mark.usefixtures("switched")
 def test_missing_kernels() -> None:
     built = [k for k in plan.KERNELS if k.op != "mha_bwd_intervals"]
-    with registry.assume_kernels(built, option_kernels=True):
+    with registry.assume_kernels(built):
         f = gradient(**DOCUMENTS)
         assert kernel_calls(f, *tensors()) == 1
         assert kernel_calls(f, *tensors(), target=registry.BACKWARD_TARGET) == 0
     built = [k for k in plan.KERNELS if k.op != "mha_fwd_intervals"]
     with (
-        registry.assume_kernels(built, option_kernels=True),
+        registry.assume_kernels(built),
         pytest.raises(NotImplementedError, match="sm90 64x64 with intervals is not"),
     ):
         attend(*tensors(), **DOCUMENTS, implementation="cuda")
@@ -455,7 +411,7 @@ def test_qkvpacked() -> None:
     got, expected = both(f, qkv, SLOPES)
     assert_close(got[0], expected[0], 2.0**-7)
     assert_close(got[1], expected[1], ROUNDING)
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         text = cuda_text(lambda x: f("cuda", x, SLOPES)[1], qkv)
     line = call_of(registry.BACKWARD_TARGET, text)
     assert "packed_heads = 4 : i64" in line
@@ -489,7 +445,7 @@ def test_named_sharding() -> None:
         for x, spec in zip(sharded_arguments(), SPECS, strict=True)
     ]
     expected = jax.jit(lambda *a: sharded_run("xla", *a))(*args)
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         run = jax.jit(lambda *a: sharded_run("cuda", *a)).lower(*args).compile()
         text = str(run.as_text())
         got = run(*args)

@@ -100,15 +100,12 @@ class Support:
       decode: whether the decode kernels take it, None where `decode_mha` has no such
         argument.
       intervals: whether it takes the kernels with intervals, see `intervals`.
-      switched: whether its kernels are off unless JAX_FLASH_OPTION_KERNELS=1 is in the
-        environment, because no GPU has run them yet.
     """
 
     kernels: tuple[str, ...] = ()
     cudnn: bool = False
     decode: bool | None = None
     intervals: bool = False
-    switched: bool = False
 
 
 FAMILIES = ("sm90", "sm80")
@@ -120,16 +117,16 @@ OPTIONS = {
     "key_value_seq_lengths": Support(FAMILIES),
     "return_lse": Support(FAMILIES, decode=True),
     "deterministic": Support(FAMILIES),
-    "softcap": Support(FAMILIES, decode=True, intervals=True, switched=True),
+    "softcap": Support(FAMILIES, decode=True, intervals=True),
     "sinks": Support(FAMILIES, decode=True),
     "bias": Support(),
-    "alibi_slopes": Support(FAMILIES, intervals=True, switched=True),
+    "alibi_slopes": Support(FAMILIES, intervals=True),
     "mask": Support(),
-    "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
-    "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
+    "q_segment_ids": Support(FAMILIES, intervals=True),
+    "kv_segment_ids": Support(FAMILIES, intervals=True),
     "dropout_rate": Support(),
-    "cu_seqlens_q": Support(FAMILIES, intervals=True, switched=True),
-    "cu_seqlens_k": Support(FAMILIES, intervals=True, switched=True),
+    "cu_seqlens_q": Support(FAMILIES, intervals=True),
+    "cu_seqlens_k": Support(FAMILIES, intervals=True),
 }
 """Every option of attention, by argument: the one table of what runs where."""
 

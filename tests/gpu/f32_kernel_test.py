@@ -1,7 +1,4 @@
-"""The kernels of float32 against float64.
-
-Needs JAX_FLASH_F32_KERNELS=1 in the environment: jnp runs otherwise.
-"""
+"""The kernels of float32 against float64."""
 
 from typing import Any
 
@@ -12,11 +9,6 @@ import numpy as np
 import oracle
 import pytest
 import specs
-
-from jax_flash._src import registry
-
-if not registry.extension().f32_kernels:
-    pytest.skip("needs JAX_FLASH_F32_KERNELS=1", allow_module_level=True)
 
 TF32_ERROR = 2e-3
 """Of results with precision "tf32", relative to the largest."""
