@@ -8,8 +8,8 @@ The time is that of all kernels of a call: those that look at segment ids or off
 right before the main one are in it. "work" are the pairs of query and key that a call
 looks at over those of the dense one, "rate" is the pairs per second over the dense
 call's, both by this package. Peers follow, each with its time over that of this
-package's call which computes the same; one that does not run, or whose result differs, is named with the
-reason.
+package's call which computes the same; one that does not run, or whose result
+differs, is named with the reason.
 """
 
 from __future__ import annotations
