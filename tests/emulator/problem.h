@@ -45,7 +45,7 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
-  int32_t parts;  // for which the workspace has room
+  int32_t parts;          // for which the workspace has room
   int32_t tf32_products;  // of one of f32: 3 or 1; 0 where operands have 16 bits
   float scale;
   float softcap;
