@@ -21,13 +21,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
     return jax_flash.mha(*arrays, **options)
 
 
-@pytest.fixture
-def switched() -> Any:
-    with registry.assume_kernels():
-        yield
-
-
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("precision", [None, "highest", "tf32"])
 def test_one_custom_call(precision: str | None) -> None:
     text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs())
@@ -38,15 +32,14 @@ def test_one_custom_call(precision: str | None) -> None:
     assert "-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>)" in types_
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_what_the_kernels_lack() -> None:
     arrays = inputs()
     options = {"softcap": 5.0}
-    with registry.assume_kernels():
-        assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
-        message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
-        with pytest.raises(NotImplementedError, match=message):
-            attend(*arrays, **options, implementation="cuda")
+    assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
+    message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
+    with pytest.raises(NotImplementedError, match=message):
+        attend(*arrays, **options, implementation="cuda")
     with jax.enable_x64(True):
         doubles = [x.astype("float64") for x in arrays]
         with pytest.raises(NotImplementedError, match="query of dtype float64: the"):
@@ -55,7 +48,7 @@ def test_what_the_kernels_lack() -> None:
         attend(*inputs("bfloat16"), precision="tf32", implementation="cuda")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_explain() -> None:
     details = jax_flash.explain(*inputs(), precision="tf32").details["cuda"]
     assert details == "sm80 64x64; gradients by sm80 64x64"
@@ -64,7 +57,7 @@ def test_explain() -> None:
     assert str(reason).endswith("the kernels take widths of at most 128")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("precision", [None, "tf32"])
 def test_gradients(precision: str | None) -> None:
     def loss(*arrays: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ operations that know only operands and attributes of the call.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fake_kernel
@@ -48,13 +48,6 @@ LENGTHS = {
     "query_seq_lengths": np.array([70, 33], np.int32),
     "key_value_seq_lengths": np.array([90, 0], np.int32),
 }
-
-
-@pytest.fixture
-def switched() -> Iterator[None]:
-    """Calls are lowered for CUDA as if the kernels had been built, with all options."""
-    with registry.assume_kernels():
-        yield
 
 
 def tensors(*lead: int) -> list[jax.Array]:
@@ -121,7 +114,7 @@ LOWERED: dict[str, tuple[dict[str, Any], list[str], float]] = {
 
 
 @pytest.mark.parametrize("case", LOWERED)
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_operands_and_attributes(case: str) -> None:
     options, expected, softcap = LOWERED[case]
     text = cuda_text(lambda *a: attend(*a, **options), *tensors())
@@ -158,7 +151,7 @@ def test_operands_and_attributes(case: str) -> None:
     assert f"tensor<{workspace}xf32>" in call_of(registry.BACKWARD_TARGET, backward)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_other_calls_have_no_intervals() -> None:
     line = call_of(
         registry.FORWARD_TARGET,
@@ -170,7 +163,7 @@ def test_other_calls_have_no_intervals() -> None:
     assert "window_right = 0 : i64" in line
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_one_function_computes_the_mask_of_all_layers() -> None:
     """Intervals of equal calls are one function of the program."""
 
@@ -188,7 +181,7 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     assert kernel_calls(f, *tensors()) == 3
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_gradients_of_slopes_are_jnp() -> None:
     """The whole backward is, as the kernel has none for them."""
 
@@ -205,7 +198,7 @@ def test_gradients_of_slopes_are_jnp() -> None:
         calls(3, implementation="cuda")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_explain() -> None:
     query, key, value = tensors()
     explanation = jax_flash.explain(query, key, value, **DOCUMENTS)
@@ -225,7 +218,7 @@ def test_explain() -> None:
     assert details.startswith("sm80 128x128 with intervals; ")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_missing_kernels() -> None:
     built = [k for k in plan.KERNELS if k.op != "mha_bwd_intervals"]
     with registry.assume_kernels(built):
@@ -329,7 +322,7 @@ def test_vmap(mapped: tuple[str, ...]) -> None:
     assert_close(got[1:], expected[1:], ROUNDING)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_mapped_ids_leave_the_rest_shared() -> None:
     ids = jnp.asarray(np.stack([Q_IDS, Q_IDS + 1, Q_IDS]))
 
@@ -478,7 +471,7 @@ def test_shard_map(partly: bool) -> None:
     assert_close(got[1], expected[1], ROUNDING)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_symbolic_lengths_for_cuda() -> None:
     """Shapes of intervals and the workspace are symbols, too."""
     batch, rows, keys = export.symbolic_shape("b, t, s")
