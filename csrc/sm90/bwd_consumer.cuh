@@ -15,6 +15,7 @@
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
@@ -150,30 +151,8 @@ struct BwdConsumer {
   }
   __device__ __forceinline__ void take_turn() const { ptx::bar_sync(1 + warpgroup, 256); }
 
-  // Zeroes rows [first, end) of a tile, which hold what may not be read: 0 * NaN would reach a sum.
-  template <typename Layout>
-  __device__ __forceinline__ void clear_rows(uint32_t tile, int first, int end) const {
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x % 128; i < (end - first) * 8; i += 128) {
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + first * 128 + 16 * i, zeros);
-      }
-    }
-  }
-  // The same for those rows of which is_dead(row) holds.
-  template <typename Layout, typename IsDead>
-  __device__ __forceinline__ void clear_rows_if(uint32_t tile, int rows, IsDead is_dead) const {
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x % 128; i < rows * 8; i += 128) {
-      if (!is_dead(i / 8)) continue;
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + 16 * i, zeros);
-      }
-    }
-  }
-  // Makes that visible to this warpgroup's products; the other one does the same for itself.
+  // Makes rows that were zeroed visible to this warpgroup's products; the other one does the same
+  // for itself.
   __device__ __forceinline__ void end_clearing() const {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(3 + warpgroup, 128);

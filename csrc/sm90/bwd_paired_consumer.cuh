@@ -9,6 +9,7 @@
 #include "ptx/wgmma.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_wide_consumer.cuh"
+#include "sm90/clear_rows.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -172,8 +173,8 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     Base::begin_block(block);
     const int other_keys = block.mask.key_length - (block.first_key ^ Config::kKeys);
     if (other_keys < Config::kKeys) {
-      this->template clear_rows<typename Config::OtherKeyLayout>(tiles + Config::kOtherKeyOffset,
-                                                                 max(other_keys, 0), Config::kKeys);
+      clear_rows<typename Config::OtherKeyLayout>(tiles + Config::kOtherKeyOffset,
+                                                  max(other_keys, 0), Config::kKeys);
       this->end_clearing();
     }
   }
