@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/params.h"
 #include "ptx/address.cuh"
@@ -30,14 +31,11 @@ template <typename Config>
 struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>> {
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>> {
+  using Config = BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>;
   using Type =
-      BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>>;
-};
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, RowMask>> {
-  using Type = BwdPairedConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>>;
+      std::conditional_t<Config::kPaired, BwdPairedConsumer<Config>, BwdWideConsumer<Config>>;
 };
 
 template <typename Config>

@@ -65,11 +65,11 @@ struct BwdWideConfig {
   // Parts of a warpgroup of the thread block `rank` of a cluster, of a tile of a head. Of three
   // parts a pair has one by turns.
   static constexpr __host__ __device__ int first_part(int warpgroup, int rank) {
-    if (!kPaired) return warpgroup == 0 ? 0 : (kSumParts + 1) / 2;
+    if (!kPaired) return warpgroup == 0 ? 0 : 2;
     return warpgroup == 0 || kSumParts == 4 ? 2 * rank + warpgroup : 1;
   }
   static constexpr __host__ __device__ int parts_of(int warpgroup, int rank, int tile) {
-    if (!kPaired) return warpgroup == 0 ? (kSumParts + 1) / 2 : kSumParts / 2;
+    if (!kPaired) return 2;
     return warpgroup == 0 || kSumParts == 4 ? 1 : 1 - (tile + rank) % 2;
   }
 
@@ -99,7 +99,7 @@ struct BwdWideConfig {
   static constexpr int kOtherScoreOffset = kOtherKeyOffset + (kPaired ? OtherKeyLayout::kBytes : 0);
   static constexpr int kStateOffset = kOtherScoreOffset + (kPaired ? 2 * ScoreLayout::kBytes : 0);
 
-  static_assert(kSumParts == 3 || kSumParts == 4, "what parts of pairs are written for");
+  static_assert(kSumParts == 4 || (kPaired && kSumParts == 3), "what parts are written for");
   static_assert(kHeadDim % 64 == 0 && kHeadDimV % 32 == 0, "whole slabs, and groups of a store");
 };
 

@@ -29,9 +29,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   using Base::kRows;
   using Base::kScores;
   using Base::kSums;
-  static constexpr int kParts = 2;  // of dQ, of a warpgroup: at most
+  static constexpr int kParts = 2;  // of dQ, of a warpgroup, unless in pairs
   static_assert(Config::kPaired ||
-                    (Config::parts_of(0, 0, 0) == 2 && Config::parts_of(1, 0, 0) <= 2),
+                    (Config::parts_of(0, 0, 0) == kParts && Config::parts_of(1, 0, 0) == kParts),
                 "what waits count on");
 
   using Base::blocks;
