@@ -4,17 +4,15 @@
     python -m benchmarks.float32 --causal --backward   # other cells
     python -m benchmarks.float32 --smoke               # tiny, on any machine
 
-The kernels run only if JAX_FLASH_F32_KERNELS=1 is in the environment. Arms take turns
-on the same inputs. A line has the time of all kernels of a call, the rate, the
-difference from XLA's result with precision "highest" in the Frobenius norm, and the
-speed over XLA's with default precision (TF32 on GPUs) and with "highest".
+Arms take turns on the same inputs. A line has the time of all kernels of a call, the
+rate, the difference from XLA's result with precision "highest" in the Frobenius norm,
+and the speed over XLA's with default precision (TF32 on GPUs) and with "highest".
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -161,8 +159,6 @@ def main() -> int:
         for cell in cells:
             complete = measure(cell, protocol, "xla") and complete
         return int(not complete)
-    if os.environ.get("JAX_FLASH_F32_KERNELS") != "1":
-        parser.error("JAX_FLASH_F32_KERNELS=1 must be in the environment")
     protocol = timing.Protocol(rounds=2, seconds=0.03)
     for width in arguments.widths:
         for length in arguments.lengths:

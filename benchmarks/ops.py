@@ -131,7 +131,8 @@ def sampling_cell(batch: int, dtype: str, size: int, main_only: bool) -> Cell:
     @jax.jit
     def make(seed: int) -> Any:
         key = jax.random.key(seed)
-        return jax.random.normal(key, (batch, size), dtype), key
+        # Rounded: a normal number drawn in bf16 has one of 128 values.
+        return jax.random.normal(key, (batch, size)).astype(dtype), key
 
     title = f"sampling B={batch} V={size} {dtype}"
     nbytes = batch * size * jnp.dtype(dtype).itemsize

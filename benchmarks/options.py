@@ -4,13 +4,12 @@
     python -m benchmarks.options --widths 128  # a third of it
     python -m benchmarks.options --smoke       # tiny, on any machine
 
-Kernels with intervals run only if JAX_FLASH_OPTION_KERNELS=1 is in the environment. The
-time is that of all kernels of a call: what XLA computes of segment ids or offsets right
-before the kernel is in it. "work" are the pairs of query and key that a call looks at
-over those of the dense one, "rate" is the pairs per second over the dense call's, both
-by this package. Peers follow, each with its time over that of this package's call which
-computes the same; one that does not run, or whose result differs, is named with the
-reason.
+The time is that of all kernels of a call: those that look at segment ids or offsets
+right before the main one are in it. "work" are the pairs of query and key that a call
+looks at over those of the dense one, "rate" is the pairs per second over the dense
+call's, both by this package. Peers follow, each with its time over that of this
+package's call which computes the same; one that does not run, or whose result
+differs, is named with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -372,8 +370,6 @@ def main() -> int:
     if arguments.smoke:
         protocol = timing.Protocol(rounds=1, seconds=0.0, idle=0.0)
         return int(not measure(Problem(96, 2, 16), protocol, "xla"))
-    if os.environ.get("JAX_FLASH_OPTION_KERNELS") != "1":
-        parser.error("JAX_FLASH_OPTION_KERNELS=1 must be in the environment")
     protocol, complete = timing.Protocol(rounds=2, seconds=0.04), True
     for width in arguments.widths:
         problem = Problem(arguments.length, 2048 // width, width)

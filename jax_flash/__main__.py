@@ -104,12 +104,6 @@ def _versions() -> list[str]:
         lines.append(f"kernels    {' '.join(key)}: widths {' '.join(widths)}")
     if extension.force_sm80:
         lines.append("kernels    JAX_FLASH_FORCE_SM80=1: sm90 is not used")
-    if not extension.quantised_kernels:
-        lines.append("kernels    for 8-bit caches: with JAX_FLASH_QUANTISED_KERNELS=1")
-    if not extension.option_kernels:
-        lines.append("kernels    for options: with JAX_FLASH_OPTION_KERNELS=1")
-    if not extension.f32_kernels:
-        lines.append("kernels    for float32: with JAX_FLASH_F32_KERNELS=1")
     return lines
 
 

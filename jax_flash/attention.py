@@ -241,8 +241,8 @@ def mha_qkvpacked(
 ) -> Any:
     """`mha` of queries, keys and values that one projection wrote side by side.
 
-    The kernels read the three parts in place if JAX_FLASH_OPTION_KERNELS=1 is in the
-    environment; otherwise, and in any other implementation, they are copied first.
+    The kernels read the three parts in place; for any other implementation they are
+    copied first.
 
     Args:
       qkv: [*B, T, (N + 2 * K) * H]: N heads of queries, K of keys, K of values.

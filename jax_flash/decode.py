@@ -53,9 +53,8 @@ def decode_mha(
     gives 0 and lse -inf.
 
     The kernel ("cuda") takes queries of bfloat16 and float16; caches of the same dtype
-    with widths that are multiples of 8 up to 256. Its variants for float8_e4m3fn and
-    int8 caches (multiples of 16) are off unless JAX_FLASH_QUANTISED_KERNELS=1 is in the
-    environment, because no GPU has run them yet. jnp ("xla") runs everything else, all
+    with widths that are multiples of 8 up to 256. Caches of float8_e4m3fn and int8
+    have widths that are multiples of 16. jnp ("xla") runs everything else, all
     float32 among it. Derivatives are those of jnp.
 
     Args:

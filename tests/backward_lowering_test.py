@@ -139,8 +139,15 @@ def test_where_the_forward_has_a_kernel_the_gradient_has_one(kernels: None) -> N
     assert (kernel_calls(f, *args), backward_calls(f, *args)) == (1, 1)
     for implementation, calls in (("cuda", 1), ("xla", 0), (("xla", "cuda"), 0)):
         assert backward_calls(gradient(implementation=implementation), *args) == calls
-    assert backward_calls(gradient(), *inputs("float32")) == 0
-    assert backward_calls(gradient(softcap=3.0), *args) == 0
+    for options, dtype, calls in (
+        ({}, "float32", 1),
+        ({"softcap": 3.0}, "bfloat16", 1),
+        ({"softcap": 3.0}, "float32", 0),
+        ({"mask": np.ones((64, 48), bool)}, "bfloat16", 0),
+    ):
+        f = jax.value_and_grad(lambda *a, o=options: total(*a, **o), (0, 1, 2))
+        arrays = inputs(dtype)
+        assert (kernel_calls(f, *arrays), backward_calls(f, *arrays)) == (calls, calls)
     assert backward_calls(lambda *a: jax.jvp(flash, a, a), *args) == 0
     mapped = jax.vmap(jax.vmap(gradient()))
     stacked = [jnp.stack([jnp.stack([x] * 2)] * 3) for x in args]

@@ -46,15 +46,6 @@ def test_info_of_a_forced_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  cuda  can run it on cuda: sm80 64x64; gradients by sm80 64x64\n" in text
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_info_of_what_is_off(on: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with registry.assume_kernels(option_kernels=on, f32_kernels=on):
-        assert main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert ("for options: with JAX_FLASH_OPTION_KERNELS=1" in text) != on
-    assert ("for float32: with JAX_FLASH_F32_KERNELS=1" in text) != on
-
-
 def test_value_width_dtype_and_implementation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

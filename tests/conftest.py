@@ -74,3 +74,12 @@ def kernels() -> Iterator[None]:
 
     with registry.assume_kernels():
         yield
+
+
+@pytest.fixture
+def usual_promotion() -> Iterator[None]:
+    """Types and ranks as users have them: peers rely on it."""
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

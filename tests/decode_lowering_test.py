@@ -1,6 +1,5 @@
 """How decoding is lowered for CUDA: one call of the kernel, no copy before it."""
 
-import dataclasses
 import inspect
 import re
 from typing import Any
@@ -201,21 +200,6 @@ def test_explain_knows_every_argument_of_decode_mha() -> None:
     parameters = set(inspect.signature(decode_mha).parameters)
     known = {*OPERANDS, *decode_explain.OPTIONS, "implementation"}
     assert known == parameters
-
-
-def test_quantised_caches_are_off_by_default() -> None:
-    """Until a GPU has run the kernels."""
-    args = quantised(inputs(width=32), "int8")
-    with registry.assume_kernels():
-        off = dataclasses.replace(registry.extension(), quantised_kernels=False)
-        registry._assumed.append(off)
-        try:
-            assert calls(decode, *args) == 0
-            assert calls(decode, *inputs(width=32)) == 1
-            with pytest.raises(NotImplementedError, match="QUANTISED_KERNELS=1"):
-                decode(*args, implementation="cuda")
-        finally:
-            registry._assumed.pop()
 
 
 def test_num_splits(kernels: None) -> None:

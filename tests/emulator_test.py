@@ -262,6 +262,31 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
+PAIRS = {
+    "causal": ((1, 512, 512, 2, 1), {"is_causal": True}),
+    "full": ((2, 200, 330, 3, 1), {}),
+    "lengths": ((3, 250, 400, 1, 1), CASES["lengths"][1]),
+    "more rows than keys": ((1, 500, 150, 1, 1), {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+@pytest.mark.parametrize("width", [128, 256])
+def test_forward_sm90_in_pairs(forward: ctypes.CDLL, width: int, case: str) -> None:
+    """Clusters of two thread blocks that copy for each other, to the same bits."""
+    shape, given = PAIRS[case]
+    arrays = problem(shape, width, width, "bfloat16")
+    check_forward(forward.mha_fwd_sm90_pairs, arrays, given, 6)
+    batch, rows, _, heads, _ = shape
+    results = []
+    for function in (forward.mha_fwd_sm90, forward.mha_fwd_sm90_pairs):
+        out = aligned((batch, rows, heads, width), arrays["query"].dtype)
+        lse = aligned((batch, heads, rows), np.float32)
+        call(function, given, arrays, {"out": out, "lse": lse}, multiprocessors=6)
+        results.append((out.tobytes(), lse.tobytes()))
+    assert results[0] == results[1]
+
+
 def check_forward(
     function: Any,
     arrays: dict[str, np.ndarray],
@@ -301,18 +326,12 @@ def test_backward_sm90(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("widths", "f16", "tile"),
-    [
-        ((96, 96), False, 128),
-        ((88, 72), False, 128),
-    ],
-)
-def test_wide_backward_sm90(
-    backward: ctypes.CDLL, widths: tuple[int, int], f16: bool, tile: int, case: str
+@pytest.mark.parametrize("widths", [(96, 96), (88, 72)])
+def test_backward_sm90_of_width_96(
+    backward: ctypes.CDLL, widths: tuple[int, int], case: str
 ) -> None:
     number = list(CASES).index(case) + widths[1] // 8
-    check_backward(backward.mha_bwd_sm90, widths, case, number, f16, tile)
+    check_backward(backward.mha_bwd_sm90, widths, case, number, False, 128)
 
 
 CASES_OF_PAIRS = CASES | {
@@ -329,7 +348,7 @@ WIDTHS_OF_PAIRS = ((256, 256), (192, 128), (200, 232), (160, 192))
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-@pytest.mark.parametrize("case", [c for c in CASES_OF_PAIRS if c != "packed heads"])
+@pytest.mark.parametrize("case", CASES_OF_PAIRS)
 def test_paired_backward_sm90(backward: ctypes.CDLL, case: str, turn: int) -> None:
     """Clusters of two thread blocks, which exchange dS; each case at two widths."""
     number = list(CASES_OF_PAIRS).index(case)

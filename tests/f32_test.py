@@ -1,9 +1,6 @@
 """Calls of float32: which kernels are chosen for them, and what they are told."""
 
-import importlib.util
 import re
-import sys
-import types
 from typing import Any
 
 import jax
@@ -24,13 +21,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
     return jax_flash.mha(*arrays, **options)
 
 
-@pytest.fixture
-def switched() -> Any:
-    with registry.assume_kernels(f32_kernels=True):
-        yield
-
-
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("precision", [None, "highest", "tf32"])
 def test_one_custom_call(precision: str | None) -> None:
     text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs())
@@ -42,40 +33,13 @@ def test_one_custom_call(precision: str | None) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_off_unless_asked_for() -> None:
-    assert kernel_calls(attend, *inputs()) == 0
-    message = "query of dtype float32 is off unless JAX_FLASH_F32_KERNELS=1: no GPU"
-    with pytest.raises(NotImplementedError, match=message):
-        attend(*inputs(), implementation="cuda")
-
-
-@pytest.mark.parametrize("value", [None, "0", "1"])
-def test_switch_in_the_environment(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = types.SimpleNamespace(
-        registrations=dict,
-        kernels=list,
-        build_info=dict,
-        force_sm80=lambda: False,
-    )
-    monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.delenv("JAX_FLASH_F32_KERNELS", raising=False)
-    if value is not None:
-        monkeypatch.setenv("JAX_FLASH_F32_KERNELS", value)
-    assert registry._load.__wrapped__().f32_kernels == (value == "1")
-
-
-@pytest.mark.usefixtures("switched")
 def test_what_the_kernels_lack() -> None:
     arrays = inputs()
     options = {"softcap": 5.0}
-    with registry.assume_kernels(f32_kernels=True, option_kernels=True):
-        assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
-        message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
-        with pytest.raises(NotImplementedError, match=message):
-            attend(*arrays, **options, implementation="cuda")
+    assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
+    message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
+    with pytest.raises(NotImplementedError, match=message):
+        attend(*arrays, **options, implementation="cuda")
     with jax.enable_x64(True):
         doubles = [x.astype("float64") for x in arrays]
         with pytest.raises(NotImplementedError, match="query of dtype float64: the"):
@@ -84,16 +48,16 @@ def test_what_the_kernels_lack() -> None:
         attend(*inputs("bfloat16"), precision="tf32", implementation="cuda")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_explain() -> None:
     details = jax_flash.explain(*inputs(), precision="tf32").details["cuda"]
     assert details == "sm80 64x64; gradients by sm80 64x64"
     wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
-    details = jax_flash.explain(*wide).details["cuda"]
-    assert details.startswith("sm80 256x256; gradients by jnp: no kernel for H=144")
+    reason = jax_flash.explain(*wide).reasons["cuda"]
+    assert str(reason).endswith("the kernels take widths of at most 128")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("precision", [None, "tf32"])
 def test_gradients(precision: str | None) -> None:
     def loss(*arrays: Any, **options: Any) -> Any:
@@ -108,13 +72,6 @@ def test_gradients(precision: str | None) -> None:
     assert results.startswith(
         "-> (tensor<2x64x4x16xf32>, tensor<2x48x2x16xf32>, tensor<2x48x2x8xf32>"
     )
-    wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
-    assert kernel_calls(grad, *wide, target=registry.BACKWARD_TARGET) == 0
-    message = "H=144 and Hv=72 of query and value: the kernels take widths of at most 1"
-    with pytest.raises(NotImplementedError, match=message):
-        cuda_text(
-            jax.grad(lambda *a: loss(*a, implementation="cuda"), (0, 1, 2)), *wide
-        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -88,12 +88,12 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def _lowered_as_on_cuda(option_kernels: bool = False) -> Iterator[None]:
+def _lowered_as_on_cuda() -> Iterator[None]:
     jax.clear_caches()
     mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
     mlir.register_lowering(inner.backward_i, inner._backward_cuda, platform="cpu")
     try:
-        with registry.assume_kernels(option_kernels=option_kernels):
+        with registry.assume_kernels():
             yield
     finally:
         mlir.register_lowering(inner.forward_i, inner._forward_default, platform="cpu")
@@ -104,18 +104,18 @@ def _lowered_as_on_cuda(option_kernels: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_cpu(option_kernels: bool = False) -> Iterator[None]:
+def on_cpu() -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to the stand-in."""
     _register()
-    with _lowered_as_on_cuda(option_kernels):
+    with _lowered_as_on_cuda():
         yield
 
 
 @contextlib.contextmanager
-def emulated(option_kernels: bool = False) -> Iterator[None]:
+def emulated() -> Iterator[None]:
     """The CPU lowers calls as CUDA does, to jnp operations for those of kernels."""
     with (
-        _lowered_as_on_cuda(option_kernels),
+        _lowered_as_on_cuda(),
         mock.patch.object(jax.ffi, "ffi_call", _emulation),
         # tests/emulator_interval_arrays_test.py calls the kernel itself.
         mock.patch.object(intervals, "by_kernel", intervals.intervals),

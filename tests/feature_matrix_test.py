@@ -26,12 +26,3 @@ def test_kernels_take_what_their_calls_have() -> None:
     taken = {n for n in OPERANDS[3:] if n != "dropout_seeds" and plan.supported(n)}
     joined = {"sinks"}  # to what the kernels compute without them
     assert taken == {*intervals.OPERANDS, *ARRAYS} | joined
-
-
-def test_what_a_switch_keeps_off() -> None:
-    """Options of kernels with intervals, and only they: that no GPU has run."""
-    switched = {name for name, support in plan.OPTIONS.items() if support.switched}
-    assert switched == {n for n, support in plan.OPTIONS.items() if support.intervals}
-    lengths = {"query_seq_lengths", "key_value_seq_lengths"}
-    numbers = {"softcap", "dropout_rate"}
-    assert switched == {*intervals.OPERANDS, *ARRAYS} - lengths | numbers

@@ -155,10 +155,6 @@ def test_moved_data_is_detected() -> None:
         assert len(moved_data(text)) == 1
 
 
-def test_float32_is_not_sent_to_the_kernel(kernels: None) -> None:
-    assert kernel_calls(flash, *inputs("float32")) == 0
-
-
 @pytest.mark.parametrize(
     "empty", [(0, 4, 4), (2, 0, 4), (2, 4, 0)], ids=["batch", "rows", "keys"]
 )

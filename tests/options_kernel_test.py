@@ -4,11 +4,8 @@ What is lowered for CUDA, and what becomes of it where the call is emulated: jnp
 operations that know only operands and attributes of the call.
 """
 
-import importlib.util
 import re
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fake_kernel
@@ -57,13 +54,6 @@ LENGTHS = {
 }
 
 
-@pytest.fixture
-def switched() -> Iterator[None]:
-    """Calls are lowered for CUDA as if the kernels had been built, with all options."""
-    with registry.assume_kernels(option_kernels=True):
-        yield
-
-
 def tensors(*lead: int) -> list[jax.Array]:
     """Query, key and value in bfloat16."""
     rng = np.random.default_rng(4)
@@ -87,7 +77,7 @@ def gradient(argnums: Any = (0, 1, 2), **options: Any) -> Callable:
 
 def both(f: Callable, *args: Any) -> tuple[Any, Any]:
     """The results of f(implementation, *args) by emulated kernels, and by jnp."""
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         got = jax.jit(lambda *a: f("cuda", *a))(*args)
     return got, jax.jit(lambda *a: f("xla", *a))(*args)
 
@@ -136,7 +126,7 @@ LOWERED: dict[str, tuple[dict[str, Any], list[str], float]] = {
 
 
 @pytest.mark.parametrize("case", LOWERED)
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_operands_and_attributes(case: str) -> None:
     options, expected, softcap = LOWERED[case]
     text = cuda_text(lambda *a: attend(*a, **options), *tensors())
@@ -166,14 +156,15 @@ def test_operands_and_attributes(case: str) -> None:
         ):
             assert attribute in line, attribute
         assert "dot_general" not in program
-    # 128 rows of each of 8 heads: 128 wide, two numbers, and eight counts in all. One
-    # queue of three tiles of keys of two sequences; in the forward of two of rows.
-    workspace = 8 * (128 * (128 + 2) + 8) + 4 + 2 * 3
+    # 128 rows of each of 8 heads: 128 wide, two numbers, and eight counts in all; four
+    # numbers of a counter; a queue of three tiles of keys of two sequences in whole
+    # fours, in the forward of two of rows; gradients of keys for each query head.
+    workspace = 8 * (128 * (128 + 2) + 8) + 4 + 12 + 8 * KEYS * (16 + 8)
     assert "tensor<8xi32>" in call_of(registry.FORWARD_TARGET, text)
     assert f"tensor<{workspace}xf32>" in call_of(registry.BACKWARD_TARGET, backward)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_other_calls_have_no_intervals() -> None:
     line = call_of(
         registry.FORWARD_TARGET,
@@ -186,7 +177,7 @@ def test_other_calls_have_no_intervals() -> None:
     assert "window_right = 0 : i64" in line
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_one_function_computes_the_mask_of_all_layers() -> None:
     """Intervals of equal calls are one function of the program."""
 
@@ -204,49 +195,7 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     assert kernel_calls(f, *tensors()) == 3
 
 
-OFF = {
-    "softcap": ({"softcap": 3.0}, "softcap=3.0"),
-    "slopes": ({"slopes": SLOPES}, r"alibi_slopes \(of shape \(1, 4\)\)"),
-    "segments": (DOCUMENTS, r"q_segment_ids \(of shape \(1, 70\)\)"),
-    "dropout": (DROPOUT, "dropout_rate=0.25"),
-}
-
-
-@pytest.mark.parametrize("case", OFF)
-def test_off_unless_asked_for(case: str, kernels: None) -> None:
-    options, name = OFF[case]
-
-    def f(*args: Any, **more: Any) -> Any:
-        return attend(*args, **options, **more)
-
-    assert kernel_calls(f, *tensors()) == 0
-    message = rf"cuda: {name} is off unless JAX_FLASH_OPTION_KERNELS=1: no GPU"
-    with pytest.raises(NotImplementedError, match=message):
-        f(*tensors(), implementation="cuda")
-    with registry.assume_kernels(option_kernels=True):
-        assert kernel_calls(lambda *a: f(*a, implementation="cuda"), *tensors()) == 1
-
-
-@pytest.mark.parametrize("value", [None, "0", "1"])
-def test_switch_in_the_environment(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Read when the extension, here a stand-in, is loaded."""
-    module = types.SimpleNamespace(
-        registrations=dict,
-        kernels=list,
-        build_info=dict,
-        force_sm80=lambda: False,
-    )
-    monkeypatch.setitem(sys.modules, "jax_flash._kernels", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.delenv("JAX_FLASH_OPTION_KERNELS", raising=False)
-    if value is not None:
-        monkeypatch.setenv("JAX_FLASH_OPTION_KERNELS", value)
-    assert registry._load.__wrapped__().option_kernels == (value == "1")
-
-
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_gradients_of_slopes_are_jnp() -> None:
     """The whole backward is, as the kernel has none for them."""
 
@@ -263,7 +212,7 @@ def test_gradients_of_slopes_are_jnp() -> None:
         calls(3, implementation="cuda")
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_explain() -> None:
     query, key, value = tensors()
     explanation = jax_flash.explain(query, key, value, **DOCUMENTS)
@@ -283,53 +232,16 @@ def test_explain() -> None:
     assert details.startswith("sm80 128x128 with intervals; ")
 
 
-@pytest.mark.usefixtures("switched")
-def test_dropout_of_packed_sequences_is_jnp() -> None:
-    """Their rows and keys are counted from where each begins, which no kernel knows."""
-    packed = [x[0] for x in tensors()]
-    offsets: Any = OFFSETS
-
-    def f(*args: Any, **options: Any) -> Any:
-        return mha_varlen(*args, *offsets, **DROPOUT, **options)
-
-    assert kernel_calls(f, *packed) == 0
-    with pytest.raises(NotImplementedError, match="dropout_rate together with cu_seq"):
-        f(*packed, implementation="cuda")
-
-
-def test_vmap_over_keys_of_dropout() -> None:
-    """A draw for each key, and the same one for all queries without a key."""
-    keys = jnp.asarray([[1, 2], [3, 4], [1, 2]], jnp.uint32)
-    query, key, value = tensors()
-
-    def f(implementation: str, keys: Any, *args: Any) -> Any:
-        def one(word: Any, *args: Any) -> Any:
-            given = {"dropout_rate": 0.5, "dropout_key": word}
-            return attend(*args, **given, implementation=implementation)
-
-        out = jax.vmap(one, (0, None, None, None))(keys, *args)
-        return out, jax.vmap(jax.grad(loss(one), (1, 3)), (0, None, None, None))(
-            keys, *args
-        )
-
-    got, expected = both(f, keys, query, key, value)
-    assert_close(got[0], expected[0], 2.0**-7)
-    assert_close(got[1], expected[1], ROUNDING)
-    out = np.asarray(got[0][0])
-    np.testing.assert_array_equal(out[0], out[2])
-    assert not np.allclose(out[0], out[1], atol=1e-2)
-
-
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_missing_kernels() -> None:
     built = [k for k in plan.KERNELS if k.op != "mha_bwd_intervals"]
-    with registry.assume_kernels(built, option_kernels=True):
+    with registry.assume_kernels(built):
         f = gradient(**DOCUMENTS)
         assert kernel_calls(f, *tensors()) == 1
         assert kernel_calls(f, *tensors(), target=registry.BACKWARD_TARGET) == 0
     built = [k for k in plan.KERNELS if k.op != "mha_fwd_intervals"]
     with (
-        registry.assume_kernels(built, option_kernels=True),
+        registry.assume_kernels(built),
         pytest.raises(NotImplementedError, match="sm90 64x64 with intervals is not"),
     ):
         attend(*tensors(), **DOCUMENTS, implementation="cuda")
@@ -426,7 +338,7 @@ def test_vmap(mapped: tuple[str, ...]) -> None:
     assert_close(got[1:], expected[1:], ROUNDING)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_mapped_ids_leave_the_rest_shared() -> None:
     ids = jnp.asarray(np.stack([Q_IDS, Q_IDS + 1, Q_IDS]))
 
@@ -508,7 +420,7 @@ def test_qkvpacked() -> None:
     got, expected = both(f, qkv, SLOPES)
     assert_close(got[0], expected[0], 2.0**-7)
     assert_close(got[1], expected[1], ROUNDING)
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         text = cuda_text(lambda x: f("cuda", x, SLOPES)[1], qkv)
     line = call_of(registry.BACKWARD_TARGET, text)
     assert "packed_heads = 4 : i64" in line
@@ -542,7 +454,7 @@ def test_named_sharding() -> None:
         for x, spec in zip(sharded_arguments(), SPECS, strict=True)
     ]
     expected = jax.jit(lambda *a: sharded_run("xla", *a))(*args)
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         run = jax.jit(lambda *a: sharded_run("cuda", *a)).lower(*args).compile()
         text = str(run.as_text())
         got = run(*args)
@@ -575,7 +487,7 @@ def test_shard_map(partly: bool) -> None:
     assert_close(got[1], expected[1], ROUNDING)
 
 
-@pytest.mark.usefixtures("switched")
+@pytest.mark.usefixtures("kernels")
 def test_symbolic_lengths_for_cuda() -> None:
     """Shapes of intervals and the workspace are symbols, too."""
     batch, rows, keys = export.symbolic_shape("b, t, s")

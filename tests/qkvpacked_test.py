@@ -52,19 +52,19 @@ def unpacked(qkv: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
 
 def in_place(f: Callable, *args: Any) -> Any:
     """What the emulated kernels make of `f`, which must give them the whole array."""
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         text = jax.jit(f).trace(*args).jaxpr
         assert "qkv_heads=(4, 2)" in str(text)
         return jax.jit(f)(*args)
 
 
 @pytest.fixture
-def option_kernels() -> Any:
-    with registry.assume_kernels(option_kernels=True):
+def kernels_built() -> Any:
+    with registry.assume_kernels():
         yield
 
 
-def test_the_call_is_given_the_parameter(option_kernels: None) -> None:
+def test_the_call_is_given_the_parameter(kernels_built: None) -> None:
     text = cuda_text(attend, inputs())
     line = call_of(registry.FORWARD_TARGET, text)
     assert line.count("tensor<4x8x128xbf16>") == 3
@@ -77,7 +77,7 @@ def test_the_call_is_given_the_parameter(option_kernels: None) -> None:
     assert "@jax_flash_mha_fwd(%arg0, %arg0, %arg0)" in line
 
 
-def test_gradients_are_joined_once(option_kernels: None) -> None:
+def test_gradients_are_joined_once(kernels_built: None) -> None:
     text = cuda_text(jax.grad(loss(attend)), inputs())
     line = call_of(registry.BACKWARD_TARGET, text)
     operands, results = (
@@ -86,8 +86,9 @@ def test_gradients_are_joined_once(option_kernels: None) -> None:
     )
     assert operands[:3] == ["4x8x128xbf16"] * 3
     assert results[:3] == ["4x8x4x16xbf16"] + ["4x8x2x16xbf16"] * 2
-    # 128 rows of each of 16 heads: 64 wide, two numbers, and eight counts in all.
-    assert results[3] == f"{16 * (128 * (64 + 2) + 8)}xf32"
+    # 128 rows of each of 16 heads: 64 wide, two numbers, and eight counts in all; four
+    # numbers of a counter; gradients of keys for each query head.
+    assert results[3] == f"{16 * (128 * (64 + 2) + 8) + 4 + 16 * 8 * (16 + 16)}xf32"
     assert text.count("stablehlo.concatenate") == 1
     assert "stablehlo.slice" not in text
     assert "packed_kv_heads = 2 : i64" in line
@@ -98,18 +99,11 @@ def test_compiled_without_a_copy(axis: int | None) -> None:
     """Also with an axis of `vmap` that is not leading."""
     qkv = inputs() if axis is None else jnp.moveaxis(inputs(3), 0, axis)
     f = attend if axis is None else jax.vmap(attend, axis)
-    with fake_kernel.on_cpu(option_kernels=True):
+    with fake_kernel.on_cpu():
         text = jax.jit(f).lower(qkv).compile().as_text()
     assert f'"{registry.FORWARD_TARGET}"' in str(text)
     assert moved_data(text) == []
     assert " slice(" not in str(text)
-
-
-def test_off_by_default(kernels: None) -> None:
-    """No GPU has run it: the parts are cut out unless the switch is on."""
-    text = cuda_text(attend, inputs())
-    assert "packed_kv_heads = 0 : i64" in text
-    assert text.count("stablehlo.slice") == 3
 
 
 @pytest.mark.parametrize(
@@ -123,7 +117,7 @@ def test_off_by_default(kernels: None) -> None:
     ids=str,
 )
 def test_what_kernels_do_not_take_is_split(
-    option_kernels: None, options: dict[str, Any]
+    kernels_built: None, options: dict[str, Any]
 ) -> None:
     assert kernel_calls(lambda x: attend(x, **options), inputs()) == 0
 
@@ -136,9 +130,10 @@ def test_arguments_are_those_of_mha() -> None:
         attend(qkv, sinks=jnp.zeros(3))
     with pytest.raises(ValueError, match="query must be floating, got dtype int32"):
         attend(qkv.astype(jnp.int32))
-    reason = "query of dtype float32"
+    reason = "dropout_rate=0.5"
+    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
     with registry.assume_kernels(), pytest.raises(NotImplementedError, match=reason):
-        attend(qkv.astype(jnp.float32), implementation="cuda")
+        attend(qkv, **options, implementation="cuda")
 
 
 def test_values_and_gradients() -> None:
@@ -177,7 +172,7 @@ def test_with_intervals(ids: list[int]) -> None:
     got, expected = in_place(results(attend), qkv), jax.jit(results(unpacked))(qkv)
     assert_close(got[0], expected[0], STEP)
     assert_close(got[1], expected[1], 2e-2)
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         text = cuda_text(lambda x: attend(x, is_causal=True, **options), qkv)
     line = call_of(registry.FORWARD_TARGET, text)
     assert "packed_heads = 4 : i64" in line
@@ -191,7 +186,7 @@ def test_any_number_of_batch_dimensions(lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_empty(option_kernels: None, shape: tuple[int, int]) -> None:
+def test_empty(kernels_built: None, shape: tuple[int, int]) -> None:
     qkv = jnp.zeros((*shape, PARTS * WIDTH), jnp.bfloat16)
     out, gradient = jax.value_and_grad(loss(attend))(qkv)
     assert out == 0
@@ -228,7 +223,7 @@ def test_an_array_shared_by_all_examples() -> None:
         return jax.grad(of)
 
     assert_close(in_place(total(attend), qkv), total(unpacked)(qkv), 2e-2)
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         line = call_of(registry.BACKWARD_TARGET, cuda_text(total(attend), qkv))
     assert "tensor<2x4x8x4x16xf32>, tensor<2x4x8x2x16xf32>" in line
 
@@ -268,7 +263,7 @@ def test_shard_map() -> None:
 def test_sharded_batch_is_read_in_place() -> None:
     """Each device calls the kernel on its part of the array; nothing is sent."""
     qkv = jax.device_put(inputs(), NamedSharding(mesh_of(4, 2), P("x")))
-    with fake_kernel.on_cpu(option_kernels=True):
+    with fake_kernel.on_cpu():
         text = str(jax.jit(jax.grad(loss(attend))).lower(qkv).compile().as_text())
     for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET):
         (line,) = (x for x in text.splitlines() if f'"{target}"' in x)
@@ -302,7 +297,7 @@ def test_sharded_heads(where: P, kv_heads: int) -> None:
     def constrain(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, where))
 
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         compiled = jax.jit(results(constrain if where else lambda x: x)).lower(placed)
         got = compiled.compile()(placed)
     assert_close(got, results(lambda x: x)(qkv), 2e-2)

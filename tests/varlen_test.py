@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, normal, qkv, shrink_blocks
+from helpers import assert_close, kernel_calls, normal, qkv, shrink_blocks
 
 import jax_flash
 from jax_flash import mha, mha_qkvpacked, mha_varlen
@@ -170,14 +170,17 @@ def test_wrong(change: dict[str, Any], message: str) -> None:
         mha_varlen(**(given | change))
 
 
-def test_kernels_are_off(kernels: None) -> None:
+def test_kernels_are_chosen(kernels: None) -> None:
+    """But not with what they lack."""
     x, offsets = np.zeros((4, 2, 8), jnp.bfloat16), np.array([0, 4])
-    with pytest.raises(
-        NotImplementedError, match=r"cu_seqlens_q \(of shape \(1, 2\)\) is off unless"
-    ):
-        mha_varlen(x, x, x, offsets, implementation="cuda")
+    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets), x) == 1
     explanation = jax_flash.explain(x, x, x, cu_seqlens_q=offsets, max_seqlen_q=4)
-    assert explanation.chosen["cuda"] == "xla"
+    assert explanation.chosen["cuda"] == "cuda"
+    mask = np.ones((4, 4), bool)
+    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, mask=mask), x) == 0
+    message = r"mask \(of shape \(1, 1, 4, 4\)\) is not supported by the kernels"
+    with pytest.raises(NotImplementedError, match=message):
+        mha_varlen(x, x, x, offsets, mask=mask, implementation="cuda")
 
 
 def test_qkvpacked() -> None:

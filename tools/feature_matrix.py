@@ -14,9 +14,11 @@ HEADER = """# What runs where
 
 Written by `tools/feature_matrix.py` from `plan.OPTIONS`; do not edit. A call with
 an option that its kernel lacks runs in jnp, or raises `NotImplementedError` with
-`implementation="cuda"`. Kernels marked "switch" run only if
-`JAX_FLASH_OPTION_KERNELS=1` is in the environment, because no GPU has run them yet. jnp
-runs everything, on every platform.
+`implementation="cuda"`. jnp runs everything, on every platform.
+
+The table is that of bfloat16 and float16. float32 has kernels of the family sm80, which
+all GPUs run, for widths up to 128 and the options that take no kernels with intervals
+(not `softcap`, `alibi_slopes`, segment ids and offsets).
 
 | argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
 |---|---|---|---|---|---|
@@ -32,8 +34,6 @@ def page() -> str:
     rows = []
     for name, support in plan.OPTIONS.items():
         kernels = [mark(family in support.kernels) for family in plan.FAMILIES]
-        if support.switched:
-            kernels = ["switch" if cell == "yes" else cell for cell in kernels]
         cells = [f"`{name}`", *kernels, mark(support.cudnn), mark(support.decode)]
         rows.append(f"| {' | '.join([*cells, 'yes'])} |\n")
     return HEADER + "".join(rows)

@@ -54,7 +54,7 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   const auto combine = decode_combine_kernel<Config::kCache>;
   const dim3 combine_grid(static_cast<unsigned>(blocks));
   return device.compute_capability >= 90
-             ? launch_dependent_kernel(combine, combine_grid, 128, stream, params)
+             ? launch_dependent_kernel(combine, combine_grid, 128, 0, stream, params)
              : launch_kernel(combine, combine_grid, 128, 0, stream, params);
 }
 

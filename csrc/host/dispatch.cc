@@ -81,7 +81,6 @@ constexpr MhaFwdKernel kMhaFwdKernels[] = {
     sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),   //
     sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kTf32, 64, 64>(),    //
     sm80_fwd<kF32, 128, 128>(),  sm80_fwd<kTf32, 128, 128>(),  //
-    sm80_fwd<kF32, 256, 256>(),  sm80_fwd<kTf32, 256, 256>(),
 };
 
 constexpr MhaBwdKernel kMhaBwdKernels[] = {

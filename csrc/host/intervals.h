@@ -53,8 +53,9 @@ struct alignas(16) KeyTile {
 // keys.
 inline constexpr int kQueueHeader = 4;
 
+// In whole 16 bytes, so that what follows is aligned.
 constexpr int64_t queue_size(int64_t sequences, int length) {
-  return kQueueHeader + sequences * interval_tiles(length);
+  return (kQueueHeader + sequences * interval_tiles(length) + 3) / 4 * 4;
 }
 
 // The factor of what is kept where `threshold` in 256 are dropped, on average.
@@ -103,5 +104,10 @@ struct IntervalsView {
   BiasView bias;
   MaskView mask;
 };
+
+// Whether there is anything with an entry for each query and key, which has kernels of its own.
+constexpr bool is_dense(const IntervalsView& view) {
+  return view.bias.data != nullptr || view.mask.data != nullptr || view.dropout != 0;
+}
 
 }  // namespace jax_flash

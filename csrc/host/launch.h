@@ -27,8 +27,12 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, int threads, siz
 template <typename... Params>
 cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                             int cluster, cudaStream_t stream, const Params&... params) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  // Otherwise the driver may leave room for one thread block where two fit.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -48,13 +52,15 @@ cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int threads, s
 // griddepcontrol.wait, and before that write nothing and read nothing that the other kernel writes.
 template <typename... Params>
 cudaError_t launch_dependent_kernel(void (*kernel)(Params...), dim3 grid, int threads,
-                                    cudaStream_t stream, const Params&... params) {
+                                    size_t shared_bytes, cudaStream_t stream,
+                                    const Params&... params) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -10,10 +10,11 @@ cudaError_t launch_intervals(const IntervalsParams& params, cudaStream_t stream)
   cudaError_t error = launch_kernel(interval_keys_kernel, key_grid, kKeyThreads, 0, stream, params);
   if (error != cudaSuccess) return error;
   const int threads = params.key_ids != nullptr ? kRowThreads : kIntervalRows;
-  error = launch_kernel(interval_rows_kernel, dim3(static_cast<unsigned>(row_tiles)), threads,
-                        sizeof(IntervalRowsShared), stream, params);
+  error = launch_dependent_kernel(interval_rows_kernel, dim3(static_cast<unsigned>(row_tiles)),
+                                  threads, sizeof(IntervalRowsShared), stream, params);
   if (error != cudaSuccess) return error;
-  return launch_kernel(interval_key_tiles_kernel, key_grid, kKeyThreads, 0, stream, params);
+  return launch_dependent_kernel(interval_key_tiles_kernel, key_grid, kKeyThreads, 0, stream,
+                                 params);
 }
 
 }  // namespace jax_flash::ops

@@ -2,6 +2,7 @@
 //
 // Three kernels, because tiles of rows ask for ids of all keys, and tiles of keys for all rows:
 // ids of keys, with the smallest and the largest of each tile; rows and their tiles; tiles of keys.
+// Each is started while the one before still runs, for whose results it waits.
 // A warp looks for the keys of a row among the tiles of keys, 32 at a time, and reads ids of those
 // alone that may hold the row's. What the row before has found is where the next one begins, so
 // that documents, sorted or not, take few steps a row; ids in no order take more.
@@ -12,6 +13,7 @@
 #include "host/launch.h"
 #include "ops/block.cuh"
 #include "ops/intervals.h"
+#include "ptx/griddepcontrol.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
@@ -131,6 +133,7 @@ inline constexpr int kKeyThreads = 128;
 
 __global__ void __launch_bounds__(kKeyThreads)
     interval_keys_kernel(const __grid_constant__ IntervalsParams params) {
+  ptx::griddepcontrol_launch_dependents();
   const int tile = blockIdx.x * (kKeyThreads / kWarp) + threadIdx.x / kWarp;
   if (tile >= params.sequences * params.key_count) return;
   const int sequence = tile / params.key_count;
@@ -268,11 +271,13 @@ __global__ void __launch_bounds__(kRowThreads)
   const int sequence = tile / params.row_count;
   const IntervalSource source = IntervalSource::make(params, sequence);
   const int thread = threadIdx.x;
+  ptx::griddepcontrol_launch_dependents();
   if (thread < kIntervalRows) {
     shared.records[thread] =
         source.row((tile - sequence * params.row_count) * kIntervalRows + thread);
     shared.mixed[thread] = false;
   }
+  ptx::griddepcontrol_wait();
   // Orders the records before they are narrowed or read.
   __syncthreads();
   if (params.key_ids != nullptr) {
@@ -320,6 +325,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // A warp for each tile of keys.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_key_tiles_kernel(const __grid_constant__ IntervalsParams params) {
+  ptx::griddepcontrol_wait();
   const int number = blockIdx.x * (kKeyThreads / kWarp) + threadIdx.x / kWarp;
   if (number >= params.sequences * params.key_count) return;
   const int sequence = number / params.key_count;

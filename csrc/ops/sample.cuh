@@ -24,8 +24,8 @@ namespace jax_flash::ops {
 
 // Lists the k best of a row and no others, by histograms, in one block. All threads have read the
 // old list.
-template <typename T>
-__device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
+template <typename Row>
+__device__ __forceinline__ int list_exactly(const Row& row, int k) {
   SampleShared& shared = sample_shared();
   const Slice all = Slice::of(row, 0, 0);
   const Cut cut = select(row, all, Blocks{0, 1}, Count{}, k, 0);
@@ -42,9 +42,9 @@ __device__ __forceinline__ int list_exactly(const LogitRow<T>& row, int k) {
 
 // In the first block of a row, after segment_maxima: the list of its k best, perhaps with more
 // candidates; how many. The others' result has no meaning.
-template <typename T>
-__device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& slice,
-                                          const Blocks& blocks, uint32_t largest, int k) {
+template <typename Row>
+__device__ __forceinline__ int candidates(const Row& row, const Slice& slice, const Blocks& blocks,
+                                          uint32_t largest, int k) {
   // Many candidates take longer to rank than to narrow.
   const int most = blocks.count > 1 ? kMaxCandidates : k + 2 * bound_slack(k);
   int count = list_best(row, slice, largest, k, most);
@@ -55,23 +55,26 @@ __device__ __forceinline__ int candidates(const LogitRow<T>& row, const Slice& s
   return list_exactly(row, k);
 }
 
-// Draws among all elements of a row, all of its blocks together, after segment_maxima.
-template <typename T>
-__device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& slice,
-                                         const Blocks& blocks, uint32_t largest,
-                                         const SampleRow& parameters, int32_t* token) {
+inline constexpr int kElsewhere = -2;
+
+// Draws among all elements of a row, all of its blocks together, after segment_maxima. The
+// token, -1 if there is none, or kElsewhere if another block has it.
+template <typename Row>
+__device__ __forceinline__ int draw_any(const Row& row, const Slice& slice, const Blocks& blocks,
+                                        uint32_t largest) {
   SampleShared& shared = sample_shared();
+  const SampleRow& parameters = shared.parameters;
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (threadIdx.x % kWarp == 0) shared.highest[threadIdx.x / kWarp] = largest;
-  // Orders the maxima before their reads.
+  // Orders the maxima and the parameters before their reads.
   __syncthreads();
-  largest = __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
-  largest = static_cast<uint32_t>(blocks.say(0, largest).largest);
-  const Weigher weigher{logit_of(largest), parameters.factor};
   Cut by_count{0, 0};
   if (parameters.k < static_cast<uint32_t>(row.size)) {
     by_count = select(row, slice, blocks, Count{}, parameters.k, 1);
   }
+  largest = __reduce_max_sync(0xffffffffu, shared.highest[threadIdx.x % kSampleWarps]);
+  largest = static_cast<uint32_t>(blocks.say(0, largest).largest);
+  const Weigher weigher{logit_of(largest), parameters.factor};
   Cut cut = by_count;
   if (parameters.mass <= kAllMass) {
     const Weight measure{by_count, weigher};
@@ -82,27 +85,29 @@ __device__ __forceinline__ void draw_any(const LogitRow<T>& row, const Slice& sl
     const unsigned long long total = blocks.say(3, own).total;
     cut = select(row, slice, blocks, measure, nucleus(total, parameters.mass), 4);
   }
+  const uint32_t most = parameters.distance;
   const auto weight = [&](int index, uint32_t key) -> unsigned long long {
     if (!cut.keeps(index, key)) return 0;
     const uint32_t distance = weigher.distance(key);
-    return distance <= parameters.distance ? weight_of(distance) : 0;
+    return distance <= most ? weight_of(distance) : 0;
   };
   const unsigned long long own = sum_parts(row, slice, weight);
   const Blocks::Said sums = blocks.say(6, own);
   const uint64_t random = uint64_t{parameters.random_high} << 32 | parameters.random_low;
   const unsigned long long target = __umul64hi(random, sums.total);
+  int token = kElsewhere;
   if (sums.total == 0) {
     // Nothing may be chosen: the best, if there is one, has a weight.
-    if (blocks.rank == 0 && threadIdx.x == 0) *token = -1;
+    if (blocks.rank == 0) token = -1;
   } else if (target >= sums.before && target - sums.before < own) {
-    const int index = find(row, slice, weight, target - sums.before);
-    if (threadIdx.x == 0) *token = index;
+    token = find(row, slice, weight, target - sums.before);
   }
   // Other blocks' shared memory is there until it has been read.
   if (blocks.count > 1) {
     ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   }
+  return token;
 }
 
 // Where a thread block is: in which row, of how many in 2^split_bits blocks each.
@@ -122,29 +127,35 @@ struct RowBlock {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 2)
+__global__ void __launch_bounds__(kSampleThreads, 1)
     sample_kernel(const __grid_constant__ SampleParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
   const bool* const mask =
       params.mask.data == nullptr ? nullptr : row_of<bool>(params.mask, block.group, block.row);
-  const LogitRow<T> row =
-      LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row), mask, params.size, false);
-  const SampleRow parameters =
-      *reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
-  int32_t* const token = params.tokens + block.flat;
+  const LogitRow<T, false> row{row_of<T>(params.logits, block.group, block.row), mask, params.size};
+  const SampleRow* const parameters =
+      reinterpret_cast<const SampleRow*>(row_of<uint32_t>(params.table, block.group, block.row));
+  const uint32_t k = parameters->k;
   const Blocks blocks{block.rank, 1 << split_bits};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
-  if (parameters.k <= kMaxRanked) {
-    const int count = candidates(row, slice, blocks, largest, static_cast<int>(parameters.k));
+  SampleShared& shared = sample_shared();
+  if (threadIdx.x == 0) {
+    // Both paths have barriers before their use.
+    shared.parameters = *parameters;
+    shared.token = params.tokens + block.flat;
+  }
+  if (k <= kMaxRanked) {
+    const int count = candidates(row, slice, blocks, largest, static_cast<int>(k));
     if (block.rank != 0) return;
     if (count == 0) {
-      if (threadIdx.x == 0) *token = -1;
+      if (threadIdx.x == 0) *shared.token = -1;
     } else {
-      draw_ranked(parameters, count, token);
+      draw_ranked(shared.parameters, count, shared.token);
     }
   } else {
-    draw_any(row, slice, blocks, largest, parameters, token);
+    const int index = draw_any(row, slice, blocks, largest);
+    if (threadIdx.x == 0 && index != kElsewhere) *shared.token = index;
   }
 }
 
@@ -152,8 +163,8 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     top_k_kernel(const __grid_constant__ TopKParams params, int split_bits) {
   const RowBlock block = RowBlock::of(params.rows, split_bits);
-  const LogitRow<T> row = LogitRow<T>::make(row_of<T>(params.logits, block.group, block.row),
-                                            nullptr, params.size, true);
+  const LogitRow<T, true> row{row_of<T>(params.logits, block.group, block.row), nullptr,
+                              params.size};
   const Slice slice = Slice::of(row, block.rank, split_bits);
   const uint32_t largest = segment_maxima(row, slice);
   const int count = candidates(row, slice, Blocks{block.rank, 1 << split_bits}, largest, params.k);

@@ -18,16 +18,16 @@ namespace jax_flash::ops {
 
 // The largest key in each segment of each thread's share into shared.segments; the thread's
 // largest.
-template <typename T>
-__device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const Slice& slice) {
-  constexpr int kV = LogitRow<T>::kV;
+template <typename Row>
+__device__ __forceinline__ uint32_t segment_maxima(const Row& row, const Slice& slice) {
+  constexpr int kV = Row::kV;
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   uint32_t own = 0;
   int vector = slice.first + thread;
   if (thread == 0) shared.item_count = shared.listed_count = 0;
   if (thread < kTallies) shared.tallies[thread] = 0;
-  if (row.mask == nullptr && row.wide) {
+  if (row.mask == nullptr && row.wide()) {
     // In shared memory, since the compiler will not keep so many loads in flight to registers. No
     // barriers: a thread copies and reads what is its own.
     const uint32_t ring = ptx::shared_address(&shared.ring[0][thread]);
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t segment_maxima(const LogitRow<T>& row, const
           ptx::cp_async_wait_group<kRing - 1>();
           if (vector < slice.end) {
             float x[kV];
-            unpack<T>(ptx::ld_shared_v4(ring + i * kSlot), x);
+            unpack<typename Row::Element>(ptx::ld_shared_v4(ring + i * kSlot), x);
 #pragma unroll
             for (int e = 0; e < kV; ++e) logit = fmaxf(logit, x[e]);
           }
@@ -83,7 +83,8 @@ __device__ __forceinline__ void list_candidate(unsigned long long candidate) {
   if (slot < kMaxListed) shared.listed[slot] = candidate;
 }
 
-// Of the candidates that the threads hold (0: none) makes the new list: the k best and a few more.
+// Of the candidates that the threads hold (0: none) makes the new list: the k best and at most
+// bound_slack(k) more, however many are equal.
 template <int kHeld>
 __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], int k) {
   SampleShared& shared = sample_shared();
@@ -92,10 +93,20 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) keys[i] = key_of_candidate(held[i]);
   // Its barriers order reads of the old list, and the zero, before additions.
-  const uint32_t bound = lower_bound(keys, k);
+  unsigned long long bound = static_cast<unsigned long long>(lower_bound(keys, k)) << 32;
+  const int rest = shared.tally_rest;
+  if (shared.tally_bin >= 0 && shared.tally_count - rest > bound_slack(k)) {
+    // All in the bin of the bound are equal to it: a bound for the complements of their indices,
+    // which are the lower words and never 0.
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      keys[i] = held[i] >> 32 == bound >> 32 ? static_cast<uint32_t>(held[i]) : 0;
+    }
+    bound |= lower_bound(keys, rest);
+  }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (keys[i] >= bound) list_candidate(held[i]);
+    if (held[i] >= bound) list_candidate(held[i]);
   }
   // Orders the candidates before their reads.
   __syncthreads();
@@ -104,18 +115,23 @@ __device__ __forceinline__ int narrow(const unsigned long long (&held)[kHeld], i
 
 // After segment_maxima, whose result is `largest`: lists the k best of the slice and some more, up
 // to `most` if that is possible. How many, or more than kMaxListed if there are too many.
-template <typename T>
-__device__ __forceinline__ int list_best(const LogitRow<T>& row, const Slice& slice,
-                                         uint32_t largest, int k, int most) {
+template <typename Row>
+__device__ __forceinline__ int list_best(const Row& row, const Slice& slice, uint32_t largest,
+                                         int k, int most) {
   SampleShared& shared = sample_shared();
   const int thread = threadIdx.x;
   const uint32_t own[1] = {largest};
   // Its barriers order zeros before additions.
   const uint32_t bound = lower_bound(own, k);
   if (own[0] >= bound) {
+    uint32_t keys[kSegments];
 #pragma unroll
     for (int segment = 0; segment < kSegments; ++segment) {
-      if (shared.segments[segment][thread] >= bound) {
+      keys[segment] = shared.segments[segment][thread];
+    }
+#pragma unroll
+    for (int segment = 0; segment < kSegments; ++segment) {
+      if (keys[segment] >= bound) {
         const int slot = atomicAdd(&shared.item_count, 1);
         shared.items[slot] = static_cast<uint16_t>(segment * kSampleThreads + thread);
       }

@@ -46,60 +46,63 @@ __device__ __forceinline__ uint32_t weight_of(uint32_t distance) {
   return octaves < 31 ? value >> (octaves + 1) : 0;
 }
 
-// A row, and what of it may be chosen.
-template <typename T>
+// A row, and what of it may be chosen. `kRanksAll`: top_k ranks NaN and -inf, sample never draws
+// them.
+template <typename T, bool kRanksAll>
 struct LogitRow {
   const T* logits;
   const bool* mask;  // or null
   int size;
-  bool wide;       // whether logits and mask can be read a vector at a time
-  bool ranks_all;  // top_k ranks NaN and -inf, sample never draws them
 
+  using Element = T;
   static constexpr int kV = kVector<T>;
 
-  static __device__ __forceinline__ LogitRow make(const T* logits, const bool* mask, int size,
-                                                  bool ranks_all) {
-    const bool wide =
-        size % kV == 0 && is_aligned(logits) && reinterpret_cast<uintptr_t>(mask) % kV == 0;
-    return {logits, mask, size, wide, ranks_all};
+  // Whether logits and mask can be read a vector at a time.
+  __device__ __forceinline__ bool wide() const {
+    return size % kV == 0 && is_aligned(logits) && reinterpret_cast<uintptr_t>(mask) % kV == 0;
   }
 
   __device__ __forceinline__ int vectors() const { return (size + kV - 1) / kV; }
 
   __device__ __forceinline__ uint32_t key(float logit) const {
     const uint32_t key = key_of(logit);
-    return ranks_all || key > kKeyOfMinusInfinity ? key : 0;
+    return kRanksAll || key > kKeyOfMinusInfinity ? key : 0;
   }
 
-  // A vector, and a byte for each of its elements that is not zero where that may be chosen.
+  // A vector, and a bit for each of its elements, at allowed_bit, that may be chosen.
   struct Loaded {
     uint4 raw;
-    uint64_t allowed;
+    uint32_t allowed;
   };
+
+  // A byte of a mask is 0 or 1, so two words of it fit in one.
+  static __device__ __forceinline__ constexpr int allowed_bit(int e) {
+    return e < 4 ? 8 * e : 8 * (e - 4) + 4;
+  }
 
   __device__ __forceinline__ Loaded load_wide(int vector) const {
     const int first = vector * kV;
-    Loaded loaded{*reinterpret_cast<const uint4*>(logits + first), ~uint64_t{0}};
+    Loaded loaded{*reinterpret_cast<const uint4*>(logits + first), ~0u};
     if (mask != nullptr) {
       if constexpr (kV == 4) {
         loaded.allowed = *reinterpret_cast<const uint32_t*>(mask + first);
       } else {
         const uint2 bytes = *reinterpret_cast<const uint2*>(mask + first);
-        loaded.allowed = uint64_t{bytes.y} << 32 | bytes.x;
+        loaded.allowed = bytes.x | bytes.y << 4;
       }
     }
     return loaded;
   }
 
   __device__ __forceinline__ Loaded load(int vector) const {
-    if (wide) return load_wide(vector);
+    if (wide()) return load_wide(vector);
     const int first = vector * kV;
     Loaded loaded{load_vector(logits, first, size, false), 0};
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
       const int index = first + e;
       const bool allowed = index < size && (mask == nullptr || mask[index]);
-      loaded.allowed |= uint64_t{allowed} << (8 * e);
+      loaded.allowed |= uint32_t{allowed} << allowed_bit(e);
     }
     return loaded;
   }
@@ -111,7 +114,7 @@ struct LogitRow {
     unpack<T>(loaded.raw, x);
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      const uint32_t key_here = (loaded.allowed >> (8 * e) & 0xff) != 0 ? key(x[e]) : 0;
+      const uint32_t key_here = (loaded.allowed >> allowed_bit(e) & 1) != 0 ? key(x[e]) : 0;
       if (key_here != 0) f(vector * kV + e, key_here);
     }
   }
@@ -127,7 +130,7 @@ struct LogitRow {
   __device__ __forceinline__ void visit_all(int first, int end, const F& f) const {
     constexpr int kAhead = 4;
     int vector = first;
-    if (wide) {
+    if (wide()) {
 #pragma unroll 1
       for (; vector + (kAhead - 1) * kStep < end; vector += kAhead * kStep) {
         Loaded loaded[kAhead];
@@ -150,8 +153,8 @@ struct Slice {
   int turns;
 
   // That of block `rank` of 2^split_bits.
-  template <typename T>
-  static __device__ __forceinline__ Slice of(const LogitRow<T>& row, int rank, int split_bits) {
+  template <typename Row>
+  static __device__ __forceinline__ Slice of(const Row& row, int rank, int split_bits) {
     const int vectors = row.vectors();
     const int size = (vectors + (1 << split_bits) - 1) >> split_bits;
     constexpr int kOfSegments = kSegments * kRing * kSampleThreads;

@@ -101,8 +101,8 @@ struct Part {
 };
 
 // The sum of measure(index, key) over the slice; shared.sums has those of each warp's part.
-template <typename T, typename Measure>
-__device__ __forceinline__ unsigned long long sum_parts(const LogitRow<T>& row, const Slice& slice,
+template <typename Row, typename Measure>
+__device__ __forceinline__ unsigned long long sum_parts(const Row& row, const Slice& slice,
                                                         const Measure& measure) {
   SampleShared& shared = sample_shared();
   const Part part = Part::of(slice, threadIdx.x / kWarp);
@@ -123,9 +123,9 @@ __device__ __forceinline__ unsigned long long sum_parts(const LogitRow<T>& row, 
 
 // After sum_parts of the same measure: the index at which the slice's running sum first exceeds
 // `target`, which is less than the total.
-template <typename T, typename Measure>
-__device__ __forceinline__ int find(const LogitRow<T>& row, const Slice& slice,
-                                    const Measure& measure, unsigned long long target) {
+template <typename Row, typename Measure>
+__device__ __forceinline__ int find(const Row& row, const Slice& slice, const Measure& measure,
+                                    unsigned long long target) {
   SampleShared& shared = sample_shared();
   int owner = 0;
 #pragma unroll 1
@@ -204,8 +204,8 @@ struct Weight {
 // Keeps the shortest beginning, in the order of the keys, whose measure is at least `limit` > 0;
 // everything if there is not so much. Says things in slots `slot` and the next. Not inlined: it is
 // the longest part of the kernels, and called from several places.
-template <typename T, typename Measure>
-__device__ __noinline__ Cut select(LogitRow<T> row, Slice slice, Blocks blocks, Measure measure,
+template <typename Row, typename Measure>
+__device__ __noinline__ Cut select(Row row, Slice slice, Blocks blocks, Measure measure,
                                    unsigned long long limit, int slot) {
   SampleShared& shared = sample_shared();
   const int warp = threadIdx.x / kWarp;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "ops/block.cuh"
+#include "ops/params.h"
 
 namespace jax_flash::ops {
 
@@ -47,6 +48,9 @@ struct SampleShared {
   unsigned long long chunk_sums[2][kSampleWarps];
   unsigned long long said[kSlots];  // to the other blocks of the row
   unsigned long long rest;
+  // Of a draw, here since registers are scarce across calls of `select`:
+  SampleRow parameters;
+  int32_t* token;
   uint32_t lowest[kSampleWarps];
   uint32_t highest[kSampleWarps];
   uint32_t bin;

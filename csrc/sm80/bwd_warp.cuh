@@ -403,9 +403,12 @@ struct BwdWarp {
   // Where this lane's first pair of scores is in the tile [row][key].
   static __device__ __forceinline__ uint32_t score_address(uint32_t tile) {
     const int row = score_row() + fragment_row();
-    const int byte = 2 * Config::kUnits * fragment_column();  // of the first eight keys
-    return tile + ScoreLayout::offset(row, Config::kUnits * score_key() / 8 + byte / 16) +
-           byte % 16;
+    if constexpr (Config::kF32) {
+      const int pair = lane_id() % 4;  // two of them are a chunk
+      return tile + ScoreLayout::offset(row, score_key() / 4 + pair / 2) + 8 * (pair % 2);
+    } else {
+      return tile + ScoreLayout::offset(row, score_key() / 8) + 2 * fragment_column();
+    }
   }
   // The bits of j are zero in the warp's first chunk.
   static __device__ __forceinline__ void store_pair(uint32_t address, int i, int j, int h,

@@ -51,10 +51,10 @@ template <>
 inline constexpr FwdTiles kFwdF32Tiles<ElementType::kF32, 64, 64>{2, 32, 4, 2, 0, 2};
 template <>
 inline constexpr FwdTiles kFwdF32Tiles<ElementType::kTf32, 64, 64>{2, 64, 4, 2, 0, 2};
-template <ElementType kType>
-inline constexpr FwdTiles kFwdF32Tiles<kType, 128, 128>{2, 32, 4, 1, 0, 2};
-template <ElementType kType>
-inline constexpr FwdTiles kFwdF32Tiles<kType, 256, 256>{1, 16, 4, 1, 0, 2};
+template <>
+inline constexpr FwdTiles kFwdF32Tiles<ElementType::kF32, 128, 128>{1, 32, 4, 2, 0, 2};
+template <>
+inline constexpr FwdTiles kFwdF32Tiles<ElementType::kTf32, 128, 128>{2, 32, 4, 1, 0, 2};
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr FwdTiles fwd_tiles() {

@@ -48,6 +48,7 @@ struct BwdConfig {
   static constexpr int kDoutReleased = kQueryReleased + kStages;
   static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
   static constexpr int kQueryArrivals = 0;  // not at an mbarrier
+  static constexpr int kDoutArrivals = 0;
 
   // Named barriers between a consumer warpgroup and the warp that adds its part of dQ.
   static constexpr int kSumFree = kDoutReleased + kDoutStages;

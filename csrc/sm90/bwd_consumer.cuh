@@ -17,6 +17,7 @@
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_interval_scores.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
@@ -40,6 +41,7 @@ struct BwdConsumer {
   static constexpr int kScores = kRows / 2;
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
+  static constexpr int kPieceSums = kSums / Config::kSumPieces;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;
@@ -89,7 +91,13 @@ struct BwdConsumer {
     }
   }
   __device__ __forceinline__ void release_douts() const {
-    ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
+    if constexpr (Config::kDoutArrivals == 0) {
+      ptx::bar_arrive(Config::kDoutReleased + dout_stage(), Config::kReleaseThreads);
+    } else if (warpgroup == 1) {
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.dout_empty[dout_stage()]));
+    } else {
+      warp_arrive(shared.dout_empty[dout_stage()]);
+    }
   }
 
   __device__ __forceinline__ uint32_t key_tile() const {
@@ -152,30 +160,8 @@ struct BwdConsumer {
   }
   __device__ __forceinline__ void take_turn() const { ptx::bar_sync(1 + warpgroup, 256); }
 
-  // Zeroes rows [first, end) of a tile, which hold what may not be read: 0 * NaN would reach a sum.
-  template <typename Layout>
-  __device__ __forceinline__ void clear_rows(uint32_t tile, int first, int end) const {
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x % 128; i < (end - first) * 8; i += 128) {
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + first * 128 + 16 * i, zeros);
-      }
-    }
-  }
-  // The same for those rows of which is_dead(row) holds.
-  template <typename Layout, typename IsDead>
-  __device__ __forceinline__ void clear_rows_if(uint32_t tile, int rows, IsDead is_dead) const {
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x % 128; i < rows * 8; i += 128) {
-      if (!is_dead(i / 8)) continue;
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + 16 * i, zeros);
-      }
-    }
-  }
-  // Makes that visible to this warpgroup's products; the other one does the same for itself.
+  // Makes rows that were zeroed visible to this warpgroup's products; the other one does the same
+  // for itself.
   __device__ __forceinline__ void end_clearing() const {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(3 + warpgroup, 128);
@@ -204,14 +190,12 @@ struct BwdConsumer {
 
   // Leaves a piece of a product for dQ, in the order of its registers, to the warp that adds it to
   // the sum.
-  static constexpr int kPieceSums = kSums / Config::kSumPieces;
   __device__ __forceinline__ void hand_over_piece(const float (&d)[kPieceSums]) const {
-    constexpr int kCount = kPieceSums;
     ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
     const uint32_t target =
-        tiles + Config::kSumOffset + warpgroup * 512 * kCount + threadIdx.x % 128 * 16;
+        tiles + Config::kSumOffset + warpgroup * 512 * kPieceSums + threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
+    for (int i = 0; i < kPieceSums / 4; ++i) {
       const float* const x = d + 4 * i;
       const uint32_t words[4] = {__float_as_uint(x[0]), __float_as_uint(x[1]),
                                  __float_as_uint(x[2]), __float_as_uint(x[3])};

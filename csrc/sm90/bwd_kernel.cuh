@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/params.h"
 #include "ptx/address.cuh"
@@ -30,14 +31,11 @@ template <typename Config>
 struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>> {
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>> {
+  using Config = BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>;
   using Type =
-      BwdWideConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, IntervalMask>>;
-};
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, RowMask>> {
-  using Type = BwdPairedConsumer<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic>>;
+      std::conditional_t<Config::kPaired, BwdPairedConsumer<Config>, BwdWideConsumer<Config>>;
 };
 
 template <typename Config>
@@ -64,6 +62,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int i = 0; i < Config::kStages; ++i) init(shared.query_full[i], 1);
     if constexpr (Config::kQueryArrivals > 0) {
       for (uint64_t& barrier : shared.query_empty) init(barrier, Config::kQueryArrivals);
+      for (uint64_t& barrier : shared.dout_empty) init(barrier, Config::kDoutArrivals);
     }
     for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
     for (int i = 0; i < 2; ++i) {
@@ -77,6 +76,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (uint64_t& barrier : shared.dout_open) init(barrier, 1);
       for (uint64_t& barrier : shared.other_score_full) init(barrier, 1);
       for (uint64_t& barrier : shared.sent_score_empty) init(barrier, Config::kConsumerWarps);
+      init(shared.taken_full, 1);
+      init(shared.taken_empty, 1);
     }
     ptx::fence_mbarrier_init();
   }

@@ -29,7 +29,7 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
   // Where blocks wait for longer ones, and where nobody knows how long they are.
   const bool waits = params.deterministic && params.window_right != kUnbounded;
-  plan->queued = !Config::kPaired && (waits || Config::kIntervals);
+  plan->queued = waits || Config::kIntervals;
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
@@ -100,7 +100,6 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  if (diagonal && bwd_tries("stores")) return true;
   return seen <= (diagonal ? 4096 : 2048);
 }
 
@@ -109,7 +108,6 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
 // with the same part and wait for each other once, which has to be a small part of the work. For
 // widths up to 128.
 inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) {
-  if (bwd_tries("unordered")) return false;
   if (params.window_right == kUnbounded) {
     const int64_t blocks = int64_t{params.batch} * params.heads * (params.key_length / 128);
     return params.head_dim > 64 && params.window_left == kUnbounded &&
@@ -145,15 +143,15 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = Config::kPaired ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = Config::kPaired || Config::kIntervals ? 1 : 0;
   int groups = device.multiprocessors;
   if constexpr (Config::kPaired) {
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
@@ -179,6 +177,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if constexpr (Config::kIntervals) {
     error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
     if (error != cudaSuccess) return error;
+    attribute = after_work_order();
   }
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
@@ -227,9 +226,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.
     constexpr int kShort = 768;
-    const bool windows = params.window_left != kUnbounded && bwd_tries("rows64");
-    const bool small =
-        params.window_right != kUnbounded && (params.query_length <= kShort || windows);
+    const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
   }
 }

@@ -9,6 +9,7 @@
 #include "ptx/wgmma.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_wide_consumer.cuh"
+#include "sm90/clear_rows.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -52,8 +53,9 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
 
   // dS of the step before is there, of both thread blocks.
   __device__ __forceinline__ void wait_all_scores() const {
-    this->wait_scores();
-    wait(shared.other_score_full[(steps + 1) % 2], (steps + 1) / 2 % 2 ^ 1);
+    const uint32_t parity = (steps + 1) / 2 % 2 ^ 1;
+    wait(shared.score_full[(steps + 1) % 2], parity);
+    wait(shared.other_score_full[(steps + 1) % 2], parity);
   }
   // This warp is done with the other's dS of the step before.
   __device__ __forceinline__ void give_scores_back(bool gives) const {
@@ -208,8 +210,8 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     Base::begin_block(block);
     const int other_keys = block.mask.key_length - (block.first_key ^ Config::kKeys);
     if (other_keys < Config::kKeys) {
-      this->template clear_rows<typename Config::OtherKeyLayout>(tiles + Config::kOtherKeyOffset,
-                                                                 max(other_keys, 0), Config::kKeys);
+      clear_rows<typename Config::OtherKeyLayout>(tiles + Config::kOtherKeyOffset,
+                                                  max(other_keys, 0), Config::kKeys);
       this->end_clearing();
     }
   }

@@ -7,10 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 #include <vector>
 
-#include "host/bwd_try.h"
 #include "host/params.h"
 #include "ptx/math.cuh"
 #include "sm90/order.h"
@@ -91,8 +89,6 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int rows, int keys, int64_t
   double least = 0.0;
   for (int64_t parts = 2; parts <= group; ++parts) {
     if (group % parts != 0 || parts * floats > params.part_floats) continue;
-    if (bwd_tries("parts" + std::to_string(parts))) return parts;
-    if (bwd_tries("parts1")) continue;
     // Parts have to be better by a margin.
     if (least == 0.0) least = 0.95 * time(1);
     const double taken = time(parts);

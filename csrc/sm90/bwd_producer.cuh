@@ -28,12 +28,12 @@ struct BwdProducer {
   uint32_t tiles;  // shared address of the keys
   int rank;        // in the cluster
   // Whether blocks of work may come from a counter; if they do not, rounds go one way, without
-  // turns. Two thread blocks of a pair would have to take the same one.
-  static constexpr bool kMayQueue =
-      (Config::kDeterministic || Config::kIntervals) && !Config::kPaired;
+  // turns.
+  static constexpr bool kMayQueue = Config::kDeterministic || Config::kIntervals;
 
   RingIndex<Config::kKeyStages> key_ring;
   int copied = 0;  // tiles of queries
+  int taken = 0;   // from the counter, by a pair
 
   // All slabs of a tile.
   template <typename Layout>
@@ -78,18 +78,28 @@ struct BwdProducer {
     key_ring.next();
   }
 
-  // Waits until all consumers are done with what the next of `stages` tiles held before.
-  __device__ __forceinline__ void wait_released(int barrier, int stages) const {
-    if constexpr (Config::kPaired) __syncwarp();  // one lane waits for the other thread block
-    if (copied >= stages) ptx::bar_sync(barrier + copied % stages, Config::kReleaseThreads);
+  // Waits until all consumers are done with what the next of `stages` tiles held before: at a named
+  // barrier, the first of which is `named`, or at an mbarrier.
+  __device__ __forceinline__ void wait_released(int named, int stages) const {
+    if (copied >= stages) ptx::bar_sync(named + copied % stages, Config::kReleaseThreads);
+  }
+  template <int kStages>
+  __device__ __forceinline__ void wait_released(const uint64_t (&empty)[kStages]) const {
+    ptx::mbarrier_wait(ptx::shared_address(&empty[copied % kStages]), copied / kStages % 2 ^ 1);
   }
 
   __device__ __forceinline__ void wait_queries_released() const {
     if constexpr (Config::kQueryArrivals == 0) {
       wait_released(Config::kQueryReleased, Config::kStages);
     } else {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.query_empty[copied % Config::kStages]),
-                         copied / Config::kStages % 2 ^ 1);
+      wait_released(shared.query_empty);
+    }
+  }
+  __device__ __forceinline__ void wait_douts_released() const {
+    if constexpr (Config::kDoutArrivals == 0) {
+      wait_released(Config::kDoutReleased, Config::kDoutStages);
+    } else {
+      wait_released(shared.dout_empty);
     }
   }
 
@@ -150,7 +160,7 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state(),
                      kStateBytes, barrier);
     }
-    wait_released(Config::kDoutReleased, Config::kDoutStages);
+    wait_douts_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kDoutStages;
       const uint32_t barrier = ptx::shared_address(&shared.dout_full[stage]);
@@ -185,13 +195,46 @@ struct BwdProducer {
     return shared.blocks[slots.stage()];
   }
 
+  // The next id that nobody has taken. Of a pair, the first takes it and tells the other one, which
+  // says when it has heard it.
+  __device__ __forceinline__ int take() {
+    int id = 0;
+    if constexpr (!Config::kPaired) {
+      if (lane_id() == 0) id = ptx::atom_acquire_add(params.queue, 1);
+    } else {
+      if (lane_id() == 0) {
+        const uint32_t told = ptx::shared_address(shared.taken);
+        const uint32_t full = ptx::shared_address(&shared.taken_full);
+        const uint32_t empty = ptx::shared_address(&shared.taken_empty);
+        constexpr int kBytes = sizeof shared.taken;
+        if (rank == 0) {
+          ptx::mbarrier_wait_cluster(empty, (taken + 1) % 2);
+          id = ptx::atom_acquire_add(params.queue, 1);
+          shared.taken[0] = id;
+          ptx::fence_proxy_async_shared();
+          ptx::bulk_copy_cluster(ptx::mapa(told, 1), told, kBytes, ptx::mapa(full, 1));
+        } else {
+          ptx::mbarrier_arrive_expect_tx(full, kBytes);
+          ptx::mbarrier_wait(full, taken % 2);
+          id = shared.taken[0];
+          // Not before the number is here: this arrival orders no accesses.
+          ptx::mbarrier_arrive_cluster_if(id >= 0, ptx::mapa(empty, 0));
+        }
+      }
+      ++taken;
+    }
+    return __shfl_sync(0xffffffffu, id, 0);
+  }
+
   // SectionOrder::id_of for this thread block, of the round that begins with `first_id`: without a
   // counter of rounds and a division, for which there are no registers.
+  __device__ __forceinline__ int group() const {
+    return Config::kPaired ? blockIdx.x / 2 : blockIdx.x;
+  }
   __device__ __forceinline__ int id_of_round(int first_id) const {
     const SectionOrder& order = plan.order;
-    const int group = Config::kPaired ? blockIdx.x / 2 : blockIdx.x;
     const int place =
-        plan.groups.remainder(group + order.section_ids.divide(first_id) * order.turn);
+        plan.groups.remainder(group() + order.section_ids.divide(first_id) * order.turn);
     const bool back = order.reverses && plan.groups.divide(first_id) % 2 == 1;
     return first_id + (back ? static_cast<int>(plan.groups.divisor) - 1 - place : place);
   }
@@ -199,16 +242,13 @@ struct BwdProducer {
   __device__ __forceinline__ void run() {
     RingIndex<BwdShared<Config>::kBlockSlots> slots;
     // The next id, or the first of the round that it is in.
-    int next = kMayQueue ? blockIdx.x : 0;
+    int next = kMayQueue ? group() : 0;
+    if constexpr (Config::kIntervals) wait_for_work_order();
 #pragma unroll 1
     for (;; next += plan.groups.divisor) {
       // Before a block of work is taken: others may wait for it.
       BwdBlock<Config>& block = empty_slot(slots);
-      if (kMayQueue && (Config::kIntervals || plan.queued)) {
-        int taken = 0;
-        if (lane_id() == 0) taken = ptx::atom_acquire_add(params.queue, 1);
-        next = __shfl_sync(0xffffffffu, taken, 0);
-      }
+      if (kMayQueue && (Config::kIntervals || plan.queued)) next = take();
       if (next >= plan.order.ids) break;
       const int id = kMayQueue ? next : id_of_round(next);
       if (id >= plan.order.ids) continue;
@@ -248,8 +288,10 @@ struct BwdProducer {
         ptx::bar_sync(Config::kQueryReleased + stage, Config::kReleaseThreads);
       }
     }
-    for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
-      ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
+    if constexpr (Config::kDoutArrivals == 0) {
+      for (int stage = 0; stage < min(copied, Config::kDoutStages); ++stage) {
+        ptx::bar_sync(Config::kDoutReleased + stage, Config::kReleaseThreads);
+      }
     }
   }
 };

@@ -45,7 +45,7 @@ struct BwdSender {
       slots.next();
 #pragma unroll 1
       for (; step < end; ++step) {
-        ptx::mbarrier_wait(ptx::shared_address(&shared.score_full[step % 2]), (step + 1) / 2 % 2);
+        ptx::mbarrier_wait(ptx::shared_address(&shared.score_full[step % 2]), step / 2 % 2);
         if (lane_id() == 0) send(step);
       }
     }

@@ -35,7 +35,8 @@ struct BwdShared
   uint64_t query_full[Config::kStages];
   uint64_t query_empty[Config::kStages];  // where kQueryArrivals is not 0
   uint64_t dout_full[Config::kDoutStages];
-  uint64_t score_full[2];  // dS
+  uint64_t dout_empty[Config::kDoutStages];  // where kDoutArrivals is not 0
+  uint64_t score_full[2];                    // dS
   uint64_t score_empty[2];
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];
@@ -46,6 +47,9 @@ struct BwdShared
   uint64_t dout_open[Config::kDoutStages];  // the same
   uint64_t other_score_full[2];             // the other one's dS has come
   uint64_t sent_score_empty[2];             // the other one is done with dS of this one
+  uint64_t taken_full;                      // the number of the next block of work has come
+  uint64_t taken_empty;                     // the other one has it
+  alignas(16) int32_t taken[4];             // the first of these; a copy has 16 bytes
 };
 
 template <typename Config>

@@ -46,13 +46,12 @@ struct BwdWideConfig {
   // Named barriers, as in BwdConfig but for the first two: P is there; its place is free again.
   static constexpr int kScored = 1;
   static constexpr int kScoresUsed = 2;
-  static constexpr int kDoutReleased = 5;
-  static constexpr int kReleaseThreads = 128 * kWarpgroups + 32;
-  // Queries are given back at mbarriers: racecheck does not follow the first warpgroup's reads of
-  // lse through a named one that the second reaches much later. With intervals both have read
-  // records; else the second's warps arrive once.
+  // Queries and output gradients are given back at mbarriers: racecheck does not follow one
+  // warpgroup's reads of lse or delta through a named one that the other reaches much later. The
+  // other's warps arrive once, but with intervals both have read records.
   static constexpr int kQueryArrivals = 128 + (kIntervals ? 128 : 4);
-  static constexpr int kSumFree = kDoutReleased + kDoutStages;
+  static constexpr int kDoutArrivals = 128 + 4;
+  static constexpr int kSumFree = 5;
   static constexpr int kSumReady = kSumFree + kWarpgroups;
   static constexpr int kSumThreads = 128 + 32;
 
@@ -66,11 +65,11 @@ struct BwdWideConfig {
   // Parts of a warpgroup of the thread block `rank` of a cluster, of a tile of a head. Of three
   // parts a pair has one by turns.
   static constexpr __host__ __device__ int first_part(int warpgroup, int rank) {
-    if (!kPaired) return warpgroup == 0 ? 0 : (kSumParts + 1) / 2;
+    if (!kPaired) return warpgroup == 0 ? 0 : 2;
     return warpgroup == 0 || kSumParts == 4 ? 2 * rank + warpgroup : 1;
   }
   static constexpr __host__ __device__ int parts_of(int warpgroup, int rank, int tile) {
-    if (!kPaired) return warpgroup == 0 ? (kSumParts + 1) / 2 : kSumParts / 2;
+    if (!kPaired) return 2;
     return warpgroup == 0 || kSumParts == 4 ? 1 : 1 - (tile + rank) % 2;
   }
 
@@ -100,7 +99,7 @@ struct BwdWideConfig {
   static constexpr int kOtherScoreOffset = kOtherKeyOffset + (kPaired ? OtherKeyLayout::kBytes : 0);
   static constexpr int kStateOffset = kOtherScoreOffset + (kPaired ? 2 * ScoreLayout::kBytes : 0);
 
-  static_assert(kSumParts == 3 || kSumParts == 4, "what parts of pairs are written for");
+  static_assert(kSumParts == 4 || (kPaired && kSumParts == 3), "what parts are written for");
   static_assert(kHeadDim % 64 == 0 && kHeadDimV % 32 == 0, "whole slabs, and groups of a store");
 };
 

@@ -29,9 +29,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   using Base::kRows;
   using Base::kScores;
   using Base::kSums;
-  static constexpr int kParts = 2;  // of dQ, of a warpgroup: at most
+  static constexpr int kParts = 2;  // of dQ, of a warpgroup, unless in pairs
   static_assert(Config::kPaired ||
-                    (Config::parts_of(0, 0, 0) == 2 && Config::parts_of(1, 0, 0) <= 2),
+                    (Config::parts_of(0, 0, 0) == kParts && Config::parts_of(1, 0, 0) == kParts),
                 "what waits count on");
 
   using Base::blocks;
@@ -257,8 +257,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
 #pragma unroll
       for (float& x : gradient) x = 0.0f;
       if (block.tiles > 0) {
-        // Of the step before the first.
-        if (kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
+        // Of the step before the first, which pairs do not wait for.
+        if (!Config::kPaired && kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
         run_block.template operator()<kRole>(block, gradient);
       }
       if constexpr (kRole == 0) {

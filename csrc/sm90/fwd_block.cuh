@@ -18,6 +18,7 @@
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 #include "tile/sequence.cuh"
 
@@ -48,16 +49,34 @@ struct FwdPlan {
 template <int kWarpgroups>
 struct FwdBlockIntervals {
   float slope;
-  Dropout dropout;
   bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
   bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
 
-struct Nothing {};
+// And one with biases, a mask of bits or dropout.
+struct FwdDenseBlock {
+  Dropout dropout;
+  const unsigned char* bias;  // of the head's row 0, or null
+  const uint32_t* bits;       // the same of the mask
+
+  __device__ __forceinline__ void begin(const MhaFwdParams& params, int batch, int head) {
+    ptx::forget_memory();  // the planner has few registers
+    dropout = Dropout::make(params, batch, head);
+    ptx::forget_memory();
+    bias = BiasRows::make(params, batch, head).data;
+    ptx::forget_memory();
+    bits = MaskRows::make(params, batch, head).data;
+    ptx::forget_memory();
+  }
+};
+
+struct NoIntervals {};
+struct NothingDense {};
 
 template <typename Config>
 struct FwdBlock
-    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, Nothing> {
+    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, NoIntervals>,
+      std::conditional_t<Config::kDense, FwdDenseBlock, NothingDense> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
   int last_tile;   // number of the tile that is visited first
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
@@ -83,7 +102,8 @@ struct FwdBlock
   Element16* out;
 };
 
-// Which rows of which head block `id` is; a negative batch where a section is padded.
+// Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
+// padded.
 template <typename Config>
 __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, const FwdPlan& plan,
                                                     int id) {
@@ -95,8 +115,8 @@ __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, 
   return {row_block, place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
-// Describes the block at `at`; false if it sees no keys. Its `tiles` are those of this thread block
-// among `splits`, and may be none.
+// Describes the block at `at`; false if it (with kPaired: its pair) sees no keys. Its `tiles` are
+// those of this thread block among `splits`, and may be none; both of a pair have the same.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,
@@ -114,14 +134,17 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);
     block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
-    block.dropout = Dropout::make(params, at.batch, block.head);
   } else {
     block.mask = row_mask(params, at.batch);
   }
+  if constexpr (Config::kDense) block.begin(params, at.batch, block.head);
   block.rows = (block.mask.query_length << pack_shift) - first_row;
   ptx::forget_memory();  // the planner has few registers
-  const KeyInterval keys = block.mask.hull(max(first_row, 0) >> pack_shift,
-                                           ((first_row + Config::kRows - 1) >> pack_shift) + 1);
+  // Of all rows whose thread blocks visit the same tiles.
+  const int hull_row = first_row - at.row_block % Config::kCluster * Config::kRows;
+  const int hull_end = hull_row + Config::kCluster * Config::kRows;
+  const KeyInterval keys =
+      block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
@@ -154,9 +177,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
       block.dead[w] = block.mask.dead_rows(begin, past);
     }
     if (padding) core = {0, kMaxLength};
-    // Any other scale goes through the careful path, which multiplies it in; masks and biases do.
-    const bool none = core.first >= core.end || params.scale.first != 1.0f ||
-                      (Config::kIntervals && ScoreOptions::hides(params));
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = core.first >= core.end || params.scale.first != 1.0f;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;

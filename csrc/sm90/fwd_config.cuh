@@ -43,6 +43,14 @@ inline constexpr FwdTiles kFwdIntervalTiles = kFwdTiles<kHeadDim, kHeadDimV>;
 template <>
 inline constexpr FwdTiles kFwdIntervalTiles<64, 64>{2, 128, 2, 4, 4};
 
+// The same with biases, masks of bits or dropout, which take registers.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr FwdTiles kFwdDenseTiles = kFwdIntervalTiles<kHeadDim, kHeadDimV>;
+template <>
+inline constexpr FwdTiles kFwdDenseTiles<64, 64>{2, 64, 2, 6, 6};
+template <>
+inline constexpr FwdTiles kFwdDenseTiles<128, 128>{2, 64, 2, 3, 3};
+
 // A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
 // bytes, 16-byte chunks of a row XORed with the row's low three bits.
 template <int kRows, int kWidth>
@@ -58,10 +66,12 @@ struct SlabLayout {
 };
 
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
-          bool kIntervalsArg = false>
+          bool kIntervalsArg = false, bool kPairedArg = false, bool kDenseArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
   static constexpr bool kIntervals = kIntervalsArg;
+  // Of calls with intervals: biases, masks of bits or dropout. All tiles take a maximum.
+  static constexpr bool kDense = kDenseArg;
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   using Element = typename ElementOf<kType>::Type;
   // How large the sum of a row's exponentials over a lane's share of a tile may get before the row
@@ -83,13 +93,18 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
+  // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
+  // same key tiles, of which each copies half into the shared memory of both.
+  static constexpr bool kPaired = kPairedArg;
+  static constexpr int kCluster = kPaired ? 2 : 1;
+
   // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
   // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
-  // rows of a thread block.
-  static constexpr bool kSkips = kKeys < 64 * kWarpgroups;
+  // rows that share them.
+  static constexpr bool kSkips = kKeys < 64 * kWarpgroups * kCluster;
 
   // A warpgroup's softmax runs beside its own second product; with three warpgroups, only beside
   // those of the others.
@@ -111,6 +126,9 @@ struct FwdConfig {
   static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
+  static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),
+                "each thread block of a pair copies half of the slabs");
+  static_assert(kIntervals || !kDense, "what is dense has intervals, too");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
 };

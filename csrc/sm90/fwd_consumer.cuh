@@ -6,6 +6,7 @@
 
 #include "host/params.h"
 #include "ptx/address.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
@@ -13,14 +14,15 @@
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/fwd_block.cuh"
+#include "sm90/fwd_clear.cuh"
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
-#include "sm90/fwd_interval_scores.cuh"
+#include "sm90/fwd_dense.cuh"
+#include "sm90/fwd_logits.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
 #include "tile/quad.cuh"
-#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -30,6 +32,7 @@ template <typename Config>
 struct FwdConsumer {
   using Element = typename Config::Element;
   using Shared = FwdShared<Config>;
+  using Dense = FwdDense<Config, Config::kDense>;
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr int kOuts = Config::kHeadDimV / 2;
 
@@ -46,19 +49,15 @@ struct FwdConsumer {
   uint32_t p[kScores / 2];
   float out[kOuts];
   RowSoftmax<Config> softmax;
-  float inverse[2];  // of the sums of the block that is finished but not stored
-  // With intervals. Of the block at work: the keys that the rows are aligned with, from this lane's
-  // first column, if there are slopes; whether scores have been found that its soft cap is not a
-  // polynomial for.
-  int aligned[2];
-  bool caps_exactly;
+  float inverse[2];          // of the sums of the block that is finished but not stored
+  FwdLogits<Config> logits;  // of the block at work; with intervals
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   }
-  // This lane's first row of the block.
-  __device__ __forceinline__ int block_row() const {
-    return 64 * warpgroup + warp_row() + fragment_row();
+  // This lane's first row of the head, where rows are not packed.
+  __device__ __forceinline__ int head_row(const FwdBlock<Config>& block) const {
+    return block.first_row + 64 * warpgroup + warp_row() + fragment_row();
   }
   __device__ __forceinline__ uint32_t query_tile() const {
     return tiles + blocks % Config::kQueryStages * Config::kQueryStageBytes +
@@ -73,6 +72,16 @@ struct FwdConsumer {
 
   static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
+  }
+
+  // A tile is read, which matters to both of a pair.
+  static __device__ __forceinline__ void warp_release(uint64_t& barrier) {
+    if constexpr (Config::kPaired) {
+      const int lane = lane_id();
+      ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::mapa(ptx::shared_address(&barrier), lane % 2));
+    } else {
+      warp_arrive(barrier);
+    }
   }
 
   // Turns: warpgroup w issues when all 256 threads of it and its predecessor are at barrier 1 + w.
@@ -122,135 +131,79 @@ struct FwdConsumer {
     ptx::wgmma_fence();
     issue_scores();
     ptx::wgmma_commit_group();
-    if (previous) wait_value();
+    if (previous) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
+    }
     ptx::wgmma_fence();
     issue_values(!fresh);
     ptx::wgmma_commit_group();
     pass_turn();
   }
 
-  __device__ __forceinline__ void wait_value() const {
-    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
-                       value_ring.parity());
-  }
   __device__ __forceinline__ void release_key() {
-    warp_arrive(shared.key_empty[key_ring.stage()]);
+    warp_release(shared.key_empty[key_ring.stage()]);
     key_ring.next();
   }
   __device__ __forceinline__ void release_value() {
-    warp_arrive(shared.value_empty[value_ring.stage()]);
+    warp_release(shared.value_empty[value_ring.stage()]);
     value_ring.next();
   }
   __device__ __forceinline__ void release_query() {
     warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
   }
 
+  // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
+  // are not moved across.
+  struct MaskLoads {
+    RowRecord rows[2];
+    bool dead_keys;
+  };
+  __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
+    MaskLoads loads{};
+    if constexpr (Config::kIntervals) {
+      if (tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup]) {
+        const int row = head_row(block);
+        loads.rows[0] = block.mask.row_records[row];
+        loads.rows[1] = block.mask.row_records[row + 8];
+        const int first_key = tile * Config::kKeys;
+        loads.dead_keys = block.mask.dead_keys(first_key, first_key + Config::kKeys);
+      }
+    }
+    return loads;
+  }
+
+  __device__ __forceinline__ void begin_logits(const FwdBlock<Config>& block) {
+    const int row = 64 * warpgroup + warp_row() + fragment_row();
+    logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
+  }
+
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
-  __device__ __forceinline__ bool prepare(const FwdBlock<Config>& block, int tile,
-                                          float (&factor)[2]) {
+  __device__ __forceinline__ bool prepare(const FwdBlock<Config>& block, int tile, MaskLoads& loads,
+                                          const Dense& dense, float (&factor)[2]) {
     if (params.scale.first != 1.0f) [[unlikely]] {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
     const bool left = tile < block.full_first[warpgroup];
     if constexpr (Config::kIntervals) {
-      if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
+      if (ScoreOptions::any<Config::kDense>(params)) {
+        if constexpr (Config::kDense) begin_logits(block);  // not kept: registers are few
+        logits.template apply<!Config::kDense>(s, params, plan, block.slope, tile * Config::kKeys);
+      }
     }
+    dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
+    if (!Dense::kEarly) loads = load_mask(block, tile);
     if (left || tile >= block.full_end[warpgroup]) {
-      const int row = block.first_row + block_row();
       if constexpr (Config::kIntervals) {
-        softmax.apply_mask(s, block.mask, row, tile * Config::kKeys, left, block.mixed[warpgroup]);
+        softmax.apply_mask(s, block.mask, loads.rows, tile * Config::kKeys, left,
+                           block.mixed[warpgroup]);
       } else {
+        const int row = head_row(block);
         softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
       }
     }
-    if constexpr (Config::kIntervals) {
-      if (params.intervals.mask.data != nullptr) {
-        apply_bits(s, MaskRows::make(params, block.batch, block.head),
-                   block.first_row + block_row(), tile * Config::kKeys);
-      }
-    }
     return softmax.template follow_maximum<true>(s, params.scale, factor);
-  }
-
-  // Finds what `aligned` says. Rows that are dropped have the place of one that is not.
-  __device__ __forceinline__ void begin_options(const FwdBlock<Config>& block) {
-    caps_exactly = false;
-    aligned[0] = aligned[1] = 0;
-    if (block.slope == 0.0f) return;
-    const int row = block_row();
-    int last = -kMaxLength;
-    bool dropped[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      dropped[h] = is_dropped(block, row + 8 * h);
-      if (dropped[h]) continue;
-      aligned[h] = block.mask.row(block.first_row + row + 8 * h).position;
-      last = max(last, aligned[h]);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      last = max(last, __shfl_xor_sync(0xffffffffu, last, step));
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) aligned[h] = (dropped[h] ? last : aligned[h]) - fragment_column();
-  }
-
-  __device__ __forceinline__ float distance(int h, int first_key) const {
-    return static_cast<float>(aligned[h] - first_key);
-  }
-
-  // Whether some row of the warp is aligned with a key after the tile's first (before its last).
-  __device__ __forceinline__ bool any_after(int first_key) const {
-    return __any_sync(0xffffffffu, max(aligned[0], aligned[1]) > first_key);
-  }
-  __device__ __forceinline__ bool any_before_last(int first_key) const {
-    return __any_sync(0xffffffffu, min(aligned[0], aligned[1]) < first_key + Config::kKeys - 7);
-  }
-
-  // Whether a clean tile whose scores have options needs `apply_options`.
-  __device__ __forceinline__ bool is_special(const FwdBlock<Config>& block, int tile) const {
-    const int first_key = tile * Config::kKeys;
-    return caps_exactly ||
-           (block.slope != 0.0f && any_before_last(first_key) && any_after(first_key));
-  }
-
-  // Soft cap, ALiBi and bias make logits of scores, wherever the keys are.
-  __device__ __forceinline__ void apply_options(const FwdBlock<Config>& block, int first_key) {
-    const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] *= options.scale;
-    if (options.softcap != 0.0f) {
-      const float inverse = options.inverse();
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = options.cap(s[i], inverse);
-    }
-    if (options.slope != 0.0f) {
-      const float distances[2] = {distance(0, first_key), distance(1, first_key)};
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        s[i] = options.biased(s[i], distances[i / 2 % 2] - static_cast<float>(i / 4 * 8 + i % 2));
-      }
-    }
-    if (params.intervals.bias.data != nullptr) {
-      const int row = block.first_row + block_row();
-      add_bias(s, BiasRows::make(params, block.batch, block.head), row, first_key);
-    }
-  }
-
-  // Exponentials of a clean tile that is not special, whose scores have options.
-  __device__ __forceinline__ bool option_exponentials(const FwdBlock<Config>& block, int tile,
-                                                      float (&tile_sum)[2], uint32_t& outside) {
-    const bool has_cap = params.intervals.softcap != 0.0f;
-    if (has_cap && block.slope == 0.0f) {
-      return softmax.capped_exponentials(s, plan.capped, tile_sum, outside);
-    }
-    if (has_cap) softmax.cap(s, plan.capped, outside);
-    const int first_key = tile * Config::kKeys;
-    const LinearBias bias = LinearBias::make(block.slope, any_after(first_key));
-    const float distances[2] = {distance(0, first_key), distance(1, first_key)};
-    return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
-                                       tile_sum, outside);
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits.
@@ -259,7 +212,8 @@ struct FwdConsumer {
                                                uint32_t& outside) {
     if constexpr (Config::kIntervals) {
       if (!careful && ScoreOptions::any(params)) {
-        return option_exponentials(block, tile, tile_sum, outside);
+        return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
+                                   tile_sum, outside);
       }
     }
     return softmax.exponentials(s, params.scale, tile_sum);
@@ -278,7 +232,8 @@ struct FwdConsumer {
   __device__ __forceinline__ void skip_values(int tiles) {
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
-      wait_value();
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
       release_value();
     }
   }
@@ -300,11 +255,17 @@ struct FwdConsumer {
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
-      if constexpr (Config::kIntervals) begin_options(block);
+      if constexpr (Config::kIntervals && !Config::kDense) begin_logits(block);
     }
+    MaskLoads loads{};
+    if (careful && Dense::kEarly) loads = load_mask(block, tile);
+    Dense dense;
+    dense.load(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kIntervals) watching = watching || (!careful && is_special(block, tile));
+    if constexpr (Config::kIntervals) {
+      watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
+    }
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
     } else {
@@ -315,7 +276,7 @@ struct FwdConsumer {
     bool moved = false;
     Left left = Left::kNothing;
     uint32_t outside = 0;
-    if (careful) moved = prepare(block, tile, factor);
+    if (careful) moved = prepare(block, tile, loads, dense, factor);
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
@@ -332,19 +293,22 @@ struct FwdConsumer {
     if constexpr (Config::kOverlaps) finish_products(previous);
     if (left != Left::kNothing) [[unlikely]]
       return left;
+    // Before outputs are stored, where registers are few.
+    if constexpr (Config::kDense) finish_step(tile_sum);
     if (first) {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
-      const int row = block_row();
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
       if (is_dropped(block, row)) softmax.reference[0] = 0.0f;
       if (is_dropped(block, row + 8)) softmax.reference[1] = 0.0f;
     } else if (moved) {
       scale_out(factor);
     }
-    finish_step(block, tile, tile_sum);
+    if constexpr (!Config::kDense) finish_step(tile_sum);
+    dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kIntervals) {
-      if (careful) clear_dead_values(block, tile);
+      if (loads.dead_keys) clear_dead_values(block, tile);
     } else {
       if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
         clear_values(block.value_rows);
@@ -368,17 +332,11 @@ struct FwdConsumer {
     if (previous) release_value();
   }
 
-  __device__ __forceinline__ void finish_step(const FwdBlock<Config>& block, int tile,
-                                              const float (&tile_sum)[2]) {
+  __device__ __forceinline__ void finish_step(const float (&tile_sum)[2]) {
     release_key();
     softmax.sum[0] += tile_sum[0];
     softmax.sum[1] += tile_sum[1];
     pack();
-    if constexpr (Config::kIntervals) {
-      if (params.intervals.dropout != 0) {
-        drop(p, block, block_row(), tile * Config::kKeys);
-      }
-    }
   }
 
   // The rest of a step for a warp with rows that are watched, or that left the range.
@@ -388,7 +346,9 @@ struct FwdConsumer {
     bool moved = false;
     if (left == Left::kWatchedRows) {
       if constexpr (Config::kIntervals) {
-        if (ScoreOptions::any(params)) apply_options(block, tile * Config::kKeys);
+        if (ScoreOptions::any(params)) {
+          logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        }
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
@@ -398,47 +358,47 @@ struct FwdConsumer {
         if constexpr (Config::kIntervals) {
           if (!ScoreOptions::any(params)) return score;
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
-          return options.logit(score, distance(h, tile * Config::kKeys) - column);
+          return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
           return score;
         }
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kIntervals) caps_exactly = caps_exactly || left == Left::kInvalid;
+      if constexpr (Config::kIntervals) {
+        logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
+      }
       moved = true;
     }
     softmax.keep_watching();
     if (moved) scale_out(factor);
-    finish_step(block, tile, tile_sum);
+    finish_step(tile_sum);
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
   __device__ __forceinline__ void clear_values(int rows) {
-    wait_value();
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                       value_ring.parity());
     clear_rows_from<Config>(value_tile(), rows, 5 + warpgroup);
   }
 
   // The same for those of dead keys, anywhere in a tile.
   __device__ __forceinline__ void clear_dead_values(const FwdBlock<Config>& block, int tile) {
-    if (tile >= block.full_first[warpgroup] && tile < block.full_end[warpgroup]) return;
-    const int first_key = tile * Config::kKeys;
-    if (!block.mask.dead_keys(first_key, first_key + Config::kKeys)) return;
-    wait_value();
-    clear_dead_rows<Config>(value_tile(), block, first_key, 5 + warpgroup);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                       value_ring.parity());
+    clear_dead_rows<Config>(value_tile(), block, tile * Config::kKeys, 5 + warpgroup);
   }
 
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
   // needs.
   __device__ __forceinline__ void finish_rows(int number) {
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
-    const int row = block_row();
+    const int row = 64 * warpgroup + warp_row() + fragment_row();
     ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
       if (is_dropped(block, row + 8 * h)) inverse[h] = 0.0f;
-      if constexpr (Config::kIntervals) inverse[h] *= params.intervals.kept_scale;
       // Then lse is -inf.
       if (Config::kIntervals && inverse[h] == 0.0f) softmax.sum[h] = 0.0f;
       if (lane_id() % 4 == 0) {
@@ -459,6 +419,16 @@ struct FwdConsumer {
   // straight to global memory.
   __device__ __forceinline__ void store_out(int number) {
     const int slot = number % Shared::kBlockSlots;
+    if constexpr (Config::kDense) {
+      // Computed again rather than kept beside a tile's softmax: registers are few.
+      __syncwarp();
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = shared.rows[row + 8 * h].y;
+        inverse[h] = sum == 0.0f ? 0.0f : __fdividef(params.intervals.kept_scale, sum);
+      }
+    }
     if constexpr (Config::kStaged) {
       stage_out();
     } else {
@@ -486,7 +456,7 @@ struct FwdConsumer {
   // eight neighbouring columns, 16 bytes, of every 32.
   __device__ __forceinline__ void store_direct(const FwdBlock<Config>& block) const {
     const int lane = lane_id() % 4;
-    const int row = block.first_row + block_row();
+    const int row = head_row(block);
     const int heads = (1 << plan.pack_shift) - 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -522,14 +492,14 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= (Config::kIntervals && Config::kOneBody ? block.lowest[warpgroup] : lowest)) {
+    while (tile >= (Config::kDense ? block.lowest[warpgroup] : lowest)) {
       Left left = Left::kNothing;
-      if constexpr (Config::kOneBody) {
-        // With intervals registers are few, and the limits read again.
-        const bool careful = Config::kIntervals ? tile >= block.clean_end[warpgroup] ||
-                                                      tile < block.clean_first[warpgroup]
-                                                : tile >= clean_end || tile < clean_first;
-        left = step(block, tile, careful, first, fresh, tile_sum);
+      if constexpr (Config::kDense) {
+        step(block, tile, std::true_type(), first, fresh, tile_sum);
+        fresh = first;
+        first = false;
+      } else if constexpr (Config::kOneBody) {
+        left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
         fresh = first;
         first = false;
       } else {
@@ -582,7 +552,8 @@ struct FwdConsumer {
       ++blocks;
     }
     if (pending) {
-      wait_value();
+      ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
+                         value_ring.parity());
       ptx::wgmma_fence();
       issue_values(!fresh);
       ptx::wgmma_commit_group();

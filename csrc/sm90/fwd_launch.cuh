@@ -26,6 +26,19 @@ inline int pack_shift(const MhaFwdParams& params, int rows) {
   return packed < apart ? shift : 0;
 }
 
+// Whether thread blocks work in pairs (FwdConfig::kPaired): blocks of rows come in pairs, with no
+// queries that are packed nor keys that are split, and keys are so many that it pays: the two visit
+// the same tiles, so that one of them visits some in vain where there is a diagonal.
+inline bool pairs_pay(const MhaFwdParams& params, int rows, int keys) {
+  const int64_t row_blocks = (int64_t{params.query_length} + rows - 1) / rows;
+  if (params.window_left != kUnbounded || row_blocks % 2 != 0 || pack_shift(params, rows) != 0) {
+    return false;
+  }
+  const int64_t least = params.window_right == kUnbounded || keys < 128 ? 2048 : 8192;
+  return std::min(params.query_length, params.key_length) >= least &&
+         fwd_splits(params, params.heads * row_blocks, rows, keys) == 1;
+}
+
 template <typename Config>
 cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   FwdPlan plan{};
@@ -34,14 +47,17 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t rows = int64_t{params.query_length} * packed;
   const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t head_groups = params.heads / packed;
-  plan.splits = Config::kIntervals
+  plan.splits = Config::kIntervals || Config::kPaired
                     ? 1
                     : fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
 
   const int64_t all = params.batch * head_groups;
-  const int64_t multiprocessors = device.multiprocessors;
+  // Thread blocks of a pair, and their blocks of rows, count as one.
+  const int64_t multiprocessors = std::max(1, device.multiprocessors / Config::kCluster);
+  const int64_t row_groups = (row_blocks + Config::kCluster - 1) / Config::kCluster;
   Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
+  bool steady = false;
   if constexpr (Config::kIntervals) {
     const double bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v);
     sections.heads = work_section(all, params.heads / params.kv_heads, bytes, device.l2_bytes);
@@ -50,17 +66,26 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
   } else if (plan.splits == 1) {
     plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
-    sections = choose_sections_once(params, head_groups, row_blocks, Config::kRows, plan.front,
-                                    Config::kKeys, multiprocessors, device.l2_bytes);
-    multiple = 2 * multiprocessors;
+    // Few blocks of a head, but many heads: one head after the other, so that there are always as
+    // many of long blocks as of short ones at work, and keys are read from memory all the time.
+    steady = Config::kWarpgroups == 2 && row_groups == 4 && all >= 2 * multiprocessors;
+    if (steady) {
+      sections = {1, 1};
+    } else {
+      sections =
+          choose_sections_once(params, head_groups, row_groups, Config::kRows * Config::kCluster,
+                               plan.front, Config::kKeys, multiprocessors, device.l2_bytes);
+      multiple = 2 * multiprocessors;
+    }
   }
-  if (!SectionOrder::make(all, sections.heads, row_blocks, multiple, sections.turn, &plan.order)) {
+  if (!SectionOrder::make(all, sections.heads, row_groups, multiple, sections.turn, &plan.order)) {
     return cudaErrorInvalidConfiguration;
   }
+  if (steady) plan.order.reverses = false;
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
   plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
-  if (Config::kIntervals && ScoreOptions::any(params)) {
+  if (Config::kIntervals && ScoreOptions::any<Config::kDense>(params)) {
     plan.logit_scale = params.scale.first * params.scale.second;
     plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
     const float softcap = params.intervals.softcap;
@@ -108,31 +133,47 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int64_t grid = plan.splits > 1 ? int64_t{plan.order.ids} * plan.splits
-                                       : std::min<int64_t>(plan.order.ids, multiprocessors);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  const int together = plan.splits * Config::kCluster;
+  const int64_t groups = plan.splits > 1 ? int64_t{plan.order.ids}
+                                         : std::min<int64_t>(plan.order.ids, multiprocessors);
+  cudaLaunchAttribute attribute{};
+  if constexpr (Config::kIntervals) {
+    attribute = after_work_order();
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(together), 1, 1};
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.gridDim = dim3(static_cast<unsigned>(groups * together));
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kFwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.splits > 1 ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = Config::kIntervals || together > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params, plan);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdTiles<kHeadDim, kHeadDimV>>;
-  return launch<Config>(params, device, stream);
+  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+  if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
+    if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
+      using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
+      return launch<Config>(params, device, stream);
+    }
+  }
+  return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
+  if (is_dense(params.intervals)) {
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdDenseTiles<kHeadDim, kHeadDimV>, true,
+                             false, true>;
+    return launch<Config>(params, device, stream);
+  }
   using Config =
       FwdConfig<kType, kHeadDim, kHeadDimV, kFwdIntervalTiles<kHeadDim, kHeadDimV>, true>;
   return launch<Config>(params, device, stream);

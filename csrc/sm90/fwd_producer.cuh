@@ -5,6 +5,7 @@
 
 #include "host/params.h"
 #include "ptx/address.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/batch_coordinate.cuh"
@@ -55,9 +56,13 @@ struct FwdPlanner {
   }
 
   __device__ __forceinline__ void run() {
-    const int groups = gridDim.x / plan.splits;
-    const int group = blockIdx.x / plan.splits;
+    // Thread blocks that work together: those that share keys of one block, or a pair.
+    const int together = Config::kPaired ? 2 : plan.splits;
+    const int groups = gridDim.x / together;
+    const int group = blockIdx.x / together;
+    const int rank = blockIdx.x - group * together;
     RingIndex<Shared::kBlockSlots> ring;
+    if constexpr (Config::kIntervals) wait_for_work_order();
     // Ids in rounds of one for each thread block, every other round in reverse: with the longest
     // blocks first that evens out the sums. With intervals who has room takes the next.
 #pragma unroll 1
@@ -67,20 +72,20 @@ struct FwdPlanner {
         if (Config::kIntervals) break;
         continue;
       }
-      const BlockCoordinate at = block_at<Config>(params, plan, id);
+      BlockCoordinate at = block_at<Config>(params, plan, id);
       if (at.batch < 0) continue;
+      if constexpr (Config::kPaired) at.row_block = 2 * at.row_block + rank;
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
       bool sees_keys = false;
       if (lane_id() == 0) {
-        sees_keys = make_block(params, plan, at, blockIdx.x - group * plan.splits,
-                               shared.blocks[ring.stage()]);
+        sees_keys = make_block(params, plan, at, rank, shared.blocks[ring.stage()]);
         if (sees_keys) {
           ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
         }
       }
       if (__any_sync(0xffffffffu, sees_keys)) {
         ring.next();
-      } else if (plan.splits == 1 || blockIdx.x == group * plan.splits) {
+      } else if (plan.splits == 1 || rank == 0) {
         store_empty(at);
       }
     }
@@ -108,7 +113,17 @@ struct FwdProducer {
   // The lane that issues copies. Asked again each time: registers are few here.
   static __device__ __forceinline__ bool elected() { return lane_id() == 0; }
 
-  // All slabs of one tile of keys or values.
+  // Waits until a tile of keys or values is read, by both of a pair.
+  static __device__ __forceinline__ void wait_empty(uint64_t& barrier, uint32_t parity) {
+    if constexpr (Config::kPaired) {
+      ptx::mbarrier_wait_cluster(ptx::shared_address(&barrier), parity);
+    } else {
+      ptx::mbarrier_wait(ptx::shared_address(&barrier), parity);
+    }
+  }
+
+  // All slabs of one tile of keys or values; of a pair, each thread block copies half of them for
+  // both.
   template <int kRows, int kWidth>
   __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map,
                                             const TensorView& view, uint32_t barrier, int row,
@@ -116,16 +131,26 @@ struct FwdProducer {
     using Layout = SlabLayout<kRows, kWidth>;
     const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan.inner_batch);
     ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
+    if constexpr (Config::kPaired) {
+      constexpr int kShare = Layout::kSlabs / 2;
+      const int first = ptx::cluster_ctarank() * kShare;
 #pragma unroll
-    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-      ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, ptx::kEvictLast, 64 * slab,
-                       row, head, batch.inner, batch.outer);
+      for (int i = 0; i < kShare; ++i) {
+        ptx::tma_load_5d_multicast(target + (first + i) * Layout::kSlabBytes, map, barrier,
+                                   ptx::kEvictLast, 3, 64 * (first + i), row, head, batch.inner,
+                                   batch.outer);
+      }
+    } else {
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, ptx::kEvictLast,
+                         64 * slab, row, head, batch.inner, batch.outer);
+      }
     }
   }
 
   __device__ __forceinline__ void copy_keys(int tile, int head, int batch) {
-    ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[key_ring.stage()]),
-                       key_ring.parity() ^ 1);
+    wait_empty(shared.key_empty[key_ring.stage()], key_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<Config::kKeys, Config::kHeadDim>(
           tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes, &plan.key,
@@ -136,8 +161,7 @@ struct FwdProducer {
   }
 
   __device__ __forceinline__ void copy_values(int tile, int head, int batch) {
-    ptx::mbarrier_wait(ptx::shared_address(&shared.value_empty[value_ring.stage()]),
-                       value_ring.parity() ^ 1);
+    wait_empty(shared.value_empty[value_ring.stage()], value_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<Config::kKeys, Config::kHeadDimV>(
           tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes,

@@ -66,9 +66,9 @@ struct RowSoftmax {
 
   // The same for intervals of rows that have records; `mixed`: ids have to be compared, too.
   static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const IntervalMask& mask,
-                                                    int row, int first_key, bool left, bool mixed) {
+                                                    const RowRecord (&records)[2], int first_key,
+                                                    bool left, bool mixed) {
     const int first_column = first_key + fragment_column();
-    const RowRecord records[2] = {mask.row(row), mask.row(row + 8)};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       if (i / 4 * 8 + i % 2 >= records[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;
@@ -144,6 +144,16 @@ struct RowSoftmax {
       tile_sum[i / 2 % 2] += s[i];
     }
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
+  }
+
+  // Whether `capped` holds for all scores of the warp.
+  static __device__ __forceinline__ bool all_inside(const float (&s)[kScores],
+                                                    const TanhPolynomial& capped) {
+    float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(s[i]));
+    const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    return !__any_sync(0xffffffffu, !TanhPolynomial::holds(all * capped.argument));
   }
 
   // Scores become logits in base 2. `outside`: see TanhPolynomial.

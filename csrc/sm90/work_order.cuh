@@ -13,6 +13,7 @@
 #include "host/intervals.h"
 #include "host/launch.h"
 #include "host/params.h"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
   int* const sums = bins + kWorkOrderBins;           // of each warp's bins
   const int batch = blockIdx.x;
   const int thread = threadIdx.x;
+  ptx::griddepcontrol_launch_dependents();
   const IntervalMask mask = IntervalMask::make(params, batch);
   int32_t* const order =
       params.intervals.queue + kQueueHeader +
@@ -119,6 +121,16 @@ cudaError_t launch_work_order(const MhaParams& params, int rows, int keys, cudaS
                        stream, params, WorkLengths::make<kOfKeys>(params, rows, keys));
 }
 
+// Lets the main kernel, whose launch has this attribute, start while the order is still made. Only
+// the warp that takes work has to wait for it; all others wait for that warp.
+inline cudaLaunchAttribute after_work_order() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+__device__ __forceinline__ void wait_for_work_order() { ptx::griddepcontrol_wait(); }
+
 // The number of the next block of work, for the first lane.
 __device__ __forceinline__ int take_work(const MhaParams& params) {
   return ptx::atom_acquire_add(params.intervals.queue, 1);
@@ -130,7 +142,8 @@ __device__ __forceinline__ int work_at(const MhaParams& params, int batch, int r
   const int64_t first =
       kQueueHeader +
       int64_t{batch} * interval_tiles(kOfKeys ? params.key_length : params.query_length);
-  return __ldg(params.intervals.queue + first + rank);
+  // Not by __ldg, which memory that is written while this kernel runs is not for.
+  return params.intervals.queue[first + rank];
 }
 
 // How many heads a section of the order has, so that what they share fits the L2: all of those that

@@ -8,10 +8,15 @@
 #include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
-#include "tile/quad.cuh"
 #include "tile/schedule.cuh"
 
 namespace jax_flash {
+
+// Two neighbouring biases of 16 bits.
+__device__ __forceinline__ float2 unpack_bias(BiasType type, uint32_t pair) {
+  return type == BiasType::kBf16 ? ptx::unpack_x2<__nv_bfloat16>(pair)
+                                 : ptx::unpack_x2<__half>(pair);
+}
 
 // Of one query head. Rows and columns past the last ones are read as the last ones.
 struct BiasRows {
@@ -34,41 +39,7 @@ struct BiasRows {
     return data + min_int(max_int(row, 0), rows - 1) * stride;
   }
 
-  __device__ __forceinline__ float2 unpack(uint32_t pair) const {
-    return type == BiasType::kBf16 ? ptx::unpack_x2<__nv_bfloat16>(pair)
-                                   : ptx::unpack_x2<__half>(pair);
-  }
-
-  // Of 32 columns from `column`, a multiple of 8, on: x[2 j + e] is that of the column
-  // 8 j + 2 (lane % 4) + e further. All lanes of a warp, four of which share a row.
-  __device__ __forceinline__ void load(float (&x)[8], int row, int column) const {
-    const int lane = lane_id() % 4;
-    const int chunk = min_int(column + 8 * lane, columns - 8) / 8;  // this lane's eight columns
-    const uint4* const source = reinterpret_cast<const uint4*>(this->row(row));
-    if (type == BiasType::kF32) {
-      const uint4 low = __ldg(source + 2 * chunk);
-      const uint4 high = __ldg(source + 2 * chunk + 1);
-      uint32_t even[4] = {low.x, low.z, high.x, high.z};
-      uint32_t odd[4] = {low.y, low.w, high.y, high.w};
-      transpose_quad(even, lane);
-      transpose_quad(odd, lane);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        x[2 * j] = __uint_as_float(even[j]);
-        x[2 * j + 1] = __uint_as_float(odd[j]);
-      }
-    } else {
-      const uint4 eight = __ldg(source + chunk);
-      uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-      transpose_quad(words, lane);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = unpack(words[j]);
-        x[2 * j] = pair.x;
-        x[2 * j + 1] = pair.y;
-      }
-    }
-  }
+  __device__ __forceinline__ float2 unpack(uint32_t pair) const { return unpack_bias(type, pair); }
 
   // Two neighbouring columns, the first of them even, of 16 bits.
   __device__ __forceinline__ uint32_t load_word(int row, int column) const {

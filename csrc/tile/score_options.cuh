@@ -68,9 +68,11 @@ struct ScoreOptions {
   float slope;    // 0: none
 
   // Whether scores change at all; otherwise they stay q.k and the kernel scales them as ever.
+  // kDense: there may be a bias.
+  template <bool kDense = false>
   JAX_FLASH_HOST_DEVICE static bool any(const MhaParams& params) {
     return params.intervals.softcap != 0.0f || params.intervals.slopes != nullptr ||
-           params.intervals.bias.data != nullptr;
+           (kDense && params.intervals.bias.data != nullptr);
   }
 
   // Whether a row that has keys may yet see none of them.

@@ -15,8 +15,6 @@ from jax_flash._src.call import Backend, Call
 from jax_flash._src.config import OPERANDS, QKV, UNBOUNDED, AttentionConfig
 from jax_flash._src.flash_mha import flash_mha
 
-UNTRIED = "no GPU has run these kernels yet"
-
 NUMBERS: dict[str, Any] = {
     "is_causal": False,
     "window_size": None,
@@ -62,7 +60,7 @@ def run_primitive(
     config = config_of(call, implementations)
     if QKV in operands:
         heads = call.num_heads, call.num_kv_heads
-        if "cuda" in implementations and registry.extension().option_kernels:
+        if "cuda" in implementations:
             config = packed.packed(config, heads)
         else:
             operands = packed.split_named(heads, operands)
@@ -88,10 +86,6 @@ def cuda_supports(call: Call) -> str | None:
     if extension.missing is not None:
         return extension.missing
     is_f32 = str(call.dtype) == "float32"
-    if is_f32 and not extension.f32_kernels:
-        return (
-            f"query of dtype float32 is off unless JAX_FLASH_F32_KERNELS=1: {UNTRIED}"
-        )
     if plan.kernel_type(call.dtype, None) is None:
         return (
             f"query of dtype {call.dtype}: the kernels take bfloat16, float16 and "
@@ -100,8 +94,6 @@ def cuda_supports(call: Call) -> str | None:
     for name, text in options_of(call).items():
         if not plan.supported(name):
             return f"{text} is not supported by the kernels yet"
-        if plan.OPTIONS[name].switched and not extension.option_kernels:
-            return f"{text} is off unless JAX_FLASH_OPTION_KERNELS=1: {UNTRIED}"
     if clash := plan.clash(options_of(call)):
         return f"{clash} is not supported by the kernels yet"
     if call.bias is not None and call.bias.shape[-1] != call.key_length:

@@ -46,11 +46,6 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
     if str(query.dtype) not in plan.DTYPES:
         return f"query of dtype {query.dtype}: the kernel takes bfloat16 and float16"
     quantised = str(k_cache.dtype) in QUANTISED
-    if quantised and not extension.quantised_kernels:
-        return (
-            f"k_cache of dtype {k_cache.dtype}: the kernels for such caches are off "
-            "(JAX_FLASH_QUANTISED_KERNELS=1 switches them on)"
-        )
     if not quantised and k_cache.dtype != query.dtype:
         return (
             f"k_cache of dtype {k_cache.dtype}: the kernel takes that of query, "

@@ -4,8 +4,6 @@ The number of sequences and their lengths are not among these facts, so that a r
 depends neither on its neighbours nor on how many there are.
 """
 
-import os
-
 from jax_flash._src.config import UNBOUNDED
 
 SPLIT_UNIT = 64
@@ -33,8 +31,7 @@ def _least_keys(width: int, cache_bytes: int, rows: int) -> int:
     As csrc/decode/config.cuh has them, but for widths above 128, where one split unit
     is no less.
     """
-    # Until a GPU has measured both.
-    if os.environ.get("JAX_FLASH_DECODE_PLAN") == "old" or width > 128:
+    if width > 128:
         return SPLIT_UNIT
     of_warps = 4 * 16 if cache_bytes > 1 else 4 * 32
     return 2 * (of_warps if rows <= FEW_ROWS else 64)

@@ -68,7 +68,7 @@ Families and widths are in the order in which they are tried.
 """
 
 F32_HEAD_DIMS = {
-    "mha_fwd": ((64, 64), (128, 128), (256, 256)),
+    "mha_fwd": ((64, 64), (128, 128)),
     "mha_bwd": ((64, 64), (128, 128)),
 }
 """The same of kernels for float32, all of the family "sm80".
@@ -100,15 +100,12 @@ class Support:
       decode: whether the decode kernels take it, None where `decode_mha` has no such
         argument.
       intervals: whether it takes the kernels with intervals, see `intervals`.
-      switched: whether its kernels are off unless JAX_FLASH_OPTION_KERNELS=1 is in the
-        environment, because no GPU has run them yet.
     """
 
     kernels: tuple[str, ...] = ()
     cudnn: bool = False
     decode: bool | None = None
     intervals: bool = False
-    switched: bool = False
 
 
 FAMILIES = ("sm90", "sm80")
@@ -120,16 +117,16 @@ OPTIONS = {
     "key_value_seq_lengths": Support(FAMILIES),
     "return_lse": Support(FAMILIES, decode=True),
     "deterministic": Support(FAMILIES),
-    "softcap": Support(FAMILIES, decode=True, intervals=True, switched=True),
+    "softcap": Support(FAMILIES, decode=True, intervals=True),
     "sinks": Support(FAMILIES, decode=True),
-    "bias": Support(FAMILIES, intervals=True, switched=True),
-    "alibi_slopes": Support(FAMILIES, intervals=True, switched=True),
-    "mask": Support(FAMILIES, intervals=True, switched=True),
-    "q_segment_ids": Support(FAMILIES, intervals=True, switched=True),
-    "kv_segment_ids": Support(FAMILIES, intervals=True, switched=True),
-    "dropout_rate": Support(FAMILIES, intervals=True, switched=True),
-    "cu_seqlens_q": Support(FAMILIES, intervals=True, switched=True),
-    "cu_seqlens_k": Support(FAMILIES, intervals=True, switched=True),
+    "bias": Support(FAMILIES, intervals=True),
+    "alibi_slopes": Support(FAMILIES, intervals=True),
+    "mask": Support(FAMILIES, intervals=True),
+    "q_segment_ids": Support(FAMILIES, intervals=True),
+    "kv_segment_ids": Support(FAMILIES, intervals=True),
+    "dropout_rate": Support(FAMILIES, intervals=True),
+    "cu_seqlens_q": Support(FAMILIES, intervals=True),
+    "cu_seqlens_k": Support(FAMILIES, intervals=True),
 }
 """Every option of attention, by argument: the one table of what runs where."""
 
@@ -378,7 +375,8 @@ def queue_size(batch: int, length: int) -> int:
 
     `length` is the number of rows in a forward, that of keys in a backward.
     """
-    return QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
+    size = QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
+    return -(-size // 4) * 4  # what follows is aligned
 
 
 def merged_batch_dims(batches: Iterable[tuple[int, ...]]) -> int:

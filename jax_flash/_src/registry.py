@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -34,19 +33,12 @@ class Extension:
       kernels: the instantiations it holds; empty without an extension.
       build_info: CUDA version, architectures and compiler it was built with.
       force_sm80: whether JAX_FLASH_FORCE_SM80 keeps it from the "sm90" kernels.
-      quantised_kernels: whether decoding may use those for 8-bit caches.
-      option_kernels: whether attention may use what no GPU has run yet: the kernels for
-        options that `plan.OPTIONS` says are switched, and `mha_qkvpacked` in place.
-      f32_kernels: whether attention of float32 may use kernels, not run by any GPU yet.
       missing: why there is no extension, None if there is one.
     """
 
     kernels: tuple[plan.Kernel, ...] = ()
     build_info: tuple[tuple[str, str], ...] = ()
     force_sm80: bool = False
-    quantised_kernels: bool = True
-    option_kernels: bool = False
-    f32_kernels: bool = False
     missing: str | None = None
 
 
@@ -63,17 +55,7 @@ def _load() -> Extension:
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
-    # Until these kernels have passed on a GPU.
-    quantised = os.environ.get("JAX_FLASH_QUANTISED_KERNELS") == "1"
-    options = os.environ.get("JAX_FLASH_OPTION_KERNELS") == "1"
-    return Extension(
-        table,
-        info,
-        kernels.force_sm80(),
-        quantised_kernels=quantised,
-        option_kernels=options,
-        f32_kernels=os.environ.get("JAX_FLASH_F32_KERNELS") == "1",
-    )
+    return Extension(table, info, kernels.force_sm80())
 
 
 _assumed: list[Extension] = []
@@ -89,22 +71,13 @@ def assume_kernels(
     kernels: Iterable[plan.Kernel] = plan.KERNELS,
     *,
     force_sm80: bool = False,
-    option_kernels: bool = False,
-    f32_kernels: bool = False,
 ) -> Iterator[None]:
     """Lets calls be traced and lowered for CUDA as if `kernels` had been built.
 
-    `option_kernels` switches those on that JAX_FLASH_OPTION_KERNELS=1 does,
-    `f32_kernels` those of JAX_FLASH_F32_KERNELS=1.
     For tests of the lowering on machines without the extension; what is lowered inside
     cannot be run there.
     """
-    assumed = Extension(
-        tuple(kernels),
-        force_sm80=force_sm80,
-        option_kernels=option_kernels,
-        f32_kernels=f32_kernels,
-    )
+    assumed = Extension(tuple(kernels), force_sm80=force_sm80)
     _assumed.append(assumed)
     try:
         yield

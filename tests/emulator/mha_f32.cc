@@ -15,12 +15,11 @@ namespace {
 
 using namespace jax_flash;
 
-// The code of width 128 is that of 64 with other numbers.
 template <ElementType kType>
 cudaError_t launch_forward(const MhaFwdParams& params, const DeviceInfo& device) {
   return std::max(params.head_dim, params.head_dim_v) <= 64
              ? sm80::launch_mha_fwd<kType, 64, 64>(params, device, nullptr)
-             : sm80::launch_mha_fwd<kType, 256, 256>(params, device, nullptr);
+             : sm80::launch_mha_fwd<kType, 128, 128>(params, device, nullptr);
 }
 
 template <ElementType kType>

@@ -19,9 +19,6 @@ def configure() -> None:
     reads this file.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("JAX_FLASH_QUANTISED_KERNELS", "1")
-    os.environ.setdefault("JAX_FLASH_OPTION_KERNELS", "1")
-    os.environ.setdefault("JAX_FLASH_F32_KERNELS", "1")
     # The products of the oracle are small. Threads that wait for each other on busy
     # cores make them tens of times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

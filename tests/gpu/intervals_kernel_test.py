@@ -303,7 +303,7 @@ def test_repeats_are_equal(width: int, sorted_ids: bool) -> None:
 
 
 def test_kernels_are_chosen_by_themselves() -> None:
-    """With the switch on, calls need not name the implementation."""
+    """Calls need not name the implementation."""
     query, key, value = Spec(1, 128, 128, 2, 2, 64).arrays()
     explanation = explain(query, key, value, softcap=2.0)
     assert explanation.chosen["cuda"] == "cuda"

@@ -1,7 +1,4 @@
-"""`mha_qkvpacked` read in place by the kernels, against the kernels on the parts.
-
-Needs JAX_FLASH_OPTION_KERNELS=1 in the environment: the parts are copied otherwise.
-"""
+"""`mha_qkvpacked` read in place by the kernels, against the kernels on the parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +11,7 @@ import specs
 from gpu_helpers import assert_result
 
 from jax_flash import mha, mha_qkvpacked
-from jax_flash._src import packed, registry
-
-if not registry.extension().option_kernels:
-    pytest.skip("needs JAX_FLASH_OPTION_KERNELS=1", allow_module_level=True)
+from jax_flash._src import packed
 
 # (N, K, H): of a width that TMA reads, of one that needs sm80, of odd ones.
 HEADS = (

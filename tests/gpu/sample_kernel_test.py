@@ -131,7 +131,7 @@ def test_rows_over_several_blocks(dtype: str) -> None:
         for one, all_rows in zip(run(x[:batch]), whole, strict=True):
             np.testing.assert_array_equal(one, all_rows[:batch])
     logits = np.asarray(x[:8]).astype(np.float32)
-    ranked = np.argsort(-logits, axis=-1, stable=True)[:, :256]
+    ranked = np.argsort(-logits, axis=-1, kind="stable")[:, :256]
     np.testing.assert_array_equal(whole[-1][:8], ranked)
     np.testing.assert_array_equal(
         whole[-2][:8].astype(np.float32), np.take_along_axis(logits, ranked, 1)

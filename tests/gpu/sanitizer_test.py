@@ -39,11 +39,9 @@ def test_sanitizer(op: str, tool: str, family: str) -> None:
         pytest.skip("compute-sanitizer is not installed")
     # One allocation for each buffer, so that memcheck sees its end.
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    environment["JAX_FLASH_OPTION_KERNELS"] = "1"
     # Programs of many kernels become CUDA graphs, in which the tool crashes.
     flags = os.environ.get("XLA_FLAGS", "")
     environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
-    environment["JAX_FLASH_F32_KERNELS"] = "1"
     if family == "sm80":
         environment["JAX_FLASH_FORCE_SM80"] = "1"
     elif registry.extension().force_sm80:

@@ -1,0 +1,121 @@
+// What a consumer of the forward with intervals makes of scores that have options: soft cap, ALiBi.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/fwd_block.cuh"
+#include "sm90/fwd_softmax.cuh"
+#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "tile/score_options.cuh"
+
+namespace jax_flash::sm90 {
+
+// Of one thread, for a block of rows. `first_key` is a tile's.
+template <typename Config>
+struct FwdLogits {
+  static constexpr int kKeys = Config::kKeys;
+  static constexpr int kScores = kKeys / 2;
+
+  // If there are slopes, the keys that the two rows are aligned with, from this lane's first
+  // column.
+  int aligned[2];
+  // Scores have been found that the soft cap is not a polynomial for.
+  bool caps_exactly;
+
+  // Rows `row` and `row` + 8 of the block; those that are dropped get the place of one that is not.
+  __device__ __forceinline__ void begin(const FwdBlock<Config>& block, int row, bool first_dropped,
+                                        bool second_dropped) {
+    caps_exactly = false;
+    aligned[0] = aligned[1] = 0;
+    if (block.slope == 0.0f) return;
+    const bool dropped[2] = {first_dropped, second_dropped};
+    int last = -kMaxLength;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (dropped[h]) continue;
+      aligned[h] = block.mask.row(block.first_row + row + 8 * h).position;
+      last = max(last, aligned[h]);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      last = max(last, __shfl_xor_sync(0xffffffffu, last, step));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) aligned[h] = (dropped[h] ? last : aligned[h]) - fragment_column();
+  }
+
+  __device__ __forceinline__ float distance(int h, int first_key) const {
+    return static_cast<float>(aligned[h] - first_key);
+  }
+
+  // Whether a clean tile needs `apply`.
+  __device__ __forceinline__ bool is_special(float slope, int first_key) const {
+    return caps_exactly || (slope != 0.0f && any_before_last(first_key) && any_after(first_key));
+  }
+
+  // Scores become logits, wherever the keys are. kTries: by the polynomial, if it holds; not where
+  // it has just failed, since one more copy of it would not be worth its code.
+  template <bool kTries>
+  __device__ __forceinline__ void apply(float (&s)[kScores], const MhaFwdParams& params,
+                                        const FwdPlan& plan, float slope, int first_key) const {
+    constexpr float kLn2 = 0.693147181f;
+    const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, slope};
+    const bool capped =
+        kTries && options.softcap != 0.0f && RowSoftmax<Config>::all_inside(s, plan.capped);
+    if (capped) {
+      uint32_t outside = 0;
+      RowSoftmax<Config>::cap(s, plan.capped, outside);
+    }
+    const float factor = capped ? kLn2 : options.scale;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] *= factor;
+    if (!capped && options.softcap != 0.0f) {
+      // With kDense not kept through the loop: registers are few.
+      const float softcap =
+          Config::kDense ? __uint_as_float(ptx::fresh_address(__float_as_uint(options.softcap)))
+                         : options.softcap;
+      const float inverse = ScoreOptions{options.scale, softcap, options.slope}.inverse();
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = options.cap(s[i], inverse);
+    }
+    if (options.slope != 0.0f) {
+      const float distances[2] = {distance(0, first_key), distance(1, first_key)};
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        s[i] = options.biased(s[i], distances[i / 2 % 2] - static_cast<float>(i / 4 * 8 + i % 2));
+      }
+    }
+  }
+
+  // Exponentials of a clean tile that is not special; see RowSoftmax.
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores],
+                                               const RowSoftmax<Config>& softmax,
+                                               const MhaFwdParams& params, const FwdPlan& plan,
+                                               float slope, int first_key, float (&tile_sum)[2],
+                                               uint32_t& outside) const {
+    const bool has_cap = params.intervals.softcap != 0.0f;
+    if (has_cap && slope == 0.0f) {
+      return softmax.capped_exponentials(s, plan.capped, tile_sum, outside);
+    }
+    if (has_cap) softmax.cap(s, plan.capped, outside);
+    const LinearBias bias = LinearBias::make(slope, any_after(first_key));
+    const float distances[2] = {distance(0, first_key), distance(1, first_key)};
+    return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
+                                       tile_sum, outside);
+  }
+
+ private:
+  // Whether some row of the warp is aligned with a key after the tile's first (before its last).
+  __device__ __forceinline__ bool any_after(int first_key) const {
+    return __any_sync(0xffffffffu, max(aligned[0], aligned[1]) > first_key);
+  }
+  __device__ __forceinline__ bool any_before_last(int first_key) const {
+    return __any_sync(0xffffffffu, min(aligned[0], aligned[1]) < first_key + kKeys - 7);
+  }
+};
+
+}  // namespace jax_flash::sm90
