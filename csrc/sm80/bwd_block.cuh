@@ -45,8 +45,8 @@ struct BwdBlock {
   const Element16* dout;
   const float* row_lse;
   const float* row_delta;
-  int batch;        // these three: with intervals
-  int padded_rows;  // of a head, in row_lse
+  int batch;        // with intervals
+  int padded_rows;  // these two with what is dense: of a head, in row_lse
   bool hides;       // whether rows that have keys may see none
 };
 
@@ -93,8 +93,10 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
       block.rows.first += Config::kRows;
     }
     block.batch = batch;
-    block.padded_rows = bwd_padded_rows(params.query_length);
-    block.hides = ScoreOptions::hides(params);
+    if constexpr (Config::kDense) {
+      block.padded_rows = bwd_padded_rows(params.query_length);
+      block.hides = ScoreOptions::hides(params);
+    }
   } else {
     if (block.rows.first < block.rows.end) {
       block.rows.first = block.rows.first / Config::kRows * Config::kRows;
@@ -166,12 +168,16 @@ __device__ __forceinline__ void copy_query_rows(const BwdBlock<Config>& block, u
                                                 BwdStep step, int width, int alignment) {
   const int row = step.row;
   if constexpr (Config::kIntervals) {
-    if (block.hides || block.mask.dead_rows(row, row + Config::kRows)) {
-      const float* const lse = block.row_lse + step.head * int64_t{block.padded_rows};
+    const bool hides = Config::kDense && block.hides;
+    if (hides || block.mask.dead_rows(row, row + Config::kRows)) {
       const auto is_live = [&](int row) {
+        if constexpr (Config::kDense) {
+          // Written by bwd_prepare: infinite where a row sees nothing.
+          const float* const lse = block.row_lse + step.head * int64_t{block.padded_rows};
+          if (lse[row] == __builtin_huge_valf()) return false;
+        }
         const KeyInterval keys = block.mask.interval(row);
-        // Written by bwd_prepare: infinite where a row sees nothing.
-        return keys.first < keys.end && lse[row] < __builtin_huge_valf();
+        return keys.first < keys.end;
       };
       copy_live_rows<Config::kRows, kWidth, Config::kThreads, Config::kWide>(
           tile, operand, row_stride, row, width, is_live);

@@ -67,7 +67,7 @@ inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.
 template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles,
-          bool kIntervalsArg = false>
+          bool kIntervalsArg = false, bool kDenseArg = false>
 struct BwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kF32 = element_bytes(kType) == 4;
@@ -79,6 +79,7 @@ struct BwdConfig {
   static constexpr int kHeadDimV = kUnits * kColumnsV;
   static constexpr bool kWide = kWideArg;
   static constexpr bool kIntervals = kIntervalsArg;
+  static constexpr bool kDense = kDenseArg;  // with intervals: biases, masks of bits or dropout
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   static constexpr int kRows = kTiles.rows;
   static constexpr int kKeys = kTiles.keys;

@@ -15,7 +15,6 @@
 #include "sm80/bwd_config.cuh"
 #include "sm80/bwd_warp.cuh"
 #include "tile/copy.cuh"
-#include "tile/dropout.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm80 {
@@ -117,15 +116,12 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     Warp::multiply_keys(scores, query_tile, key_tile);
     bool options = false;
     if constexpr (Config::kIntervals) {
-      options =
-          ScoreOptions::any(params) || ScoreOptions::hides(params) || params.intervals.dropout != 0;
+      options = Config::kDense || ScoreOptions::any(params);
       if (options) {
         const int head = block.kv_head * plan.group + step.head;
         Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,
                                    lses, ScoreOptions::make(params, block.batch, head),
-                                   Dropout::make(params, block.batch, head),
-                                   BiasRows::make(params, block.batch, head),
-                                   MaskRows::make(params, block.batch, head), probability_tile);
+                                   Warp::dense_of(params, block.batch, head), probability_tile);
       }
     }
     if (!options) {
@@ -146,7 +142,7 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     typename Warp::Scores dscores;
     Warp::multiply_values(dscores, dout_tile, tiles + Config::kValueOffset,
                           lses + 4 * Config::kRows);
-    if (Config::kIntervals && params.intervals.dropout != 0) {
+    if (Config::kDense && params.intervals.dropout != 0) {
       Warp::multiply_dropped(dscores, scores, lses + 4 * Config::kRows,
                              params.intervals.kept_scale);
     } else {
@@ -159,7 +155,7 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
         }
       }
     }
-    if constexpr (Config::kIntervals) {
+    if constexpr (Config::kDense) {
       if (params.dbias.data != nullptr) {
         const int head = block.kv_head * plan.group + step.head;
         Warp::add_bias_gradients(BiasGradient::make(params, block.batch, head), dscores, step.row,
@@ -254,7 +250,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       params.f32_dkey, params.head_dim / Config::kUnits);
   store_gradient<Config, typename Config::ValueLayout, Config::kHeadDimV>(
       params, block, tiles + Config::kValueOffset, warp.dvalue,
-      Config::kIntervals ? params.intervals.kept_scale : 1.0f, params.dvalue, params.f32_dvalue,
+      Config::kDense ? params.intervals.kept_scale : 1.0f, params.dvalue, params.f32_dvalue,
       params.head_dim_v / Config::kUnits);
 }
 

@@ -81,6 +81,16 @@ cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cud
                     rows_aligned_16(params.dout, params.head_dim_v) &&
                     rows_aligned_16(params.dkey, params.head_dim) &&
                     rows_aligned_16(params.dvalue, params.head_dim_v);
+  if constexpr (kIntervals) {
+    if (is_dense(params.intervals)) {
+      using WideDense = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall, true, true>;
+      using NarrowDense = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall, true, true>;
+      error = wide ? launch_main<WideDense>(params, device, stream)
+                   : launch_main<NarrowDense>(params, device, stream);
+      if (error != cudaSuccess) return error;
+      return launch_bwd_finish<Element, DquerySum<kHeadDim>>(params, stream);
+    }
+  }
   if (!wide) {
     error = launch_main<Narrow>(params, device, stream);
   } else if (shared_limit(device.compute_capability) >= Large::kSharedBytes) {

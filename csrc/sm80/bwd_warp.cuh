@@ -134,13 +134,26 @@ struct BwdWarp {
     }
   }
 
+  // Of one query head, with Config::kDense.
+  struct Dense {
+    Dropout dropout;
+    BiasRows bias;
+    MaskRows bits;
+  };
+  static __device__ __forceinline__ Dense dense_of(const MhaParams& params, int batch, int head) {
+    if constexpr (!Config::kDense) return {};
+    return {Dropout::make(params, batch, head), BiasRows::make(params, batch, head),
+            MaskRows::make(params, batch, head)};
+  }
+
   // The same for scores with options, and store_scores of the probabilities to `tile`. Scores
   // become probabilities times derivatives of logits by scores, what gradients are multiplied by;
   // negative where dropout drops, and then the probability in the tile is 0.
-  static __device__ __forceinline__ void softmax_with_options(
-      Scores& scores, const IntervalMask& mask, int row, int key, uint32_t lses,
-      const ScoreOptions& options, const Dropout& dropout, const BiasRows& bias,
-      const MaskRows& bits, uint32_t tile) {
+  static __device__ __forceinline__ void softmax_with_options(Scores& scores,
+                                                              const IntervalMask& mask, int row,
+                                                              int key, uint32_t lses,
+                                                              const ScoreOptions& options,
+                                                              const Dense& dense, uint32_t tile) {
     const uint32_t address = score_address(tile);
     row += score_row() + fragment_row();
     key += score_key() + fragment_column();
@@ -148,7 +161,8 @@ struct BwdWarp {
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
       KeptScores<kScoreTiles> kept;
-      if (dropout.threshold != 0) kept.draw(dropout, row + 16 * i, key - fragment_column());
+      const bool drops = Config::kDense && dense.dropout.threshold != 0;
+      if (drops) kept.draw(dense.dropout, row + 16 * i, key - fragment_column());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const RowRecord record = mask.row(row + 16 * i + 8 * h);
@@ -157,10 +171,12 @@ struct BwdWarp {
         for (int j = 0; j < kScoreTiles; ++j) {
           const int key_pair = key + 8 * j;
           float2 biases = make_float2(0.0f, 0.0f);
-          if (bias.data != nullptr) biases = bias.load_pair(row + 16 * i + 8 * h, key_pair);
+          if (Config::kDense && dense.bias.data != nullptr) {
+            biases = dense.bias.load_pair(row + 16 * i + 8 * h, key_pair);
+          }
           uint32_t word = ~0u;
-          if (bits.data != nullptr) {
-            word = bits.word(row + 16 * i + 8 * h, key_pair) >> (key_pair % 32);
+          if (Config::kDense && dense.bits.data != nullptr) {
+            word = dense.bits.word(row + 16 * i + 8 * h, key_pair) >> (key_pair % 32);
           }
           float probabilities[2];
 #pragma unroll
@@ -168,15 +184,14 @@ struct BwdWarp {
             float& score = scores[i][j][2 * h + e];
             const int column = key + 8 * j + e;
             const float capped = options.capped(score);
-            const float logit =
-                options.biased(capped, static_cast<float>(record.position - column)) +
-                (e == 0 ? biases.x : biases.y);
+            float logit = options.biased(capped, static_cast<float>(record.position - column));
+            if constexpr (Config::kDense) logit += e == 0 ? biases.x : biases.y;
             const bool seen = column >= record.first && column < record.end &&
                               (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
             probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
             score = probabilities[e] * options.derivative(capped);
-            if (dropout.threshold != 0 && !kept(j, h, e)) {
+            if (drops && !kept(j, h, e)) {
               probabilities[e] = 0.0f;
               score = -fabsf(score);
             }

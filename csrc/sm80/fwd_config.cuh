@@ -75,7 +75,7 @@ constexpr FwdTiles narrow_tiles(FwdTiles tiles) {
 // kWideArg: the rows of all operands start at multiples of 16 bytes. kIntervalsArg: the mask is
 // data, and scores may have options.
 template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, FwdTiles kTiles,
-          bool kIntervalsArg = false>
+          bool kIntervalsArg = false, bool kDenseArg = false>
 struct FwdConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kF32 = element_bytes(kType) == 4;
@@ -85,6 +85,7 @@ struct FwdConfig {
   static constexpr int kHeadDimV = kUnits * kHeadDimVArg;
   static constexpr bool kWide = kWideArg;
   static constexpr bool kIntervals = kIntervalsArg;
+  static constexpr bool kDense = kDenseArg;  // with intervals: biases, masks of bits or dropout
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   static constexpr int kBlocks = kTiles.blocks;
   static constexpr int kWarps = kTiles.warps;

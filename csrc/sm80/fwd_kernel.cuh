@@ -225,15 +225,15 @@ struct BlockState {
   const Element16* value;
   int end_key;  // of the keys that the block sees
   WarpKeys warp_keys[Config::kWarps];
-  ScoreOptions options;  // these two: of calls with intervals
-  Dropout dropout;
+  ScoreOptions options;  // of calls with intervals
+  Dropout dropout;       // of calls with what is dense
 };
 
 // Of the exponentials.
 template <typename Config>
 __device__ __forceinline__ SoftmaxScale softmax_scale(const MhaFwdParams& params) {
   if constexpr (Config::kIntervals) {
-    return exponent_scale(params);
+    return exponent_scale<Config::kDense>(params);
   } else {
     return params.scale;
   }
@@ -273,7 +273,7 @@ __device__ __forceinline__ void finish_warp(const MhaFwdParams& params,
         // Such a row's sums are anything, if there are tiles that all others see.
         const KeyInterval keys = state.mask.interval(warp_row + row);
         dead = keys.first >= keys.end;
-        inverse *= params.intervals.kept_scale;
+        if constexpr (Config::kDense) inverse *= params.intervals.kept_scale;
         if (dead) {
           inverse = 0.0f;
 #pragma unroll
@@ -390,7 +390,7 @@ __device__ __forceinline__ bool start_block(const MhaFwdParams& params, BlockSta
     state.end_key = keys.end;
     if constexpr (Config::kIntervals) {
       state.options = ScoreOptions::make(params, at.batch, at.head);
-      state.dropout = Dropout::make(params, at.batch, at.head);
+      if constexpr (Config::kDense) state.dropout = Dropout::make(params, at.batch, at.head);
     }
   }
   if (lane_id() == 0) {
@@ -465,9 +465,9 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     if (active) {
       bool scaled = params.scale.first != 1.0f;
       if constexpr (Config::kIntervals) {
-        if (ScoreOptions::any(params)) {
+        if (ScoreOptions::any<Config::kDense>(params)) {
           apply_options(scores, state.options, state.mask, this_row(), key + fragment_column());
-          if (params.intervals.bias.data != nullptr) {
+          if (Config::kDense && params.intervals.bias.data != nullptr) {
             add_bias(scores, BiasRows::make(params, state.at.batch, state.at.head), this_row(),
                      key + fragment_column());
           }
@@ -481,7 +481,7 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
           [[unlikely]] {
         Warp::apply_mask(scores, state.mask, this_row(), key);
       }
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kDense) {
         if (params.intervals.mask.data != nullptr) {
           for_hidden<Warp::kBlocks, Warp::kScoreTiles>(
               MaskRows::make(params, state.at.batch, state.at.head), this_row(),
@@ -490,7 +490,7 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
         }
       }
       warp.softmax.update(scores, warp.out, softmax_scale<Config>(params));
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kDense) {
         if (params.intervals.dropout != 0) drop(scores, state.dropout, this_row(), key);
       }
       warp.multiply_values(scores, stage_of(key) + Config::kKeyBytes);

@@ -66,8 +66,15 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
   constexpr FwdTiles kTiles = fwd_tiles<kType, kHeadDim, kHeadDimV>();
+  constexpr FwdTiles kNarrow = narrow_tiles(kTiles);
+  if (is_dense(params.intervals)) {  // which takes registers, too
+    using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kNarrow, true, true>;
+    using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, kNarrow, true, true>;
+    return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
+                                   : launch<Narrow>(params, device, stream);
+  }
   using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles, true>;
-  using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, narrow_tiles(kTiles), true>;
+  using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, kNarrow, true>;
   return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
                                  : launch<Narrow>(params, device, stream);
 }

@@ -17,8 +17,9 @@
 namespace jax_flash::sm80 {
 
 // Of the exponentials.
+template <bool kDense>
 __device__ __forceinline__ SoftmaxScale exponent_scale(const MhaParams& params) {
-  return ScoreOptions::any(params) ? SoftmaxScale::make(1.0f) : params.scale;
+  return ScoreOptions::any<kDense>(params) ? SoftmaxScale::make(1.0f) : params.scale;
 }
 
 // Scores q.k become logits.

@@ -146,9 +146,12 @@ struct BwdAdder {
       const int heads = block.query_heads;
       int in_sum = block.in_sum;
 #pragma unroll 1
-      for (int head = 0; head < heads; ++head) {
+      for (int head = 0; head < (Config::kDense ? block.query_heads : heads); ++head) {
+        // With kDense read again: registers are fewer.
+        const auto end = [&] { return Config::kDense ? block.first_tile + block.tiles : end_tile; };
 #pragma unroll 1
-        for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) {
+        for (int tile = Config::kDense ? block.first_tile : first_tile; tile < end();
+             ++tile, ++in_sum) {
           if constexpr (Config::kIntervals) {
             if (!block.meets(tile)) continue;
           }

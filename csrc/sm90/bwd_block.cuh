@@ -15,6 +15,7 @@
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
 #include "tile/schedule.cuh"
+#include "tile/score_arrays.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -49,13 +50,35 @@ struct BwdPlan {
 struct BwdIntervalBlock {
   const float* slopes;  // of the sequence's query heads, or null
   bool dead_keys;       // whether there are keys that may hold anything
-  bool hides;           // whether rows that have keys may see none
 };
 struct BwdPlainBlock {};
 
+// With what is dense, of the sequence: first entries, or null. Heads are added in the steps.
+struct BwdDenseBlock {
+  const unsigned char* bias;
+  const uint32_t* bits;
+  const uint32_t* seeds;
+  float* dbias;
+
+  __device__ __forceinline__ void begin(const MhaBwdParams& params, int batch) {
+    ptx::forget_memory();  // the producer has few registers
+    bias = BiasRows::make(params, batch, 0).data;
+    ptx::forget_memory();
+    bits = MaskRows::make(params, batch, 0).data;
+    ptx::forget_memory();
+    seeds = params.intervals.seeds;
+    if (seeds != nullptr) seeds += batch_offset(params.intervals.seed_strides, batch, params);
+    ptx::forget_memory();
+    dbias = BiasGradient::make(params, batch, 0).data;
+    ptx::forget_memory();
+  }
+};
+struct NothingDense {};
+
 // The producer writes it to shared memory, the consumers read it there.
 template <typename Config>
-struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPlainBlock> {
+struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPlainBlock>,
+                  std::conditional_t<Config::kDense, BwdDenseBlock, NothingDense> {
   // Of queries, for each query head; negative: there are no more blocks. With intervals some of
   // them may be passed over.
   int tiles;
@@ -88,24 +111,24 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
 template <typename Config>
 struct BwdStep {
   float slope;  // of its query head
-  int head;     // that
-  int row;      // the first
   bool dead;    // whether some queries may hold anything
   bool mixed;   // whether ids count
   bool clean[Config::kWarpgroups];
 };
 
+// The same with what is dense: the query head, and the first query.
+struct BwdDenseStep {
+  int head;
+  int row;
+};
+
 template <typename Config>
-__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int row,
+__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
                                           BwdStep<Config>& step) {
-  step.head = head;
-  step.row = row;
-  ptx::forget_memory();  // the producer has few registers
-  const int tile = row / Config::kRows;
   step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
   const RowTile& rows = block.mask.row_tiles[tile];
   step.mixed = rows.mixed != 0;
-  const bool dead = rows.dead != 0 || block.hides;
+  const bool dead = rows.dead != 0;
   step.dead = dead;
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
@@ -142,7 +165,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     if (view.slopes != nullptr) {
       block.slopes += batch_offset(view.slope_strides, block.batch, params);
     }
-    block.hides = ScoreOptions::hides(params);
+    if constexpr (Config::kDense) block.begin(params, block.batch);
     block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
   } else {
     block.keys = max(block.mask.key_length - block.first_key, 0);
@@ -159,9 +182,8 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     const int first_key = block.first_key + Config::kKeyStep * w;
     const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
-    // Any other scale goes through the careful path, which multiplies it in; masks and biases do.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f ||
-                      (Config::kIntervals && ScoreOptions::hides(params));
+    // Any other scale goes through the careful path, which multiplies it in.
+    const bool none = all.first >= all.end || params.scale.first != 1.0f;
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;

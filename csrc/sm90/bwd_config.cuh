@@ -15,10 +15,11 @@ namespace jax_flash::sm90 {
 // kRowsArg: queries of a tile; two warpgroups own 64 keys each. kDeterministicArg: blocks of work
 // add to dQ in an order; with intervals the call says so. MaskArg: RowMask or IntervalMask.
 template <ElementType kTypeArg, int kHeadDimArg, int kRowsArg, bool kDeterministicArg,
-          typename MaskArg = RowMask>
+          typename MaskArg = RowMask, bool kDenseArg = false>
 struct BwdConfig {
   using Mask = MaskArg;
   static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
+  static constexpr bool kDense = kDenseArg;  // with intervals: biases, masks of bits or dropout
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
@@ -39,8 +40,8 @@ struct BwdConfig {
   static constexpr int kScoreWarps = kConsumerWarps;  // that write dS
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kDense ? 40 : 24;
+  static constexpr int kConsumerRegisters = kDense ? 232 : 240;
 
   // Named barriers, one for each stage, at which the consumers give queries and output gradients
   // back to the producer's warp. The ones before: turns and warpgroups (bwd_consumer.cuh).

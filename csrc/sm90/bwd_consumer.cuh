@@ -15,8 +15,9 @@
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_clean_scores.cuh"
 #include "sm90/bwd_config.cuh"
-#include "sm90/bwd_interval_scores.cuh"
+#include "sm90/bwd_dense.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/bwd_store.cuh"
 #include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -218,11 +219,13 @@ struct BwdConsumer {
   __device__ __forceinline__ void clear_dead_rows(const BwdBlock<Config>& block,
                                                   int first_row) const {
     if constexpr (Config::kIntervals) {
-      if (!shared.steps[stage()].dead) return;
+      const bool hides = Config::kDense && ScoreOptions::hides(params);
+      if (!hides && !shared.steps[stage()].dead) return;
       const RowRecord* const records = shared.records[stage()];
       const float* const lse = shared.row_lse[stage()];
       const auto is_dead = [&](int row) {
-        return records[row].first >= records[row].end || lse[row] == __builtin_huge_valf();
+        if (Config::kDense && lse[row] == __builtin_huge_valf()) return true;
+        return records[row].first >= records[row].end;
       };
       clear_rows_if<QueryLayout>(query_tile(), kRows, is_dead);
       clear_rows_if<DoutLayout>(dout_tile(), kRows, is_dead);
@@ -256,46 +259,99 @@ struct BwdConsumer {
     }
   }
 
+  __device__ __forceinline__ BwdDense<Config> dense(const BwdBlock<Config>& block) const {
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
+    return {params,
+            block,
+            shared.steps[stage()],
+            shared.dense_steps[stage()],
+            shared.records[stage()],
+            block.first_key + Config::kKeyStep * warpgroup + 16 * warp};
+  }
+
   __device__ __forceinline__ CleanScores<Config> clean_scores(const BwdBlock<Config>& block) const {
     return {params, plan, shared.records[stage()], shared.steps[stage()].slope,
             block.first_key + Config::kKeyStep * warpgroup};
   }
 
-  __device__ __forceinline__ IntervalScores<Config> interval_scores(
-      const BwdBlock<Config>& block) const {
+  // With intervals, where a tile is not clean: P = 2^(S - lse) of this step's queries, and P times
+  // the derivatives of the logits. s is used up. kOptions: whether scores have options.
+  template <bool kOptions>
+  __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
+                                                             uint32_t (&weights)[kScores / 2],
+                                                             float (&s)[kScores],
+                                                             const float2 (&early)[kEarlyLoads],
+                                                             const BwdBlock<Config>& block) const {
+    const BwdStep<Config>& step = shared.steps[stage()];
+    const ScoreOptions options = {params.scale.first * params.scale.second,
+                                  params.intervals.softcap, step.slope};
+    const float inverse = options.inverse();
+    const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
     const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
-    return {params, block, shared.steps[stage()], shared.records[stage()],
-            block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row()};
+    const int first_key =
+        block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
+    const bool mixed = step.mixed;
+    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
+                        mixed ? block.mask.id(first_key + 8) : 0};
+    const RowRecord* const records = shared.records[stage()] + fragment_column();
+    const float* const lse = lse_columns();
+#pragma unroll
+    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
+    if (kOptions && options.softcap != 0.0f) {
+#pragma unroll
+      for (float& score : s) score = options.cap(score, inverse);
+    }
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      float probability[2][2];
+      float weight[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const RowRecord row = records[8 * j + e];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int key = first_key + 8 * h;
+          float score = s[4 * j + 2 * h + e];
+          float derivative = 1.0f;
+          if constexpr (kOptions) {
+            derivative = options.derivative(score, inverse);
+            score = options.biased(score, static_cast<float>(row.position - key));
+          }
+          const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
+          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
+          probability[h][e] = seen ? power : 0.0f;
+          weight[h][e] = probability[h][e] * derivative;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
+        weights[2 * j + h] =
+            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
+      }
+    }
   }
 
-  // P = 2^(S - lse) of this step's queries, from `first_row` on, less what dropout drops. weights:
-  // what dS is a multiple of, P unless scores have options; see IntervalScores::drop. s is used up.
+  // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
+  // P unless scores have options. s is used up.
   template <bool kClean>
   __device__ __forceinline__ void take_probabilities(
       uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2], float (&s)[kScores],
       const float2 (&early)[kEarlyLoads], const BwdBlock<Config>& block, int first_row) const {
-    if (kClean && Config::kIntervals && ScoreOptions::any(params)) {
-      clean_scores(block).take(p, weights, s, early, lse_columns());
-    } else if constexpr (kClean || !Config::kIntervals) {
+    if constexpr (Config::kDense) return dense(block).take(p, weights, s, early, lse_columns());
+    if constexpr (kClean && Config::kIntervals) {
+      const CleanScores<Config> scores = clean_scores(block);
+      if (ScoreOptions::any(params)) return scores.take(p, weights, s, early, lse_columns());
+    }
+    if constexpr (kClean || !Config::kIntervals) {
       take_exponentials<kClean>(p, s, early, block, first_row);
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
+    } else if (ScoreOptions::any(params)) {
+      take_interval_exponentials<true>(p, weights, s, early, block);
     } else {
-      const IntervalScores<Config> scores = interval_scores(block);
-      const bool biased = params.intervals.bias.data != nullptr;
-      if (biased && params.intervals.bias.type == BiasType::kF32) {
-        scores.template take_exponentials<true, Bias::k32>(p, weights, s, early, lse_columns());
-      } else if (biased) {
-        scores.template take_exponentials<true, Bias::k16>(p, weights, s, early, lse_columns());
-      } else if (ScoreOptions::any(params)) {
-        scores.template take_exponentials<true>(p, weights, s, early, lse_columns());
-      } else {
-        scores.template take_exponentials<false>(p, weights, s, early, lse_columns());
-      }
-      if (params.intervals.mask.data != nullptr) scores.hide(p, weights);
-    }
-    if constexpr (Config::kIntervals) {
-      if (params.intervals.dropout != 0) interval_scores(block).drop(p, weights);
+      take_interval_exponentials<false>(p, weights, s, early, block);
     }
   }
 
@@ -333,23 +389,19 @@ struct BwdConsumer {
                                                        const float2 (&early)[kEarlyLoads],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
-    if constexpr (Config::kIntervals) {
-      if (params.dbias.data != nullptr) {
-        interval_scores(block).add_bias_gradients(p, dp, early, delta);
-      }
-      if (params.intervals.dropout != 0) {
-        take_dropped_gradients<Config>(ds, p, dp, early, delta, params.intervals.kept_scale);
-        return;
-      }
-    }
+    if constexpr (Config::kDense) {
+      dense(block).take_gradients(ds, p, dp, early, delta);
+    } else {
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+      for (int j = 0; j < kRows / 8; ++j) {
+        const float2 x =
+            j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
-        ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
-                                                probability.y * (dp[4 * j + 2 * h + 1] - x.y));
+        for (int h = 0; h < 2; ++h) {
+          const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
+          ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
+                                                  probability.y * (dp[4 * j + 2 * h + 1] - x.y));
+        }
       }
     }
   }
@@ -370,18 +422,24 @@ struct BwdConsumer {
     uint32_t ds[kScores / 2];
     ptx::wgmma_fence();
     issue_scores(s, fresh_key_tile() + own * 128, query_tile());
-    issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
+    const auto issue_value_scores = [&] {
+      issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
+    };
+    // What is dense takes the registers that dP beside S and P would need.
+    constexpr bool kOneByOne = Config::kDense && Config::kHeadDim > 64;
+    if constexpr (!kOneByOne) issue_value_scores();
     pass_turn(warpgroup == 1 || !first);
 
     float2 early[kEarlyLoads];
     load_early(early, lse_columns());
-    ptx::wgmma_wait_group<1>();
+    ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     take_probabilities<kClean>(p, weights, s, early, block, first_row);
     ptx::wgmma_fence();
+    if constexpr (kOneByOne) issue_value_scores();
     issue_gradient(dvalue, p, dout_tile());
 
     load_early(early, delta_columns());
-    ptx::wgmma_wait_group<1>();
+    ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     take_score_gradients(ds, weights, dp, early, block);
     wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
     store_scores(ds);
@@ -389,9 +447,7 @@ struct BwdConsumer {
     warp_arrive(shared.score_full[steps % 2]);
 
     take_turn();
-    // Computed anew where registers are few.
-    const uint32_t now = Config::kIntervals && !kClean ? ptx::fresh_address(steps) : steps;
-    wait(shared.score_full[(now + 1) % 2], now / 2 % 2);
+    wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
     float dquery[kSums];
     ptx::wgmma_fence();
     // In the first step of a block of what lies there from the block before: dropped.
@@ -423,52 +479,14 @@ struct BwdConsumer {
 
   // Of the gradient of values: P of what dropout keeps is larger.
   __device__ __forceinline__ float value_factor() const {
-    if constexpr (Config::kIntervals) return params.intervals.kept_scale;
-    return 1.0f;
+    return Config::kDense ? params.intervals.kept_scale : 1.0f;
   }
 
-  // One gradient, keys by width, to its place in global memory.
   template <int kCount>
   __device__ __forceinline__ void store_gradient(const float (&grad)[kCount], float factor,
                                                  void* out, bool f32, int width,
                                                  const BwdBlock<Config>& block) const {
-    const int lane = lane_id() % 4;
-    const int first = block.first_key + Config::kKeyStep * warpgroup +
-                      static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = first + 8 * h;
-      const bool exists = key < params.key_length;
-      const int64_t row =
-          ((int64_t{block.out_batch} * params.key_length + key) * params.kv_heads + block.head) *
-          width;
-      if (f32) {
-        float* const target = static_cast<float*>(out) + row + 2 * lane;
-#pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          if (exists && 8 * j < width) {
-            *reinterpret_cast<float2*>(target + 8 * j) =
-                make_float2(factor * grad[4 * j + 2 * h], factor * grad[4 * j + 2 * h + 1]);
-          }
-        }
-        continue;
-      }
-      Element16* const target = static_cast<Element16*>(out) + row + 8 * lane;
-#pragma unroll
-      for (int group = 0; group < kCount / 16; ++group) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = 16 * group + 4 * j + 2 * h;
-          words[j] = ptx::cvt_rn_x2<Element>(factor * grad[i], factor * grad[i + 1]);
-        }
-        transpose_quad(words, lane);
-        if (exists && 32 * group + 8 * lane < width) {
-          *reinterpret_cast<uint4*>(target + 32 * group) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
+    store_key_gradient(grad, factor, out, f32, width, block, params, warpgroup);
   }
 
   // The keys and values of a block are there, and nothing else is read with them.
@@ -494,6 +512,11 @@ struct BwdConsumer {
   template <typename Step>
   __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
     int left = block.steps;
+    if constexpr (Config::kDense) {
+#pragma unroll 1
+      for (; left > 0; --left) step.template operator()<false>(0, left == block.steps);
+      return;
+    }
     const auto is_clean = [&] {
       wait(shared.query_full[stage()], parity());
       return shared.steps[stage()].clean[warpgroup] && clean_scores(block).on_one_side();

@@ -31,9 +31,10 @@ template <typename Config>
 struct ConsumerOf {
   using Type = BwdConsumer<Config>;
 };
-template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask>
-struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>> {
-  using Config = BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask>;
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kDeterministic, typename Mask,
+          bool kDense>
+struct ConsumerOf<BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask, kDense>> {
+  using Config = BwdWideConfig<kType, kHeadDim, kHeadDimV, kDeterministic, Mask, kDense>;
   using Type =
       std::conditional_t<Config::kPaired, BwdPairedConsumer<Config>, BwdWideConsumer<Config>>;
 };

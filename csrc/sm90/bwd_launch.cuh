@@ -234,13 +234,17 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
-  if constexpr (kHeadDim > 128) {
-    return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask>>(
-        params, device, stream);
-  } else {
-    return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask>>(
-        params, device, stream);
-  }
+  const auto launch = [&]<bool kDense>() {
+    if constexpr (kHeadDim > 128) {
+      return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask, kDense>>(
+          params, device, stream);
+    } else {
+      return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask, kDense>>(
+          params, device, stream);
+    }
+  };
+  return is_dense(params.intervals) ? launch.template operator()<true>()
+                                    : launch.template operator()<false>();
 }
 
 }  // namespace jax_flash::sm90

@@ -131,22 +131,15 @@ struct BwdProducer {
     using QueryLayout = typename Config::QueryLayout;
     using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int64_t first_state =
-        (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
-    const auto state = [&] {
-      if constexpr (Config::kIntervals) {
-        ptx::forget_memory();  // computed anew: registers are few
-        return (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
-      }
-      return first_state;
-    };
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
     wait_queries_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
       if constexpr (Config::kIntervals) {
         constexpr int kRecordBytes = sizeof shared.records[0];
-        make_step(block, head, row, shared.steps[stage]);
+        make_step(block, head, row / Config::kRows, shared.steps[stage]);
+        if constexpr (Config::kDense) shared.dense_steps[stage] = {head, row};
         ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes + kRecordBytes);
         ptx::bulk_load(ptx::shared_address(shared.records[stage]), block.mask.row_records + row,
                        kRecordBytes, barrier);
@@ -157,7 +150,7 @@ struct BwdProducer {
                              &plan.query, barrier, shared.query_open[stage], Config::kStages, row,
                              head,
                              batch_coordinate(params.query, block.batch, params, plan.inner_batch));
-      ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state(),
+      ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
     }
     wait_douts_released();
@@ -168,7 +161,7 @@ struct BwdProducer {
       copy_rows<DoutLayout>(tiles + Config::kDoutOffset + stage * DoutLayout::kBytes, &plan.dout,
                             barrier, shared.dout_open[stage], Config::kDoutStages, row, head,
                             {block.batch, 0});
-      ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state(),
+      ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
                      kStateBytes, barrier);
     }
     ++copied;

@@ -18,11 +18,18 @@ struct BwdIntervalShared {
 };
 struct BwdPlainShared {};
 
+template <typename Config>
+struct BwdDenseShared {
+  BwdDenseStep dense_steps[Config::kStages];
+};
+struct NoDenseShared {};
+
 // What follows the tiles in shared memory. "full" barriers: it has arrived. "empty": all consumers
 // are done.
 template <typename Config>
 struct BwdShared
-    : std::conditional_t<Config::kIntervals, BwdIntervalShared<Config>, BwdPlainShared> {
+    : std::conditional_t<Config::kIntervals, BwdIntervalShared<Config>, BwdPlainShared>,
+      std::conditional_t<Config::kDense, BwdDenseShared<Config>, NoDenseShared> {
   float row_lse[Config::kStages][Config::kRows];        // comes with the queries
   float row_delta[Config::kDoutStages][Config::kRows];  // comes with the output gradients
   // Of blocks, one at work and the next.

@@ -16,10 +16,11 @@ namespace jax_flash::sm90 {
 // parts of dQ, of 64 columns each. Without intervals there are clusters of two thread blocks with
 // neighbouring keys, which exchange dS; each has half of the columns of dQ, over the keys of both.
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, bool kDeterministicArg,
-          typename MaskArg = RowMask>
+          typename MaskArg = RowMask, bool kDenseArg = false>
 struct BwdWideConfig {
   using Mask = MaskArg;
   static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
+  static constexpr bool kDense = kDenseArg;  // with intervals: biases, masks of bits or dropout
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;

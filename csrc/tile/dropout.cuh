@@ -26,6 +26,12 @@ struct Dropout {
     return {{__ldg(seed), __ldg(seed + 1)}, view.dropout};
   }
 
+  // The same, of a call that has dropout. seeds: of the sequence's heads.
+  __device__ __forceinline__ static Dropout of_head(const MhaParams& params, const uint32_t* seeds,
+                                                    int head) {
+    return {{__ldg(seeds + 2 * head), __ldg(seeds + 2 * head + 1)}, params.intervals.dropout};
+  }
+
   static __device__ __forceinline__ void philox(uint32_t (&x)[4], uint32_t k0, uint32_t k1) {
 #pragma unroll
     for (int round = 0; round < 7; ++round) {

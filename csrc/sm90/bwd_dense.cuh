@@ -1,0 +1,295 @@
+// What a consumer of the backward makes of scores S^T, keys by queries, with operands that have an
+// entry for each query and key, biases and masks in global memory, and with dropout.
+#pragma once
+
+#include <cstdint>
+
+#include "host/intervals.h"
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/reduction.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/bwd_block.cuh"
+#include "tile/dropout.cuh"
+#include "tile/fragment.cuh"
+#include "tile/score_arrays.cuh"
+#include "tile/score_options.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm90 {
+
+// How biases come to the scores: not, or of 16 bits or 32.
+enum class Bias { kNone, k16, k32 };
+
+// Of one step, for one thread. Nothing of it is kept beyond its use: registers are few.
+template <typename Config>
+struct BwdDense {
+  using Element = typename Config::Element;
+  static constexpr int kRows = Config::kRows;
+  static constexpr int kScores = kRows / 2;
+  static constexpr int kBiasTiles = kScores / 4;  // of 8 by 8 biases, loaded together
+  static_assert(kRows == 64, "two rows for each lane of a warp");
+
+  const MhaBwdParams& params;
+  const BwdBlock<Config>& block;
+  const BwdStep<Config>& step;
+  const BwdDenseStep& place;
+  const RowRecord* records;  // of the step's queries
+  int warp_key;              // the warp's first
+
+  // P = 2^(S - lse), less what dropout drops, and P times the derivatives of the logits, for
+  // `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has the
+  // first.
+  template <int kEarly>
+  __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
+                                       float (&s)[kScores], const float2 (&early)[kEarly],
+                                       const float* lse) const {
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data != nullptr && bias.type == BiasType::kF32) {
+      take_exponentials<true, Bias::k32>(p, weights, s, early, lse);
+    } else if (ScoreOptions::any<true>(params)) {
+      take_exponentials<true, Bias::k16>(p, weights, s, early, lse);
+    } else {
+      take_exponentials<false, Bias::kNone>(p, weights, s, early, lse);
+    }
+    if (params.intervals.mask.data != nullptr) hide(p, weights);
+    if (params.intervals.dropout != 0) drop(p, weights);
+  }
+
+  // dS = P (kept_scale * dP - delta), or -P delta where dropout drops, with P times the derivatives
+  // of the logits; also to where the gradient of the bias is added up. delta: as lse above.
+  template <int kEarly>
+  __device__ __forceinline__ void take_gradients(uint32_t (&ds)[kScores / 2],
+                                                 const uint32_t (&weights)[kScores / 2],
+                                                 const float (&dp)[kScores],
+                                                 const float2 (&early)[kEarly],
+                                                 const float* delta) const {
+    if (params.dbias.data != nullptr) add_bias_gradients(weights, dp, early, delta);
+    const float kept_scale = params.intervals.kept_scale;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t word = weights[2 * j + h];
+        const float2 weight = ptx::unpack_x2<Element>(word & 0x7fff7fffu);
+        const float left = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h];
+        const float right = word & 0x80000000u ? 0.0f : dp[4 * j + 2 * h + 1];
+        ds[2 * j + h] = ptx::cvt_rn_x2<Element>(weight.x * fmaf(left, kept_scale, -x.x),
+                                                weight.y * fmaf(right, kept_scale, -x.y));
+      }
+    }
+  }
+
+ private:
+  // kOptions: whether scores have options.
+  template <bool kOptions, Bias kBias, int kEarly>
+  __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2],
+                                                    uint32_t (&weights)[kScores / 2],
+                                                    float (&s)[kScores],
+                                                    const float2 (&early)[kEarly],
+                                                    const float* lse) const {
+    const ScoreOptions options = {params.scale.first * params.scale.second,
+                                  params.intervals.softcap, step.slope};
+    const float inverse = options.inverse();
+    const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
+    const bool mixed = step.mixed;
+    const int first_key = warp_key + fragment_row();
+    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
+                        mixed ? block.mask.id(first_key + 8) : 0};
+    const RowRecord* const rows = records + fragment_column();
+    uint32_t biases[kBiasTiles];
+#pragma unroll
+    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
+    if (kOptions && options.softcap != 0.0f) {
+#pragma unroll
+      for (float& score : s) score = options.cap(score, inverse);
+    }
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      float2 bias[2] = {make_float2(0.0f, 0.0f), make_float2(0.0f, 0.0f)};  // of the halves
+      if constexpr (kBias == Bias::k16) {
+        if (2 * j % kBiasTiles == 0) load_biases(biases, 8 * j);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          bias[h] = unpack_bias(params.intervals.bias.type, biases[(2 * j + h) % kBiasTiles]);
+        }
+      } else if constexpr (kBias == Bias::k32) {
+        load_f32(bias, fragment_column() + 8 * j);
+      }
+      float probability[2][2];
+      float weight[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const RowRecord row = rows[8 * j + e];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int key = first_key + 8 * h;
+          float score = s[4 * j + 2 * h + e];
+          float derivative = 1.0f;
+          if constexpr (kOptions) {
+            derivative = options.derivative(score, inverse);
+            score = options.biased(score, static_cast<float>(row.position - key));
+            score += e == 0 ? bias[h].x : bias[h].y;
+          }
+          const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
+          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
+          probability[h][e] = seen ? power : 0.0f;
+          weight[h][e] = probability[h][e] * derivative;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
+        weights[2 * j + h] =
+            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
+      }
+    }
+  }
+
+  // Of a query, from the step's first on; keys from the array's first. Read where it exists.
+  __device__ __forceinline__ bool exists(int row) const {
+    return place.row + row < params.query_length;
+  }
+  __device__ __forceinline__ const unsigned char* bias_row(int row) const {
+    const BiasView& view = params.intervals.bias;
+    const int size = view.type == BiasType::kF32 ? 4 : 2;
+    return block.bias +
+           size * (place.head * view.head_stride + (place.row + row) * view.row_stride);
+  }
+
+  // Of queries from `row` on, as p lies: rows of the bias are columns of the fragment.
+  __device__ __forceinline__ void load_biases(uint32_t (&biases)[kBiasTiles], int row) const {
+#pragma unroll
+    for (uint32_t& pair : biases) pair = 0;
+    if (block.bias == nullptr) return;
+    ptx::forget_memory();
+    row += fragment_row();
+    const unsigned char* source = bias_row(row) + 2 * (warp_key + fragment_column());
+#pragma unroll
+    for (int i = 0; i < kBiasTiles; i += 2) {
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(source);
+      if (exists(row + 4 * i)) {
+        // Rows are whole eights.
+        if (warp_key < params.key_length) biases[i] = __ldg(words);
+        if (warp_key + 8 < params.key_length) biases[i + 1] = __ldg(words + 4);
+      }
+      source += 16 * params.intervals.bias.row_stride;
+    }
+#pragma unroll
+    for (uint32_t& pair : biases) pair = ptx::movmatrix_trans(pair);
+  }
+
+  // Of f32, of two queries from `row` on and the two keys of this lane.
+  __device__ __forceinline__ void load_f32(float2 (&bias)[2], int row) const {
+    ptx::forget_memory();
+    const float* const first =
+        reinterpret_cast<const float*>(bias_row(row)) + warp_key + fragment_row();
+    const float* const second = first + params.intervals.bias.row_stride;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (warp_key + 8 * h >= params.key_length) break;
+      if (exists(row)) bias[h].x = __ldg(first + 8 * h);
+      if (exists(row + 1)) bias[h].y = __ldg(second + 8 * h);
+    }
+  }
+
+  // Zeros where the mask has no bit. The 16 keys of a warp lie in one word; a lane loads those of
+  // two queries for all.
+  __device__ __forceinline__ void hide(uint32_t (&p)[kScores / 2],
+                                       uint32_t (&weights)[kScores / 2]) const {
+    ptx::forget_memory();
+    const MaskView& view = params.intervals.mask;
+    uint32_t words[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = min(place.row + 32 * half + lane_id(), params.query_length - 1);
+      const uint32_t* const source =
+          block.bits + place.head * view.head_stride + row * view.row_stride;
+      words[half] = __ldg(source + min(warp_key / 32, mask_words(params.key_length) - 1));
+    }
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const int source = 8 * j % 32 + fragment_column();
+      const int shift = warp_key % 32 + fragment_row();
+      const uint32_t left = __shfl_sync(0xffffffffu, words[j / 4], source) >> shift;
+      const uint32_t right = __shfl_sync(0xffffffffu, words[j / 4], source + 1) >> shift;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t seen = (left >> 8 * h & 1) * 0xffffu + (right >> 8 * h & 1) * 0xffff0000u;
+        p[2 * j + h] &= seen;
+        weights[2 * j + h] &= seen;
+      }
+    }
+  }
+
+  template <int kEarly>
+  __device__ __forceinline__ void add_bias_gradients(const uint32_t (&weights)[kScores / 2],
+                                                     const float (&dp)[kScores],
+                                                     const float2 (&early)[kEarly],
+                                                     const float* delta) const {
+    ptx::forget_memory();
+    const BiasGradientView& view = params.dbias;
+    const int row = place.row + fragment_column();
+    const int key = warp_key + fragment_row();
+    float* const head = block.dbias + place.head * view.head_stride + key;
+    float sums[2] = {0.0f, 0.0f};  // of all rows, where they share it
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float* const target = head + (row + 8 * j + e) * view.row_stride;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t word = weights[2 * j + h] >> 16 * e;
+          const float2 weight = ptx::unpack_x2<Element>(word & 0x7fffu);
+          const float kept = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h + e];
+          const float ds = weight.x * fmaf(kept, params.intervals.kept_scale, e == 0 ? -x.x : -x.y);
+          if (view.row_stride == 0) {
+            sums[h] += ds;
+          } else if (row + 8 * j + e < params.query_length && key + 8 * h < params.key_length) {
+            add(target + 8 * h, ds);
+          }
+        }
+      }
+    }
+    if (view.row_stride != 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(sums[h]);
+      if (fragment_column() == 0 && key + 8 * h < params.key_length) add(head + 8 * h, sum);
+    }
+  }
+
+  __device__ __forceinline__ void add(float* target, float x) const {
+    if (params.dbias.shared) {
+      ptx::red_add(target, x);
+    } else {
+      *target = x;
+    }
+  }
+
+  // Dropout: zeros in p, and a sign in weights, which have none, for what is dropped.
+  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
+                                       uint32_t (&weights)[kScores / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      ptx::forget_memory();  // one draw after the other
+      const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
+      uint32_t words[2][2];
+      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int byte = Dropout::byte_of<true>(j % 2, j / 2 % 2);
+        const uint32_t kept = Dropout::pair_mask(words[j / 4], byte);
+        p[8 * i + j] &= kept;
+        weights[8 * i + j] |= ~kept & 0x80008000u;
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90
