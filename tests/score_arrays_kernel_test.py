@@ -85,7 +85,7 @@ def test_operands_and_attributes() -> None:
     def f(*args: Any) -> Any:
         return attend(*args, bias=bias, mask=mask)
 
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         text = cuda_text(f, *tensors())
         backward = cuda_text(
             jax.grad(lambda b, *a: loss(attend)(*a, b, mask=mask), (0, 1)),
@@ -192,7 +192,7 @@ def test_named_sharding(pattern: str) -> None:
         for x, spec in zip((*tensors(), bias, mask), specs, strict=True)
     ]
     expected = jax.jit(lambda *a: run("xla", *a))(*args)
-    with fake_kernel.emulated(option_kernels=True):
+    with fake_kernel.emulated():
         compiled = jax.jit(lambda *a: run("cuda", *a)).lower(*args).compile()
         got = compiled(*args)
     assert_close(got, expected, ROUNDING)
@@ -218,7 +218,7 @@ def test_gradients_that_are_jnp(
         g = jax.grad(lambda *a: loss(attend)(*a, **options, **more), argnums)
         return kernel_calls(g, *tensors(), bias, target=registry.BACKWARD_TARGET)
 
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         assert calls((0, 1)) == 1
         assert calls((0, 3)) == 0
         with pytest.raises(NotImplementedError, match=message):
@@ -231,7 +231,7 @@ def test_exact_gradient_of_a_bias_is_deterministic() -> None:
     def f(bias: Any, *args: Any) -> Any:
         return loss(attend)(*args, bias, deterministic=True)
 
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         args = bias_of("bnts"), *tensors()
         assert kernel_calls(jax.grad(f), *args, target=registry.BACKWARD_TARGET) == 1
         details = jax_flash.explain(*args[1:], bias=args[0], deterministic=True).details
@@ -240,7 +240,7 @@ def test_exact_gradient_of_a_bias_is_deterministic() -> None:
 
 def test_one_bias_for_all_keys_is_jnp() -> None:
     bias = jnp.ones((ROWS, 1), jnp.float32)
-    with registry.assume_kernels(option_kernels=True):
+    with registry.assume_kernels():
         assert kernel_calls(lambda *a: mha(*a, bias=bias), *tensors()) == 0
         message = r"bias \(of shape \(1, 1, 70, 1\)\) that keys share is not supported"
         with pytest.raises(NotImplementedError, match=message):

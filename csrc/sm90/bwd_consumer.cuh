@@ -477,11 +477,6 @@ struct BwdConsumer {
     }
   }
 
-  // Of the gradient of values: P of what dropout keeps is larger.
-  __device__ __forceinline__ float value_factor() const {
-    return Config::kDense ? params.intervals.kept_scale : 1.0f;
-  }
-
   template <int kCount>
   __device__ __forceinline__ void store_gradient(const float (&grad)[kCount], float factor,
                                                  void* out, bool f32, int width,
@@ -590,8 +585,8 @@ struct BwdConsumer {
         run_block(block);
       }
       store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
-      store_gradient(dvalue, value_factor(), params.dvalue, params.f32_dvalue, params.head_dim_v,
-                     block);
+      store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
+                     params.head_dim_v, block);
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();

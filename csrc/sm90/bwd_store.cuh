@@ -12,6 +12,12 @@
 
 namespace jax_flash::sm90 {
 
+// Of the gradient of values: P of what dropout keeps is larger.
+template <typename Config>
+__device__ __forceinline__ float value_factor(const MhaBwdParams& params) {
+  return Config::kDense ? params.intervals.kept_scale : 1.0f;
+}
+
 // One gradient, keys by width, to its place in global memory.
 template <typename Config, int kCount>
 __device__ __forceinline__ void store_key_gradient(const float (&grad)[kCount], float factor,

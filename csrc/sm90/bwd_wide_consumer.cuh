@@ -262,8 +262,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
         run_block.template operator()<kRole>(block, gradient);
       }
       if constexpr (kRole == 0) {
-        this->store_gradient(gradient, this->value_factor(), params.dvalue, params.f32_dvalue,
-                             params.head_dim_v, block);
+        this->store_gradient(gradient, value_factor<Config>(params), params.dvalue,
+                             params.f32_dvalue, params.head_dim_v, block);
       } else {
         this->store_gradient(gradient, params.factor, params.dkey, params.f32_dkey, params.head_dim,
                              block);
