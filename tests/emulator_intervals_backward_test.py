@@ -34,6 +34,9 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "soft cap and slopes",
         "soft cap that some scores pass",
         "slopes, later keys",
+        "mask",
+        "bias",
+        "bias in f32, shared by rows",
     ],
 )
 @pytest.mark.parametrize(
