@@ -377,9 +377,19 @@ struct FwdConsumer {
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
   __device__ __forceinline__ void clear_values(int rows) {
+    using Layout = typename Config::ValueLayout;
     ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                        value_ring.parity());
-    clear_rows_from<Config>(value_tile(), rows, 5 + warpgroup);
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    const int thread = threadIdx.x % 128;
+    for (int i = thread; i < (Config::kKeys - rows) * 8; i += 128) {
+#pragma unroll
+      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+        ptx::st_shared_v4(value_tile() + slab * Layout::kSlabBytes + rows * 128 + 16 * i, zeros);
+      }
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(5 + warpgroup, 128);
   }
 
   // The same for those of dead keys, anywhere in a tile.
