@@ -78,7 +78,8 @@ def test_gradients(precision: str | None) -> None:
 @pytest.mark.parametrize("precision", [None, "highest", "tf32"])
 def test_products_of_jnp(precision: str | None, dtype: str) -> None:
     """TF32 on GPUs is what XLA makes of HIGH; 16-bit queries and keys are exact."""
-    text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs(dtype))
+    options = {"precision": precision, "implementation": "xla"}
+    text = cuda_text(lambda *a: attend(*a, **options), *inputs(dtype))
     expected = {None: "HIGHEST", "highest": "HIGHEST", "tf32": "HIGH"}[precision]
     if dtype == "bfloat16" and precision != "highest":
         expected = "DEFAULT"

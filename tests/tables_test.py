@@ -170,6 +170,7 @@ def test_extension_knows_its_operations(built: Any) -> None:
     targets = {
         registry.FORWARD_TARGET,
         registry.BACKWARD_TARGET,
+        registry.INTERVALS_TARGET,
         registry.DECODE_TARGET,
         registry.SAMPLE_TARGET,
         registry.TOP_K_TARGET,
