@@ -110,7 +110,9 @@ def test_longest_blocks_first(
         return int(-(-some[:, 1].max() // tile) - some[:, 0].min() // tile)
 
     assert queue[0] == 0
-    orders = queue[plan.QUEUE_HEADER :].reshape(batch, -1)
+    used = plan.QUEUE_HEADER + batch * -(-length // plan.QUEUE_ROWS)
+    assert (queue[used:] == -1).all()
+    orders = queue[plan.QUEUE_HEADER : used].reshape(batch, -1)
     count = -(-length // block)
     step = 1
     while -(-others // tile) // step >= 1024:
