@@ -17,6 +17,7 @@
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_logits.cuh"
+#include "sm90/fwd_mask.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
@@ -149,19 +150,29 @@ struct FwdConsumer {
   // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
   // are not moved across.
   struct MaskLoads {
-    RowRecord rows[2];
-    bool dead_keys;
+    bool masked;  // there is something to mask
+    FwdMask<Config::kKeys> mask;
+    int dead_keys;  // nonzero: there are some. With intervals
   };
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
     MaskLoads loads{};
+    loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+    if (!loads.masked) return loads;
+    const int first_key = tile * Config::kKeys;
+    const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
+    KeyInterval keys[2];
     if constexpr (Config::kIntervals) {
-      if (tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup]) {
-        const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
-        loads.rows[0] = block.mask.row_records[row];
-        loads.rows[1] = block.mask.row_records[row + 8];
-        const int first_key = tile * Config::kKeys;
-        loads.dead_keys = block.mask.dead_keys(first_key, first_key + Config::kKeys);
+      loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(first_key);
+      const RowRecord records[2] = {block.mask.row(row), block.mask.row(row + 8)};
+      for (int h = 0; h < 2; ++h) keys[h] = {records[h].first, records[h].end};
+      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+      if (block.mixed[warpgroup]) {
+        loads.mask.compare(block.mask.key_ids, block.mask.key_length, first_key,
+                           {records[0].id, records[1].id});
       }
+    } else {
+      for (int h = 0; h < 2; ++h) keys[h] = block.mask.interval((row + 8 * h) >> plan.pack_shift);
+      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
     }
     return loads;
   }
@@ -173,21 +184,12 @@ struct FwdConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
-    const bool left = tile < block.full_first[warpgroup];
     if constexpr (Config::kIntervals) {
       if (ScoreOptions::any(params)) {
         logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
       }
     }
-    if (left || tile >= block.full_end[warpgroup]) {
-      if constexpr (Config::kIntervals) {
-        softmax.apply_mask(s, block.mask, loads.rows, tile * Config::kKeys, left,
-                           block.mixed[warpgroup]);
-      } else {
-        const int row = block.first_row + 64 * warpgroup + warp_row() + fragment_row();
-        softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
-      }
-    }
+    if (loads.masked) loads.mask.apply(s);
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
@@ -291,7 +293,7 @@ struct FwdConsumer {
     }
     finish_step(tile_sum);
     if constexpr (Config::kIntervals) {
-      if (loads.dead_keys) clear_dead_values(block, tile);
+      if (loads.dead_keys != 0) clear_dead_values(block, tile);
     } else {
       if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
         clear_values(block.value_rows);
