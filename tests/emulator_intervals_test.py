@@ -55,7 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("jump", "options"),
     [(5, "plain"), (30, "plain"), (100, "plain")]
-    + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"],
+    + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"]
+    + [(5, "window"), (30, "window"), (100, "window")],
 )
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_forward_sm90_of_growing_scores(
@@ -63,12 +64,19 @@ def test_forward_sm90_of_growing_scores(
 ) -> None:
     """Scores that leave the range of the first tile's maximum, and overflow."""
     dead = np.arange(170) % 5 == 2
+    # No row sees the first 90 keys, whose scores are the largest of their tile.
+    window = {"window_size": (340, None)} if options == "window" else {}
     case = interval_cases.of_options(
-        (1, 170, 600, 1, 1), np.where(dead, -1, 0), rest=OPTIONS[options]
+        (1, 170, 600, 1, 1),
+        np.where(dead, -1, 0),
+        rest=OPTIONS.get(options),
+        **window,
     )
     arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
     arrays["query"][..., 0] = 32
     shift = growing(600, jump) * width**0.5 / 32
+    if window:
+        shift[:90] += width**0.5
     arrays["key"][..., 0] = shift[None, :, None]
     interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
 

@@ -150,10 +150,12 @@ struct FwdConsumer {
   // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
   // are not moved across.
   struct MaskLoads {
-    bool masked;  // there is something to mask
-    FwdMask<Config::kKeys> mask;
+    bool masked;    // there is something to mask
     int dead_keys;  // nonzero: there are some. With intervals
+    FwdMask<Config::kKeys> mask;
   };
+  // kMixed: ids may have to be compared, which they never have in clean tiles.
+  template <bool kMixed>
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
     MaskLoads loads{};
     loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
@@ -166,7 +168,7 @@ struct FwdConsumer {
       const RowRecord records[2] = {block.mask.row(row), block.mask.row(row + 8)};
       for (int h = 0; h < 2; ++h) keys[h] = {records[h].first, records[h].end};
       loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
-      if (block.mixed[warpgroup]) {
+      if (kMixed && block.mixed[warpgroup]) {
         loads.mask.compare(block.mask.key_ids, block.mask.key_length, first_key,
                            {records[0].id, records[1].id});
       }
@@ -226,11 +228,12 @@ struct FwdConsumer {
   }
 
   // What keeps a tile that was taken for clean from being finished at once.
-  // kWatchedRows: or it is special. kInvalid: its soft cap is not a polynomial.
-  enum class Left { kNothing, kWatchedRows, kRange, kInvalid };
+  // kWatchedRows: or it is special. kInvalid: its soft cap is not a polynomial. kDeadKeys: values
+  // are still to be cleared.
+  enum class Left { kNothing, kWatchedRows, kRange, kInvalid, kDeadKeys };
 
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
-  // compile time or not.
+  // compile time or not. With intervals one that is not may need a mask, too.
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
   // stored then. fresh: the second tile, whose product starts new accumulators.
   // What is rarely needed is left to finish_rare, outside the loop.
@@ -248,7 +251,9 @@ struct FwdConsumer {
       }
     }
     MaskLoads loads{};
-    if (careful) loads = load_mask(block, tile);
+    if (careful || (Config::kIntervals && tile < block.full_first[warpgroup])) {
+      loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
+    }
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kIntervals) {
@@ -264,7 +269,11 @@ struct FwdConsumer {
     bool moved = false;
     Left left = Left::kNothing;
     uint32_t outside = 0;
-    if (careful) moved = prepare(block, tile, loads, factor);
+    if (careful) {
+      moved = prepare(block, tile, loads, factor);
+    } else if (Config::kIntervals && loads.masked) {
+      loads.mask.apply(s);
+    }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
@@ -276,6 +285,8 @@ struct FwdConsumer {
         if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
       }
       __syncwarp();
+    } else if (Config::kIntervals && !careful && loads.dead_keys != 0) [[unlikely]] {
+      left = Left::kDeadKeys;
     }
     // One instruction for all warps of the warpgroup, on whichever path they come.
     if constexpr (Config::kOverlaps) finish_products(previous);
@@ -324,9 +335,12 @@ struct FwdConsumer {
     pack();
   }
 
-  // The rest of a step for a warp with rows that are watched, or that left the range.
+  // The rest of a step for a warp with rows that are watched, or that left the range, or for all
+  // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
+    MaskLoads loads{};  // once more
+    if constexpr (Config::kIntervals) loads = load_mask<false>(block, tile);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
@@ -341,7 +355,10 @@ struct FwdConsumer {
     if (left == Left::kRange || left == Left::kInvalid) {
       const auto logit = [&](float score, int h, float column) {
         if constexpr (Config::kIntervals) {
-          if (!ScoreOptions::any(params)) return score;
+          if (!ScoreOptions::any(params)) {
+            const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
+            return seen ? score : kMinusInfinity;
+          }
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
@@ -358,6 +375,9 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
+    if constexpr (Config::kIntervals) {
+      if (loads.dead_keys != 0) clear_dead_values(block, tile);
+    }
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.

@@ -60,7 +60,8 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   bool steady = false;
   if constexpr (Config::kIntervals) {
     const double bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v);
-    sections.heads = work_section(all, params.heads / params.kv_heads, bytes, device.l2_bytes);
+    sections.heads = queue_section(all, params.heads / params.kv_heads, row_blocks, bytes,
+                                   multiprocessors, device.l2_bytes);
   } else if (plan.splits == 1 && params.window_right == kUnbounded) {
     // Row blocks that are equal, as far as is known: those that share their keys follow each other.
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));

@@ -47,6 +47,11 @@ struct FwdMask {
     }
   }
 
+  // Of row half h; `column` counts from the lane's first.
+  __device__ __forceinline__ bool sees(int h, int column) const {
+    return (seen[h] >> (column / 8 * 2 + column % 8) & 1) != 0;
+  }
+
   // Keys that are not seen get a score of -inf.
   __device__ __forceinline__ void apply(float (&s)[kScores]) const {
 #pragma unroll

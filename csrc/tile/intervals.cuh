@@ -118,7 +118,7 @@ struct IntervalMask {
   template <int kKeys>
   __device__ __forceinline__ int dead_keys(int first) const {
     static_assert(kKeys % kIntervalKeys == 0);
-    const int last = (key_length - 1) / kIntervalKeys;
+    const int last = interval_tiles(key_length) - 1;
     int dead = 0;
 #pragma unroll
     for (int i = 0; i < kKeys / kIntervalKeys; ++i) {
