@@ -18,6 +18,20 @@
 
 namespace jax_flash::sm90 {
 
+// How many heads a section has where nobody knows how long blocks are. The longest block may be far
+// longer than the mean, and the last section starts with it: there are short ones enough to fill
+// the other multiprocessors meanwhile if each has some four blocks of a section. heads: parts of
+// key heads.
+inline int64_t bwd_interval_section(const MhaBwdParams& params, int64_t heads, int64_t key_blocks,
+                                    int64_t query_heads, int64_t multiprocessors,
+                                    int64_t l2_bytes) {
+  const int64_t held =
+      work_section(heads, 1, bwd_head_bytes(params, query_heads), l2_bytes);  // by the L2
+  const int64_t least = std::max(held, (4 * multiprocessors + key_blocks - 1) / key_blocks);
+  const int64_t sections = std::max<int64_t>(1, heads / least);
+  return (heads + sections - 1) / sections;
+}
+
 // multiprocessors: or pairs of them.
 template <typename Config>
 cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64_t l2_bytes,
@@ -35,7 +49,7 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   int64_t multiple = 1;
   int64_t turn = 0;
   if constexpr (Config::kIntervals) {
-    section = work_section(all, 1, bwd_head_bytes(params, query_heads), l2_bytes);
+    section = bwd_interval_section(params, all, key_blocks, query_heads, multiprocessors, l2_bytes);
   } else if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
