@@ -19,6 +19,7 @@ from jax.interpreters import mlir, xla
 from jax_flash._src import (
     avals,
     compat,
+    few_queries,
     intervals,
     packed,
     plan,
@@ -198,9 +199,13 @@ def _full_batch(given: dict[str, jax.Array], names: Iterable[str]) -> tuple[int,
 def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """`[out, lse]` by one FFI call, which reads operands in the layout they have.
 
-    The kernel gets no sinks: they are joined to its results.
+    Few queries on many keys are a call of the decode kernel. The others' kernel gets no
+    sinks: they are joined to its results.
     """
     given = dict(zip(config.present, args, strict=True))
+    decode = few_queries.decode_config(config, given)
+    if decode is not None:
+        return few_queries.call(given, decode)
     batch = _full_batch(given, (name for name in given if name != "sinks"))
     tensors, (query_shape, _, value_shape) = _tensors(config, given)
     query, (rows, heads, _) = args[0], query_shape[-3:]
