@@ -54,7 +54,15 @@ struct BwdIntervalBlock {
   RingIndex<2> slot;
   uint32_t key_copies;
 };
-struct BwdPlainBlock {};
+// Without. Per warpgroup: tiles [first, end) some of whose queries see some of its keys.
+struct BwdPlainBlock {
+  int seen_first[2];
+  int seen_end[2];
+
+  __device__ __forceinline__ bool sees(int warpgroup, int tile) const {
+    return tile >= seen_first[warpgroup] && tile < seen_end[warpgroup];
+  }
+};
 
 // The producer writes it to shared memory, the consumers read it there.
 template <typename Config>
@@ -171,6 +179,11 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
+    if constexpr (!Config::kIntervals) {
+      const RowInterval seen = block.mask.rows(first_key, first_key + 64);
+      block.seen_first[w] = seen.first / kRows;
+      block.seen_end[w] = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : 0;
+    }
   }
   return true;
 }

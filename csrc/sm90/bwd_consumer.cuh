@@ -14,8 +14,10 @@
 #include "ptx/wgmma.cuh"
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
+#include "sm90/bwd_mask.cuh"
 #include "sm90/bwd_option_scores.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/bwd_unseen_step.cuh"
 #include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -41,6 +43,8 @@ struct BwdConsumer {
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
   static constexpr int kPieceSums = kSums / Config::kSumPieces;
+  // Whether a warpgroup has steps of its own for tiles that see none of its keys.
+  static constexpr bool kPassesUnseen = Config::kHeadDim <= 128 && !Config::kIntervals;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;
@@ -167,27 +171,6 @@ struct BwdConsumer {
     ptx::bar_sync(3 + warpgroup, 128);
   }
 
-  // Probabilities of 0 where a query, from `first_row` on, does not see a key. A key is seen by
-  // the queries of an interval.
-  __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
-                                             int first_key, int first_row) const {
-    const int key = first_key + Config::kKeyStep * warpgroup +
-                    static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
-    const int column = first_row + fragment_column();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const RowInterval rows = mask.rows(key + 8 * h, key + 8 * h + 1);
-      const int first = rows.first - column;
-      const int end = rows.end - column;
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (i / 2 % 2 != h) continue;
-        const int at = i / 4 * 8 + i % 2;
-        if (at < first || at >= end) s[i] = 0.0f;
-      }
-    }
-  }
-
   // Leaves a piece of a product for dQ, in the order of its registers, to the warp that adds it to
   // the sum.
   __device__ __forceinline__ void hand_over_piece(const float (&d)[kPieceSums]) const {
@@ -298,7 +281,7 @@ struct BwdConsumer {
                                                     const float2 (&early)[kEarlyLoads],
                                                     const BwdBlock<Config>& block, int first_row,
                                                     uint32_t seen) const {
-    if constexpr (!kClean) {
+    if (!kClean && params.scale.first != 1.0f) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
@@ -316,7 +299,8 @@ struct BwdConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] = (seen & 1u << i) != 0 ? s[i] : 0.0f;
     } else if constexpr (!kClean) {
-      apply_mask(s, block.mask, block.first_key, first_row);
+      mask_probabilities<kRows>(s, block.mask, block.first_key + Config::kKeyStep * warpgroup,
+                                first_row);
     }
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) {
@@ -374,10 +358,7 @@ struct BwdConsumer {
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<1>();
     take_score_gradients(ds, weights, dp, early);
-    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
-    store_scores(ds);
-    ptx::fence_proxy_async_shared();
-    warp_arrive(shared.score_full[steps % 2]);
+    share_scores(ds);
 
     take_turn();
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
@@ -396,6 +377,14 @@ struct BwdConsumer {
     ptx::wgmma_wait_group<0>();
     release_queries();
     ++steps;
+  }
+
+  // dS of this step for both warpgroups' products for dQ.
+  __device__ __forceinline__ void share_scores(const uint32_t (&ds)[kScores / 2]) const {
+    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
+    store_scores(ds);
+    ptx::fence_proxy_async_shared();
+    warp_arrive(shared.score_full[steps % 2]);
   }
 
   // dS^T to shared memory as dS, a row for each query.
@@ -530,12 +519,22 @@ struct BwdConsumer {
     };
     int left = block.steps;
     while (left > 0) {
+      if constexpr (kPassesUnseen) {
+#pragma unroll 1
+        for (; left > 0 && !block.sees(warpgroup, tile); --left) {
+          unseen_step(*this, first);
+          advance();
+        }
+      }
 #pragma unroll 1
       for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
         step.template operator()<true, false>(tile, first, false);
         advance();
       }
       if (left == 0) break;
+      if constexpr (kPassesUnseen) {
+        if (!block.sees(warpgroup, tile)) continue;
+      }
       step.template operator()<false, false>(tile, first, false);
       advance();
       --left;

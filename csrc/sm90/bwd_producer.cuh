@@ -78,6 +78,21 @@ struct BwdProducer {
     key_ring.next();
   }
 
+  // Brings keys and values to the L2, where there is no room for them yet: their copies are what a
+  // block of work begins with.
+  __device__ __forceinline__ void fetch_keys(const BwdBlock<Config>& block) const {
+    const auto fetch = [&](const CUtensorMap* map, int slabs, const BatchCoordinate& batch) {
+#pragma unroll 1
+      for (int slab = 0; slab < slabs; ++slab) {
+        ptx::tma_prefetch_5d(map, 64 * slab, block.first_key, block.head, batch.inner, batch.outer);
+      }
+    };
+    fetch(&plan.value, Config::ValueLayout::kSlabs,
+          batch_coordinate(params.value, block.batch, params, plan.inner_batch));
+    fetch(&plan.key, Config::KeyLayout::kSlabs,
+          batch_coordinate(params.key, block.batch, params, plan.inner_batch));
+  }
+
   // Waits until all consumers are done with what the next of `stages` tiles held before: at a named
   // barrier, the first of which is `named`, or at an mbarrier.
   __device__ __forceinline__ void wait_released(int named, int stages) const {
@@ -287,6 +302,7 @@ struct BwdProducer {
       }
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+        if constexpr (Config::kKeyStages == 1 && !Config::kIntervals) fetch_keys(block);
       }
       slots.next();
       if (block.tiles == 0) continue;
