@@ -88,6 +88,10 @@ struct MhaFwdParams : MhaParams {
 // Rows of queries for which `turns` has an entry.
 inline constexpr int kBwdTurnRows = 16;
 
+// What the entry of a part of dQ in `turns` is at least when the part is there to be added to,
+// where sums have no order.
+inline constexpr int kBwdStored = 1 << 20;
+
 // Entries of 4 bytes that the workspace has for `queue`, so that what follows is aligned.
 inline constexpr int kBwdQueueEntries = 4;
 

@@ -148,7 +148,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if constexpr (Config::kIntervals) {
     // What the mask is like is not known here.
     params.window_left = params.window_right = kUnbounded;
-    params.first_stores = params.deterministic;
+    params.first_stores = true;  // if bwd_prepare does not clear the tile
   } else {
     params.first_stores = bwd_first_stores(params);
   }
@@ -186,7 +186,8 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     plan.softcap_log2 = softcap * SoftmaxScale::kLog2e;
     if (softcap != 0.0f) plan.tanh = TanhPolynomial::make(scale, softcap, 1.0f);
   }
-  error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
+  error = launch_bwd_prepare<Element, typename Config::Mask>(
+      params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kIntervals) {
     error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
