@@ -11,6 +11,7 @@
 
 #include "host/launch.h"
 #include "host/params.h"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/math.cuh"
 #include "tile/copy.cuh"
 #include "tile/intervals.cuh"
@@ -103,6 +104,7 @@ __device__ __forceinline__ float partial_delta(const float* out, const float* do
 template <typename Element, typename Mask>
 __global__ void __launch_bounds__(kBwdRowThreads)
     bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width) {
+  ptx::griddepcontrol_launch_dependents();
   const BwdRowGroup group = bwd_row_group(params);
   const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
 
@@ -129,11 +131,9 @@ __global__ void __launch_bounds__(kBwdRowThreads)
     const int64_t statistic = group.flat_head * params.query_length + row;
     const KeyInterval keys = mask.interval(row);
     float lse = -__builtin_huge_valf();
-    if (keys.first < keys.end) lse = params.lse[statistic];
-    // Rows without keys, padding among them, may hold anything.
-    const bool empty = lse == -__builtin_huge_valf();
     float delta = 0.0f;
-    if (!empty) {
+    if (keys.first < keys.end) {
+      lse = params.lse[statistic];
       const int64_t offset =
           ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
           params.head_dim_v;
@@ -147,6 +147,9 @@ __global__ void __launch_bounds__(kBwdRowThreads)
                                        params.head_dim_v, wide, lane);
       }
     }
+    // Rows without keys, padding among them, may hold anything.
+    const bool empty = lse == -__builtin_huge_valf();
+    if (empty) delta = 0.0f;
 #pragma unroll
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
     if (lane == 0) {
