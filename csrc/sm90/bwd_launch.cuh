@@ -39,7 +39,11 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   } else if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
-    if (!plan->queued) {
+    if (plan->queued) {
+      // Who adds in an order waits for the memory; the sums of a section stay in the L2.
+      const double bytes = bwd_head_bytes(params, query_heads);
+      section = std::clamp<int64_t>(static_cast<int64_t>(0.8 * l2_bytes / bytes), 1, section);
+    } else {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);
     }
