@@ -53,7 +53,11 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   } else if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
-    if (!plan->queued) {
+    if (plan->queued) {
+      // Who adds in an order waits for the memory; the sums of a section stay in the L2.
+      const double bytes = bwd_head_bytes(params, query_heads);
+      section = std::clamp<int64_t>(static_cast<int64_t>(0.8 * l2_bytes / bytes), 1, section);
+    } else {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);
     }
@@ -157,15 +161,15 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = Config::kPaired || Config::kIntervals ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = Config::kPaired ? 1 : 0;
   int groups = device.multiprocessors;
   if constexpr (Config::kPaired) {
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
@@ -192,8 +196,9 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if constexpr (Config::kIntervals) {
     error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
     if (error != cudaSuccess) return error;
-    attribute = after_work_order();
   }
+  // Starts while bwd_prepare, or what makes the order of blocks, comes to its end.
+  attributes[config.numAttrs++] = after_work_order();
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
@@ -215,9 +220,10 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
       chunks + (parts > 1 ? bwd_part_blocks(params, kBwdFinishThreads, kColumns) : 0);
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
-  return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
-                       kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
-                       static_cast<int>(row_chunks), static_cast<int>(chunks), parts);
+  return launch_dependent_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
+                                 kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream,
+                                 params, static_cast<int>(row_chunks), static_cast<int>(chunks),
+                                 parts);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
