@@ -77,6 +77,10 @@ struct MhaFwdParams : MhaParams {
   void* out;   // [batch, query_length, heads, head_dim_v], row-major
   float* lse;  // [batch, heads, query_length], row-major
 
+  // Where kernels of the type kSplit have room for the parts of query, key and value, else null:
+  // see sm90/fwd_split.cuh.
+  void* parts;
+
   // Set by the launch, for tile/schedule.cuh.
   FastDivisor head_divisor;     // heads
   FastDivisor group_divisor;    // heads / kv_heads

@@ -79,7 +79,7 @@ struct FwdBlock
   int full_first[Config::kWarpgroups];
   int full_end[Config::kWarpgroups];
   float* lse;  // of position 0 of the first query head
-  Element16* out;
+  typename Config::Out* out;
 };
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
@@ -109,7 +109,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   const int64_t head = int64_t{at.batch} * params.heads + block.head;
   block.lse = params.lse + head * params.query_length;
   block.out =
-      static_cast<Element16*>(params.out) +
+      static_cast<typename Config::Out*>(params.out) +
       (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);

@@ -16,10 +16,12 @@
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
+#include "sm90/fwd_float_out.cuh"
 #include "sm90/fwd_logits.cuh"
 #include "sm90/fwd_mask.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
+#include "sm90/split_parts.cuh"
 #include "tile/copy.cuh"
 #include "tile/quad.cuh"
 #include "tile/score_options.cuh"
@@ -44,7 +46,7 @@ struct FwdConsumer {
   int blocks = 0;  // before the one at work: the position in the rings of blocks and queries
 
   float s[kScores];
-  uint32_t p[kScores / 2];
+  uint32_t p[Config::kParts * kScores / 2];
   float out[kOuts];
   RowSoftmax<Config> softmax;
   float inverse[2];          // of the sums of the block that is finished but not stored
@@ -89,10 +91,15 @@ struct FwdConsumer {
     const uint64_t query = ptx::wgmma_descriptor(query_tile(), 0);
     const uint64_t key = ptx::wgmma_descriptor(key_tile(), 0);
 #pragma unroll
-    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-      ptx::Wgmma<Element, Config::kKeys>::ss(
-          s, query + (Config::QueryLayout::offset(0, 2 * k) >> 4),
-          key + (Config::KeyLayout::offset(0, 2 * k) >> 4), k != 0);
+    for (int i = 0; i < Config::kProducts; ++i) {
+#pragma unroll
+      for (int k = 0; k < Config::kHeadDim / 16; ++k) {
+        const int left = Config::left_part(i) * Config::kHeadDim / 8 + 2 * k;
+        const int right = Config::right_part(i) * Config::kHeadDim / 8 + 2 * k;
+        ptx::Wgmma<Element, Config::kKeys>::ss(
+            s, query + (Config::QueryLayout::offset(0, left) >> 4),
+            key + (Config::KeyLayout::offset(0, right) >> 4), i + k != 0);
+      }
     }
   }
 
@@ -100,15 +107,24 @@ struct FwdConsumer {
   __device__ __forceinline__ void issue_values(bool accumulate) {
     const uint64_t value = ptx::wgmma_descriptor(value_tile(), Config::ValueLayout::kSlabBytes);
 #pragma unroll
-    for (int k = 0; k < Config::kKeys / 16; ++k) {
-      ptx::Wgmma<Element, Config::kHeadDimV>::rs(out, p + 4 * k, value + (16 * 128 >> 4) * k,
-                                                 accumulate || k > 0);
+    for (int i = 0; i < Config::kProducts; ++i) {
+      const uint32_t* const left = p + Config::left_part(i) * kScores / 2;
+      const uint32_t right =
+          Config::ValueLayout::offset(0, Config::right_part(i) * Config::kHeadDimV / 8);
+#pragma unroll
+      for (int k = 0; k < Config::kKeys / 16; ++k) {
+        ptx::Wgmma<Element, Config::kHeadDimV>::rs(
+            out, left + 4 * k, value + ((right + 16 * 128 * k) >> 4), accumulate || i + k > 0);
+      }
     }
   }
 
   __device__ __forceinline__ void pack() {
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kScores / 2; ++i) {
+      p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
+      if constexpr (Config::kSplit) p[kScores / 2 + i] = low_parts(s[2 * i], s[2 * i + 1], p[i]);
+    }
   }
 
   __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
@@ -449,7 +465,10 @@ struct FwdConsumer {
   // straight to global memory.
   __device__ __forceinline__ void store_out(int number) {
     const int slot = number % Shared::kBlockSlots;
-    if constexpr (Config::kStaged) {
+    if constexpr (Config::kSplit) {
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
+      store_floats(params, plan, shared.blocks[slot], row, out, inverse);
+    } else if constexpr (Config::kStaged) {
       stage_out();
     } else {
       store_direct(shared.blocks[slot]);
@@ -549,7 +568,7 @@ struct FwdConsumer {
     bool fresh = true;
     bool pending = false;  // the product of the last tile
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = 0;
+    for (int i = 0; i < Config::kParts * kScores / 2; ++i) p[i] = 0;
 #pragma unroll
     for (int i = 0; i < kOuts; ++i) out[i] = 0.0f;
     softmax.init();

@@ -8,6 +8,7 @@
 #include "sm90/fwd.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/fwd_order.h"
+#include "sm90/fwd_split.cuh"
 #include "sm90/fwd_splits.h"
 #include "sm90/tensor_map.h"
 #include "sm90/work_order.cuh"
@@ -96,35 +97,39 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     params.scale = SoftmaxScale::make(1.0f);
   }
 
+  const int64_t width = Config::kSplit ? 2 * Config::kHeadDim : params.head_dim;
+  const int64_t width_v = Config::kSplit ? 2 * Config::kHeadDimV : params.head_dim_v;
   cudaError_t error = make_tensor_map(
       params, params.query,
-      {params.head_dim, params.heads, params.query.head_stride, params.query_length,
-       params.query.row_stride, static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
+      {width, params.heads, params.query.head_stride, params.query_length, params.query.row_stride,
+       static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
       &plan.query);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params, params.key,
-                          {params.head_dim, params.key_length, params.key.row_stride,
-                           params.kv_heads, params.key.head_stride, Config::kKeys, 1},
+                          {width, params.key_length, params.key.row_stride, params.kv_heads,
+                           params.key.head_stride, Config::kKeys, 1},
                           &plan.key);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params, params.value,
-                          {params.head_dim_v, params.key_length, params.value.row_stride,
-                           params.kv_heads, params.value.head_stride, Config::kKeys, 1},
+                          {width_v, params.key_length, params.value.row_stride, params.kv_heads,
+                           params.value.head_stride, Config::kKeys, 1},
                           &plan.value);
   if (error != cudaSuccess) return error;
 
-  TensorView out{};
-  out.data = params.out;
-  out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
-  MhaFwdParams flat{};  // the outputs' batch dims are one
-  flat.batch_dims = 1;
-  flat.batch_sizes[0] = params.batch;
-  error = make_tensor_map(flat, out,
-                          {params.head_dim_v, params.heads, params.head_dim_v, params.query_length,
-                           int64_t{params.heads} * params.head_dim_v, static_cast<uint32_t>(packed),
-                           static_cast<uint32_t>(64 / packed)},
-                          &plan.out);
-  if (error != cudaSuccess) return error;
+  if constexpr (!Config::kSplit) {
+    TensorView out{};
+    out.data = params.out;
+    out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
+    MhaFwdParams flat{};  // the outputs' batch dims are one
+    flat.batch_dims = 1;
+    flat.batch_sizes[0] = params.batch;
+    error = make_tensor_map(flat, out,
+                            {params.head_dim_v, params.heads, params.head_dim_v,
+                             params.query_length, int64_t{params.heads} * params.head_dim_v,
+                             static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
+                            &plan.out);
+    if (error != cudaSuccess) return error;
+  }
 
   if constexpr (Config::kIntervals) {
     error = launch_work_order<false>(params, Config::kRows, Config::kKeys, stream);
@@ -157,14 +162,22 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
-  if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
-    if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
-      using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
-      return launch<Config>(params, device, stream);
+  if constexpr (kType == ElementType::kSplit) {
+    MhaFwdParams parts = params;
+    const cudaError_t error = split_operands<kHeadDim, kHeadDimV>(&parts, device, stream);
+    if (error != cudaSuccess) return error;
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdSplitTiles<kHeadDim>>;
+    return launch<Config>(parts, device, stream);
+  } else {
+    constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+    if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
+      if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
+        using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
+        return launch<Config>(params, device, stream);
+      }
     }
+    return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
   }
-  return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

@@ -282,15 +282,20 @@ struct RowSoftmax {
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
 #pragma unroll 1
-    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-      uint32_t a[4];
-      uint32_t b[4];
-      ptx::ldmatrix_x4(
-          a, query + Config::QueryLayout::offset(warp_row + lane % 16, 2 * step + lane / 16));
-      ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
-                                                          2 * step + lane / 8 % 2));
-      ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);
-      ptx::mma_m16n8k16<Element>(c[1], a, b[2], b[3]);
+    for (int i = 0; i < Config::kProducts; ++i) {
+      const int left = Config::left_part(i) * Config::kHeadDim / 8 + lane / 16;
+      const int right = Config::right_part(i) * Config::kHeadDim / 8 + lane / 8 % 2;
+#pragma unroll 1
+      for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+        uint32_t a[4];
+        uint32_t b[4];
+        ptx::ldmatrix_x4(
+            a, query + Config::QueryLayout::offset(warp_row + lane % 16, left + 2 * step));
+        ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
+                                                            right + 2 * step));
+        ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(c[1], a, b[2], b[3]);
+      }
     }
   }
 };
