@@ -118,7 +118,7 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 4096 : 2048);
+  return seen <= (diagonal ? 16384 : 2048);
 }
 
 // Whether sums have an order though nobody asked for it, because that is faster: the first to add
@@ -246,7 +246,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
     return launch.template operator()<128>();
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.
-    constexpr int kShort = 768;
+    constexpr int kShort = 1024;
     const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
   }
