@@ -226,6 +226,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
             rest={"slopes": np.array([[0.0039]])},
             is_causal=True,
         ),
+        # Sums of the gradient of queries that start from zeros, and others.
+        "packed, many keys and few": lambda: packed(
+            (1, 270, 2600, 1, 1), [(100, 2300), (90, 200), (60, 40)], False
+        ),
     }
 
 

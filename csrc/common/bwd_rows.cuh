@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kBwdRowThreads)
 
   bool prepared = false;
   if constexpr (std::is_same_v<Mask, IntervalMask>) {
+    ptx::griddepcontrol_launch_dependents();  // the order of work needs nothing of this
     prepared = parts > 0;
     if (prepared) prepare_tile(params, group, mask, width, parts);
   }
@@ -165,10 +166,10 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   for (int i = threadIdx.x / 8; i < kBwdRowGroup; i += kBwdRowThreads / 8) {
     const int row = group.row + i;
     const int64_t statistic = group.flat_head * params.query_length + row;
-    const bool exists = row < params.query_length;
+    const KeyInterval keys = mask.interval(row);
     float lse = -__builtin_huge_valf();
     float delta = 0.0f;
-    if (exists) {
+    if (row < params.query_length) {
       lse = params.lse[statistic];
       const int64_t offset =
           ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
@@ -183,7 +184,6 @@ __global__ void __launch_bounds__(kBwdRowThreads)
                                        params.head_dim_v, wide, lane);
       }
     }
-    const KeyInterval keys = mask.interval(row);
     // Rows without keys may hold anything: read before that is known, but not used.
     const bool empty = keys.first >= keys.end || lse == -__builtin_huge_valf();
 #pragma unroll

@@ -328,7 +328,7 @@ struct BwdConsumer {
 
   // One tile of queries of one head. kClean: see BwdBlock. kOptions: of scores. first, last: of the
   // block; in the first step there is no product for dQ of the step before. With intervals its
-  // queries are there, and it looks at those of the next while products run.
+  // queries are there, it looks at those of the next while products run, and gives the values back.
   template <bool kClean, bool kOptions>
   __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first,
                                        bool last) {
@@ -357,6 +357,9 @@ struct BwdConsumer {
 
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<1>();
+    if constexpr (Config::kIntervals) {
+      if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
+    }
     take_score_gradients(ds, weights, dp, early);
     share_scores(ds);
 
@@ -547,7 +550,7 @@ struct BwdConsumer {
     for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
       step<kClean, kOptions>(block, tile, first, last);
     });
-    warp_arrive(shared.value_empty[key_stage]);
+    if constexpr (!Config::kIntervals) warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
     float dquery[kSums];

@@ -141,14 +141,11 @@ struct BwdProducer {
     }
   }
 
-  // Queries `row`.. of a head with their lse, and their output gradients with their delta. flags:
-  // of them, with intervals.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
-                                               uint32_t flags = 0) {
+  // Queries `row`.. of a head with their lse. state: where that is. flags: of them, with intervals.
+  __device__ __forceinline__ void copy_query_rows(const BwdBlock<Config>& block, int head, int row,
+                                                  int64_t state, uint32_t flags) const {
     using QueryLayout = typename Config::QueryLayout;
-    using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
     float slope = 0.0f;
     if constexpr (Config::kIntervals) {
       if (block.slopes != nullptr) slope = __ldg(block.slopes + head);
@@ -173,6 +170,13 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
     }
+  }
+
+  // Their output gradients with their delta.
+  __device__ __forceinline__ void copy_dout_rows(const BwdBlock<Config>& block, int head, int row,
+                                                 int64_t state) const {
+    using DoutLayout = typename Config::DoutLayout;
+    constexpr int kStateBytes = 4 * Config::kRows;
     wait_douts_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kDoutStages;
@@ -184,6 +188,17 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
                      kStateBytes, barrier);
     }
+  }
+
+  // Both, in the order in which a step's places become free: with as many stages, output gradients
+  // are given back in the middle of the step at whose end the queries are.
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
+                                               uint32_t flags = 0) {
+    constexpr bool kDoutsFirst = Config::kIntervals && Config::kDoutStages == Config::kStages;
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
+    if (kDoutsFirst) copy_dout_rows(block, head, row, state);
+    copy_query_rows(block, head, row, state, flags);
+    if (!kDoutsFirst) copy_dout_rows(block, head, row, state);
     ++copied;
   }
 

@@ -112,13 +112,23 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
   for (int block = thread; block < lengths.blocks; block += kWorkOrderThreads) {
     order[atomicAdd(&bins[lengths.bin<kOfKeys>(mask, block)], 1)] = block;
   }
+  // The main kernel of a backward waits for this kernel alone, and needs what came before it, too.
+  if constexpr (kOfKeys) ptx::griddepcontrol_wait();
 }
 
 template <bool kOfKeys>
 cudaError_t launch_work_order(const MhaParams& params, int rows, int keys, cudaStream_t stream) {
-  return launch_kernel(interval_order_kernel<kOfKeys>, dim3(static_cast<unsigned>(params.batch)),
-                       kWorkOrderThreads, sizeof(int) * (kWorkOrderBins + kWorkOrderThreads / 32),
-                       stream, params, WorkLengths::make<kOfKeys>(params, rows, keys));
+  const dim3 grid(static_cast<unsigned>(params.batch));
+  constexpr size_t kBytes = sizeof(int) * (kWorkOrderBins + kWorkOrderThreads / 32);
+  const WorkLengths lengths = WorkLengths::make<kOfKeys>(params, rows, keys);
+  if constexpr (kOfKeys) {
+    // It reads nothing that bwd_prepare writes, and writes nothing that it reads.
+    return launch_dependent_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes,
+                                   stream, params, lengths);
+  } else {
+    return launch_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes, stream,
+                         params, lengths);
+  }
 }
 
 // Lets the main kernel, whose launch has this attribute, start while the order is still made. Only
