@@ -46,7 +46,7 @@ struct FwdPlan {
 // What a block with intervals has beside the others.
 template <int kWarpgroups>
 struct FwdBlockIntervals {
-  float slope;
+  float slope;              // with kOptions
   bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
   bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
@@ -71,7 +71,7 @@ struct FwdBlock
   int lowest[Config::kWarpgroups];
   int passed[Config::kWarpgroups];
   // Per warpgroup: each of its rows has seen some key of a tile visited before tiles [first, end),
-  // and sees these in full. They take no mask and no maximum. With intervals those before
+  // and sees these in full. They take no mask and no maximum. With kMasksClean those before
   // `full_first` are among them, which take a mask.
   int clean_first[Config::kWarpgroups];
   int clean_end[Config::kWarpgroups];
@@ -113,7 +113,9 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
       (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);
-    block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    if constexpr (Config::kOptions) {
+      block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    }
   } else {
     block.mask = row_mask(params, at.batch);
   }
@@ -178,10 +180,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     block.lowest[w] = lowest;
     block.passed[w] = lowest - first_tile;
     block.clean_first[w] = lowest + (Config::kQueryStages == 1 ? 1 : 0);
-    // Options would be applied to scores of -inf.
-    if (!Config::kIntervals || ScoreOptions::any(params)) {
-      block.clean_first[w] = max(block.clean_first[w], full_first);
-    }
+    if (!Config::kMasksClean) block.clean_first[w] = max(block.clean_first[w], full_first);
   }
   return any;
 }

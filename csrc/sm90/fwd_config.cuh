@@ -67,7 +67,7 @@ template <>
 inline constexpr FwdTiles kFwdSplitTiles<128>{2, 64, 1, 2, 2};
 
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
-          bool kIntervalsArg = false, bool kPairedArg = false>
+          bool kIntervalsArg = false, bool kPairedArg = false, bool kOptionsArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
 
@@ -82,6 +82,8 @@ struct FwdConfig {
   static constexpr __host__ __device__ int right_part(int i) { return i == 2 ? 1 : 0; }
 
   static constexpr bool kIntervals = kIntervalsArg;
+  // Scores may have options (ScoreOptions).
+  static constexpr bool kOptions = kOptionsArg;
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
   using Element = typename ElementOf<kSplit ? ElementType::kBf16 : kType>::Type;
   using Out = std::conditional_t<kSplit, float, Element16>;
@@ -108,6 +110,10 @@ struct FwdConfig {
   // same key tiles, of which each copies half into the shared memory of both.
   static constexpr bool kPaired = kPairedArg;
   static constexpr int kCluster = kPaired ? 2 : 1;
+
+  // Tiles that are masked on the left alone take no maximum. Options would be applied to scores of
+  // -inf.
+  static constexpr bool kMasksClean = kIntervals && !kOptions;
 
   // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
   // is faster by a little and takes registers.
@@ -136,6 +142,7 @@ struct FwdConfig {
   static constexpr int kOutOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
   static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
+  static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
   static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),
                 "each thread block of a pair copies half of the slabs");

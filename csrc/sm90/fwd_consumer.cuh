@@ -50,7 +50,7 @@ struct FwdConsumer {
   float out[kOuts];
   RowSoftmax<Config> softmax;
   float inverse[2];          // of the sums of the block that is finished but not stored
-  FwdLogits<Config> logits;  // of the block at work; with intervals
+  FwdLogits<Config> logits;  // of the block at work; with kOptions
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
@@ -202,10 +202,8 @@ struct FwdConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
-    if constexpr (Config::kIntervals) {
-      if (ScoreOptions::any(params)) {
-        logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
-      }
+    if constexpr (Config::kOptions) {
+      logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
     }
     if (loads.masked) loads.mask.apply(s);
     return softmax.template follow_maximum<true>(s, params.scale, factor);
@@ -215,8 +213,8 @@ struct FwdConsumer {
   __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
                                                bool careful, float (&tile_sum)[2],
                                                uint32_t& outside) {
-    if constexpr (Config::kIntervals) {
-      if (!careful && ScoreOptions::any(params)) {
+    if constexpr (Config::kOptions) {
+      if (!careful) {
         return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
                                    tile_sum, outside);
       }
@@ -249,7 +247,7 @@ struct FwdConsumer {
   enum class Left { kNothing, kWatchedRows, kRange, kInvalid, kDeadKeys };
 
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
-  // compile time or not. With intervals one that is not may need a mask, too.
+  // compile time or not. With kMasksClean one that is not may need a mask, too.
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
   // stored then. fresh: the second tile, whose product starts new accumulators.
   // What is rarely needed is left to finish_rare, outside the loop.
@@ -261,18 +259,18 @@ struct FwdConsumer {
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kOptions) {
         const int row = 64 * warpgroup + warp_row() + fragment_row();
         logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
       }
     }
     MaskLoads loads{};
-    if (careful || (Config::kIntervals && tile < block.full_first[warpgroup])) {
+    if (careful || (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kIntervals) {
+    if constexpr (Config::kOptions) {
       watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
     }
     if constexpr (Config::kOverlaps) {
@@ -287,7 +285,7 @@ struct FwdConsumer {
     uint32_t outside = 0;
     if (careful) {
       moved = prepare(block, tile, loads, factor);
-    } else if (Config::kIntervals && loads.masked) {
+    } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
     }
     if (!careful && watching) [[unlikely]] {
@@ -296,12 +294,12 @@ struct FwdConsumer {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kOptions) {
         const bool is_outside = (outside & TanhPolynomial::kOutside) != 0;
         if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
       }
       __syncwarp();
-    } else if (Config::kIntervals && !careful && loads.dead_keys != 0) [[unlikely]] {
+    } else if (Config::kMasksClean && !careful && loads.dead_keys != 0) [[unlikely]] {
       left = Left::kDeadKeys;
     }
     // One instruction for all warps of the warpgroup, on whichever path they come.
@@ -356,25 +354,22 @@ struct FwdConsumer {
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
     MaskLoads loads{};  // once more
-    if constexpr (Config::kIntervals) loads = load_mask<false>(block, tile);
+    if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
-      if constexpr (Config::kIntervals) {
-        if (ScoreOptions::any(params)) {
-          logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
-        }
+      if constexpr (Config::kOptions) {
+        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
     if (left == Left::kRange || left == Left::kInvalid) {
       const auto logit = [&](float score, int h, float column) {
-        if constexpr (Config::kIntervals) {
-          if (!ScoreOptions::any(params)) {
-            const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
-            return seen ? score : kMinusInfinity;
-          }
+        if constexpr (Config::kMasksClean) {
+          const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
+          return seen ? score : kMinusInfinity;
+        } else if constexpr (Config::kOptions) {
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
@@ -383,7 +378,7 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kOptions) {
         logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
       }
       moved = true;
@@ -391,7 +386,7 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
-    if constexpr (Config::kIntervals) {
+    if constexpr (Config::kMasksClean) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     }
   }

@@ -87,7 +87,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
   plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
-  if (Config::kIntervals && ScoreOptions::any(params)) {
+  if (Config::kOptions) {
     plan.logit_scale = params.scale.first * params.scale.second;
     plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
     const float softcap = params.intervals.softcap;
@@ -183,9 +183,12 @@ cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
-  using Config =
-      FwdConfig<kType, kHeadDim, kHeadDimV, kFwdIntervalTiles<kHeadDim, kHeadDimV>, true>;
-  return launch<Config>(params, device, stream);
+  constexpr FwdTiles kTiles = kFwdIntervalTiles<kHeadDim, kHeadDimV>;
+  if (ScoreOptions::any(params)) {
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true, false, true>;
+    return launch<Config>(params, device, stream);
+  }
+  return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true>>(params, device, stream);
 }
 
 }  // namespace jax_flash::sm90
