@@ -138,7 +138,6 @@ __device__ __forceinline__ void prepare_tile(const MhaBwdParams& params, const B
 template <typename Element, typename Mask>
 __global__ void __launch_bounds__(kBwdRowThreads)
     bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width, int parts) {
-  ptx::griddepcontrol_launch_dependents();
   const BwdRowGroup group = bwd_row_group(params);
   const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
   const Mask mask = mask_of<Mask>(params, group.batch);

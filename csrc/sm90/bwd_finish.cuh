@@ -10,7 +10,6 @@
 #include <cstdint>
 
 #include "host/params.h"
-#include "ptx/griddepcontrol.cuh"
 #include "ptx/math.cuh"
 #include "sm90/bwd_parts.cuh"
 #include "tile/copy.cuh"
@@ -37,7 +36,6 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   const int first_row = (row_chunk - row_head * row_chunks) * kRows;
   const int first_column = blockIdx.y * 64;
   const int thread = threadIdx.x;
-  ptx::griddepcontrol_wait();
   if (row_chunk < 0) {
     const int64_t block = (int64_t{blockIdx.x} - chunks) * gridDim.y + blockIdx.y;
     add_bwd_parts<Element>(params, parts, block * kBwdFinishThreads + thread);

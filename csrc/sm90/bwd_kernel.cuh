@@ -13,7 +13,6 @@
 #include "host/params.h"
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/griddepcontrol.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -92,10 +91,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else {
     __syncthreads();
   }
-
-  ptx::griddepcontrol_launch_dependents();
-  // For bwd_prepare; with intervals the producer does, for the order of blocks.
-  if constexpr (!Config::kIntervals) ptx::griddepcontrol_wait();
 
   if (warpgroup == Config::kWarpgroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();

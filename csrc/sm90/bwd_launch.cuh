@@ -196,9 +196,8 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if constexpr (Config::kIntervals) {
     error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
     if (error != cudaSuccess) return error;
+    attributes[config.numAttrs++] = after_work_order();
   }
-  // Starts while bwd_prepare, or what makes the order of blocks, comes to its end.
-  attributes[config.numAttrs++] = after_work_order();
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
@@ -220,10 +219,9 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
       chunks + (parts > 1 ? bwd_part_blocks(params, kBwdFinishThreads, kColumns) : 0);
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
-  return launch_dependent_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
-                                 kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream,
-                                 params, static_cast<int>(row_chunks), static_cast<int>(chunks),
-                                 parts);
+  return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
+                       kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
+                       static_cast<int>(row_chunks), static_cast<int>(chunks), parts);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
