@@ -40,7 +40,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 24),
+        ("set_by_launch", ctypes.c_uint32 * 25),
     )
 
 
@@ -365,16 +365,17 @@ def test_clusters(
         lengths = np.array([length], np.int32)
         for x in given:
             x[:, length:] = np.nan
-        caches = given
+        k_held, v_held = given
         if paging:
             rng = np.random.default_rng(length)
-            *caches, table = paged(rng, given, lengths, 16, np.nan)
+            k_held, v_held, table = paged(rng, given, lengths, 16, np.nan)
+        held = query, k_held, v_held, lengths
         ways: dict[str, Any] = {"sinks": sinks, "page_table": table}
         ways["num_splits"] = room // 64 if room < 4096 else 32
-        got = run(library, query, *caches, lengths, multiprocessors=132, **ways)
+        got = run(library, *held, multiprocessors=132, **ways)
         assert library.cluster_of_last() == cluster
-        check(got, query, *given, lengths, sinks=sinks)
-        want = run(library, query, *caches, lengths, multiprocessors=3, **ways)
+        check(got, query, given[0], given[1], lengths, sinks=sinks)
+        want = run(library, *held, multiprocessors=3, **ways)
         assert library.cluster_of_last() == 1
         assert_same_bits(got, want)
 

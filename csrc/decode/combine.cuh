@@ -14,6 +14,13 @@
 
 namespace jax_flash::decode {
 
+// What another lane has. By a whole warp.
+__device__ __forceinline__ RowPart part_of_lane(const RowPart& part, int lane) {
+  const auto of = [&](float value) { return __shfl_sync(0xffffffffu, value, lane); };
+  return {of(part.maximum), of(part.sum),
+          make_float4(of(part.out.x), of(part.out.y), of(part.out.z), of(part.out.w))};
+}
+
 // Adds up the parts that the thread blocks of a cluster have of their head tile, in the order in
 // which the second kernel would. Eight lanes have four columns of a row, each lane a group of
 // splits.
@@ -70,12 +77,7 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
     const RowPart group = total;
 #pragma unroll 1
     for (int other = 1; other * kGroupSplits < splits; ++other) {
-      const auto of_other = [&](float value) {
-        return __shfl_sync(0xffffffffu, value, lane_id() - lane + other);
-      };
-      total.add({of_other(group.maximum), of_other(group.sum),
-                 make_float4(of_other(group.out.x), of_other(group.out.y), of_other(group.out.z),
-                             of_other(group.out.w))});
+      total.add(part_of_lane(group, lane_id() - lane + other));
     }
     if (lane == 0 && item < rows * pieces) {
       finish<Config::kCache>(params, 0, kv_head, first + row, piece, total);
@@ -86,13 +88,68 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   ptx::cluster_wait();
 }
 
-// Adds up the parts of each row, in their order: a thread has four columns of a row.
+// The sum of the splits of a row, which 1 << bits lanes share, for the first of them; `first_unit`
+// is the row's first unit in the plan. Waits for the kernel that does the splits. By a whole warp.
+template <typename Load>
+__device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, int bits, int splits,
+                                                 int first_unit) {
+  const int lanes = 1 << bits;
+  const int lane = lane_id() & lanes - 1;
+  // The split from which on each of the group's that begins at `split` is a part, up to there one
+  // thread block has added them up.
+  const auto cut_behind = [&](int split) {
+    const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
+    return (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
+  };
+  const int most = static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(splits)));
+  int split = lane * kGroupSplits;
+  int cut = split < splits ? cut_behind(split) : 0;
+  ptx::griddepcontrol_wait();
+  RowPart total = RowPart::empty();
+#pragma unroll 1
+  for (int before = 0; before < most; before += lanes * kGroupSplits) {
+    const int end = min_int(split + kGroupSplits, splits);
+    RowPart part[kGroupSplits];
+#pragma unroll
+    for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
+    if (split < splits) {
+      // All loads are on their way before the first is needed.
+      part[0] = load(split);
+#pragma unroll
+      for (int i = 1; i < kGroupSplits; ++i) {
+        if (cut + i - 1 < end) part[i] = load(cut + i - 1);
+      }
+    }
+    RowPart group = part[0];
+#pragma unroll
+    for (int i = 1; i < kGroupSplits; ++i) {
+      if (cut + i - 1 < end) group.add(part[i]);
+    }
+#pragma unroll 1
+    for (int other = 0; other < lanes && before + other * kGroupSplits < most; ++other) {
+      const RowPart next = part_of_lane(group, lane_id() - lane + other);
+      const int its_split = before + other * kGroupSplits;
+      if (its_split == 0) {
+        total = next;
+      } else if (its_split < splits) {
+        total.add(next);
+      }
+    }
+    split += lanes * kGroupSplits;
+    if (split < splits) cut = cut_behind(split);
+  }
+  return total;
+}
+
+// Adds up the parts of each row, in their order: a thread has four columns of a row, or 2 to 8
+// neighbouring lanes have them, each a group of splits at a time, where all of these run at once.
 template <CacheType kCache>
 __global__ void __launch_bounds__(128)
     decode_combine_kernel(const __grid_constant__ DecodeParams params) {
   const int pieces = params.head_dim_v / 4;
   const int rows = params.tokens * params.group;
-  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  const int bits = params.combine_bits;
+  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x >> bits;
   const int piece = static_cast<int>(index % pieces);
   const int64_t heads_and_rows = index / pieces;
   const bool exists = heads_and_rows < int64_t{params.batch} * params.kv_heads * rows;
@@ -102,7 +159,7 @@ __global__ void __launch_bounds__(128)
 
   // Which pieces have what of the row: the plan again.
   const int first_batch =
-      static_cast<int>(int64_t{blockIdx.x} * 128 / pieces / rows / params.kv_heads);
+      static_cast<int>((int64_t{blockIdx.x} * 128 >> bits) / pieces / rows / params.kv_heads);
   const Plan plan = make_plan(params);
   const BandUnits before = count_units(params, first_batch);
   int splits = 0;
@@ -124,11 +181,24 @@ __global__ void __launch_bounds__(128)
     // One thread block had all of it, and has stored the result.
     if (splits <= kGroupSplits && piece_end >= splits) splits = 0;
   }
+  const int64_t place = partial_row(params, batch, kv_head, 0, row);
+  const auto load = [&](int split) -> RowPart {
+    const int64_t at = place + int64_t{split} * rows;
+    const float2 state = params.partial_state[at];
+    return {
+        state.x, state.y,
+        *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v + 4 * piece)};
+  };
+  if (bits > 0) {
+    const RowPart sum = add_up_groups(plan, load, bits, splits, first_unit);
+    const bool writes = splits > 0 && (lane_id() & (1 << bits) - 1) == 0;
+    if (writes) finish<kCache>(params, batch, kv_head, row, piece, sum);
+    return;
+  }
   // Every thread, also one without a row: this kernel must not end before the other has.
   ptx::griddepcontrol_wait();
   if (splits == 0) return;
 
-  const int64_t place = partial_row(params, batch, kv_head, 0, row);
   RowPart total = RowPart::empty();
   RowPart group = RowPart::empty();
   constexpr int kParts = 8;
@@ -142,11 +212,7 @@ __global__ void __launch_bounds__(128)
     for (int i = 0; i < kParts; ++i) {
       first[i] = split;
       if (split < splits) last = split;
-      const int64_t at = place + int64_t{last} * rows;
-      const float2 state = params.partial_state[at];
-      part[i] = {state.x, state.y,
-                 *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v +
-                                                  4 * piece)};
+      part[i] = load(last);
       if (split % kGroupSplits != 0) {
         ++split;
       } else {

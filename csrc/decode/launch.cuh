@@ -49,6 +49,10 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   cudaError_t error =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
   if (kBits > 3) {
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
@@ -101,11 +105,18 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            Config::kSharedBytes);
   if (error != cudaSuccess) return error;
+  // Lanes of the second kernel share the groups of a row while no multiprocessor gets two blocks.
+  const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
+  const auto blocks_of = [&](int bits) { return ((threads << bits) + 127) / 128; };
+  const int groups = (params.splits + kGroupSplits - 1) / kGroupSplits;
+  while (params.combine_bits < 3 && groups > 1 << params.combine_bits &&
+         blocks_of(params.combine_bits + 1) <= device.multiprocessors) {
+    ++params.combine_bits;
+  }
   error = launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
                         Config::kSharedBytes, stream, params);
   if (error != cudaSuccess || params.splits == 1 || params.whole_groups) return error;
-  const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
-  const int64_t blocks = (threads + 127) / 128;
+  const int64_t blocks = blocks_of(params.combine_bits);
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto combine = decode_combine_kernel<Config::kCache>;
   const dim3 combine_grid(static_cast<unsigned>(blocks));

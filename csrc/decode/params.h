@@ -64,6 +64,7 @@ struct DecodeParams {
 
   // Set by the launch.
   int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
+  int32_t combine_bits;  // 1 << combine_bits lanes of the second kernel share a row's groups
   int32_t whole_groups;  // whether thread blocks must do whole groups of splits
   int32_t group;         // heads / kv_heads
   int32_t row_tiles;     // tiles of the tokens * group rows
