@@ -89,7 +89,7 @@ def gradients(
 
     Sums and exponentials in float32; output, weights and `dout @ value^T` rounded to
     the dtype of the inputs, as products of 16-bit operands are. Without padding. The
-    gradient of sinks is float32 [B, N].
+    gradient of sinks is float32 [B, N], that of an array of biases [B, N, T, S].
     """
     dtype = query.dtype
     scale = scale_of(query, given)
@@ -100,27 +100,36 @@ def gradients(
     q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     dsinks = np.zeros((query.shape[0], query.shape[2]), np.float32)
+    has_bias = given.get("bias") is not None and not hasattr(given["bias"], "slopes")
+    shape = (*dsinks.shape, query.shape[1], key.shape[1])
+    dbias = np.zeros(shape if has_bias else 0, np.float32)
     for index, pair, p, slope in weights(q, k, scale, given):
-        delta = (rounded(rounded(p) @ v[pair]) * do[index]).sum(-1, keepdims=True)
+        b, rows, n = index
+        kept = np.asarray(oracle.kept(given, b, n, rows), np.float32)
+        delta = (rounded(rounded(p * kept) @ v[pair]) * do[index]).sum(
+            -1, keepdims=True
+        )
         if dlse is not None:
-            b, rows, n = index
             delta = delta - dlse[b, n, rows, None]
         if "sinks" in given:
-            b, _, n = index
             live = p.any(-1, keepdims=True)
             share = np.where(live, 1 - p.sum(-1, keepdims=True, dtype=np.float64), 0)
             dsinks[b, n] -= (share * delta).sum()
-        dv[pair] += rounded(p).T @ do[index]
+        dv[pair] += rounded(p * kept).T @ do[index]
         ds = rounded(do[index] @ v[pair].T)
+        ds *= kept
         ds -= delta
         ds *= p
+        if has_bias:
+            dbias[b, n, rows] = ds
         ds *= scale * slope
         dq[index] = ds @ k[pair]
         dk[pair] += ds.T @ q[index]
     result = {
         name: x.astype(dtype) for name, x in (("query", dq), ("key", dk), ("value", dv))
     }
-    return result | ({"sinks": dsinks} if "sinks" in given else {})
+    result |= {"sinks": dsinks} if "sinks" in given else {}
+    return result | ({"bias": dbias} if has_bias else {})
 
 
 def scale_of(query: np.ndarray, given: dict[str, Any]) -> np.float32:

@@ -108,6 +108,15 @@ def distances(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array:
     return np.abs(aligned(shape, given)[..., None] - np.arange(shape[3]))[:, None]
 
 
+def kept(given: dict[str, Any], b: int, n: int, rows: slice) -> Any:
+    """What dropout multiplies the weights of rows of a head by: [t, S], or 1.
+
+    `given["dropout_factors"]` has it for all of them, [B, N, T, S].
+    """
+    factors = given.get("dropout_factors")
+    return 1 if factors is None else factors[b, n, rows]
+
+
 def blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int, slice]]:
     """Cuts scores [B, N, T, S] into (batch entry, head, rows)."""
     batch, heads, rows, keys = shape
@@ -132,6 +141,7 @@ class _Block:
       weights: softmax [t, S], 0 in rows that may attend nothing.
       lse: log-sum-exp [t], -inf in such rows.
       slope: derivative of the soft cap [t, S], or 1.
+      kept: what dropout multiplies the weights by, [t, S] or 1.
     """
 
     index: tuple[int, slice, int]
@@ -139,6 +149,7 @@ class _Block:
     weights: Array
     lse: Array
     slope: Any
+    kept: Any
 
     @property
     def by_head(self) -> tuple[int, int, slice]:
@@ -170,7 +181,7 @@ def _blocks(query: Array, key: Array, given: dict[str, Any]) -> Iterator[_Block]
             s += bias[b, n, part]
         sink = None if sinks is None else sinks[b, n]
         p, lse = _softmax(s, ok[b, n, part], sink)
-        yield _Block((b, part, n), pair, p, lse, slope)
+        yield _Block((b, part, n), pair, p, lse, slope, kept(given, b, n, part))
 
 
 def _softmax(s: Array, ok: Array, sink: float | None) -> tuple[Array, Array]:
@@ -203,7 +214,7 @@ def attention(query: Any, key: Any, value: Any, **given: Any) -> Result:
     out = np.empty((batch, rows, heads, value.shape[-1]))
     lse = np.empty((batch, heads, rows))
     for block in _blocks(query, key, given):
-        out[block.index] = block.weights @ value[block.pair]
+        out[block.index] = (block.weights * block.kept) @ value[block.pair]
         lse[block.by_head] = block.lse
     return Result(out, lse)
 
@@ -235,12 +246,13 @@ def gradients(
     for block in _blocks(query, key, given):
         index, pair, p, lse = block.index, block.pair, block.weights, block.lse
         do = dout[index]
-        delta = ((p @ value[pair]) * do).sum(-1)
+        delta = (((p * block.kept) @ value[pair]) * do).sum(-1)
         if dlse is not None:
             one = np.asarray(dlse, np.float64)[block.by_head]
             delta -= np.where(np.isinf(lse), 0, one)
-        result["value"][pair] += p.T @ do
+        result["value"][pair] += (p * block.kept).T @ do
         ds = do @ value[pair].T
+        ds *= block.kept
         ds -= delta[:, None]
         ds *= p
         if "bias" in result:

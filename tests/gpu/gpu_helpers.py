@@ -121,6 +121,8 @@ def plain(query: Any, key: Any, value: Any, **given: Any) -> np.ndarray:
     for index, pair, p, _ in baseline.weights(
         q, k, baseline.scale_of(query, given), given
     ):
+        b, rows, n = index
+        p = p * np.asarray(oracle.kept(given, b, n, rows), np.float32)
         out[index] = p.astype(query.dtype).astype(np.float32) @ v[pair]
     return out
 
