@@ -256,7 +256,11 @@ struct BwdWarp {
                                           uint32_t probability_tile, uint32_t dout_tile) {
     constexpr int kTiles = kDqueryBlocks * kDqueryTiles;
     constexpr auto share = [](int step) { return (step * kTiles + 2 * kSteps - 1) / (2 * kSteps); };
-    const auto add = [&](int step) { add_to_sum(sum, row, dquery, share(step), share(step + 1)); };
+    const auto add = [&](int step) {
+      if (share(step) == share(step + 1)) return;
+      __syncwarp();  // without it the compiler gathers the additions before the products
+      add_to_sum(sum, row, dquery, share(step), share(step + 1));
+    };
     add_dkey(dscore_tile, query_tile, add);
     add_dvalue(probability_tile, dout_tile, [&](int step) { add(kSteps + step); });
   }
@@ -296,6 +300,7 @@ struct BwdWarp {
             ptx::mma_m16n8k16<Element>(dquery[i][1], dscores[step][i], key[2], key[3]);
           }
         }
+        __syncwarp();  // without it the compiler gathers the additions of all parts
 #pragma unroll
         for (int i = 0; i < kDqueryBlocks; ++i) {
 #pragma unroll
