@@ -29,7 +29,7 @@ def test_one_custom_call(precision: str | None) -> None:
     line = call_of(registry.FORWARD_TARGET, text)
     assert f"tf32 = {str(precision == 'tf32').lower()}" in line
     types_ = line[line.rindex(" : (") :]
-    # Two bfloat16 for each number, of rows as wide as the kernel, unless it is as precise.
+    # Two bfloat16 for each number, of rows as wide as the kernel.
     parts = 2 * 64 * (2 * 64 * 4 + 2 * (2 * 48 * 2))
     room = "" if precision == "highest" else f", tensor<{parts}xbf16>"
     assert f"-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>{room})" in types_
