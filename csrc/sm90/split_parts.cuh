@@ -1,4 +1,4 @@
-// A float32 as the sum of two bf16, high + low, to 2^-17 of it: high is the nearest, low the
+// A float32 as the sum of two bf16, high + low, to 2^-18 of it: high is the nearest, low the
 // nearest of what is missing.
 #pragma once
 
