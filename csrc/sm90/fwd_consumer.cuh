@@ -19,9 +19,9 @@
 #include "sm90/fwd_float_out.cuh"
 #include "sm90/fwd_logits.cuh"
 #include "sm90/fwd_mask.cuh"
+#include "sm90/fwd_products.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
-#include "sm90/split_parts.cuh"
 #include "tile/copy.cuh"
 #include "tile/quad.cuh"
 #include "tile/score_options.cuh"
@@ -88,44 +88,15 @@ struct FwdConsumer {
 
   // s = Q K^T
   __device__ __forceinline__ void issue_scores() {
-    const uint64_t query = ptx::wgmma_descriptor(query_tile(), 0);
-    const uint64_t key = ptx::wgmma_descriptor(key_tile(), 0);
-#pragma unroll
-    for (int i = 0; i < Config::kProducts; ++i) {
-#pragma unroll
-      for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-        const int left = Config::left_part(i) * Config::kHeadDim / 8 + 2 * k;
-        const int right = Config::right_part(i) * Config::kHeadDim / 8 + 2 * k;
-        ptx::Wgmma<Element, Config::kKeys>::ss(
-            s, query + (Config::QueryLayout::offset(0, left) >> 4),
-            key + (Config::KeyLayout::offset(0, right) >> 4), i + k != 0);
-      }
-    }
+    multiply_scores<Config>(s, query_tile(), key_tile());
   }
 
   // out = P V, or out += P V
   __device__ __forceinline__ void issue_values(bool accumulate) {
-    const uint64_t value = ptx::wgmma_descriptor(value_tile(), Config::ValueLayout::kSlabBytes);
-#pragma unroll
-    for (int i = 0; i < Config::kProducts; ++i) {
-      const uint32_t* const left = p + Config::left_part(i) * kScores / 2;
-      const uint32_t right =
-          Config::ValueLayout::offset(0, Config::right_part(i) * Config::kHeadDimV / 8);
-#pragma unroll
-      for (int k = 0; k < Config::kKeys / 16; ++k) {
-        ptx::Wgmma<Element, Config::kHeadDimV>::rs(
-            out, left + 4 * k, value + ((right + 16 * 128 * k) >> 4), accumulate || i + k > 0);
-      }
-    }
+    multiply_values<Config>(out, p, value_tile(), accumulate);
   }
 
-  __device__ __forceinline__ void pack() {
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
-      if constexpr (Config::kSplit) p[kScores / 2 + i] = low_parts(s[2 * i], s[2 * i + 1], p[i]);
-    }
-  }
+  __device__ __forceinline__ void pack() { pack_weights<Config>(p, s); }
 
   __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
 #pragma unroll
