@@ -198,7 +198,12 @@ def assert_accurate(
 
 
 def assert_within(
-    out: Any, plain: Any, expected: Any, step: float = 0.0, extra: float = 0.0
+    out: Any,
+    plain: Any,
+    expected: Any,
+    step: float = 0.0,
+    extra: float = 0.0,
+    factor: float = FACTOR,
 ) -> None:
     """Error of `out` is at most twice that of `plain`, which has its dtype.
 
@@ -210,6 +215,7 @@ def assert_within(
         better than a result that is rounded: it may be spared that by luck, as where
         one weight is 1 and the output one of the values.
       extra: error allowed beyond that.
+      factor: instead of twice.
     """
     out, plain = np.asarray(out), np.asarray(plain)
     tiny = TINY[str(plain.dtype)] + extra
@@ -221,9 +227,9 @@ def assert_within(
     largest = max(bound.max(initial=0), size.max(initial=0) / 2)
     mean = max(bound.mean(), size.mean() / 8)
     assert np.isfinite(error).all(), "NaN or inf in the output"
-    assert error.max(initial=0) <= FACTOR * largest + tiny, (
+    assert error.max(initial=0) <= factor * largest + tiny, (
         f"largest error {error.max():.3e}, plain {largest:.3e}"
     )
-    assert error.mean() <= FACTOR * mean + tiny, (
+    assert error.mean() <= factor * mean + tiny, (
         f"mean error {error.mean():.3e}, plain {mean:.3e}"
     )
