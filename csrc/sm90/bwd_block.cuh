@@ -54,7 +54,15 @@ struct BwdIntervalBlock {
   RingIndex<2> slot;
   uint32_t key_copies;
 };
-// Without. Per warpgroup: tiles [first, end) some of whose queries see some of its keys.
+
+// Whether a warpgroup has steps of its own for tiles that see none of its keys. At width 64 the
+// producer has no registers left to find them.
+template <typename Config>
+inline constexpr bool kBwdPassesUnseen =
+    Config::kHeadDim > 64 && Config::kHeadDim <= 128 && !Config::kIntervals;
+
+// Without, where kBwdPassesUnseen. Per warpgroup: tiles [first, end) some of whose queries see some
+// of its keys.
 struct BwdPlainBlock {
   int seen_first[2];
   int seen_end[2];
@@ -179,7 +187,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
-    if constexpr (!Config::kIntervals) {
+    if constexpr (kBwdPassesUnseen<Config>) {
       const RowInterval seen = block.mask.rows(first_key, first_key + 64);
       block.seen_first[w] = seen.first / kRows;
       block.seen_end[w] = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : 0;

@@ -43,8 +43,7 @@ struct BwdConsumer {
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
   static constexpr int kPieceSums = kSums / Config::kSumPieces;
-  // Whether a warpgroup has steps of its own for tiles that see none of its keys.
-  static constexpr bool kPassesUnseen = Config::kHeadDim <= 128 && !Config::kIntervals;
+  static constexpr bool kPassesUnseen = kBwdPassesUnseen<Config>;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;

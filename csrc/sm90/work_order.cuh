@@ -79,11 +79,18 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
 #pragma unroll 1
   for (int first = 0; first < work.blocks; first += kWorkOrderThreads) {
     const int other = first + thread;
-    documents[thread] = other < work.blocks ? work.document<kOfKeys>(mask, other) : -2;
+    int document = -2;
+    if (other == block) {
+      document = own;
+    } else if (other < work.blocks) {
+      document = work.document<kOfKeys>(mask, other);
+    }
+    documents[thread] = document;
     // Orders the lengths before they are read.
     __syncthreads();
+    const int end = min(kWorkOrderThreads, work.blocks - first);
 #pragma unroll 8
-    for (int i = 0; i < kWorkOrderThreads; ++i) {
+    for (int i = 0; i < end; ++i) {
       const bool before = kOfKeys ? first + i < block : first + i > block;
       place += documents[i] > own || (documents[i] == own && before) ? 1 : 0;
     }
