@@ -257,6 +257,37 @@ def ours(implementation: str, **options: Any) -> Callable[[Cell], Attention]:
     )
 
 
+def forward_kernel(cell: Cell) -> Attention:
+    """`jax_flash.mha` by the forward kernel, however few the queries.
+
+    Lengths of queries, all of them full, are what the decode kernel does not take.
+    """
+    lengths = jnp.full(cell.batch, cell.query_length, jnp.int32)
+    return functools.partial(ours("cuda")(cell), query_seq_lengths=lengths)
+
+
+def decode_kernel(cell: Cell) -> Attention:
+    """`jax_flash.decode_mha` on caches that are full."""
+    lengths = jnp.full(cell.batch, cell.key_length, jnp.int32)
+    return functools.partial(
+        jax_flash.decode_mha,
+        cache_seqlens=lengths,
+        window_size=cell.window_size,
+        implementation="cuda",
+    )
+
+
+def decode_limits(cell: Cell) -> str | None:
+    """Limits of `jax_flash.decode_mha`."""
+    if cell.backward:
+        return "has no kernels for gradients"
+    if cell.query_length > 64:
+        return f"takes at most 64 queries, not {cell.query_length}"
+    if cell.query_length > 1 and not cell.is_causal:
+        return "several queries are causal among themselves"
+    return None
+
+
 def jax_nn(implementation: Literal["xla", "cudnn"]) -> Callable[[Cell], Attention]:
     """`jax.nn.dot_product_attention`; its masks are aligned at the top left."""
     return lambda cell: functools.partial(
@@ -410,6 +441,8 @@ ARMS: dict[str, Arm] = {
             "jax_flash",
             ours("cuda", deterministic=True),
         ),
+        jax_arm("jax_flash_forward", "jax_flash", forward_kernel),
+        jax_arm("jax_flash_decode", "jax_flash", decode_kernel, why_not=decode_limits),
         jax_arm("jax_flash_xla", "jax_flash", ours("xla"), gpu_only=False),
         jax_arm("xla", "jax", jax_nn("xla"), why_not=score_memory, gpu_only=False),
         jax_arm("cudnn", "jax", jax_nn("cudnn"), why_not=jax_nn_limits),

@@ -8,6 +8,7 @@ the one before and on a cache of its own; it is run on several sets of caches in
 until all have been read, so that small caches are not found in the L2.
 `kernel` is the time inside kernels by CUPTI, `chain` the wall time of a chain divided
 by its calls, gaps between kernels included. An arm that does not run a cell says why.
+After each cell come the seconds that it took, and how many of them for preparation.
 """
 
 from __future__ import annotations
@@ -355,7 +356,12 @@ ARMS: dict[str, Callable[[Cell], Attention]] = {
     "fa3_16": functools.partial(fa3, 16),
     "fa3_32": functools.partial(fa3, 32),
 }
-DEFAULT_ARMS = tuple(name for name in ARMS if not name.startswith("jax_flash_"))
+DEFAULT_ARMS = (
+    *("jax_flash", "cudnn", "cudnn_paged", "xla"),
+    *("pallas", "fa3_8", "fa3_32"),
+)
+"""Each library, FlashAttention-3 with two numbers of splits: an arm takes seconds of
+compilation in each cell. `--arms` has the others."""
 SMOKE_ARMS = ("jax_flash_xla", "cudnn_paged", "xla", "pallas_4")
 
 
@@ -384,6 +390,7 @@ def run_cell(
     cell: Cell, arms: list[str], protocol: Protocol, longest: int, rotated: float
 ) -> tuple[dict[str, Samples], dict[str, str], int]:
     """Samples and reasons for not running, by arm, and the calls of a chain."""
+    start = time.monotonic()
     count, chains = cell.chains(longest, rotated)
     query, caches, lengths, table = cell.inputs(count * chains)
     turned: list[Any] = []
@@ -411,7 +418,11 @@ def run_cell(
         if not difference <= TOLERANCE * max(1.0, float(np.abs(other).max())):
             why_not[arm] = f"differs from {next(iter(firsts))} by {difference:.3g}"
             del calls[arm]
-    return measure(calls, protocol), why_not, count
+    prepared = time.monotonic()
+    samples = measure(calls, protocol)
+    end = time.monotonic()
+    print(f"{cell.name:32} {end - start:.1f} s, {prepared - start:.1f} to prepare")
+    return samples, why_not, count
 
 
 def compare(rows: list[dict[str, Any]], ours: str) -> dict[str, tuple[float, str]]:
@@ -470,7 +481,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     arms = args.arms or list(SMOKE_ARMS if args.smoke else DEFAULT_ARMS)
     start = time.monotonic()
-    protocol = Protocol(rounds=3, seconds=args.seconds, idle=0.02, most=100)
+    protocol = Protocol(
+        rounds=3, seconds=args.seconds, idle=0.02, most=100, kernel_rounds=1
+    )
     table, longest, rotated = CELLS, LONGEST_CHAIN, ROTATED
     if args.smoke:
         protocol = Protocol(rounds=1, seconds=0.0, idle=0.0)

@@ -4,6 +4,9 @@
     python -m benchmarks.llama --batches 1 16 --no-prefill
     python -m benchmarks.llama --smoke                  # tiny, on any machine
 
+Needs jax, flax and numpy. It compiles all programs first, then measures cell by cell,
+for as long as is left of `--budget` seconds, and ends with the ratios to the targets.
+
 The model of examples/llama in bfloat16. Three arms take turns on the same weights and
 caches:
 
@@ -21,11 +24,13 @@ TB/s. The bound of prefill is its matrix products at the speed of one of 8192 x 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +47,7 @@ from llama_model import Caches, Config, Llama, Sampling
 
 import jax_flash
 from benchmarks.ops import xla_top_k_top_p
-from benchmarks.timing import Call, Protocol, Samples, Summary, measure
+from benchmarks.timing import Call, Protocol, Samples, Summary, measure, short
 
 BANDWIDTH = 4.3e12
 """Bytes a second: what an H200 reaches of its 4.8e12."""
@@ -50,6 +55,11 @@ PAGE = 64
 SAMPLING = Sampling(1.0, top_k=50, top_p=0.9)
 # Between logits of arms, root mean square over that of the logits: bfloat16, 32 layers.
 TOLERANCE = 0.1
+ARMS = ("jax_flash", "jax_nn", "paged")
+"""In the order of their turns. Pages come last: see `run_cell`."""
+ROUNDS = 3
+SHORTEST, LONGEST = 0.02, 0.3
+"""Seconds of a turn, which the budget is spread over."""
 
 LLAMA3_8B = Config(
     vocabulary=128256,
@@ -219,36 +229,65 @@ def jax_nn(cell: Cell, implementation: Any) -> Program:
     return program
 
 
+def program_of(arm: str, cell: Cell) -> Program:
+    """What an arm runs."""
+    if arm == "jax_nn":
+        gpu = jax.default_backend() == "gpu"
+        return jax_nn(cell, "cudnn" if gpu else "xla")
+    return {"jax_flash": ours, "paged": paged}[arm](cell)
+
+
+def tokens_of(cell: Cell, config: Config) -> jax.Array:
+    """Random tokens, int32 [batch, tokens]."""
+    shape = (cell.batch, cell.tokens)
+    return jax.random.randint(jax.random.key(0), shape, 0, config.vocabulary, jnp.int32)
+
+
+def compiled(cell: Cell, config: Config, model: Llama) -> dict[str, Any]:
+    """The program of each arm, or why there is none, as text.
+
+    One after the other: XLA chooses the kernels of the first arm's matrix products by
+    trial, and takes the same for the others.
+    """
+    caches = jax.eval_shape(lambda: filled_caches(config, cell))
+    tokens, key = tokens_of(cell, config), jax.random.key(0)
+    programs: dict[str, Any] = {}
+    for arm in ARMS:
+        try:
+            program = jax.jit(program_of(arm, cell), donate_argnums=2)
+            programs[arm] = program.lower(model, tokens, caches, key).compile()
+        except Exception as error:  # an arm may fail in any way
+            programs[arm] = short(error)
+    return programs
+
+
 def run_cell(
-    cell: Cell, config: Config, model: Llama, protocol: Protocol
+    cell: Cell,
+    config: Config,
+    model: Llama,
+    programs: dict[str, Any],
+    protocol: Protocol,
 ) -> tuple[dict[str, Samples], dict[str, str]]:
     """Samples of the arms, and why others did not run."""
     held = [filled_caches(config, cell)]
-    shape = (cell.batch, cell.tokens)
-    key = jax.random.key(0)
-    tokens = jax.random.randint(key, shape, 0, config.vocabulary, jnp.int32)
-    other = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    makers: dict[str, Callable[[Cell], Program]] = {
-        "jax_flash": ours,
-        "jax_nn": functools.partial(jax_nn, implementation=other),
-        # The last one: it writes to places that are not those of contiguous caches.
-        "paged": paged,
-    }
+    tokens, key = tokens_of(cell, config), jax.random.key(0)
     calls, why_not = {}, {}
     expected = None
-    for name, make in makers.items():
+    # Pages in random order are other sequences, and write where contiguous caches do
+    # not, so they come last.
+    for name, program in programs.items():
+        if isinstance(program, str):
+            why_not[name] = program
+            continue
         # A failed call may have taken the caches with it.
         if held[0].k[0].is_deleted():
             held[0] = filled_caches(config, cell)
         try:
-            program = jax.jit(make(cell), donate_argnums=2)
-            program = program.lower(model, tokens, held[0], key).compile()
             _, logits, held[0] = program(model, tokens, held[0], key)
+            logits = np.asarray(logits)
         except Exception as error:  # an arm may fail in any way
-            why_not[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            why_not[name] = short(error)
             continue
-        logits = np.asarray(logits)
-        # Pages in random order are other sequences.
         if name != "paged":
             expected = logits if expected is None else expected
             difference = float((logits - expected).std() / expected.std())
@@ -281,53 +320,120 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny, on any machine")
     parser.add_argument("--batches", type=int, nargs="*", help="of decoding: 1 16 64")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument(
+        "--budget", type=float, default=100.0, help="seconds for everything, 100"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="results go here, too")
     arguments = parser.parse_args(argv)
     if arguments.batches is None:
         arguments.batches = [2] if arguments.smoke else [1, 16, 64]
     if any(batch < 1 for batch in arguments.batches):
         parser.error(f"needs --batches of at least 1, got {arguments.batches}")
+    if not arguments.budget > 0:
+        parser.error(f"needs a positive --budget, got {arguments.budget}")
     return arguments
+
+
+def turn_seconds(remaining: float, cells: int) -> float:
+    """Length of a turn's two measurements, so that `cells` cells fit.
+
+    A third of the time goes to what comes before the turns of a cell.
+    """
+    turns = 2 * ROUNDS * len(ARMS) * cells
+    return min(LONGEST, max(SHORTEST, 2 / 3 * remaining / turns))
+
+
+def limit(cell: Cell) -> float:
+    """What a step may take at most, in times of its bound."""
+    if cell.is_prefill:
+        return 1 / 0.6
+    return 1.1 if cell.batch >= 16 else 1.25
+
+
+def row_of(cell: Cell, arm: str, sample: Samples, bound: float) -> dict[str, Any]:
+    """The figures of an arm, in milliseconds."""
+    ms = Summary.of(sample.wall_us).median_us / 1e3
+    kernels = None
+    if sample.kernel_us:
+        kernels = Summary.of(sample.kernel_us).median_us / 1e3
+    return {
+        "cell": cell.name,
+        "arm": arm,
+        "ms": ms,
+        "kernels_ms": kernels,
+        "bound_ms": bound,
+    }
+
+
+def print_targets(cells: list[Cell], rows: list[dict[str, Any]]) -> None:
+    """How our arms stand to the bounds, and to `jax_nn`."""
+    print(f"\n{'target':18} {'arm':10} {'of bound':>9} {'at most':>8} {'':4} to jax_nn")
+    times = {(row["cell"], row["arm"]): row["ms"] for row in rows}
+    bounds = {row["cell"]: row["bound_ms"] for row in rows}
+    for cell in cells:
+        beside = times.get((cell.name, "jax_nn"))
+        for arm in ("jax_flash", "paged"):
+            ms = times.get((cell.name, arm))
+            if ms is None:
+                continue
+            ratio, most = ms / bounds[cell.name], limit(cell)
+            faster = "-" if beside is None else f"{beside / ms:.2f} times as fast"
+            print(
+                f"{cell.name:18} {arm:10} {ratio:9.3f} {most:8.3f} "
+                f"{'met' if ratio <= most else 'no':4} {faster}"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a table; 1 if one of our arms failed, else 0."""
+    start = time.perf_counter()
     arguments = parse_arguments(argv)
     config = SMOKE if arguments.smoke else LLAMA3_8B
     context, prompt, matmul = (128, 64, 64) if arguments.smoke else (4096, 8192, 8192)
-    seconds = 0.002 if arguments.smoke else 0.3
-    protocol = Protocol(rounds=3, seconds=seconds, idle=0.0, most=50)
+    protocol = Protocol(rounds=ROUNDS, seconds=0.002, idle=0.0, most=50)
     cells = [Cell(batch, context) for batch in arguments.batches]
     if not arguments.no_prefill:
         cells.append(Cell(1, prompt, prompt))
     device = jax.devices()[0].device_kind
+    if not arguments.smoke:
+        protocol = dataclasses.replace(protocol, seconds=LONGEST)
     peak = ceiling(matmul, config.dtype, protocol)
-    print(f"{device}, {config.dtype} product at {peak / 1e12:.3g} TFLOP/s")
+    print(f"{device}, {config.dtype} product at {peak / 1e12:.3g} TFLOP/s", flush=True)
+    model = random_model(config)
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(cells))) as pool:
+        programs = list(pool.map(lambda cell: compiled(cell, config, model), cells))
+    print(f"compiled after {time.perf_counter() - start:.0f} s")
     print(f"{'cell':18} {'arm':10} {'ms':>9} {'kernels':>9} {'bound':>9} {'ratio':>6}")
-    model, rows, failed = random_model(config), [], False
-    for cell in cells:
+    rows, failed = [], False
+    for number, cell in enumerate(cells):
+        remaining = arguments.budget - (time.perf_counter() - start)
+        if remaining <= 0:
+            print(f"{cell.name:18} left out: --budget {arguments.budget:g} is spent")
+            continue
+        if not arguments.smoke:
+            seconds = turn_seconds(remaining, len(cells) - number)
+            protocol = dataclasses.replace(protocol, seconds=seconds)
         bound = cell.nbytes(config) / BANDWIDTH * 1e3
         if cell.is_prefill:
             bound = cell.flops(config) / peak * 1e3
-        samples, why_not = run_cell(cell, config, model, protocol)
-        for arm in ("jax_flash", "jax_nn", "paged"):
+        samples, why_not = run_cell(cell, config, model, programs[number], protocol)
+        for arm in ARMS:
             sample = samples.get(arm, Samples(errors=[why_not.get(arm, "")]))
             if sample.errors or not sample.wall_us:
-                print(f"{cell.name:18} {arm:10} {' '.join(sample.errors)}")
+                print(f"{cell.name:18} {arm:10} {' '.join(sample.errors)}", flush=True)
                 failed |= arm == "jax_flash" or (arm == "paged" and not cell.is_prefill)
                 continue
-            ms = Summary.of(sample.wall_us).median_us / 1e3
-            kernels = None
-            if sample.kernel_us:
-                kernels = Summary.of(sample.kernel_us).median_us / 1e3
+            row = row_of(cell, arm, sample, bound)
+            kernels = row["kernels_ms"]
             inside = "-" if kernels is None else f"{kernels:.3f}"
             print(
-                f"{cell.name:18} {arm:10} {ms:9.3f} {inside:>9} {bound:9.3f}"
-                f" {ms / bound:6.2f}",
+                f"{cell.name:18} {arm:10} {row['ms']:9.3f} {inside:>9} {bound:9.3f}"
+                f" {row['ms'] / bound:6.2f}",
                 flush=True,
             )
-            row = {"cell": cell.name, "arm": arm, "ms": ms, "kernels_ms": kernels}
-            rows.append(row | {"bound_ms": bound, "peak_tflops": peak / 1e12})
+            rows.append(row | {"peak_tflops": peak / 1e12})
+    print_targets(cells, rows)
+    print(f"{time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
         arguments.json.write_text(
             json.dumps({"device": device, "rows": rows}, indent=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_flash._src import (
     decode_call,
-    decode_inner,
+    decode_kernel,
     decode_reference,
     merge,
     validate,
@@ -118,7 +118,7 @@ def decode_mha(
     wants_lse = validate._flag("return_lse", return_lse)
     config, operands = decode_call.check_call(arrays, options)
     if config.implementations == ("cuda",):
-        reason = decode_inner.cuda_supports(config, operands)
+        reason = decode_kernel.cuda_supports(config, operands)
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r}: {reason}")
     out, lse = flash_decode(config, operands)

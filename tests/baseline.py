@@ -89,7 +89,7 @@ def gradients(
 
     Sums and exponentials in float32; output, weights and `dout @ value^T` rounded to
     the dtype of the inputs, as products of 16-bit operands are. Without padding. The
-    gradient of sinks is float32 [B, N].
+    gradient of sinks is float32 [B, N], that of an array of biases [B, N, T, S].
     """
     dtype = query.dtype
     scale = scale_of(query, given)
@@ -100,8 +100,10 @@ def gradients(
     q, k, v, do = (x.astype(np.float32) for x in (query, key, value, dout))
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     dsinks = np.zeros((query.shape[0], query.shape[2]), np.float32)
-    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    shape = (*dsinks.shape, query.shape[1], key.shape[1])
     factors = oracle.kept_of(shape, given)
+    has_bias = given.get("bias") is not None and not hasattr(given["bias"], "slopes")
+    dbias = np.zeros(shape if has_bias else 0, np.float32)
     for index, pair, p, slope in weights(q, k, scale, given):
         b, rows, n = index
         kept = np.float32(1)
@@ -117,16 +119,20 @@ def gradients(
             share = np.where(live, 1 - p.sum(-1, keepdims=True, dtype=np.float64), 0)
             dsinks[b, n] -= (share * delta).sum()
         dv[pair] += rounded(p * kept).T @ do[index]
-        ds = rounded(do[index] @ v[pair].T) * kept
+        ds = rounded(do[index] @ v[pair].T)
+        ds *= kept
         ds -= delta
         ds *= p
+        if has_bias:
+            dbias[b, n, rows] = ds
         ds *= scale * slope
         dq[index] = ds @ k[pair]
         dk[pair] += ds.T @ q[index]
     result = {
         name: x.astype(dtype) for name, x in (("query", dq), ("key", dk), ("value", dv))
     }
-    return result | ({"sinks": dsinks} if "sinks" in given else {})
+    result |= {"sinks": dsinks} if "sinks" in given else {}
+    return result | ({"bias": dbias} if has_bias else {})
 
 
 def scale_of(query: np.ndarray, given: dict[str, Any]) -> np.float32:
@@ -195,7 +201,12 @@ def assert_accurate(
 
 
 def assert_within(
-    out: Any, plain: Any, expected: Any, step: float = 0.0, extra: float = 0.0
+    out: Any,
+    plain: Any,
+    expected: Any,
+    step: float = 0.0,
+    extra: float = 0.0,
+    factor: float = FACTOR,
 ) -> None:
     """Error of `out` is at most twice that of `plain`, which has its dtype.
 
@@ -207,6 +218,7 @@ def assert_within(
         better than a result that is rounded: it may be spared that by luck, as where
         one weight is 1 and the output one of the values.
       extra: error allowed beyond that.
+      factor: instead of twice.
     """
     out, plain = np.asarray(out), np.asarray(plain)
     tiny = TINY[str(plain.dtype)] + extra
@@ -218,9 +230,9 @@ def assert_within(
     largest = max(bound.max(initial=0), size.max(initial=0) / 2)
     mean = max(bound.mean(), size.mean() / 8)
     assert np.isfinite(error).all(), "NaN or inf in the output"
-    assert error.max(initial=0) <= FACTOR * largest + tiny, (
+    assert error.max(initial=0) <= factor * largest + tiny, (
         f"largest error {error.max():.3e}, plain {largest:.3e}"
     )
-    assert error.mean() <= FACTOR * mean + tiny, (
+    assert error.mean() <= factor * mean + tiny, (
         f"mean error {error.mean():.3e}, plain {mean:.3e}"
     )

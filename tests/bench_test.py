@@ -67,6 +67,21 @@ def test_kernel_times_refuse_uneven_launches(timings: list[tuple[str, float]]) -
         timing.kernel_times(FakeCupti(timings), call_of(lambda: 0), 2)
 
 
+def test_kernels_that_start_early_are_not_counted_twice() -> None:
+    split, combine = ("decode_split_kernel", 10.0), "x3decode_combine_kernelI"
+    kernels = [split, (combine, 12.0), ("scale", 1.0), split, (combine, 4.0)]
+    assert timing.busy_time(kernels) == 12 + 1 + 10
+
+
+def test_rounds_without_kernel_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = FakeCupti([("a", 0.25)] * 3)
+    monkeypatch.setattr(timing, "cupti", lambda: binding)
+    protocol = timing.Protocol(rounds=3, seconds=1e-9, idle=0.0, kernel_rounds=1)
+    samples = timing.measure({"a": call_of(lambda: None)}, protocol)["a"]
+    assert samples.kernel_us == [250.0] * 3
+    assert len(samples.wall_us) == 3
+
+
 def test_summary() -> None:
     summary = timing.Summary.of([float(x) for x in range(11)])
     assert (summary.median_us, summary.p10_us, summary.p90_us) == (5.0, 1.0, 9.0)
@@ -348,9 +363,9 @@ def test_float32_smoke(
     monkeypatch.setattr(sys, "argv", ["float32", "--smoke"])
     assert float32.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * (1 + 4)
+    assert len(lines) == 1 + 2 * (1 + 5)
     arms = [line.split() for line in lines if line.startswith("  ")]
-    assert len(arms) == 8
+    assert len(arms) == 10
     assert all(float(fields[-3]) < 1e-6 for fields in arms)
 
 

@@ -44,7 +44,7 @@ def test_decode_smoke(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_limits_of_decode_arms(arm: str, cell: decode.Cell, why: str) -> None:
-    assert arm in decode.DEFAULT_ARMS
+    assert arm in decode.ARMS
     with pytest.raises(NotImplementedError, match=why):
         decode.ARMS[arm](cell)
 

@@ -40,7 +40,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 23),
+        ("set_by_launch", ctypes.c_uint32 * 25),
     )
 
 
@@ -345,6 +345,55 @@ def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
     check(first, query, k, v, lengths)
     for other in others:
         assert_same_bits(other, first)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "room", "cluster"), [(8, 512, 8), (8, 2112, 16), (5, 4096, 16)]
+)
+@pytest.mark.parametrize("paging", [False, True])
+def test_clusters(
+    library: ctypes.CDLL, kv_heads: int, room: int, cluster: int, paging: bool
+) -> None:
+    """One sequence's splits, added up by a cluster: the bits of the second kernel.
+
+    With 8 or 33 splits of 64 keys, or 32 of 128, and 132 multiprocessors.
+    """
+    query, k, v = problem(8, 1, 1, 3 * kv_heads, kv_heads, room, 64, 40)
+    sinks = np.ones((1, 3 * kv_heads), np.float32)
+    for length in (0, 1, 65, room // 3, room - 70, room):
+        given, table = (k.copy(), v.copy()), None
+        lengths = np.array([length], np.int32)
+        for x in given:
+            x[:, length:] = np.nan
+        k_held, v_held = given
+        if paging:
+            rng = np.random.default_rng(length)
+            k_held, v_held, table = paged(rng, given, lengths, 16, np.nan)
+        held = query, k_held, v_held, lengths
+        ways: dict[str, Any] = {"sinks": sinks, "page_table": table}
+        ways["num_splits"] = room // 64 if room < 4096 else 32
+        got = run(library, *held, multiprocessors=132, **ways)
+        assert library.cluster_of_last() == cluster
+        check(got, query, given[0], given[1], lengths, sinks=sinks)
+        want = run(library, *held, multiprocessors=3, **ways)
+        assert library.cluster_of_last() == 1
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "room", "num_splits"),
+    [(2, 1, 512, 8), (1, 17, 512, 8), (1, 1, 64, 1), (1, 1, 4224, 66)],
+)
+def test_no_clusters(
+    library: ctypes.CDLL, batch: int, tokens: int, room: int, num_splits: int
+) -> None:
+    """Several sequences, many rows, one split, or too many for a cluster."""
+    query, k, v = problem(9, batch, tokens, 2, 2, room, 16)
+    lengths = np.full(batch, room, np.int32)
+    ways: dict[str, Any] = {"num_splits": num_splits, "multiprocessors": 132}
+    got = run(library, query, k, v, lengths, **ways)
+    assert library.cluster_of_last() == 1
+    check(got, query, k, v, lengths)
 
 
 def assert_same_bits(got: Any, want: Any) -> None:

@@ -55,7 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("jump", "options"),
     [(5, "plain"), (30, "plain"), (100, "plain")]
-    + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"],
+    + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"]
+    + [(5, "window"), (30, "window"), (100, "window")],
 )
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_forward_sm90_of_growing_scores(
@@ -63,12 +64,19 @@ def test_forward_sm90_of_growing_scores(
 ) -> None:
     """Scores that leave the range of the first tile's maximum, and overflow."""
     dead = np.arange(170) % 5 == 2
+    # No row sees the first 90 keys, whose scores are the largest of their tile.
+    window = {"window_size": (340, None)} if options == "window" else {}
     case = interval_cases.of_options(
-        (1, 170, 600, 1, 1), np.where(dead, -1, 0), rest=OPTIONS[options]
+        (1, 170, 600, 1, 1),
+        np.where(dead, -1, 0),
+        rest=OPTIONS.get(options),
+        **window,
     )
     arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
     arrays["query"][..., 0] = 32
     shift = growing(600, jump) * width**0.5 / 32
+    if window:
+        shift[:90] += width**0.5
     arrays["key"][..., 0] = shift[None, :, None]
     interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
 
@@ -77,47 +85,61 @@ def test_forward_sm90_of_growing_scores(
 @pytest.mark.parametrize(
     ("block", "tile", "others"), [(128, 128, 5000), (64, 64, 900), (128, 64, 1 << 17)]
 )
-def test_longest_blocks_first(
+def test_longest_documents_first(
     forward: ctypes.CDLL, of_keys: bool, block: int, tile: int, others: int
 ) -> None:
-    """`queue` is 0, then the blocks of each sequence, sorted by their tiles."""
+    """`queue` is 0, then the blocks of each sequence, by their documents."""
     rng = np.random.default_rng(block + of_keys)
     batch, length = 2, 20_000  # more blocks than a thread block has threads
-    ends = np.sort(rng.integers(0, others, (batch, -(-length // 64), 2)), -1)
-    ends[rng.random(ends.shape[:2]) < 0.2] = 0  # sees, or is seen by, nothing
-    records = np.zeros((*ends.shape[:2], 8), np.int32)
-    records[..., :2] = ends
-    sizes = (others, length) if of_keys else (length, others)
+
+    def records(tiles: int, limit: int, unit: int) -> np.ndarray:
+        """Random hulls [batch, tiles], some of them empty."""
+        ends = np.sort(rng.integers(0, -(-limit // unit), (batch, tiles, 2)), -1) * unit
+        ends[rng.random(ends.shape[:2]) < 0.2] = 0
+        return np.pad(ends, ((0, 0), (0, 0), (0, 6))).astype(np.int32)
+
+    rows, keys = (others, length) if of_keys else (length, others)
+    row_count, key_count = -(-rows // 64), -(-keys // 64)
+    row_tiles = records(row_count, keys, 1)
+    key_tiles = records(key_count, rows, 64)
     queue = np.full(plan.queue_size(batch, length), -1, np.int32)
     arguments = Arguments(
-        key_tiles=records.ctypes.data,
-        row_tiles=records.ctypes.data,
+        key_tiles=key_tiles.ctypes.data,
+        row_tiles=row_tiles.ctypes.data,
         queue=queue.ctypes.data,
         interval_stride=1,
         batch=batch,
-        query_length=sizes[0],
-        key_length=sizes[1],
+        query_length=rows,
+        key_length=keys,
         scale=1.0,
     )
-    rows, keys = (tile, block) if of_keys else (block, tile)
-    assert forward.work_order(ctypes.byref(arguments), of_keys, rows, keys) == 0
+    sizes = (tile, block) if of_keys else (block, tile)
+    assert forward.work_order(ctypes.byref(arguments), of_keys, *sizes) == 0
 
-    def tiles_of(sequence: int, number: int) -> int:
-        some = ends[sequence, number * block // 64 : (number + 1) * block // 64]
+    def document(sequence: int, number: int) -> int:
+        own = (key_tiles if of_keys else row_tiles)[sequence]
+        some = own[number * block // 64 : (number + 1) * block // 64]
         some = some[some[:, 0] < some[:, 1]]
         if not some.size:
-            return 0
-        return int(-(-some[:, 1].max() // tile) - some[:, 0].min() // tile)
+            return -1
+        first, end = some[:, 0].min(), some[:, 1].max()
+        if of_keys:
+            last = row_tiles[sequence, min(end // 64, row_count) - 1]
+            meets = key_tiles[sequence, min(-(-last[0] // 64), key_count - 1)]
+            return max(0, end - meets[0])
+        meets = key_tiles[sequence, first // 64]
+        last = row_tiles[sequence, max(1, min(meets[1] // 64, row_count)) - 1]
+        return max(0, last[1] - first)
 
     assert queue[0] == 0
-    orders = queue[plan.QUEUE_HEADER :].reshape(batch, -1)
+    used = plan.QUEUE_HEADER + batch * -(-length // plan.QUEUE_ROWS)
+    assert (queue[used:] == -1).all()
+    orders = queue[plan.QUEUE_HEADER : used].reshape(batch, -1)
     count = -(-length // block)
-    step = 1
-    while -(-others // tile) // step >= 1024:
-        step *= 2
     for sequence, order in enumerate(orders):
-        assert sorted(order[:count]) == list(range(count))
+        lengths = [document(sequence, number) for number in range(count)]
+        direction = 1 if of_keys else -1
+        expected = sorted(range(count), key=lambda n: (-lengths[n], direction * n))
+        assert list(order[:count]) == expected
         assert (order[count:] == -1).all()
-        lengths = np.array([tiles_of(sequence, number) for number in order[:count]])
-        assert (np.diff(lengths // step) <= 0).all()
-        assert lengths[0] > lengths[-1] == 0
+        assert lengths[expected[0]] > lengths[expected[-1]] == -1

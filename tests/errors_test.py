@@ -182,7 +182,7 @@ UNSUPPORTED = {
         r"implementation='cudnn' cannot run this call: .*query of dtype float32",
     ),
     "two that cannot": (
-        {"implementation": ("cuda", "cudnn")},
+        {"implementation": ("cuda", "cudnn"), "softcap": 2.0},
         r"implementation=\('cuda', 'cudnn'\) cannot run this call: cuda: .*; cudnn: ",
     ),
 }

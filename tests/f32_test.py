@@ -29,7 +29,10 @@ def test_one_custom_call(precision: str | None) -> None:
     line = call_of(registry.FORWARD_TARGET, text)
     assert f"tf32 = {str(precision == 'tf32').lower()}" in line
     types_ = line[line.rindex(" : (") :]
-    assert "-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>)" in types_
+    # Two bfloat16 for each number, of rows as wide as the kernel.
+    parts = 2 * 64 * (2 * 64 * 4 + 2 * (2 * 48 * 2))
+    room = "" if precision == "highest" else f", tensor<{parts}xbf16>"
+    assert f"-> (tensor<2x64x4x8xf32>, tensor<2x4x64xf32>{room})" in types_
 
 
 @pytest.mark.usefixtures("kernels")
@@ -50,8 +53,12 @@ def test_what_the_kernels_lack() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_explain() -> None:
-    details = jax_flash.explain(*inputs(), precision="tf32").details["cuda"]
-    assert details == "sm80 64x64; gradients by sm80 64x64"
+    for precision in (None, "tf32", "highest"):
+        details = jax_flash.explain(*inputs(), precision=precision).details["cuda"]
+        other = "sm80 64x64"
+        hopper = "sm90 64x64 of split bfloat16 on compute capability 9.0"
+        forward = other if precision == "highest" else f"{hopper}, {other} on others"
+        assert details == f"{forward}; gradients by {other}"
     wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
     reason = jax_flash.explain(*wide).reasons["cuda"]
     assert str(reason).endswith("the kernels take widths of at most 128")
@@ -78,7 +85,8 @@ def test_gradients(precision: str | None) -> None:
 @pytest.mark.parametrize("precision", [None, "highest", "tf32"])
 def test_products_of_jnp(precision: str | None, dtype: str) -> None:
     """TF32 on GPUs is what XLA makes of HIGH; 16-bit queries and keys are exact."""
-    text = cuda_text(lambda *a: attend(*a, precision=precision), *inputs(dtype))
+    options = {"precision": precision, "implementation": "xla"}
+    text = cuda_text(lambda *a: attend(*a, **options), *inputs(dtype))
     expected = {None: "HIGHEST", "highest": "HIGHEST", "tf32": "HIGH"}[precision]
     if dtype == "bfloat16" and precision != "highest":
         expected = "DEFAULT"

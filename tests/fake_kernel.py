@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jax_flash._src import (
+    decode_call,
+    decode_reference,
     dropout,
     inner,
     intervals,
@@ -83,6 +85,7 @@ def _register() -> None:
         registry.FORWARD_TARGET,
         registry.BACKWARD_TARGET,
         registry.INTERVALS_TARGET,
+        registry.DECODE_TARGET,
     ):
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
 
@@ -132,9 +135,11 @@ def emulated_backward() -> Iterator[None]:
 
 
 def _emulation(
-    target: str, results: Sequence[jax.ShapeDtypeStruct], *, input_layouts: Any
+    target: str, results: Sequence[jax.ShapeDtypeStruct], *, input_layouts: Any = None
 ) -> Callable:
-    """`jax.ffi.ffi_call` for the targets of forward and backward."""
+    """`jax.ffi.ffi_call` for the targets of forward, backward and decoding."""
+    if target == registry.DECODE_TARGET:
+        return functools.partial(_decoded, results)
 
     def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
         assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
@@ -187,6 +192,27 @@ def _emulation(
         return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
     return run
+
+
+def _decoded(
+    results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any
+) -> list[jax.Array]:
+    """What the decode kernel computes; caches are not quantised."""
+    optional = [n for n in decode_call.OPERANDS[4:] if attributes[f"has_{n}"]]
+    config = decode_call.DecodeConfig(
+        scale=float(attributes["scale"]),
+        window_left=int(attributes["window_left"]),
+        softcap=float(attributes["softcap"]) or None,
+        present=(*decode_call.OPERANDS[:4], *optional),
+    )
+    wide = [
+        x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x in operands
+    ]
+    computed = decode_reference.decode(*wide, config=config)
+    # Partial results, of which nobody reads what is in them.
+    computed += [jnp.full(r.shape, jnp.nan, r.dtype) for r in results[2:]]
+    return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
 
 
 def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:

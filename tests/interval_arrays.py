@@ -68,10 +68,10 @@ def _sequence(
         part = slice(i * TILE, (i + 1) * TILE)
         live = records[part][alive[part]]
         mixed = (interval[part] & ~sees[part]).any()
-        core = (
-            (0, MAX_LENGTH) if len(live) == 0 else _core(live, sees[part][alive[part]])
-        )
-        hull = (live[:, 0].min(), live[:, 1].max()) if len(live) else (0, 0)
+        hull, core = (0, 0), (0, MAX_LENGTH)
+        if len(live):
+            hull = live[:, 0].min(), live[:, 1].max()
+            core = (0, 0) if mixed else (live[:, 0].max(), live[:, 1].min())
         tile[:6] = *hull, *core, not alive[part].all(), mixed
     key_tiles = np.zeros((all_keys // TILE, 8), int)
     for i, tile in enumerate(key_tiles):
@@ -104,14 +104,6 @@ def _interval(
     while wide and end < len(seen) and key_ids[end] != row_id:
         end += 1
     return first, end
-
-
-def _core(live: np.ndarray, sees: np.ndarray) -> tuple[int, int]:
-    """The keys that the rows of a tile all see."""
-    first, end = live[:, 0].max(), live[:, 1].min()
-    if first < end and sees[:, first:end].all():
-        return first, end
-    return 0, 0
 
 
 def _longest_run(sees_all: np.ndarray, alive: np.ndarray) -> tuple[int, int]:

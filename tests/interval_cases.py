@@ -171,6 +171,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     holes[0][1] = -1  # nothing at all
     scattered = np.where(rng.random(300) < 0.2, -1, 0)
     alternating = np.arange(200) // 3 % 4
+    documents = np.repeat([-1, 0, 1, 2], [40, 300, 70, 290])
     return {
         # Whole tiles are clean here.
         "one id": lambda: of_options((1, 150, 600, 2, 1)),
@@ -192,6 +193,13 @@ def _cases() -> dict[str, Callable[[], Case]]:
             alternating,
             rest={"wide": True},
             is_causal=True,
+        ),
+        # Masks on the left of tiles behind which all rows have seen keys.
+        "documents, causal": lambda: of_options(
+            (1, 700, 700, 2, 1), documents, documents, is_causal=True
+        ),
+        "documents, window": lambda: of_options(
+            (1, 700, 700, 1, 1), documents, documents, window_size=(200, 10)
         ),
         "negative ids": lambda: of_options((2, 280, 400, 1, 1), holes[0], holes[1]),
         "negative ids, window, wide": lambda: of_options(
@@ -299,6 +307,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
                 "mask": random_mask((2, 1, 130, 200)),
                 "slopes": np.array([[0.1, 0.02, 0.2, 0.0]]),
             },
+        ),
+        # Sums of the gradient of queries that start from zeros, and others.
+        "packed, many keys and few": lambda: packed(
+            (1, 270, 2600, 1, 1), [(100, 2300), (90, 200), (60, 40)], False
         ),
     }
 

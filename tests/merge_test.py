@@ -1,6 +1,8 @@
 """`merge_partials`: attention over parts of the keys is attention over all of them."""
 
 import itertools
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from helpers import normal
 from jax.test_util import check_grads
 
-from jax_flash import merge_partials, mha
+import jax_flash
+from jax_flash import decode_mha, merge_partials, mha
 
 CUTS = {
     "one part": (),
@@ -58,6 +61,24 @@ def in_parts(cuts: tuple[int, ...], stacked: bool = False) -> Callable[..., Any]
         return merge_partials(outs, lses)
 
     return f
+
+
+def test_cascade() -> None:
+    """The example of the documentation: a prefix is read once for all sequences."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "api.md"
+    (example,) = re.findall(r"```python\n(def cascade.*?)```", page.read_text(), re.S)
+    names: dict[str, Any] = {"jax_flash": jax_flash, "jnp": jnp}
+    exec(example, names)
+    query, prefix = normal(3, 2, 4, 8), [normal(7, 2, width) for width in (8, 6)]
+    caches = [normal(3, 9, 2, width) for width in (8, 6)]
+    lengths = jnp.array([2, 9, 5], jnp.int32)
+    got = names["cascade"](query, *prefix, *caches, lengths)
+    together = [
+        jnp.concatenate([jnp.broadcast_to(x, (3, *x.shape)), y], 1)
+        for x, y in zip(prefix, caches, strict=True)
+    ]
+    want = decode_mha(query, together[0], together[1], lengths + 7)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def loss_of(f: Callable[..., Any]) -> Callable[..., jax.Array]:

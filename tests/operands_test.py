@@ -26,8 +26,9 @@ if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def handler(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # A process can register a target once; pytest-xdist may come back to this module.
     library = tmp_path_factory.mktemp("operands") / "operands.so"
     here = ROOT / "tests" / "emulator"
     command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-o", str(library)]

@@ -102,6 +102,7 @@ def test_extension_chooses_alike(op: str, built: Any) -> None:
             alignment=2 if head_dim % 8 or head_dim_v % 8 else 16,
             compute_capability=capability,
             force_sm80=forced,
+            may_split=plan.may_split(op, *dtype),
         )
         assert got == (None if want is None else dataclasses.astuple(want))
 
@@ -127,6 +128,7 @@ def test_extension_chooses(built: Any, change: dict[str, int], family: str) -> N
         "alignment": 16,
         "compute_capability": HOPPER,
         "force_sm80": False,
+        "may_split": False,
     }
     kernel = built.choose_kernel("mha_fwd", "bf16", 128, 128, **facts | change)
     assert kernel == ("mha_fwd", family, "bf16", 128, 128)
@@ -170,6 +172,7 @@ def test_extension_knows_its_operations(built: Any) -> None:
     targets = {
         registry.FORWARD_TARGET,
         registry.BACKWARD_TARGET,
+        registry.INTERVALS_TARGET,
         registry.DECODE_TARGET,
         registry.SAMPLE_TARGET,
         registry.TOP_K_TARGET,
@@ -178,7 +181,7 @@ def test_extension_knows_its_operations(built: Any) -> None:
     }
     assert set(built.registrations()) == targets
     facts = {"key_length": 1, "batch_dims": 1, "alignment": 16}
-    facts |= {"compute_capability": 80, "force_sm80": False}
+    facts |= {"compute_capability": 80, "force_sm80": False, "may_split": False}
     assert built.choose_kernel("mha", "bf16", 64, 64, **facts) is None
 
 
@@ -232,6 +235,7 @@ def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> No
 def test_choice_of_float32(
     precision: str | None, dtype: str, op: str, capability: int
 ) -> None:
+    # Rows that TMA cannot read.
     for widths, width in (((1, 64), 64), ((65, 8), 128)):
         kernel = plan.choose(op, "float32", *widths, capability, precision=precision)
         assert kernel == plan.Kernel(op, "sm80", dtype, width, width)
@@ -239,6 +243,36 @@ def test_choice_of_float32(
         for built, found in ((plan.KERNELS, True), (rest, False)):
             missing = plan.missing_kernel(op, "float32", *widths, built, precision)
             assert (missing is None) == found
+
+
+@pytest.mark.parametrize("precision", [None, "tf32", "highest"])
+def test_split_float32_on_hopper(precision: str | None) -> None:
+    """Where TMA reads operands and a call need not be as precise as float32."""
+    for widths, width in (((8, 64), 64), ((72, 8), 128), ((128, 128), 128)):
+        for forced, dims in itertools.product((False, True), (1, 2, 3)):
+            given = {"precision": precision, "force_sm80": forced, "batch_dims": dims}
+            kernel = plan.choose("mha_fwd", "float32", *widths, HOPPER, **given)
+            other = plan.choose("mha_fwd", "float32", *widths, 80, **given)
+            if precision != "highest" and not forced and dims < 3:
+                other = plan.Kernel("mha_fwd", "sm90", "split", width, width)
+            assert kernel == other
+            backward = plan.choose("mha_bwd", "float32", *widths, HOPPER, **given)
+            assert backward is not None
+            assert backward.family == "sm80"
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ((64, 64), 2 * 64 * (3 * 5 * 4 + (1 + 3) * 7 * 2)),
+        ((8, 72), 2 * 128 * (3 * 5 * 4 + (1 + 3) * 7 * 2)),
+        ((64, 60), None),
+        ((136, 128), None),
+    ],
+)
+def test_room_for_split_operands(widths: tuple[int, int], expected: int | None) -> None:
+    shapes = [(3, 5, 4, widths[0]), (1, 7, 2, widths[0]), (3, 7, 2, widths[1])]
+    assert plan.split_elements(shapes) == expected
 
 
 def test_what_float32_lacks() -> None:
@@ -426,5 +460,5 @@ def test_the_shape_table_reaches_every_kernel() -> None:
         for s in specs.GPU_TABLE
         for capability in (80, HOPPER)
     }
-    f32 = {kernel for kernel in plan.KERNELS if kernel.dtype in ("f32", "tf32")}
+    f32 = {k for k in plan.KERNELS if k.dtype in ("f32", "tf32", "split")}
     assert reached == set(plan.KERNELS) - f32  # f32_kernel_test has its own

@@ -44,7 +44,7 @@ HGMMA = re.compile(r"\bHGMMA\.\S+")
 # Instructions of a whole warpgroup, and whether they depend on a predicate.
 COLLECTIVE = re.compile(r"(@!?U?P\w+\s+)?\b(HGMMA|WARPGROUP\.(?:ARRIVE|DEPBAR))\b")
 # As the compiler writes sm90::mha_fwd_kernel<FwdConfig<type, head_dim, head_dim_v,
-# FwdTiles{warpgroups, keys, ...}, intervals>>.
+# FwdTiles{warpgroups, keys, ...}, intervals, ...>>.
 SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"

@@ -8,9 +8,11 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "host/launch.h"
 #include "host/params.h"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/math.cuh"
 #include "tile/copy.cuh"
 #include "tile/intervals.cuh"
@@ -99,26 +101,62 @@ __device__ __forceinline__ float partial_delta(const float* out, const float* do
   return sum;
 }
 
-// `width`: floats of a row of dquery_sum. Mask: of the main kernel.
+// Zeros in kBwdRowGroup rows of dquery_sum.
+__device__ __forceinline__ void clear_sum(const MhaBwdParams& params, int64_t first_row,
+                                          int width) {
+  float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + first_row * width);
+  for (int i = threadIdx.x; i < kBwdRowGroup * width / 4; i += kBwdRowThreads) {
+    sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
+// Whether the first to add to the sum of a tile of rows stores instead, where nothing else says so:
+// it pays where few add, as sm90/bwd_launch.cuh says, and those who add to many tiles at a time do
+// not know who else does.
+__device__ __forceinline__ bool first_stores(const RowTile& tile) {
+  constexpr int kMaxKeys = 2048;
+  return tile.end - tile.first <= kMaxKeys;
+}
+
+// The sum of a tile of rows that is in whole tiles, of `parts` parts, and their turns.
+__device__ __forceinline__ void prepare_tile(const MhaBwdParams& params, const BwdRowGroup& group,
+                                             const IntervalMask& mask, int width, int parts) {
+  static_assert(kBwdRowGroup == kIntervalRows);
+  const int tiles = interval_tiles(params.query_length);
+  const int tile = group.row / kIntervalRows;
+  if (tile >= tiles) return;
+  const int64_t number = group.flat_head * tiles + tile;
+  const bool stores = params.deterministic || first_stores(mask.row_tiles[tile]);
+  if (!stores) clear_sum(params, number * kIntervalRows, width);
+  if (static_cast<int>(threadIdx.x) < parts) {
+    params.turns[number * parts + threadIdx.x] = stores ? 0 : kBwdStored;
+  }
+}
+
+// `width`: floats of a row of dquery_sum. Mask: of the main kernel. parts: of a tile of 64 rows,
+// where the main kernel has such and asks `turns` of each tile; or 0.
 template <typename Element, typename Mask>
 __global__ void __launch_bounds__(kBwdRowThreads)
-    bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width) {
+    bwd_prepare_kernel(const __grid_constant__ MhaBwdParams params, int width, int parts) {
   const BwdRowGroup group = bwd_row_group(params);
   const int64_t padded_row = group.flat_head * group.padded_rows + group.row;
+  const Mask mask = mask_of<Mask>(params, group.batch);
 
-  if (!params.first_stores) {
-    float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + padded_row * width);
-    for (int i = threadIdx.x; i < kBwdRowGroup * width / 4; i += kBwdRowThreads) {
-      sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
+  bool prepared = false;
+  if constexpr (std::is_same_v<Mask, IntervalMask>) {
+    ptx::griddepcontrol_launch_dependents();  // the order of work needs nothing of this
+    prepared = parts > 0;
+    if (prepared) prepare_tile(params, group, mask, width, parts);
   }
-  if (threadIdx.x < kBwdRowGroup / kBwdTurnRows) {
-    params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
+  if (!prepared) {
+    if (!params.first_stores) clear_sum(params, padded_row, width);
+    if (threadIdx.x < kBwdRowGroup / kBwdTurnRows) {
+      params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
+    }
   }
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.queue = 0;
 
-  const Mask mask = mask_of<Mask>(params, group.batch);
   constexpr int kChunk = 16 / sizeof(Element);
   const bool wide =
       params.head_dim_v % kChunk == 0 && aligned_16(params.out) && aligned_16(params.dout);
@@ -129,11 +167,9 @@ __global__ void __launch_bounds__(kBwdRowThreads)
     const int64_t statistic = group.flat_head * params.query_length + row;
     const KeyInterval keys = mask.interval(row);
     float lse = -__builtin_huge_valf();
-    if (keys.first < keys.end) lse = params.lse[statistic];
-    // Rows without keys, padding among them, may hold anything.
-    const bool empty = lse == -__builtin_huge_valf();
     float delta = 0.0f;
-    if (!empty) {
+    if (row < params.query_length) {
+      lse = params.lse[statistic];
       const int64_t offset =
           ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
           params.head_dim_v;
@@ -147,12 +183,14 @@ __global__ void __launch_bounds__(kBwdRowThreads)
                                        params.head_dim_v, wide, lane);
       }
     }
+    // Rows without keys may hold anything: read before that is known, but not used.
+    const bool empty = keys.first >= keys.end || lse == -__builtin_huge_valf();
 #pragma unroll
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
     if (lane == 0) {
       if (!empty && params.dlse != nullptr) delta -= params.dlse[statistic];
       params.row_lse[padded_row + i] = empty ? __builtin_huge_valf() : SoftmaxScale::kLog2e * lse;
-      params.row_delta[padded_row + i] = delta;
+      params.row_delta[padded_row + i] = empty ? 0.0f : delta;
     }
   }
 }
@@ -214,14 +252,15 @@ __global__ void __launch_bounds__(kBwdRowThreads)
 }
 
 // Writes row_lse, row_delta, and zeros to queue, turns and, unless the first to add stores,
-// dquery_sum.
+// dquery_sum. parts: see bwd_prepare_kernel.
 template <typename Element, typename Mask = RowMask>
-cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream) {
+cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream,
+                               int parts = 0) {
   const int64_t blocks = bwd_row_blocks(params);
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   return launch_kernel(bwd_prepare_kernel<Element, Mask>, dim3(static_cast<unsigned>(blocks)),
-                       kBwdRowThreads, 0, stream, params, width);
+                       kBwdRowThreads, 0, stream, params, width, parts);
 }
 
 // Writes dquery.

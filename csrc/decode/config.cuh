@@ -106,6 +106,12 @@ struct DecodeConfig {
   static constexpr int kTeamBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kTileOffset + kTeams * kTeamBytes;
 
+  // With clusters, behind that: parts of the block's splits, a record for each row with its state
+  // and its outputs. As much as leaves a multiprocessor of compute capability 9.0 two such blocks.
+  static constexpr bool kClusters = !kManyRows;
+  static constexpr int kRecordBytes = 16 + 4 * kWidth;
+  static constexpr int kPartBytes = 12 << 10;
+
   // Outputs of a team in f32. Where they fit one stage, that which has just been read is free for
   // them, while the next split's tiles are on their way to the others; else all stages are, after
   // the split.
@@ -116,6 +122,7 @@ struct DecodeConfig {
   static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
   static_assert(kOutputBytes <= kTeamBytes, "outputs fit the stages");
   static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from compute capability 8.0 on");
+  static_assert(2 * (kSharedBytes + kPartBytes + 1024) <= 228 * 1024);
   static_assert(kCopyRows <= 32 && kKeys % 16 == 0);
 };
 

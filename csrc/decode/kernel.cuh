@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "decode/combine.cuh"
 #include "decode/config.cuh"
 #include "decode/params.h"
+#include "decode/parts.cuh"
 #include "decode/plan.cuh"
 #include "decode/warp.cuh"
 #include "ptx/address.cuh"
@@ -17,90 +19,6 @@
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
-
-// The end of a row: 1 / sum and lse, its sink counted. Base 2 in, natural logarithm out.
-struct RowResult {
-  float factor;
-  float lse;
-};
-
-__device__ __forceinline__ RowResult finish_row(const DecodeParams& params, int batch, int head,
-                                                float maximum, float sum) {
-  if (sum == 0.0f) return {0.0f, kMinusInfinity};
-  constexpr float kLog2e = SoftmaxScale::kLog2e;
-  float factor = 1.0f;
-  if (params.sinks != nullptr) {
-    const float sink = params.sinks[int64_t{batch} * params.sink_stride + head] * kLog2e;
-    const float larger = fmaxf(maximum, sink);
-    factor = ptx::ex2_approx_ftz(maximum - larger);
-    sum = sum * factor + ptx::ex2_approx_ftz(sink - larger);
-    maximum = larger;
-  }
-  return {__fdividef(factor, sum), fmaf(maximum, 1.0f / kLog2e, logf(sum))};
-}
-
-template <typename Element>
-__device__ __forceinline__ uint2 pack(float4 values) {
-  return make_uint2(ptx::cvt_rn_x2<Element>(values.x, values.y),
-                    ptx::cvt_rn_x2<Element>(values.z, values.w));
-}
-
-// Four neighbouring columns of a row.
-template <CacheType kCache>
-__device__ __forceinline__ void store_out(const DecodeParams& params, int batch, int token,
-                                          int head, int column, float4 values, float factor) {
-  Element16* const target =
-      static_cast<Element16*>(params.out) +
-      ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim_v + column;
-  const float4 finished =
-      make_float4(values.x * factor, values.y * factor, values.z * factor, values.w * factor);
-  bool bf16 = kCache == CacheType::kBf16;
-  if constexpr (kCache == CacheType::kE4m3 || kCache == CacheType::kInt8) {
-    bf16 = params.query_bf16 != 0;
-  }
-  *reinterpret_cast<uint2*>(target) = bf16 ? pack<__nv_bfloat16>(finished) : pack<__half>(finished);
-}
-
-// Four columns of a row, not normalised, relative to the row's maximum; and the row's sum.
-struct RowPart {
-  float maximum;
-  float sum;
-  float4 out;
-
-  static __device__ __forceinline__ RowPart empty() {
-    return {kMinusInfinity, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-  }
-
-  // Every addition of parts goes through here: what is added in one order has the same bits,
-  // whoever does it.
-  __device__ __forceinline__ void add(const RowPart& other) {
-    const float larger = fmaxf(maximum, other.maximum);
-    // Without any key so far: exponents are -inf, not -inf + inf.
-    const float shift = larger == kMinusInfinity ? 0.0f : larger;
-    const float mine = ptx::ex2_approx_ftz(maximum - shift);
-    const float theirs = ptx::ex2_approx_ftz(other.maximum - shift);
-    maximum = larger;
-    sum = fmaf(theirs, other.sum, sum * mine);
-    out.x = fmaf(theirs, other.out.x, out.x * mine);
-    out.y = fmaf(theirs, other.out.y, out.y * mine);
-    out.z = fmaf(theirs, other.out.z, out.z * mine);
-    out.w = fmaf(theirs, other.out.w, out.w * mine);
-  }
-
-  __device__ __forceinline__ void multiply(float factor) {
-    out.x *= factor;
-    out.y *= factor;
-    out.z *= factor;
-    out.w *= factor;
-  }
-};
-
-// Where a row of a split's partial result is.
-__device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int batch, int kv_head,
-                                               int split, int row) {
-  const int64_t at = (int64_t{batch} * params.kv_heads + kv_head) * params.splits + split;
-  return at * params.tokens * params.group + row;
-}
 
 // Keys of a split from a team's first tile on.
 template <typename Config>
@@ -308,19 +226,6 @@ __device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, 
   }
 }
 
-// Writes a row's columns of `out` and its lse.
-template <CacheType kCache>
-__device__ __forceinline__ void finish(const DecodeParams& params, int batch, int kv_head, int row,
-                                       int piece, const RowPart& part) {
-  const int token = params.group_divisor.divide(row);
-  const int head = kv_head * params.group + row - token * params.group;
-  const RowResult result = finish_row(params, batch, head, part.maximum, part.sum);
-  store_out<kCache>(params, batch, token, head, 4 * piece, part.out, result.factor);
-  if (piece == 0) {
-    params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
-  }
-}
-
 // Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
 // stores that: as the result if this was all of the sequence, else as a partial one, which the
 // group's next split, if this thread block does it, reads again.
@@ -330,10 +235,11 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
   const int splits = place.sequence.splits;
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
   const int within = place.split % kGroupSplits;
   // Whether the thread block has had the group from its first split on.
   const bool has_group = place.done >= within;
-  const bool begins = !has_group || within == 0;
+  const bool begins = clustered || !has_group || within == 0;
   const int slot = has_group ? place.split - within : place.split;
   const bool ends_alone =
       splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
@@ -388,6 +294,16 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                  sums[i]};
         group.add(part);
       }
+      if (clustered) {
+        // For the cluster, which adds up.
+        const uint32_t record =
+            shared + Config::kSharedBytes + (place.done * rows + row) * Config::kRecordBytes;
+        const uint32_t words[4] = {__float_as_uint(part.out.x), __float_as_uint(part.out.y),
+                                   __float_as_uint(part.out.z), __float_as_uint(part.out.w)};
+        ptx::st_shared_v4(record + 16 + 16 * piece, words);
+        if (piece == 0) ptx::st_shared_v2(record, part.maximum, part.sum);
+        continue;
+      }
       if (ends_alone) {
         finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
         continue;
@@ -401,10 +317,9 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   }
 }
 
+// Does all splits of this thread block.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    decode_split_kernel(const __grid_constant__ DecodeParams params) {
-  extern __shared__ __align__(1024) unsigned char memory[];
+__device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned char* memory) {
   static_assert(sizeof(Place) <= Config::kPlaceBytes);
   const uint32_t shared = ptx::shared_address(memory);
   const int index = static_cast<int>(threadIdx.x) / 32;
@@ -419,9 +334,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   };
   const uint32_t stages =
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
-  // The sum's thread blocks take what room is left, and wait there.
-  ptx::griddepcontrol_launch_dependents();
-
   DecodeWarp<Config> warp;
   TileCopies<Config> copies;
   copies.next_stage = 0;
@@ -434,7 +346,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
   };
   {
-    const Place place = first_place(params, blockIdx.x);
+    const Place place = Config::kClusters && params.cluster_bits > 0
+                            ? cluster_place(params, blockIdx.x)
+                            : first_place(params, blockIdx.x);
     if (place.units == 0) return;
     keep(0, place);
     keep(2, place);
@@ -473,94 +387,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 }
 
-// Adds up the parts of each row, in their order: a thread has four columns of a row.
-template <CacheType kCache>
-__global__ void __launch_bounds__(128)
-    decode_combine_kernel(const __grid_constant__ DecodeParams params) {
-  const int pieces = params.head_dim_v / 4;
-  const int rows = params.tokens * params.group;
-  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
-  const int piece = static_cast<int>(index % pieces);
-  const int64_t heads_and_rows = index / pieces;
-  const bool exists = heads_and_rows < int64_t{params.batch} * params.kv_heads * rows;
-  const int row = static_cast<int>(heads_and_rows % rows);
-  const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
-  const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
-
-  // Which pieces have what of the row: the plan again.
-  const int first_batch =
-      static_cast<int>(int64_t{blockIdx.x} * 128 / pieces / rows / params.kv_heads);
-  const Plan plan = make_plan(params);
-  const BandUnits before = count_units(params, first_batch);
-  int splits = 0;
-  int first_unit = 0;
-  int piece_of_work = 0;
-  int piece_end = 0;  // the split of this row that begins the next piece
-  if (exists) {
-    int bands = plan.unit_splits == 1 ? before.splits : before.groups;
-    for (int b = first_batch; b < batch; ++b) {
-      bands += units_of(sequence_splits(params, b), plan.unit_splits);
-    }
-    const SequenceSplits sequence = sequence_splits(params, batch);
-    const int band =
-        params.crew_divisor.divide(kv_head * params.row_tiles + row / params.tile_rows);
-    first_unit = bands * bands_of(params) + band * units_of(sequence, plan.unit_splits);
-    splits = sequence.splits;
-    piece_of_work = plan.piece_of(first_unit);
-    piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
-    // One thread block had all of it, and has stored the result.
-    if (splits <= kGroupSplits && piece_end >= splits) splits = 0;
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    decode_split_kernel(const __grid_constant__ DecodeParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  // The sum's thread blocks take what room is left, and wait there.
+  ptx::griddepcontrol_launch_dependents();
+  do_splits<Config>(params, memory);
+  if constexpr (Config::kClusters) {
+    if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));
   }
-  // Every thread, also one without a row: this kernel must not end before the other has.
-  ptx::griddepcontrol_wait();
-  if (splits == 0) return;
-
-  const int64_t place = partial_row(params, batch, kv_head, 0, row);
-  RowPart total = RowPart::empty();
-  RowPart group = RowPart::empty();
-  constexpr int kParts = 8;
-#pragma unroll 1
-  for (int split = 0, last = 0; split < splits;) {
-    // All loads are on their way before the first is needed. Past the last part again the last
-    // one, which then does not count.
-    RowPart part[kParts];
-    int first[kParts];  // split of a part
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      first[i] = split;
-      if (split < splits) last = split;
-      const int64_t at = place + int64_t{last} * rows;
-      const float2 state = params.partial_state[at];
-      part[i] = {state.x, state.y,
-                 *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v +
-                                                  4 * piece)};
-      if (split % kGroupSplits != 0) {
-        ++split;
-      } else {
-        while (piece_end <= split) {
-          ++piece_of_work;
-          piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
-        }
-        split = min_int(split + kGroupSplits, piece_end);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      if (first[i] >= splits) continue;
-      if (first[i] % kGroupSplits != 0) {
-        group.add(part[i]);
-        continue;
-      }
-      if (first[i] == kGroupSplits) total = group;
-      if (first[i] > kGroupSplits) total.add(group);
-      group = part[i];
-    }
-  }
-  if (splits > kGroupSplits) {
-    total.add(group);
-    group = total;
-  }
-  finish<kCache>(params, batch, kv_head, row, piece, group);
 }
 
 }  // namespace jax_flash::decode

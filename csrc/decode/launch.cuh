@@ -21,6 +21,60 @@ inline int crew_of(int head_tiles, int capacity) {
   return 1;
 }
 
+// Bits of the size of a cluster for each head tile, or 0. For one short sequence: with more, or
+// with one that keeps the GPU busy for long, thread blocks that take pieces of all the work are
+// better balanced, and the second kernel costs little.
+template <typename Config>
+int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
+  // Sizes above 8 are not portable.
+  if (!Config::kClusters || device.compute_capability != 90 || params.batch > 1) return 0;
+  if (params.splits == 1 || params.splits > kClusterSplits) return 0;
+  const int bits = params.splits <= 8 ? 3 : 4;
+  const int size = 1 << bits;
+  const int64_t blocks = int64_t{params.head_tiles} << bits;
+  const bool fits = blocks <= device.multiprocessors;
+  const bool fills = params.splits <= size || 5 * blocks >= 2 * device.multiprocessors;
+  const bool is_short = int64_t{params.splits} * params.split_keys <= 1024 * size;
+  const int rows = std::min(Config::kRows, params.tokens * params.group);
+  const int slots = (params.splits + size - 1) / size;
+  const bool has_room = slots * rows * Config::kRecordBytes <= Config::kPartBytes;
+  return fits && fills && is_short && has_room ? bits : 0;
+}
+
+// Launches clusters if all of them run at a time, which then need no second kernel.
+template <typename Config, int kBits>
+cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launched) {
+  constexpr auto kKernel = decode_split_kernel<Config>;
+  constexpr int kBytes = Config::kSharedBytes + Config::kPartBytes;
+  cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  if (kBits > 3) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1u << kBits, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(params.head_tiles) << kBits);
+  config.blockDim = dim3(Config::kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = max_active_clusters<kKernel, kBits>(config, &clusters);
+  *launched = error == cudaSuccess && clusters >= params.head_tiles;
+  if (!*launched) return error;
+  params.cluster_bits = kBits;
+  return cudaLaunchKernelEx(&config, kKernel, params);
+}
+
 template <typename Config>
 cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t stream) {
   const int rows = params.tokens * params.group;
@@ -28,6 +82,12 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   params.tile_rows = Config::kRows;
   params.head_tiles = params.kv_heads * params.row_tiles;
   params.row_tile_divisor = FastDivisor::make(params.row_tiles);
+  if (const int bits = cluster_bits_of<Config>(params, device); bits > 0) {
+    bool launched = false;
+    const cudaError_t error = bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
+                                        : try_clusters<Config, 4>(params, stream, &launched);
+    if (launched || error != cudaSuccess) return error;
+  }
   const int64_t heads = int64_t{params.batch} * params.head_tiles;
   const int64_t units = heads * params.splits;
   // Half of what an int holds, so that sums with numbers of thread blocks fit it, too.
@@ -45,11 +105,18 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            Config::kSharedBytes);
   if (error != cudaSuccess) return error;
+  // Lanes of the second kernel share the groups of a row while no multiprocessor gets two blocks.
+  const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
+  const auto blocks_of = [&](int bits) { return ((threads << bits) + 127) / 128; };
+  const int groups = (params.splits + kGroupSplits - 1) / kGroupSplits;
+  while (params.combine_bits < 3 && groups > 1 << params.combine_bits &&
+         blocks_of(params.combine_bits + 1) <= device.multiprocessors) {
+    ++params.combine_bits;
+  }
   error = launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
                         Config::kSharedBytes, stream, params);
   if (error != cudaSuccess || params.splits == 1 || params.whole_groups) return error;
-  const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
-  const int64_t blocks = (threads + 127) / 128;
+  const int64_t blocks = blocks_of(params.combine_bits);
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto combine = decode_combine_kernel<Config::kCache>;
   const dim3 combine_grid(static_cast<unsigned>(blocks));

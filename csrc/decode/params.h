@@ -17,6 +17,9 @@ inline constexpr int kSplitUnit = 64;
 // it.
 inline constexpr int kGroupSplits = 8;
 
+// The most splits that a cluster of thread blocks adds up: groups by eight lanes.
+inline constexpr int kClusterSplits = 8 * kGroupSplits;
+
 // Element types of the caches. Query and output have the type of a 16-bit cache, and one of those
 // two with an 8-bit one.
 enum class CacheType { kBf16, kF16, kE4m3, kInt8 };
@@ -60,6 +63,8 @@ struct DecodeParams {
   float softcap;  // 0: none
 
   // Set by the launch.
+  int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
+  int32_t combine_bits;  // 1 << combine_bits lanes of the second kernel share a row's groups
   int32_t whole_groups;  // whether thread blocks must do whole groups of splits
   int32_t group;         // heads / kv_heads
   int32_t row_tiles;     // tiles of the tokens * group rows

@@ -160,6 +160,20 @@ __device__ __forceinline__ Place first_place(const DecodeParams& params, int blo
   return place;
 }
 
+// The same where each head tile of the only sequence has a cluster: its splits in equal numbers.
+__device__ __forceinline__ Place cluster_place(const DecodeParams& params, int block) {
+  Place place{};
+  place.sequence = sequence_splits(params, 0);
+  place.unit_splits = 1;
+  const int splits = max_int(place.sequence.splits, 1);
+  const int tile = block >> params.cluster_bits;
+  const int rank = block - (tile << params.cluster_bits);
+  place.split = splits * rank >> params.cluster_bits;
+  place.units = (splits * (rank + 1) >> params.cluster_bits) - place.split;
+  place.enter(params, tile);
+  return place;
+}
+
 // The thread block's next split; without any if `units` is 0. It has other queries if `split` is 0.
 __device__ __forceinline__ Place next_place(const DecodeParams& params, const Place& place) {
   Place next = place;

@@ -5,8 +5,9 @@
 // packed_kv_heads are, otherwise 0; then int32 [*batch] query lengths and key lengths, each if its
 // attribute says so, or with intervals the arrays of host/intervals.h and, if there are any,
 // slopes, seeds, bits of a mask and a bias
-// -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and, with intervals, scratch
-// int32 [queue_size]. Batch dims of an operand are full or 1 (shared).
+// -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and scratch: with intervals
+// int32 [queue_size], without them, for operands of f32, bf16 [split_elements] if products may be
+// those of split operands. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
 
@@ -16,22 +17,31 @@
 #include "host/device.h"
 #include "host/dispatch.h"
 #include "host/params.h"
+#include "host/split.h"
 
 namespace jax_flash {
 namespace {
 
-// Enqueues the kernel that suits the operands and the current device.
-ffi::Error launch(const MhaFwdParams& params, ElementType type, cudaStream_t stream) {
+// Enqueues the kernel that suits the operands and the current device. `parts`: for how many bf16
+// there is room.
+ffi::Error launch(const MhaFwdParams& params, ElementType type, int64_t parts,
+                  cudaStream_t stream) {
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
   const int32_t alignment =
       std::min({params.query.alignment, params.key.alignment, params.value.alignment,
                 dense_row_alignment(type, params.out, params.head_dim_v)});
-  const MhaFwdKernel* const kernel = choose_mha_fwd_kernel(
-      {type, params.head_dim, params.head_dim_v, params.key_length, params.batch_dims, alignment,
-       device.compute_capability, force_sm80(), params.intervals.rows != nullptr});
+  const MhaFwdKernel* const kernel =
+      choose_mha_fwd_kernel({type, params.head_dim, params.head_dim_v, params.key_length,
+                             params.batch_dims, alignment, device.compute_capability, force_sm80(),
+                             params.intervals.rows != nullptr, params.parts != nullptr});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params.head_dim, " and ",
                   params.head_dim_v);
+  if (kernel->type == ElementType::kSplit) {
+    const int64_t needed = split_elements(params, kernel->head_dim, kernel->head_dim_v);
+    JAX_FLASH_CHECK(parts >= needed, "the parts of the operands are ", needed,
+                    " bf16, there is room for ", parts);
+  }
   const cudaError_t error = kernel->launch(params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_mha_fwd", error);
   return ffi::Error::Success();
@@ -46,6 +56,17 @@ ffi::Error decode_queue(const ffi::RemainingRets& scratch, MhaFwdParams* params)
                   "the queue must have ", size, " int32, got ", (*queue)->element_count(), " of ",
                   (*queue)->element_type());
   params->intervals.queue = static_cast<int32_t*>((*queue)->untyped_data());
+  return ffi::Error::Success();
+}
+
+// Where the parts of split operands may go, and for how many there is room.
+ffi::Error decode_parts(const ffi::RemainingRets& scratch, MhaFwdParams* params, int64_t* count) {
+  auto parts = scratch.get<ffi::AnyBuffer>(0);
+  if (parts.has_error()) return parts.error();
+  JAX_FLASH_CHECK((*parts)->element_type() == ffi::BF16, "parts must be bf16, got ",
+                  (*parts)->element_type());
+  params->parts = (*parts)->untyped_data();
+  *count = static_cast<int64_t>((*parts)->element_count());
   return ffi::Error::Success();
 }
 
@@ -79,10 +100,13 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.out = out->untyped_data();
   params.lse = static_cast<float*>(lse->untyped_data());
-  JAX_FLASH_CHECK(scratch.size() == (has_intervals ? 1 : 0), "has_intervals is ", has_intervals,
-                  ", but there are ", scratch.size(), " results after lse");
+  const bool may_split = !has_intervals && operands.data_type() == ffi::F32 && scratch.size() > 0;
+  JAX_FLASH_CHECK(scratch.size() == (has_intervals || may_split ? 1 : 0), "has_intervals is ",
+                  has_intervals, ", but there are ", scratch.size(), " results after lse");
   if (has_intervals) JAX_FLASH_RETURN_IF_ERROR(decode_queue(scratch, &params));
-  return launch(params, operands.type(), stream);
+  int64_t parts = 0;
+  if (may_split) JAX_FLASH_RETURN_IF_ERROR(decode_parts(scratch, &params, &parts));
+  return launch(params, operands.type(), parts, stream);
 }
 
 }  // namespace

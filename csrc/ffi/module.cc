@@ -44,7 +44,7 @@ nb::dict build_info() {
   return info;
 }
 
-constexpr const char* kTypes[] = {"bf16", "f16", "f32", "tf32"};  // by ElementType
+constexpr const char* kTypes[] = {"bf16", "f16", "f32", "tf32", "split"};  // by ElementType
 
 // Of calls without and with intervals.
 constexpr const char* kForward[] = {"mha_fwd", "mha_fwd_intervals"};
@@ -78,13 +78,13 @@ nb::list kernels() {
 
 nb::object choose_kernel(const std::string& op, const std::string& dtype, int head_dim,
                          int head_dim_v, int key_length, int batch_dims, int alignment,
-                         int compute_capability, bool force_sm80) {
+                         int compute_capability, bool force_sm80, bool may_split) {
   const auto* const name = std::find(std::begin(kTypes), std::end(kTypes), dtype);
   if (name == std::end(kTypes)) return nb::none();
   const auto type = static_cast<ElementType>(name - kTypes);
   for (const bool intervals : {false, true}) {
     const MhaFacts facts = {type,      head_dim,           head_dim_v, key_length, batch_dims,
-                            alignment, compute_capability, force_sm80, intervals};
+                            alignment, compute_capability, force_sm80, intervals,  may_split};
     if (op == kForward[intervals]) return describe(op.c_str(), choose_mha_fwd_kernel(facts));
     if (op == kBackward[intervals]) return describe(op.c_str(), choose_mha_bwd_kernel(facts));
   }
@@ -109,6 +109,7 @@ NB_MODULE(_kernels, m) {
   m.def("choose_kernel", &choose_kernel, nb::arg("op"), nb::arg("dtype"), nb::arg("head_dim"),
         nb::arg("head_dim_v"), nb::kw_only(), nb::arg("key_length"), nb::arg("batch_dims"),
         nb::arg("alignment"), nb::arg("compute_capability"), nb::arg("force_sm80"),
+        nb::arg("may_split"),
         "The row of kernels() that runs a call with these properties, or None.");
   m.def("force_sm80", &force_sm80,
         "Whether JAX_FLASH_FORCE_SM80=1 was in the environment when it was first asked for.");

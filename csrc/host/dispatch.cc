@@ -63,24 +63,26 @@ constexpr auto kBf16 = ElementType::kBf16;
 constexpr auto kF16 = ElementType::kF16;
 constexpr auto kF32 = ElementType::kF32;
 constexpr auto kTf32 = ElementType::kTf32;
+constexpr auto kSplit = ElementType::kSplit;
 
 constexpr MhaFwdKernel kMhaFwdKernels[] = {
-    sm90_fwd<kBf16, 64, 64>(),   sm90_fwd<kF16, 64, 64>(),     //
-    sm90_fwd<kBf16, 96, 96>(),   sm90_fwd<kF16, 96, 96>(),     //
-    sm90_fwd<kBf16, 128, 128>(), sm90_fwd<kF16, 128, 128>(),   //
-    sm90_fwd<kBf16, 192, 128>(), sm90_fwd<kF16, 192, 128>(),   //
-    sm90_fwd<kBf16, 192, 192>(), sm90_fwd<kF16, 192, 192>(),   //
-    sm90_fwd<kBf16, 256, 256>(), sm90_fwd<kF16, 256, 256>(),   //
-    sm80_fwd<kBf16, 32, 32>(),   sm80_fwd<kF16, 32, 32>(),     //
-    sm80_fwd<kBf16, 64, 64>(),   sm80_fwd<kF16, 64, 64>(),     //
-    sm80_fwd<kBf16, 80, 80>(),   sm80_fwd<kF16, 80, 80>(),     //
-    sm80_fwd<kBf16, 96, 96>(),   sm80_fwd<kF16, 96, 96>(),     //
-    sm80_fwd<kBf16, 128, 128>(), sm80_fwd<kF16, 128, 128>(),   //
-    sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),   //
-    sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),   //
-    sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),   //
-    sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kTf32, 64, 64>(),    //
-    sm80_fwd<kF32, 128, 128>(),  sm80_fwd<kTf32, 128, 128>(),  //
+    sm90_fwd<kBf16, 64, 64>(),   sm90_fwd<kF16, 64, 64>(),      //
+    sm90_fwd<kBf16, 96, 96>(),   sm90_fwd<kF16, 96, 96>(),      //
+    sm90_fwd<kBf16, 128, 128>(), sm90_fwd<kF16, 128, 128>(),    //
+    sm90_fwd<kBf16, 192, 128>(), sm90_fwd<kF16, 192, 128>(),    //
+    sm90_fwd<kBf16, 192, 192>(), sm90_fwd<kF16, 192, 192>(),    //
+    sm90_fwd<kBf16, 256, 256>(), sm90_fwd<kF16, 256, 256>(),    //
+    sm90_fwd<kSplit, 64, 64>(),  sm90_fwd<kSplit, 128, 128>(),  //
+    sm80_fwd<kBf16, 32, 32>(),   sm80_fwd<kF16, 32, 32>(),      //
+    sm80_fwd<kBf16, 64, 64>(),   sm80_fwd<kF16, 64, 64>(),      //
+    sm80_fwd<kBf16, 80, 80>(),   sm80_fwd<kF16, 80, 80>(),      //
+    sm80_fwd<kBf16, 96, 96>(),   sm80_fwd<kF16, 96, 96>(),      //
+    sm80_fwd<kBf16, 128, 128>(), sm80_fwd<kF16, 128, 128>(),    //
+    sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),    //
+    sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),    //
+    sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),    //
+    sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kTf32, 64, 64>(),     //
+    sm80_fwd<kF32, 128, 128>(),  sm80_fwd<kTf32, 128, 128>(),   //
 };
 
 constexpr MhaBwdKernel kMhaBwdKernels[] = {
@@ -129,8 +131,10 @@ template <typename Params>
 const Kernel<Params>* choose(std::span<const Kernel<Params>> kernels, const MhaFacts& facts) {
   const bool runs[] = {sm80_runs(facts), sm90_runs(facts)};  // by Family
   for (const Kernel<Params>& kernel : kernels) {
-    if (runs[static_cast<int>(kernel.family)] && kernel.type == facts.type &&
-        kernel.head_dim >= facts.head_dim && kernel.head_dim_v >= facts.head_dim_v) {
+    const bool suits =
+        kernel.type == facts.type || (facts.may_split && kernel.type == ElementType::kSplit);
+    if (runs[static_cast<int>(kernel.family)] && suits && kernel.head_dim >= facts.head_dim &&
+        kernel.head_dim_v >= facts.head_dim_v) {
       return &kernel;
     }
   }

@@ -11,11 +11,12 @@
 namespace jax_flash {
 
 // Of operands, and of their products as far as that says: kF32 multiplies f32 to nearly all of its
-// bits, kTf32 rounds f32 operands to tf32.
-enum class ElementType { kBf16, kF16, kF32, kTf32 };
+// bits, kTf32 rounds f32 operands to tf32, kSplit multiplies sums of two bf16. A call has one of
+// the others.
+enum class ElementType { kBf16, kF16, kF32, kTf32, kSplit };
 
 constexpr int element_bytes(ElementType type) {
-  return type == ElementType::kF32 || type == ElementType::kTf32 ? 4 : 2;
+  return type == ElementType::kBf16 || type == ElementType::kF16 ? 2 : 4;
 }
 
 enum class Family { kSm80, kSm90 };
@@ -47,7 +48,8 @@ struct MhaFacts {
   int alignment;           // bytes that all addresses of rows are multiples of: 16, 4 or 2
   int compute_capability;  // 10 * major + minor
   bool force_sm80;
-  bool intervals;  // whether the call has intervals, which other kernels read
+  bool intervals;          // whether the call has intervals, which other kernels read
+  bool may_split = false;  // whether f32 operands may be split, for which there is room
 };
 
 // The first kernel that can run the call, or null.

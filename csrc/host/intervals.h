@@ -27,7 +27,9 @@ struct alignas(16) RowRecord {
 struct alignas(16) RowTile {
   int32_t first;  // hull of the keys that the rows see; (0, 0) if there are none
   int32_t end;
-  int32_t core_first;  // keys that all the rows see; (0, kMaxLength) if all rows are dead
+  // Keys that all the rows see, from the largest `first` of a row to the smallest `end`, which may
+  // be less; (0, 0) if `mixed`; (0, kMaxLength) if all rows are dead.
+  int32_t core_first;
   int32_t core_end;
   int32_t dead;   // whether there are dead rows; those past the last row are
   int32_t mixed;  // whether the interval of some row holds keys with another id than its own

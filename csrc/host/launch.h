@@ -67,9 +67,9 @@ cudaError_t launch_dependent_kernel(void (*kernel)(Params...), dim3 grid, int th
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
-// How many clusters of a launch fit on the current device at a time: asked once for each device,
-// unless the grid changes. Of `config`, nothing else may.
-template <auto kKernel>
+// How many clusters of a launch fit on the current device at a time: asked once for each device and
+// kUse, unless the grid changes. Of `config`, nothing else may.
+template <auto kKernel, int kUse = 0>
 cudaError_t max_active_clusters(const cudaLaunchConfig_t& config, int* clusters) {
   constexpr int kMaxDevices = 64;
   static std::array<std::atomic<uint64_t>, kMaxDevices> known{};  // the grid, and the answer for it

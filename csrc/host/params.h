@@ -77,6 +77,10 @@ struct MhaFwdParams : MhaParams {
   void* out;   // [batch, query_length, heads, head_dim_v], row-major
   float* lse;  // [batch, heads, query_length], row-major
 
+  // Where kernels of the type kSplit have room for the parts of query, key and value, else null:
+  // see sm90/fwd_split.cuh.
+  void* parts;
+
   // Set by the launch, for tile/schedule.cuh.
   FastDivisor head_divisor;     // heads
   FastDivisor group_divisor;    // heads / kv_heads
@@ -87,6 +91,10 @@ struct MhaFwdParams : MhaParams {
 
 // Rows of queries for which `turns` has an entry.
 inline constexpr int kBwdTurnRows = 16;
+
+// What the entry of a part of dQ in `turns` is at least when the part is there to be added to,
+// where sums have no order.
+inline constexpr int kBwdStored = 1 << 20;
 
 // Entries of 4 bytes that the workspace has for `queue`, so that what follows is aligned.
 inline constexpr int kBwdQueueEntries = 4;

@@ -59,20 +59,24 @@ __device__ __forceinline__ uint64_t ld_cluster_b64(uint32_t address) {
 }
 
 __device__ __forceinline__ float4 ld_cluster_v4(uint32_t address) {
-  float4 v;
+  float4 v{};
+#if __CUDA_ARCH__ >= 900
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(address)
                : "memory");
+#endif
   return v;
 }
 
 __device__ __forceinline__ float2 ld_cluster_v2(uint32_t address) {
-  float2 v;
+  float2 v{};
+#if __CUDA_ARCH__ >= 900
   asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
                : "=f"(v.x), "=f"(v.y)
                : "r"(address)
                : "memory");
+#endif
   return v;
 }
 

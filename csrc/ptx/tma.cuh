@@ -42,6 +42,14 @@ __device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUt
       : "memory");
 }
 
+// Brings the box at coordinates (c0 fastest) to the L2.
+__device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, int c0, int c1, int c2,
+                                                int c3, int c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
 // Contiguous bytes, a multiple of 16, to shared memory; they count towards `barrier`.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes,
                                           uint32_t barrier) {

@@ -15,7 +15,7 @@ namespace jax_flash::sm80 {
 // form one grid for scores [rows, keys], one for the gradients of keys and values [keys, width] and
 // one for the gradient of queries [rows, width]; the first number of warps is given, the second is
 // what remains. With two stages a tile of queries and output gradients is copied while the one
-// before is worked on; with one, each as soon as the products that read it are done.
+// before is worked on; with one, each once the products that read it are done.
 struct BwdTiles {
   int rows;              // queries of a tile
   int keys;              // keys of a thread block

@@ -57,27 +57,28 @@ struct BwdTurn {
 };
 
 template <typename Config>
-__device__ __forceinline__ void add_dquery(const MhaBwdParams& params,
-                                           const BwdBlock<Config>& block, BwdStep step,
-                                           uint32_t dscore_tile, uint32_t key_tile) {
-  using Warp = BwdWarp<Config>;
-  float dquery[Warp::kDqueryBlocks][Warp::kDqueryTiles][4];
-  Warp::multiply_dscores(dquery, dscore_tile, key_tile);
-  float* const sum = params.dquery_sum + (block.flat_head + step.head) *
-                                             bwd_padded_rows(params.query_length) *
-                                             Config::kColumns;
-  if (params.deterministic) [[unlikely]] {
-    const BwdTurn<Config> turn(params, block, step);
-    turn.wait();
-    Warp::add_to_sum(sum, step.row, dquery);
-    turn.pass();
-  } else {
-    Warp::add_to_sum(sum, step.row, dquery);
-  }
+__device__ __forceinline__ void wait_turn(const MhaBwdParams& params, const BwdBlock<Config>& block,
+                                          BwdStep step) {
+  if (params.deterministic) [[unlikely]]
+    BwdTurn<Config>(params, block, step).wait();
+}
+template <typename Config>
+__device__ __forceinline__ void pass_turn(const MhaBwdParams& params, const BwdBlock<Config>& block,
+                                          BwdStep step) {
+  if (params.deterministic) [[unlikely]]
+    BwdTurn<Config>(params, block, step).pass();
 }
 
-// Walks over the tiles of queries. Keys and the first queries, then values and the first output
-// gradients are on their way, as two groups of copies.
+// The sum of the gradients of queries of a step's head.
+template <typename Config>
+__device__ __forceinline__ float* head_sum(const MhaBwdParams& params,
+                                           const BwdBlock<Config>& block, BwdStep step) {
+  return params.dquery_sum +
+         (block.flat_head + step.head) * bwd_padded_rows(params.query_length) * Config::kColumns;
+}
+
+// Walks over the tiles of queries. Keys and the first queries, then values and, with two stages,
+// the first output gradients are on their way, as two groups of copies.
 template <typename Config>
 __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& plan,
                                      const BwdBlock<Config>& block, BwdWarp<Config>& warp,
@@ -99,15 +100,16 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile, probabilities and score gradients before what overwrites them.
     __syncthreads();
-    const BwdStep next = next_step<Config>(block, step);
-    const bool more = next.head < plan.group;
     if constexpr (kStages == 2) {
-      if (more) {
+      const BwdStep next = next_step<Config>(block, step);
+      if (next.head < plan.group) {
         copy_queries<Config>(params, block, tiles, stage ^ 1, next);
         copy_douts<Config>(params, block, tiles, stage ^ 1, next);
       }
-      ptx::cp_async_commit_group();
+    } else {
+      copy_douts<Config>(params, block, tiles, stage, step);
     }
+    ptx::cp_async_commit_group();
     const uint32_t query_tile = tiles + Config::kStageOffset + stage * Config::kStageBytes;
     const uint32_t dout_tile = query_tile + Config::kQueryBytes;
     const uint32_t lses = tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes;
@@ -166,19 +168,24 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     Warp::store_scores(dscore_tile, dscores);
     __syncthreads();  // probabilities and score gradients of all warps before their reads
 
-    warp.add_dkey(dscore_tile, query_tile);
-    if constexpr (kStages == 1) {
+    if constexpr (kStages == 2) {
+      typename Warp::Dquery dquery;
+      Warp::multiply_dscores(dquery, dscore_tile, key_tile);
+      wait_turn<Config>(params, block, step);
+      warp.add_all(head_sum<Config>(params, block, step), step.row, dquery, dscore_tile, query_tile,
+                   probability_tile, dout_tile);
+    } else {
+      warp.add_dkey(dscore_tile, query_tile);
       __syncthreads();  // all reads of the queries before the next overwrite them
-      if (more) copy_queries<Config>(params, block, tiles, stage, next);
+      const BwdStep next = next_step<Config>(block, step);
+      if (next.head < plan.group) copy_queries<Config>(params, block, tiles, stage, next);
       ptx::cp_async_commit_group();
+      ptx::cp_async_commit_group();  // none: what the next wait for queries may leave in flight
+      wait_turn<Config>(params, block, step);
+      warp.add_dquery_dvalue(head_sum<Config>(params, block, step), step.row, dscore_tile, key_tile,
+                             probability_tile, dout_tile);
     }
-    warp.add_dvalue(probability_tile, dout_tile);
-    if constexpr (kStages == 1) {
-      __syncthreads();  // the same for the output gradients
-      if (more) copy_douts<Config>(params, block, tiles, stage, next);
-      ptx::cp_async_commit_group();
-    }
-    add_dquery<Config>(params, block, step, dscore_tile, key_tile);
+    pass_turn<Config>(params, block, step);
     step = next_step<Config>(block, step);  // again: registers are full meanwhile
     if constexpr (kStages == 2) stage ^= 1;
   } while (step.head < plan.group);
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       copy_queries<Config>(params, found, tiles, 0, step);
       ptx::cp_async_commit_group();
       copy_values<Config>(params, found, tiles);
-      copy_douts<Config>(params, found, tiles, 0, step);
+      if constexpr (Config::kStages == 2) copy_douts<Config>(params, found, tiles, 0, step);
       ptx::cp_async_commit_group();
     }
     if (threadIdx.x == 0) block = found;  // read after the next barrier

@@ -57,26 +57,39 @@ __device__ __forceinline__ void clear(float (&d)[kBlocks][kTiles][4]) {
   }
 }
 
-// d += A B over kSteps k-steps of 16.
+// d += A B of one k-step of 16.
+template <typename Element, int kBlocks, int kTiles, typename A, typename B>
+__device__ __forceinline__ void multiply_step(float (&d)[kBlocks][kTiles][4], const A& a_blocks,
+                                              const B& b_blocks, int step) {
+  uint32_t a[kBlocks][4];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) a_blocks.load(a[i], i, step);
+#pragma unroll
+  for (int j = 0; j < kTiles / 2; ++j) {
+    uint32_t b[4];
+    b_blocks.load(b, j, step);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::mma_m16n8k16<Element>(d[i][2 * j], a[i], b[0], b[1]);
+      ptx::mma_m16n8k16<Element>(d[i][2 * j + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+
+// The same over kSteps k-steps, each followed by after(step).
+template <typename Element, int kSteps, int kBlocks, int kTiles, typename A, typename B, typename F>
+__device__ __forceinline__ void multiply(float (&d)[kBlocks][kTiles][4], const A& a_blocks,
+                                         const B& b_blocks, F after) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_step<Element>(d, a_blocks, b_blocks, step);
+    after(step);
+  }
+}
 template <typename Element, int kSteps, int kBlocks, int kTiles, typename A, typename B>
 __device__ __forceinline__ void multiply(float (&d)[kBlocks][kTiles][4], const A& a_blocks,
                                          const B& b_blocks) {
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    uint32_t a[kBlocks][4];
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) a_blocks.load(a[i], i, step);
-#pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j) {
-      uint32_t b[4];
-      b_blocks.load(b, j, step);
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        ptx::mma_m16n8k16<Element>(d[i][2 * j], a[i], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(d[i][2 * j + 1], a[i], b[2], b[3]);
-      }
-    }
-  }
+  multiply<Element, kSteps>(d, a_blocks, b_blocks, [](int) {});
 }
 
 }  // namespace jax_flash::sm80

@@ -31,7 +31,9 @@ struct BwdWarp {
   static constexpr int kValueTiles = Config::kColumnsV / Config::kKeyColumnWarps / 8;
   static constexpr int kDqueryBlocks = Config::kDqueryRows / 16;
   static constexpr int kDqueryTiles = Config::kColumns / Config::kDqueryColumnWarps / 8;
+  static constexpr int kSteps = Config::kRows / 16;  // of the gradients of keys and values
   using Scores = float[kScoreBlocks][kScoreTiles][4];
+  using Dquery = float[kDqueryBlocks][kDqueryTiles][4];
 
   float dkey[kKeyBlocks][kKeyTiles][4];
   float dvalue[kKeyBlocks][kValueTiles][4];
@@ -50,6 +52,12 @@ struct BwdWarp {
   }
   static __device__ __forceinline__ int key_warp() { return warp_id() % Config::kKeyWarps; }
   static __device__ __forceinline__ int column_warp() { return warp_id() / Config::kKeyWarps; }
+  static __device__ __forceinline__ int dquery_row() {
+    return warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
+  }
+  static __device__ __forceinline__ int dquery_column_warp() {
+    return warp_id() / Config::kDqueryRowWarps;
+  }
 
   // scores = Q K^T
   static __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t query_tile,
@@ -266,65 +274,121 @@ struct BwdWarp {
     }
   }
 
-  // dvalue += P^T dO
-  __device__ __forceinline__ void add_dvalue(uint32_t probability_tile, uint32_t dout_tile) {
+  // dvalue += P^T dO. Of 16 bits after(step) follows each of kSteps k-steps.
+  template <typename F>
+  __device__ __forceinline__ void add_dvalue(uint32_t probability_tile, uint32_t dout_tile,
+                                             F after) {
     if constexpr (Config::kF32) {
       add_columns<typename Config::DoutLayout>(dvalue, probability_tile, dout_tile);
     } else {
-      multiply<Element, Config::kRows / 16>(
-          dvalue, a_columns<ScoreLayout, Config::kKeyWarps>(probability_tile, key_warp()),
-          b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(dout_tile,
-                                                                          column_warp()));
+      multiply<Element, kSteps>(dvalue, key_rows(probability_tile), dout_columns(dout_tile), after);
     }
   }
 
-  // dkey += dS^T Q
-  __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile) {
+  // dkey += dS^T Q, the same.
+  template <typename F>
+  __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile, F after) {
     if constexpr (Config::kF32) {
       add_columns<typename Config::QueryLayout>(dkey, dscore_tile, query_tile);
     } else {
-      multiply<Element, Config::kRows / 16>(
-          dkey, a_columns<ScoreLayout, Config::kKeyWarps>(dscore_tile, key_warp()),
-          b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(query_tile,
-                                                                           column_warp()));
+      multiply<Element, kSteps>(dkey, key_rows(dscore_tile),
+                                b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(
+                                    query_tile, column_warp()),
+                                after);
     }
+  }
+  __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile) {
+    add_dkey(dscore_tile, query_tile, [](int) {});
   }
 
   // dquery = dS K
-  static __device__ __forceinline__ void multiply_dscores(
-      float (&dquery)[kDqueryBlocks][kDqueryTiles][4], uint32_t dscore_tile, uint32_t key_tile) {
-    const int row = warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
+  static __device__ __forceinline__ void multiply_dscores(Dquery& dquery, uint32_t dscore_tile,
+                                                          uint32_t key_tile) {
     clear(dquery);
     if constexpr (Config::kF32) {
       f32::add_columns<Config::kProducts, Config::kKeys / 8, Config::kDqueryColumnWarps>(
-          dquery, f32::RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
-          f32::Columns<typename Config::KeyLayout>::at(key_tile),
-          warp_id() / Config::kDqueryRowWarps);
+          dquery,
+          f32::RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, dquery_row())},
+          f32::Columns<typename Config::KeyLayout>::at(key_tile), dquery_column_warp());
     } else {
-      multiply<Element, Config::kKeys / 16>(
-          dquery, RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(dscore_tile, row)},
-          b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(
-              key_tile, warp_id() / Config::kDqueryRowWarps));
+      multiply<Element, Config::kKeys / 16>(dquery, dquery_rows(dscore_tile),
+                                            key_columns(key_tile));
     }
   }
 
-  // `sum`: of the head; `row`: the first of the tile.
-  static __device__ __forceinline__ void add_to_sum(
-      float* sum, int row, const float (&dquery)[kDqueryBlocks][kDqueryTiles][4]) {
-    // Of f32 a column tile here is a tile of a group: see f32::Columns.
-    using Sum = DquerySum<Config::kColumns>;
-    constexpr int kNeighbours = Config::kF32 ? 4 : 2;  // column tiles in a row of one warp
-    const int column_warp = warp_id() / Config::kDqueryRowWarps;
-    row += warp_id() % Config::kDqueryRowWarps * Config::kDqueryRows;
-    float* const target = sum + Sum::tile(row, kNeighbours * column_warp);
-    const int lane = lane_id();
+  // This lane's tiles first..end - 1 of it, row blocks in turn, to the sum. `sum`: of the head;
+  // `row`: the first of the tile of queries.
+  static __device__ __forceinline__ void add_to_sum(float* sum, int row, const Dquery& dquery,
+                                                    int first = 0,
+                                                    int end = kDqueryBlocks * kDqueryTiles) {
 #pragma unroll
-    for (int i = 0; i < kDqueryBlocks; ++i) {
+    for (int t = first; t < end; ++t) {
+      add_tile(sum, row, t / kDqueryTiles, t % kDqueryTiles,
+               dquery[t / kDqueryTiles][t % kDqueryTiles]);
+    }
+  }
+
+  // Adds to the gradients of keys and values and dquery to its sum: little by little, between the
+  // steps of both products, which so hide the additions.
+  __device__ __forceinline__ void add_all(float* sum, int row, const Dquery& dquery,
+                                          uint32_t dscore_tile, uint32_t query_tile,
+                                          uint32_t probability_tile, uint32_t dout_tile) {
+    constexpr int kTiles = kDqueryBlocks * kDqueryTiles;
+    constexpr auto share = [](int step) { return (step * kTiles + 2 * kSteps - 1) / (2 * kSteps); };
+    const auto add = [&](int step) {
+      if (share(step) == share(step + 1)) return;
+      __syncwarp();  // without it the compiler gathers the additions before the products
+      add_to_sum(sum, row, dquery, share(step), share(step + 1));
+    };
+    add_dkey(dscore_tile, query_tile, add);
+    add_dvalue(probability_tile, dout_tile, [&](int step) { add(kSteps + step); });
+  }
+
+  // dS K to the sum and dvalue += P^T dO. Sixteen columns of the former at a time, which are added
+  // before a part of the latter. The rows of dS are read once and kept meanwhile.
+  __device__ __forceinline__ void add_dquery_dvalue(float* sum, int row, uint32_t dscore_tile,
+                                                    uint32_t key_tile, uint32_t probability_tile,
+                                                    uint32_t dout_tile) {
+    if constexpr (Config::kF32) {
+      Dquery dquery;
+      multiply_dscores(dquery, dscore_tile, key_tile);
+      add_to_sum(sum, row, dquery);
+      add_dvalue(probability_tile, dout_tile, [](int) {});
+    } else {
+      constexpr int kKeySteps = Config::kKeys / 16;
+      constexpr int kParts = kDqueryTiles / 2;
+      uint32_t dscores[kKeySteps][kDqueryBlocks][4];
 #pragma unroll
-      for (int j = 0; j < kDqueryTiles; ++j) {
-        const int column_tile =
-            j / kNeighbours * kNeighbours * Config::kDqueryColumnWarps + j % kNeighbours;
-        Sum::add(target + Sum::tile(16 * i, column_tile), lane, dquery[i][j]);
+      for (int step = 0; step < kKeySteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kDqueryBlocks; ++i) {
+          dquery_rows(dscore_tile).load(dscores[step][i], i, step);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        float dquery[kDqueryBlocks][2][4];
+        clear(dquery);
+#pragma unroll
+        for (int step = 0; step < kKeySteps; ++step) {
+          uint32_t key[4];
+          key_columns(key_tile).load(key, part, step);
+#pragma unroll
+          for (int i = 0; i < kDqueryBlocks; ++i) {
+            ptx::mma_m16n8k16<Element>(dquery[i][0], dscores[step][i], key[0], key[1]);
+            ptx::mma_m16n8k16<Element>(dquery[i][1], dscores[step][i], key[2], key[3]);
+          }
+        }
+        __syncwarp();  // without it the compiler gathers the additions of all parts
+#pragma unroll
+        for (int i = 0; i < kDqueryBlocks; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) add_tile(sum, row, i, 2 * part + j, dquery[i][j]);
+        }
+#pragma unroll
+        for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
+          multiply_step<Element>(dvalue, key_rows(probability_tile), dout_columns(dout_tile), step);
+        }
       }
     }
   }
@@ -370,6 +434,34 @@ struct BwdWarp {
   }
 
  private:
+  // What products take from a tile for this warp: of scores [row][key] keys as rows, or queries; of
+  // others columns.
+  static __device__ __forceinline__ auto key_rows(uint32_t tile) {
+    return a_columns<ScoreLayout, Config::kKeyWarps>(tile, key_warp());
+  }
+  static __device__ __forceinline__ auto dquery_rows(uint32_t tile) {
+    return RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(tile, dquery_row())};
+  }
+  static __device__ __forceinline__ auto dout_columns(uint32_t tile) {
+    return b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(tile, column_warp());
+  }
+  static __device__ __forceinline__ auto key_columns(uint32_t tile) {
+    return b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(tile,
+                                                                             dquery_column_warp());
+  }
+
+  // Adds this lane's part of one tile of the gradient of queries.
+  static __device__ __forceinline__ void add_tile(float* sum, int row, int block, int tile,
+                                                  const float (&x)[4]) {
+    // Of f32 a column tile here is a tile of a group: see f32::Columns.
+    using Sum = DquerySum<Config::kColumns>;
+    constexpr int kNeighbours = Config::kF32 ? 4 : 2;  // column tiles in a row of one warp
+    float* const target = sum + Sum::tile(row + dquery_row(), kNeighbours * dquery_column_warp());
+    const int column_tile =
+        tile / kNeighbours * kNeighbours * Config::kDqueryColumnWarps + tile % kNeighbours;
+    Sum::add(target + Sum::tile(16 * block, column_tile), lane_id(), x);
+  }
+
   // d += A^T B, A being scores [row][key] and B the tile of the same rows.
   template <typename Layout, int kTiles>
   static __device__ __forceinline__ void add_columns(float (&d)[kKeyBlocks][kTiles][4],

@@ -27,9 +27,6 @@ struct BwdAdder {
   int warpgroup;
   int rank;  // in the cluster
 
-  // What the first to come adds to an entry of `turns` when its store is there to be added to.
-  static constexpr int kStored = 1 << 20;
-
   // Whether thread blocks add in an order.
   __device__ __forceinline__ bool ordered() const {
     if constexpr (Config::kIntervals) return params.deterministic;
@@ -53,7 +50,7 @@ struct BwdAdder {
   // blocks of work of a head.
   __device__ __forceinline__ bool is_stored(const int32_t* turn) const {
     if (!params.first_stores) return true;
-    if (ptx::ld_acquire(turn) < kStored) return false;
+    if (ptx::ld_acquire(turn) < kBwdStored) return false;
     ptx::fence_proxy_async_global();
     return true;
   }
@@ -61,8 +58,8 @@ struct BwdAdder {
   // is stored.
   __device__ __forceinline__ bool comes_first(int32_t* turn) const {
     const int before = ptx::atom_acquire_add(turn, 1);
-    if (before > 0 && before < kStored) {
-      while (ptx::ld_acquire(turn) < kStored) {
+    if (before > 0 && before < kBwdStored) {
+      while (ptx::ld_acquire(turn) < kBwdStored) {
       }
     }
     ptx::fence_proxy_async_global();
@@ -109,13 +106,12 @@ struct BwdAdder {
                                       int parts) const {
     int32_t* const turns = params.turns + first;
     bool stores = false;
-    if constexpr (Config::kDeterministic || Config::kIntervals) {
-      const bool adds_in_turn = ordered() && lane_id() == 0;
-      if (adds_in_turn) stores = wait_for_turn(turns, block, tile);
+    if (ordered()) {
+      if (lane_id() == 0) stores = wait_for_turn(turns, block, tile);
       __syncwarp();
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) add_part(first + part, stores, [] {});
-      if (adds_in_turn) {
+      if (lane_id() == 0) {
         publish(turns, 1);
         // That there is something in the other parts, for the last kernel.
         for (int part = 1; part < parts; ++part) ptx::red_add(turns + part, 1);
@@ -127,9 +123,51 @@ struct BwdAdder {
         if (lane_id() == 0) stored = is_stored(turns + part);
         __syncwarp();
         add_part(first + part, stores, [&] { stores = !stored && comes_first(turns + part); });
-        if (stores) publish(turns + part, kStored);
+        if (stores) publish(turns + part, kBwdStored);
         stores = false;
       }
+    }
+  }
+
+  // This warp's parts of a tile of the block, which is number `in_sum` of the sum.
+  __device__ __forceinline__ void add_tile(const BwdBlock<Config>& block, int tile,
+                                           int in_sum) const {
+    const int64_t first_part =
+        int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup, rank);
+    const int parts = Config::parts_of(warpgroup, rank, tile);
+    if (parts > 0) add(block, tile, first_part, parts);
+  }
+
+  // All tiles of a block.
+  __device__ __forceinline__ void add_block(const BwdBlock<Config>& block) const {
+    const int first_tile = block.first_tile;
+    const int end_tile = first_tile + block.tiles;
+    const int heads = block.query_heads;
+    int in_sum = block.in_sum;
+#pragma unroll 1
+    for (int head = 0; head < heads; ++head) {
+#pragma unroll 1
+      for (int tile = first_tile; tile < end_tile; ++tile, ++in_sum) add_tile(block, tile, in_sum);
+      in_sum += block.next_head - 1;
+    }
+  }
+
+  // The same with intervals: which of 32 tiles meet the block each lane finds of one, beforehand.
+  __device__ __forceinline__ void add_intervals(const BwdBlock<Config>& block) const {
+    int head_in_sum = block.in_sum;
+#pragma unroll 1
+    for (int head = 0; head < block.query_heads; ++head) {
+#pragma unroll 1
+      for (int base = 0; base < block.tiles; base += 32) {
+        const int own = base + lane_id();
+        const bool meets = own < block.tiles && block.meets(block.first_tile + own);
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(0xffffffffu, meets); left != 0; left &= left - 1) {
+          const int at = base + __ffs(static_cast<int>(left)) - 1;
+          add_tile(block, block.first_tile + at, head_in_sum + at);
+        }
+      }
+      head_in_sum += block.next_head + block.tiles - 1;
     }
   }
 
@@ -141,26 +179,10 @@ struct BwdAdder {
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slots.stage()]), slots.parity());
       const BwdBlock<Config>& block = shared.blocks[slots.stage()];
       if (block.tiles < 0) break;
-      const int first_tile = block.first_tile;
-      const int end_tile = first_tile + block.tiles;
-      const int heads = block.query_heads;
-      int in_sum = block.in_sum;
-#pragma unroll 1
-      for (int head = 0; head < (Config::kDense ? block.query_heads : heads); ++head) {
-        // With kDense read again: registers are fewer.
-        const auto end = [&] { return Config::kDense ? block.first_tile + block.tiles : end_tile; };
-#pragma unroll 1
-        for (int tile = Config::kDense ? block.first_tile : first_tile; tile < end();
-             ++tile, ++in_sum) {
-          if constexpr (Config::kIntervals) {
-            if (!block.meets(tile)) continue;
-          }
-          const int64_t first_part =
-              int64_t{in_sum} * Config::kSumParts + Config::first_part(warpgroup, rank);
-          const int parts = Config::parts_of(warpgroup, rank, tile);
-          if (parts > 0) add(block, tile, first_part, parts);
-        }
-        in_sum += block.next_head - 1;
+      if constexpr (Config::kIntervals) {
+        add_intervals(block);
+      } else {
+        add_block(block);
       }
       // By all lanes, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));

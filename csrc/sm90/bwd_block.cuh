@@ -10,6 +10,7 @@
 #include "host/params.h"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_config.cuh"
+#include "sm90/ring.cuh"
 #include "sm90/section_order.h"
 #include "sm90/work_order.cuh"
 #include "tile/intervals.cuh"
@@ -50,8 +51,28 @@ struct BwdPlan {
 struct BwdIntervalBlock {
   const float* slopes;  // of the sequence's query heads, or null
   bool dead_keys;       // whether there are keys that may hold anything
+  bool copied;          // its keys, as the producer notes for itself
+  // Where it is in the rings of blocks and of keys: consumers have no registers to count.
+  RingIndex<2> slot;
+  uint32_t key_copies;
 };
-struct BwdPlainBlock {};
+
+// Whether a warpgroup has steps of its own for tiles that see none of its keys. At width 64 the
+// producer has no registers left to find them.
+template <typename Config>
+inline constexpr bool kBwdPassesUnseen =
+    Config::kHeadDim > 64 && Config::kHeadDim <= 128 && !Config::kIntervals;
+
+// Without, where kBwdPassesUnseen. Per warpgroup: tiles [first, end) some of whose queries see some
+// of its keys.
+struct BwdPlainBlock {
+  int seen_first[2];
+  int seen_end[2];
+
+  __device__ __forceinline__ bool sees(int warpgroup, int tile) const {
+    return tile >= seen_first[warpgroup] && tile < seen_end[warpgroup];
+  }
+};
 
 // With what is dense, of the sequence: first entries, or null. Heads are added in the steps.
 struct BwdDenseBlock {
@@ -108,12 +129,20 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
 };
 
 // What consumers know of a step, with intervals; the others follow from the block.
-template <typename Config>
-struct BwdStep {
-  float slope;  // of its query head
-  bool dead;    // whether some queries may hold anything
-  bool mixed;   // whether ids count
-  bool clean[Config::kWarpgroups];
+struct alignas(8) BwdStep {
+  static constexpr uint32_t kMeets = 1;       // the block adds to the gradient of these queries
+  static constexpr uint32_t kDead = 2;        // some of them may hold anything
+  static constexpr uint32_t kMixed = 4;       // ids count
+  static constexpr uint32_t kFirstClean = 8;  // for the first warpgroup; then for the others
+
+  uint32_t flags;
+  float slope;  // of the query head
+
+  __device__ __forceinline__ bool dead() const { return (flags & kDead) != 0; }
+  __device__ __forceinline__ bool mixed() const { return (flags & kMixed) != 0; }
+  __device__ __forceinline__ bool clean(int warpgroup) const {
+    return (flags & kFirstClean << warpgroup) != 0;
+  }
 };
 
 // The same with what is dense: the query head, and the first query.
@@ -122,18 +151,20 @@ struct BwdDenseStep {
   int row;
 };
 
+// The flags of a tile of queries of the block.
 template <typename Config>
-__device__ __forceinline__ void make_step(const BwdBlock<Config>& block, int head, int tile,
-                                          BwdStep<Config>& step) {
-  step.slope = block.slopes == nullptr ? 0.0f : block.slopes[head];
+__device__ __forceinline__ uint32_t step_flags(const BwdBlock<Config>& block, int tile) {
+  if (!block.meets(tile)) return 0;
   const RowTile& rows = block.mask.row_tiles[tile];
-  step.mixed = rows.mixed != 0;
-  const bool dead = rows.dead != 0;
-  step.dead = dead;
-#pragma unroll 1
+  uint32_t flags = BwdStep::kMeets;
+  if (rows.mixed != 0) flags |= BwdStep::kMixed;
+  if (rows.dead != 0) return flags | BwdStep::kDead;
+#pragma unroll
   for (int w = 0; w < Config::kWarpgroups; ++w) {
-    step.clean[w] = !dead && tile >= block.clean_first[w] && tile < block.clean_end[w];
+    const bool clean = tile >= block.clean_first[w] && tile < block.clean_end[w];
+    if (clean) flags |= BwdStep::kFirstClean << w;
   }
+  return flags;
 }
 
 // Block `id`, for the thread block `rank_in_cluster`; false where a section is padded.
@@ -165,6 +196,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     if (view.slopes != nullptr) {
       block.slopes += batch_offset(view.slope_strides, block.batch, params);
     }
+    block.copied = false;
     if constexpr (Config::kDense) block.begin(params, block.batch);
     block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
   } else {
@@ -187,6 +219,11 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     const bool to_end = all.end == params.query_length;
     block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
     block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
+    if constexpr (kBwdPassesUnseen<Config>) {
+      const RowInterval seen = block.mask.rows(first_key, first_key + 64);
+      block.seen_first[w] = seen.first / kRows;
+      block.seen_end[w] = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : 0;
+    }
   }
   return true;
 }

@@ -13,11 +13,13 @@
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/bwd_block.cuh"
-#include "sm90/bwd_clean_scores.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_dense.cuh"
+#include "sm90/bwd_mask.cuh"
+#include "sm90/bwd_option_scores.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_store.cuh"
+#include "sm90/bwd_unseen_step.cuh"
 #include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -43,6 +45,7 @@ struct BwdConsumer {
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
   static constexpr int kPieceSums = kSums / Config::kSumPieces;
+  static constexpr bool kPassesUnseen = kBwdPassesUnseen<Config>;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
   const MhaBwdParams& params;
@@ -52,6 +55,7 @@ struct BwdConsumer {
   int warpgroup;
   uint32_t steps = 0;   // before the one at work: the position in the rings of queries and scores
   uint32_t blocks = 0;  // that have tiles, before the one at work: the position in that of keys
+  bool clean = false;   // with intervals: whether the tile of the next step is
 
   float dkey[kGrads];
   float dvalue[kGrads];
@@ -168,27 +172,6 @@ struct BwdConsumer {
     ptx::bar_sync(3 + warpgroup, 128);
   }
 
-  // Probabilities of 0 where a query, from `first_row` on, does not see a key. A key is seen by
-  // the queries of an interval.
-  __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
-                                             int first_key, int first_row) const {
-    const int key = first_key + Config::kKeyStep * warpgroup +
-                    static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
-    const int column = first_row + fragment_column();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const RowInterval rows = mask.rows(key + 8 * h, key + 8 * h + 1);
-      const int first = rows.first - column;
-      const int end = rows.end - column;
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (i / 2 % 2 != h) continue;
-        const int at = i / 4 * 8 + i % 2;
-        if (at < first || at >= end) s[i] = 0.0f;
-      }
-    }
-  }
-
   // Leaves a piece of a product for dQ, in the order of its registers, to the warp that adds it to
   // the sum.
   __device__ __forceinline__ void hand_over_piece(const float (&d)[kPieceSums]) const {
@@ -220,7 +203,7 @@ struct BwdConsumer {
                                                   int first_row) const {
     if constexpr (Config::kIntervals) {
       const bool hides = Config::kDense && ScoreOptions::hides(params);
-      if (!hides && !shared.steps[stage()].dead) return;
+      if (!hides && !shared.steps[stage()].dead()) return;
       const RowRecord* const records = shared.records[stage()];
       const float* const lse = shared.row_lse[stage()];
       const auto is_dead = [&](int row) {
@@ -269,99 +252,54 @@ struct BwdConsumer {
             block.first_key + Config::kKeyStep * warpgroup + 16 * warp};
   }
 
-  __device__ __forceinline__ CleanScores<Config> clean_scores(const BwdBlock<Config>& block) const {
-    return {params, plan, shared.records[stage()], shared.steps[stage()].slope,
+  __device__ __forceinline__ OptionScores<Config> option_scores(const BwdBlock<Config>& block,
+                                                                int stage) const {
+    return {params, plan, shared.records[stage], shared.steps[stage].slope,
             block.first_key + Config::kKeyStep * warpgroup};
   }
 
-  // With intervals, where a tile is not clean: P = 2^(S - lse) of this step's queries, and P times
-  // the derivatives of the logits. s is used up. kOptions: whether scores have options.
-  template <bool kOptions>
-  __device__ __forceinline__ void take_interval_exponentials(uint32_t (&p)[kScores / 2],
-                                                             uint32_t (&weights)[kScores / 2],
-                                                             float (&s)[kScores],
-                                                             const float2 (&early)[kEarlyLoads],
-                                                             const BwdBlock<Config>& block) const {
-    const BwdStep<Config>& step = shared.steps[stage()];
-    const ScoreOptions options = {params.scale.first * params.scale.second,
-                                  params.intervals.softcap, step.slope};
-    const float inverse = options.inverse();
-    const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
-    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
-    const int first_key =
-        block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
-    const bool mixed = step.mixed;
-    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
-                        mixed ? block.mask.id(first_key + 8) : 0};
-    const RowRecord* const records = shared.records[stage()] + fragment_column();
-    const float* const lse = lse_columns();
-#pragma unroll
-    for (float& score : s) score *= kOptions ? options.scale : params.scale.first;
-    if (kOptions && options.softcap != 0.0f) {
-#pragma unroll
-      for (float& score : s) score = options.cap(score, inverse);
+  // Which of this lane's scores of this step are seen, by the intervals of the queries: bits, found
+  // while the scores are computed. Unless the tile is clean, or BwdDense looks at them.
+  template <bool kClean>
+  __device__ __forceinline__ uint32_t find_seen(const BwdBlock<Config>& block) const {
+    if constexpr (Config::kIntervals && !kClean && !Config::kDense) {
+      const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
+      const int key = block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
+      const RowRecord* const rows = shared.records[stage()] + fragment_column();
+      if (!shared.steps[stage()].mixed()) return seen_scores<kScores, false>(rows, key, {0, 0});
+      return seen_scores<kScores, true>(rows, key, {block.mask.id(key), block.mask.id(key + 8)});
     }
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
-      float probability[2][2];
-      float weight[2][2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const RowRecord row = records[8 * j + e];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int key = first_key + 8 * h;
-          float score = s[4 * j + 2 * h + e];
-          float derivative = 1.0f;
-          if constexpr (kOptions) {
-            derivative = options.derivative(score, inverse);
-            score = options.biased(score, static_cast<float>(row.position - key));
-          }
-          const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
-          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
-          probability[h][e] = seen ? power : 0.0f;
-          weight[h][e] = probability[h][e] * derivative;
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[h][0], probability[h][1]);
-        weights[2 * j + h] =
-            kOptions ? ptx::cvt_rn_x2<Element>(weight[h][0], weight[h][1]) : p[2 * j + h];
-      }
-    }
+    return 0;
   }
 
   // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
-  // P unless scores have options. s is used up.
-  template <bool kClean>
-  __device__ __forceinline__ void take_probabilities(
-      uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2], float (&s)[kScores],
-      const float2 (&early)[kEarlyLoads], const BwdBlock<Config>& block, int first_row) const {
-    if constexpr (Config::kDense) return dense(block).take(p, weights, s, early, lse_columns());
-    if constexpr (kClean && Config::kIntervals) {
-      const CleanScores<Config> scores = clean_scores(block);
-      if (ScoreOptions::any(params)) return scores.take(p, weights, s, early, lse_columns());
-    }
-    if constexpr (kClean || !Config::kIntervals) {
-      take_exponentials<kClean>(p, s, early, block, first_row);
+  // P unless scores have options (kOptions). seen: see find_seen. s is used up.
+  template <bool kClean, bool kOptions>
+  __device__ __forceinline__ void take_probabilities(uint32_t (&p)[kScores / 2],
+                                                     uint32_t (&weights)[kScores / 2],
+                                                     float (&s)[kScores],
+                                                     const float2 (&early)[kEarlyLoads],
+                                                     const BwdBlock<Config>& block, int first_row,
+                                                     uint32_t seen) const {
+    if constexpr (Config::kDense) {
+      dense(block).take(p, weights, s, early, lse_columns());
+    } else if constexpr (kOptions) {
+      option_scores(block, stage())
+          .template take<kClean>(p, weights, s, early, lse_columns(), seen);
+    } else {
+      take_exponentials<kClean>(p, s, early, block, first_row, seen);
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
-    } else if (ScoreOptions::any(params)) {
-      take_interval_exponentials<true>(p, weights, s, early, block);
-    } else {
-      take_interval_exponentials<false>(p, weights, s, early, block);
     }
   }
 
-  // P where the mask is one of numbers or does not matter.
+  // P where scores have no options.
   template <bool kClean>
   __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2], float (&s)[kScores],
                                                     const float2 (&early)[kEarlyLoads],
-                                                    const BwdBlock<Config>& block,
-                                                    int first_row) const {
-    if constexpr (!kClean) {
+                                                    const BwdBlock<Config>& block, int first_row,
+                                                    uint32_t seen) const {
+    if (!kClean && params.scale.first != 1.0f) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
@@ -375,7 +313,13 @@ struct BwdConsumer {
         score = ptx::ex2_approx_ftz(fmaf(score, params.scale.log2, e % 2 == 0 ? -x.x : -x.y));
       }
     }
-    if constexpr (!kClean) apply_mask(s, block.mask, block.first_key, first_row);
+    if constexpr (Config::kIntervals && !kClean) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = (seen & 1u << i) != 0 ? s[i] : 0.0f;
+    } else if constexpr (!kClean) {
+      mask_probabilities<kRows>(s, block.mask, block.first_key + Config::kKeyStep * warpgroup,
+                                first_row);
+    }
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) {
       p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
@@ -406,12 +350,14 @@ struct BwdConsumer {
     }
   }
 
-  // One tile of queries of one head. kClean: see BwdBlock. first: of the block; there is no
-  // product for dQ of the step before.
-  template <bool kClean>
-  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first) {
+  // One tile of queries of one head. kClean: see BwdBlock. kOptions: of scores. first, last: of the
+  // block; in the first step there is no product for dQ of the step before. With intervals its
+  // queries are there, it looks at those of the next while products run, and gives the values back.
+  template <bool kClean, bool kOptions>
+  __device__ __forceinline__ void step(const BwdBlock<Config>& block, int tile, bool first,
+                                       bool last) {
     const int first_row = tile * kRows;
-    wait(shared.query_full[stage()], parity());
+    if constexpr (!Config::kIntervals) wait(shared.query_full[stage()], parity());
     wait(shared.dout_full[dout_stage()], dout_parity());
     if constexpr (!kClean) clear_dead_rows(block, first_row);
     const int own = Config::kKeyStep * warpgroup;  // first key
@@ -432,19 +378,20 @@ struct BwdConsumer {
 
     float2 early[kEarlyLoads];
     load_early(early, lse_columns());
+    const uint32_t seen = find_seen<kClean>(block);
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
-    take_probabilities<kClean>(p, weights, s, early, block, first_row);
+    take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row, seen);
     ptx::wgmma_fence();
     if constexpr (kOneByOne) issue_value_scores();
     issue_gradient(dvalue, p, dout_tile());
 
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
+    if constexpr (Config::kIntervals) {
+      if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
+    }
     take_score_gradients(ds, weights, dp, early, block);
-    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
-    store_scores(ds);
-    ptx::fence_proxy_async_shared();
-    warp_arrive(shared.score_full[steps % 2]);
+    share_scores(ds);
 
     take_turn();
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
@@ -457,9 +404,20 @@ struct BwdConsumer {
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
     release_douts();
     if (!first) hand_over(dquery);
+    if constexpr (Config::kIntervals) {
+      if (!last) look_ahead<kOptions>(block);
+    }
     ptx::wgmma_wait_group<0>();
     release_queries();
     ++steps;
+  }
+
+  // dS of this step for both warpgroups' products for dQ.
+  __device__ __forceinline__ void share_scores(const uint32_t (&ds)[kScores / 2]) const {
+    wait(shared.score_empty[steps % 2], (steps - 1) / 2 % 2);
+    store_scores(ds);
+    ptx::fence_proxy_async_shared();
+    warp_arrive(shared.score_full[steps % 2]);
   }
 
   // dS^T to shared memory as dS, a row for each query.
@@ -502,35 +460,55 @@ struct BwdConsumer {
     }
   }
 
-  // for_steps with intervals: the producer says what the next tile is, and the steps need no
-  // number.
-  template <typename Step>
-  __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
-    int left = block.steps;
-    if constexpr (Config::kDense) {
-#pragma unroll 1
-      for (; left > 0; --left) step.template operator()<false>(0, left == block.steps);
-      return;
-    }
-    const auto is_clean = [&] {
-      wait(shared.query_full[stage()], parity());
-      return shared.steps[stage()].clean[warpgroup] && clean_scores(block).on_one_side();
-    };
-    while (left > 0) {
-#pragma unroll 1
-      for (; left > 0 && is_clean(); --left) {
-        step.template operator()<true>(0, left == block.steps);
-      }
-      if (left == 0) break;
-      step.template operator()<false>(0, left == block.steps);
-      --left;
+  // With intervals: waits for the queries that are `ahead` steps further, and finds out whether
+  // their tile is clean.
+  template <bool kOptions>
+  __device__ __forceinline__ void look_ahead(const BwdBlock<Config>& block, uint32_t ahead = 1) {
+    const uint32_t at = steps + ahead;
+    const int stage = at % Config::kStages;
+    wait(shared.query_full[stage], at / Config::kStages % 2);
+    const BwdStep step = shared.steps[stage];
+    clean = step.clean(warpgroup);
+    if constexpr (kOptions) {
+      if (clean) clean = option_scores(block, stage).on_one_side();
     }
   }
 
-  // Calls step<kClean>(tile, first) for all tiles of a block.
+  // for_steps with intervals: the producer says what the next tile is, and the steps need no
+  // number. Each step but the last looks ahead.
+  template <bool kOptions, typename Step>
+  __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
+    int left = block.steps;
+    look_ahead<kOptions>(block, 0);
+    const auto run_step = [&]<bool kClean>() {
+      step.template operator()<kClean, kOptions>(0, left == block.steps, left == 1);
+    };
+    if constexpr (Config::kDense) {
+#pragma unroll 1
+      for (; left > 0; --left) run_step.template operator()<false>();
+    } else {
+      while (left > 0) {
+#pragma unroll 1
+        for (; left > 0 && clean; --left) run_step.template operator()<true>();
+        if (left == 0) break;
+        run_step.template operator()<false>();
+        --left;
+      }
+    }
+  }
+
+  // Calls step<kClean, kOptions>(tile, first, last) for all tiles of a block; without intervals no
+  // step needs to know whether it is the last.
   template <typename Step>
   __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
-    if constexpr (Config::kIntervals) return for_interval_steps(block, step);
+    if constexpr (Config::kIntervals) {
+      if (!Config::kDense && ScoreOptions::any(params)) {
+        for_interval_steps<true>(block, step);
+      } else {
+        for_interval_steps<false>(block, step);
+      }
+      return;
+    }
     const int first_tile = block.first_tile;
     const int end_tile = first_tile + block.tiles;
     const int clean_first = block.clean_first[warpgroup];
@@ -543,13 +521,23 @@ struct BwdConsumer {
     };
     int left = block.steps;
     while (left > 0) {
+      if constexpr (kPassesUnseen) {
+#pragma unroll 1
+        for (; left > 0 && !block.sees(warpgroup, tile); --left) {
+          unseen_step(*this, first);
+          advance();
+        }
+      }
 #pragma unroll 1
       for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
-        step.template operator()<true>(tile, first);
+        step.template operator()<true, false>(tile, first, false);
         advance();
       }
       if (left == 0) break;
-      step.template operator()<false>(tile, first);
+      if constexpr (kPassesUnseen) {
+        if (!block.sees(warpgroup, tile)) continue;
+      }
+      step.template operator()<false, false>(tile, first, false);
       advance();
       --left;
     }
@@ -558,8 +546,10 @@ struct BwdConsumer {
   __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
     const int key_stage = blocks % Config::kKeyStages;
     begin_block(block);
-    for_steps(block, [&]<bool kClean>(int tile, bool first) { step<kClean>(block, tile, first); });
-    warp_arrive(shared.value_empty[key_stage]);
+    for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
+      step<kClean, kOptions>(block, tile, first, last);
+    });
+    if constexpr (!Config::kIntervals) warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
     float dquery[kSums];
@@ -578,6 +568,7 @@ struct BwdConsumer {
       wait(shared.block_full[slots.stage()], slots.parity());
       const BwdBlock<Config>& block = shared.blocks[slots.stage()];
       if (block.tiles < 0) break;
+      if constexpr (Config::kIntervals) blocks = block.key_copies;
 #pragma unroll
       for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
       if (block.tiles > 0) {
@@ -587,6 +578,7 @@ struct BwdConsumer {
       store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
       store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
                      params.head_dim_v, block);
+      if constexpr (Config::kIntervals) slots = block.slot;
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();

@@ -33,7 +33,7 @@ struct BwdDense {
 
   const MhaBwdParams& params;
   const BwdBlock<Config>& block;
-  const BwdStep<Config>& step;
+  const BwdStep& step;
   const BwdDenseStep& place;
   const RowRecord* records;  // of the step's queries
   int warp_key;              // the warp's first
@@ -94,7 +94,7 @@ struct BwdDense {
                                   params.intervals.softcap, step.slope};
     const float inverse = options.inverse();
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
-    const bool mixed = step.mixed;
+    const bool mixed = step.mixed();
     const int first_key = warp_key + fragment_row();
     const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
                         mixed ? block.mask.id(first_key + 8) : 0};

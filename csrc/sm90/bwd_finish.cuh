@@ -21,8 +21,9 @@ inline constexpr int kBwdFinishPitch = 65;  // of a chunk's rows: not a multiple
 template <int kRows>
 inline constexpr int kBwdFinishSharedBytes = kRows * kBwdFinishPitch * 4;
 
-// One thread block for each chunk: blockIdx.x = (head, chunk of rows) flat, y = chunk of columns.
-// Thread blocks from `chunks` on add up parts. kRows: of a chunk.
+// One thread block for each chunk: flat number of (head, chunk of rows) by x from the last to the
+// first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still has
+// sums of the last ones. Thread blocks from `chunks` on add up parts. kRows: of a chunk.
 template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads)
     mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks, int chunks,
@@ -30,16 +31,17 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   constexpr int kPitch = kBwdFinishPitch;
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
-  const int row_head = blockIdx.x / row_chunks;
-  const int first_row = (blockIdx.x - row_head * row_chunks) * kRows;
+  const int row_chunk = chunks - 1 - static_cast<int>(blockIdx.x);
+  const int row_head = row_chunk / row_chunks;
+  const int first_row = (row_chunk - row_head * row_chunks) * kRows;
   const int first_column = blockIdx.y * 64;
   const int thread = threadIdx.x;
-  if (static_cast<int>(blockIdx.x) >= chunks) {
+  if (row_chunk < 0) {
     const int64_t block = (int64_t{blockIdx.x} - chunks) * gridDim.y + blockIdx.y;
     add_bwd_parts<Element>(params, parts, block * kBwdFinishThreads + thread);
     return;
   }
-  const int64_t number = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+  const int64_t number = int64_t{row_chunk} * gridDim.y + blockIdx.y;
   // Nobody may have been there to store.
   const bool none = params.first_stores && params.turns[number] == 0;
   const float* const sum = params.dquery_sum + number * (64 * kRows) + 4 * thread;

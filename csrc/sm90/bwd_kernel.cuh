@@ -14,6 +14,7 @@
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_adder.cuh"
 #include "sm90/bwd_consumer.cuh"
@@ -51,6 +52,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const int rank = Config::kPaired ? ptx::cluster_ctarank() : 0;
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value, &plan.dout}) {
+      ptx::tma_prefetch_map(map);
+    }
     const auto init = [](uint64_t& barrier, int arrivals) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
     };

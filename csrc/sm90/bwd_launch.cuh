@@ -18,6 +18,20 @@
 
 namespace jax_flash::sm90 {
 
+// How many heads a section has where nobody knows how long blocks are. The longest block may be far
+// longer than the mean, and the last section starts with it: there are short ones enough to fill
+// the other multiprocessors meanwhile if each has some four blocks of a section. heads: parts of
+// key heads.
+inline int64_t bwd_interval_section(const MhaBwdParams& params, int64_t heads, int64_t key_blocks,
+                                    int64_t query_heads, int64_t multiprocessors,
+                                    int64_t l2_bytes) {
+  const int64_t held =
+      work_section(heads, 1, bwd_head_bytes(params, query_heads), l2_bytes);  // by the L2
+  const int64_t least = std::max(held, (4 * multiprocessors + key_blocks - 1) / key_blocks);
+  const int64_t sections = std::max<int64_t>(1, heads / least);
+  return (heads + sections - 1) / sections;
+}
+
 // multiprocessors: or pairs of them.
 template <typename Config>
 cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64_t l2_bytes,
@@ -35,11 +49,15 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   int64_t multiple = 1;
   int64_t turn = 0;
   if constexpr (Config::kIntervals) {
-    section = work_section(all, 1, bwd_head_bytes(params, query_heads), l2_bytes);
+    section = bwd_interval_section(params, all, key_blocks, query_heads, multiprocessors, l2_bytes);
   } else if (params.window_right != kUnbounded) {
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
-    if (!plan->queued) {
+    if (plan->queued) {
+      // Who adds in an order waits for the memory; the sums of a section stay in the L2.
+      const double bytes = bwd_head_bytes(params, query_heads);
+      section = std::clamp<int64_t>(static_cast<int64_t>(0.8 * l2_bytes / bytes), 1, section);
+    } else {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);
     }
@@ -100,7 +118,7 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 4096 : 2048);
+  return seen <= (diagonal ? 16384 : 2048);
 }
 
 // Whether sums have an order though nobody asked for it, because that is faster: the first to add
@@ -134,7 +152,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   if constexpr (Config::kIntervals) {
     // What the mask is like is not known here.
     params.window_left = params.window_right = kUnbounded;
-    params.first_stores = params.deterministic;
+    params.first_stores = true;  // if bwd_prepare does not clear the tile
   } else {
     params.first_stores = bwd_first_stores(params);
   }
@@ -143,15 +161,15 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = Config::kPaired || Config::kIntervals ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = Config::kPaired ? 1 : 0;
   int groups = device.multiprocessors;
   if constexpr (Config::kPaired) {
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
@@ -172,12 +190,13 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     plan.softcap_log2 = softcap * SoftmaxScale::kLog2e;
     if (softcap != 0.0f) plan.tanh = TanhPolynomial::make(scale, softcap, 1.0f);
   }
-  error = launch_bwd_prepare<Element, typename Config::Mask>(params, Config::kSumWidth, stream);
+  error = launch_bwd_prepare<Element, typename Config::Mask>(
+      params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kIntervals) {
     error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
     if (error != cudaSuccess) return error;
-    attribute = after_work_order();
+    attributes[config.numAttrs++] = after_work_order();
   }
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
@@ -225,7 +244,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
     return launch.template operator()<128>();
   } else {
     // Larger tiles are faster, but of short sequences with a diagonal they waste more.
-    constexpr int kShort = 768;
+    constexpr int kShort = 1024;
     const bool small = params.window_right != kUnbounded && params.query_length <= kShort;
     return small ? launch.template operator()<64>() : launch.template operator()<80>();
   }

@@ -170,7 +170,8 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
     const bool with_queries = !first && has_part(tile_before(block, tile));
     uint32_t scores[kScores / 2];
     if constexpr (kRole == 0) {
-      Base::template share_probabilities<kClean>(scores, block, tile, [&] { hand_over_rest(); });
+      Base::template share_probabilities<kClean, false>(scores, block, tile,
+                                                        [&] { hand_over_rest(); });
       if (with_queries) {
         add_to_values<true>(gradient, scores);
       } else {
@@ -220,7 +221,7 @@ struct BwdPairedConsumer : BwdWideConsumer<Config> {
   __device__ __forceinline__ void run_block(const BwdBlock<Config>& block,
                                             Gradient<kRole>& gradient) {
     begin_block(block);
-    this->for_steps(block, [&]<bool kClean>(int tile, bool first) {
+    this->for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool) {
       step<kRole, kClean>(block, gradient, tile, first);
     });
     warp_arrive(shared.value_empty[0]);

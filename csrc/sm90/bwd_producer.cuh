@@ -78,6 +78,21 @@ struct BwdProducer {
     key_ring.next();
   }
 
+  // Brings keys and values to the L2, where there is no room for them yet: their copies are what a
+  // block of work begins with.
+  __device__ __forceinline__ void fetch_keys(const BwdBlock<Config>& block) const {
+    const auto fetch = [&](const CUtensorMap* map, int slabs, const BatchCoordinate& batch) {
+#pragma unroll 1
+      for (int slab = 0; slab < slabs; ++slab) {
+        ptx::tma_prefetch_5d(map, 64 * slab, block.first_key, block.head, batch.inner, batch.outer);
+      }
+    };
+    fetch(&plan.value, Config::ValueLayout::kSlabs,
+          batch_coordinate(params.value, block.batch, params, plan.inner_batch));
+    fetch(&plan.key, Config::KeyLayout::kSlabs,
+          batch_coordinate(params.key, block.batch, params, plan.inner_batch));
+  }
+
   // Waits until all consumers are done with what the next of `stages` tiles held before: at a named
   // barrier, the first of which is `named`, or at an mbarrier.
   __device__ __forceinline__ void wait_released(int named, int stages) const {
@@ -126,19 +141,22 @@ struct BwdProducer {
     }
   }
 
-  // Queries `row`.. of a head with their lse, and their output gradients with their delta.
-  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row) {
+  // Queries `row`.. of a head with their lse. state: where that is. flags: of them, with intervals.
+  __device__ __forceinline__ void copy_query_rows(const BwdBlock<Config>& block, int head, int row,
+                                                  int64_t state, uint32_t flags) const {
     using QueryLayout = typename Config::QueryLayout;
-    using DoutLayout = typename Config::DoutLayout;
     constexpr int kStateBytes = 4 * Config::kRows;
-    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
+    float slope = 0.0f;
+    if constexpr (Config::kIntervals) {
+      if (block.slopes != nullptr) slope = __ldg(block.slopes + head);
+    }
     wait_queries_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kStages;
       const uint32_t barrier = ptx::shared_address(&shared.query_full[stage]);
       if constexpr (Config::kIntervals) {
         constexpr int kRecordBytes = sizeof shared.records[0];
-        make_step(block, head, row / Config::kRows, shared.steps[stage]);
+        shared.steps[stage] = {flags, slope};
         if constexpr (Config::kDense) shared.dense_steps[stage] = {head, row};
         ptx::mbarrier_arrive_expect_tx(barrier, QueryLayout::kBytes + kStateBytes + kRecordBytes);
         ptx::bulk_load(ptx::shared_address(shared.records[stage]), block.mask.row_records + row,
@@ -153,6 +171,13 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_lse[stage]), params.row_lse + state,
                      kStateBytes, barrier);
     }
+  }
+
+  // Their output gradients with their delta.
+  __device__ __forceinline__ void copy_dout_rows(const BwdBlock<Config>& block, int head, int row,
+                                                 int64_t state) const {
+    using DoutLayout = typename Config::DoutLayout;
+    constexpr int kStateBytes = 4 * Config::kRows;
     wait_douts_released();
     if (lane_id() == 0) {
       const int stage = copied % Config::kDoutStages;
@@ -164,7 +189,42 @@ struct BwdProducer {
       ptx::bulk_load(ptx::shared_address(shared.row_delta[stage]), params.row_delta + state,
                      kStateBytes, barrier);
     }
+  }
+
+  // Both, in the order in which a step's places become free: with as many stages, output gradients
+  // are given back in the middle of the step at whose end the queries are.
+  __device__ __forceinline__ void copy_queries(const BwdBlock<Config>& block, int head, int row,
+                                               uint32_t flags = 0) {
+    constexpr bool kDoutsFirst = Config::kIntervals && Config::kDoutStages == Config::kStages;
+    const int64_t state = (int64_t{block.batch} * params.heads + head) * plan.padded_rows + row;
+    if (kDoutsFirst) copy_dout_rows(block, head, row, state);
+    copy_query_rows(block, head, row, state, flags);
+    if (!kDoutsFirst) copy_dout_rows(block, head, row, state);
     ++copied;
+  }
+
+  // With intervals: all tiles of a block. Each lane finds the flags of one of 32 tiles, beforehand:
+  // nothing is looked up between the release of a stage and the next copy to it.
+  __device__ __forceinline__ void copy_intervals(BwdBlock<Config>& block) {
+#pragma unroll 1
+    for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
+#pragma unroll 1
+      for (int base = 0; base < block.tiles; base += 32) {
+        const int own = base + lane_id();
+        const uint32_t flags = own < block.tiles ? step_flags(block, block.first_tile + own) : 0;
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(0xffffffffu, flags != 0); left != 0; left &= left - 1) {
+          const int lane = __ffs(static_cast<int>(left)) - 1;
+          copy_queries(block, head, (block.first_tile + base + lane) * Config::kRows,
+                       __shfl_sync(0xffffffffu, flags, lane));
+          // The first queries do not wait for the block before to give its keys back.
+          if (lane_id() == 0 && !block.copied) {
+            copy_keys(block);
+            block.copied = true;
+          }
+        }
+      }
+    }
   }
 
   // With intervals: how many steps there are.
@@ -249,21 +309,29 @@ struct BwdProducer {
       if (lane_id() == 0) made = make_block(params, plan, id, rank, block);
       __syncwarp();
       if (!__any_sync(0xffffffffu, made)) continue;
-      if constexpr (Config::kIntervals) count_steps(block);
+      if constexpr (Config::kIntervals) {
+        if (lane_id() == 0) {
+          block.slot = slots;
+          block.key_copies = key_ring.count();
+        }
+        count_steps(block);
+      }
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
+        if constexpr (Config::kKeyStages == 1 && !Config::kIntervals) fetch_keys(block);
       }
       slots.next();
       if (block.tiles == 0) continue;
+      if constexpr (Config::kIntervals) {
+        copy_intervals(block);
+        continue;
+      }
       // The first queries do not wait for the block before to give its keys back.
       bool first = true;
 #pragma unroll 1
       for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
-          if constexpr (Config::kIntervals) {
-            if (!block.meets(tile)) continue;
-          }
           copy_queries(block, head, tile * Config::kRows);
           if (first && lane_id() == 0) copy_keys(block);
           first = false;

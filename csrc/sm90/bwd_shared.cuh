@@ -14,7 +14,7 @@ namespace jax_flash::sm90 {
 template <typename Config>
 struct BwdIntervalShared {
   RowRecord records[Config::kStages][Config::kRows];
-  BwdStep<Config> steps[Config::kStages];
+  BwdStep steps[Config::kStages];
 };
 struct BwdPlainShared {};
 

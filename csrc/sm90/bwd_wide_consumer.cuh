@@ -103,7 +103,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
 
   // P of a tile of queries of one head, in registers and where the other warpgroup finds it.
   // beside(): what is done while the scores are computed.
-  template <bool kClean, typename Beside>
+  template <bool kClean, bool kOptions, typename Beside>
   __device__ __forceinline__ void share_probabilities(uint32_t (&p)[kScores / 2],
                                                       const BwdBlock<Config>& block, int tile,
                                                       Beside beside) const {
@@ -119,9 +119,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
+    const uint32_t seen = this->template find_seen<kClean>(block);
     beside();
     ptx::wgmma_wait_group<0>();
-    this->template take_probabilities<kClean>(p, weights, s, early, block, first_row);
+    this->template take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row,
+                                                        seen);
     wait_scores_used();
     if constexpr (Config::kPaired) {  // nor does the other thread block need what was sent there
       ptx::mbarrier_wait_cluster(ptx::shared_address(&shared.sent_score_empty[steps % 2]),
@@ -137,11 +139,11 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   }
 
   // One tile of queries of one head; see BwdConsumer. The first warpgroup's part.
-  template <bool kClean>
+  template <bool kClean, bool kOptions>
   __device__ __forceinline__ void step_scores(const BwdBlock<Config>& block, Gradient<0>& dvalue,
-                                              int tile, bool first) {
+                                              int tile, bool first, bool last) {
     uint32_t p[kScores / 2];
-    share_probabilities<kClean>(p, block, tile, [] {});
+    share_probabilities<kClean, kOptions>(p, block, tile, [] {});
     wait(shared.dout_full[this->dout_stage()], this->dout_parity());
     ptx::wgmma_fence();
     issue_gradient<DoutLayout>(dvalue, p, this->dout_tile());
@@ -154,6 +156,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     this->release_douts();
     ptx::wgmma_wait_group<1>();
     if (!first) this->hand_over(dquery[0]);
+    if (!last) this->template look_ahead<kOptions>(block);
     ptx::wgmma_wait_group<0>();
     if (!first) this->hand_over(dquery[1]);
     this->release_queries();
@@ -197,9 +200,9 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   }
 
   // The second warpgroup's.
-  template <bool kClean>
+  template <bool kClean, bool kOptions>
   __device__ __forceinline__ void step_gradients(const BwdBlock<Config>& block, Gradient<1>& dkey,
-                                                 int tile, bool first) {
+                                                 int tile, bool first, bool last) {
     uint32_t ds[kScores / 2];
     share_score_gradients<kClean>(ds, block, tile);
     wait(shared.query_full[this->stage()], this->parity());
@@ -211,18 +214,19 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     ptx::wgmma_wait_group<1>();
     ptx::bar_arrive(Config::kScoresUsed, 256);
     if (!first) hand_over_all<1>(dquery);
+    if (!last) this->template look_ahead<kOptions>(block);
     ptx::wgmma_wait_group<0>();
     this->release_queries();
     ++steps;
   }
 
-  template <int kRole, bool kClean>
+  template <int kRole, bool kClean, bool kOptions>
   __device__ __forceinline__ void step(const BwdBlock<Config>& block, Gradient<kRole>& gradient,
-                                       int tile, bool first) {
+                                       int tile, bool first, bool last) {
     if constexpr (kRole == 0) {
-      step_scores<kClean>(block, gradient, tile, first);
+      step_scores<kClean, kOptions>(block, gradient, tile, first, last);
     } else {
-      step_gradients<kClean>(block, gradient, tile, first);
+      step_gradients<kClean, kOptions>(block, gradient, tile, first, last);
     }
   }
 
@@ -230,8 +234,8 @@ struct BwdWideConsumer : BwdConsumer<Config> {
   __device__ __forceinline__ void run_block(const BwdBlock<Config>& block,
                                             Gradient<kRole>& gradient) {
     this->begin_block(block);
-    this->for_steps(block, [&]<bool kClean>(int tile, bool first) {
-      step<kRole, kClean>(block, gradient, tile, first);
+    this->for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
+      step<kRole, kClean, kOptions>(block, gradient, tile, first, last);
     });
     warp_arrive(shared.value_empty[0]);
     wait_scores();
@@ -253,6 +257,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
       wait(shared.block_full[slots.stage()], slots.parity());
       const BwdBlock<Config>& block = shared.blocks[slots.stage()];
       if (block.tiles < 0) break;
+      if constexpr (Config::kIntervals) blocks = block.key_copies;
       Gradient<kRole> gradient;
 #pragma unroll
       for (float& x : gradient) x = 0.0f;
@@ -268,6 +273,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
         this->store_gradient(gradient, params.factor, params.dkey, params.f32_dkey, params.head_dim,
                              block);
       }
+      if constexpr (Config::kIntervals) slots = block.slot;
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();
     }

@@ -48,7 +48,7 @@ struct FwdPlan {
 // What a block with intervals has beside the others.
 template <int kWarpgroups>
 struct FwdBlockIntervals {
-  float slope;
+  float slope;              // with kOptions
   bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
   bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
@@ -91,15 +91,16 @@ struct FwdBlock
   // without rows visits one tile, to store the outputs of the block before.
   int lowest[Config::kWarpgroups];
   int passed[Config::kWarpgroups];
-  // Per warpgroup: tiles [first, end) are seen in full by all its rows, each of which has seen
-  // some key of a tile visited before. They take no mask and no maximum.
+  // Per warpgroup: each of its rows has seen some key of a tile visited before tiles [first, end),
+  // and sees these in full. They take no mask and no maximum. With kMasksClean those before
+  // `full_first` are among them, which take a mask.
   int clean_first[Config::kWarpgroups];
   int clean_end[Config::kWarpgroups];
   // Tiles [first, end) are seen in full by all its rows.
   int full_first[Config::kWarpgroups];
   int full_end[Config::kWarpgroups];
   float* lse;  // of position 0 of the first query head
-  Element16* out;
+  typename Config::Out* out;
 };
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
@@ -129,11 +130,13 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   const int64_t head = int64_t{at.batch} * params.heads + block.head;
   block.lse = params.lse + head * params.query_length;
   block.out =
-      static_cast<Element16*>(params.out) +
+      static_cast<typename Config::Out*>(params.out) +
       (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
   if constexpr (Config::kIntervals) {
     block.mask = IntervalMask::make(params, at.batch);
-    block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    if constexpr (Config::kOptions) {
+      block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
+    }
   } else {
     block.mask = row_mask(params, at.batch);
   }
@@ -171,14 +174,15 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     if constexpr (Config::kIntervals) {
       const KeyInterval seen = block.mask.hull(begin, past);
       padding = seen.first >= seen.end;
-      // Rows may begin anywhere: all tiles are before those that are seen in full.
-      if (core.first >= core.end) core.first = kMaxLength;
       block.mixed[w] = block.mask.mixed(begin, past);
       block.dead[w] = block.mask.dead_rows(begin, past);
     }
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = core.first >= core.end || params.scale.first != 1.0f;
+    bool none = params.scale.first != 1.0f;
+    // Where documents meet, no key is seen by all, but the last key of each row is none before the
+    // first end. Where ids count, that is 0.
+    if constexpr (!Config::kIntervals) none = none || core.first >= core.end;
     const int full_first = (core.first + Config::kKeys - 1) / Config::kKeys;
     block.full_first[w] = full_first;
     block.full_end[w] = core.first < core.end ? core.end / Config::kKeys : 0;
@@ -197,7 +201,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     const int lowest = padding ? start : first_tile;
     block.lowest[w] = lowest;
     block.passed[w] = lowest - first_tile;
-    block.clean_first[w] = max(full_first, lowest + (Config::kQueryStages == 1 ? 1 : 0));
+    block.clean_first[w] = lowest + (Config::kQueryStages == 1 ? 1 : 0);
+    if (!Config::kMasksClean) block.clean_first[w] = max(block.clean_first[w], full_first);
   }
   return any;
 }

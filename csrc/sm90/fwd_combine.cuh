@@ -121,14 +121,20 @@ __device__ __forceinline__ void add_partials(const MhaFwdParams& params, const F
       block.lse[head * params.query_length + position] =
           empty ? kMinusInfinity : natural_lse(reference, sum, params.scale);
     }
+    typename Config::Out* const target =
+        block.out + (int64_t{position} * params.heads + head) * params.head_dim_v + 4 * piece;
+    const float inverse = empty ? 0.0f : __fdividef(1.0f, sum);
+    if constexpr (Config::kSplit) {
+      if (empty) total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      *reinterpret_cast<float4*>(target) =
+          make_float4(total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse);
+      continue;
+    }
     uint2 words = make_uint2(0, 0);
     if (!empty) {
-      const float inverse = __fdividef(1.0f, sum);
       words.x = ptx::cvt_rn_x2<Element>(total.x * inverse, total.y * inverse);
       words.y = ptx::cvt_rn_x2<Element>(total.z * inverse, total.w * inverse);
     }
-    Element16* const target =
-        block.out + (int64_t{position} * params.heads + head) * params.head_dim_v + 4 * piece;
     *reinterpret_cast<uint2*>(target) = words;
   }
 }

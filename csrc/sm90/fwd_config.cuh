@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "host/dispatch.h"
+#include "tile/copy.cuh"
 #include "tile/element.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
@@ -65,15 +66,39 @@ struct SlabLayout {
   }
 };
 
+// Of operands that are split: a tile has twice the columns.
+template <int kWidth>
+inline constexpr FwdTiles kFwdSplitTiles{};
+template <>
+inline constexpr FwdTiles kFwdSplitTiles<64>{2, 128, 2, 2, 2};
+template <>
+inline constexpr FwdTiles kFwdSplitTiles<128>{2, 64, 1, 2, 2};
+
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
-          bool kIntervalsArg = false, bool kPairedArg = false, bool kDenseArg = false>
+          bool kIntervalsArg = false, bool kPairedArg = false, bool kOptionsArg = false,
+          bool kDenseArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
+
+  // Queries, keys, values and probabilities are sums high + low of two bf16 each. A row of a tile
+  // holds all high parts, then all low ones; of a product of two sums, that of the low parts is
+  // left out, and the low parts of probabilities follow the high ones in the registers.
+  static constexpr bool kSplit = kType == ElementType::kSplit;
+  static constexpr int kParts = kSplit ? 2 : 1;
+  static constexpr int kProducts = kSplit ? 3 : 1;
+  // Which parts product `i` multiplies.
+  static constexpr __host__ __device__ int left_part(int i) { return i == 1 ? 1 : 0; }
+  static constexpr __host__ __device__ int right_part(int i) { return i == 2 ? 1 : 0; }
+
   static constexpr bool kIntervals = kIntervalsArg;
   // Of calls with intervals: biases, masks of bits or dropout. All tiles take a maximum.
   static constexpr bool kDense = kDenseArg;
+  // Scores may have options (ScoreOptions). With kDense, which has a kernel for all of them, the
+  // parameters say whether they do.
+  static constexpr bool kOptions = kOptionsArg || kDense;
   using Mask = std::conditional_t<kIntervals, IntervalMask, RowMask>;
-  using Element = typename ElementOf<kType>::Type;
+  using Element = typename ElementOf<kSplit ? ElementType::kBf16 : kType>::Type;
+  using Out = std::conditional_t<kSplit, float, Element16>;
   // How large the sum of a row's exponentials over a lane's share of a tile may get before the row
   // moves its reference point: far from f16's 65504, and a key that outweighs all others by more
   // than that has a probability of exactly 1, as if all maxima were taken.
@@ -98,6 +123,10 @@ struct FwdConfig {
   static constexpr bool kPaired = kPairedArg;
   static constexpr int kCluster = kPaired ? 2 : 1;
 
+  // Tiles that are masked on the left alone take no maximum. Options would be applied to scores of
+  // -inf.
+  static constexpr bool kMasksClean = kIntervals && !kOptions;
+
   // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
@@ -111,11 +140,11 @@ struct FwdConfig {
   static constexpr bool kOverlaps = kWarpgroups == 2;
 
   // Outputs leave through shared memory where that has room.
-  static constexpr bool kStaged = kQueryStages > 1;
+  static constexpr bool kStaged = kQueryStages > 1 && !kSplit;
 
-  using QueryLayout = SlabLayout<64, kHeadDim>;  // of one warpgroup
-  using KeyLayout = SlabLayout<kKeys, kHeadDim>;
-  using ValueLayout = SlabLayout<kKeys, kHeadDimV>;
+  using QueryLayout = SlabLayout<64, kParts * kHeadDim>;  // of one warpgroup
+  using KeyLayout = SlabLayout<kKeys, kParts * kHeadDim>;
+  using ValueLayout = SlabLayout<kKeys, kParts * kHeadDimV>;
   using OutLayout = SlabLayout<64, kHeadDimV>;  // of one warpgroup
 
   // Shared memory in bytes from the start: queries, keys, values, outputs, then FwdShared.
@@ -125,11 +154,13 @@ struct FwdConfig {
   static constexpr int kOutOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
   static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
+  static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
   static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),
                 "each thread block of a pair copies half of the slabs");
   static_assert(kIntervals || !kDense, "what is dense has intervals, too");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
+  static_assert(!kSplit || (kHeadDim % 64 == 0 && kHeadDimV % 64 == 0), "parts are whole slabs");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
 };
 

@@ -18,7 +18,10 @@
 #include "sm90/fwd_combine.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_dense.cuh"
+#include "sm90/fwd_float_out.cuh"
 #include "sm90/fwd_logits.cuh"
+#include "sm90/fwd_mask.cuh"
+#include "sm90/fwd_products.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
 #include "tile/copy.cuh"
@@ -46,11 +49,11 @@ struct FwdConsumer {
   int blocks = 0;  // before the one at work: the position in the rings of blocks and queries
 
   float s[kScores];
-  uint32_t p[kScores / 2];
+  uint32_t p[Config::kParts * kScores / 2];
   float out[kOuts];
   RowSoftmax<Config> softmax;
   float inverse[2];          // of the sums of the block that is finished but not stored
-  FwdLogits<Config> logits;  // of the block at work; with intervals
+  FwdLogits<Config> logits;  // of the block at work; with kOptions
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
@@ -92,30 +95,15 @@ struct FwdConsumer {
 
   // s = Q K^T
   __device__ __forceinline__ void issue_scores() {
-    const uint64_t query = ptx::wgmma_descriptor(query_tile(), 0);
-    const uint64_t key = ptx::wgmma_descriptor(key_tile(), 0);
-#pragma unroll
-    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-      ptx::Wgmma<Element, Config::kKeys>::ss(
-          s, query + (Config::QueryLayout::offset(0, 2 * k) >> 4),
-          key + (Config::KeyLayout::offset(0, 2 * k) >> 4), k != 0);
-    }
+    multiply_scores<Config>(s, query_tile(), key_tile());
   }
 
   // out = P V, or out += P V
   __device__ __forceinline__ void issue_values(bool accumulate) {
-    const uint64_t value = ptx::wgmma_descriptor(value_tile(), Config::ValueLayout::kSlabBytes);
-#pragma unroll
-    for (int k = 0; k < Config::kKeys / 16; ++k) {
-      ptx::Wgmma<Element, Config::kHeadDimV>::rs(out, p + 4 * k, value + (16 * 128 >> 4) * k,
-                                                 accumulate || k > 0);
-    }
+    multiply_values<Config>(out, p, value_tile(), accumulate);
   }
 
-  __device__ __forceinline__ void pack() {
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
-  }
+  __device__ __forceinline__ void pack() { pack_weights<Config>(p, s); }
 
   __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
 #pragma unroll
@@ -156,19 +144,31 @@ struct FwdConsumer {
   // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
   // are not moved across.
   struct MaskLoads {
-    RowRecord rows[2];
-    bool dead_keys;
+    bool masked;    // there is something to mask
+    int dead_keys;  // nonzero: there are some. With intervals
+    FwdMask<Config::kKeys> mask;
   };
+  // kMixed: ids may have to be compared, which they never have in clean tiles.
+  template <bool kMixed>
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
     MaskLoads loads{};
+    loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+    if (!loads.masked) return loads;
+    const int first_key = tile * Config::kKeys;
+    const int row = head_row(block);
+    KeyInterval keys[2];
     if constexpr (Config::kIntervals) {
-      if (tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup]) {
-        const int row = head_row(block);
-        loads.rows[0] = block.mask.row_records[row];
-        loads.rows[1] = block.mask.row_records[row + 8];
-        const int first_key = tile * Config::kKeys;
-        loads.dead_keys = block.mask.dead_keys(first_key, first_key + Config::kKeys);
+      loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(first_key);
+      const RowRecord records[2] = {block.mask.row(row), block.mask.row(row + 8)};
+      for (int h = 0; h < 2; ++h) keys[h] = {records[h].first, records[h].end};
+      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+      if (kMixed && block.mixed[warpgroup]) {
+        loads.mask.compare(block.mask.key_ids, block.mask.key_length, first_key,
+                           {records[0].id, records[1].id});
       }
+    } else {
+      for (int h = 0; h < 2; ++h) keys[h] = block.mask.interval((row + 8 * h) >> plan.pack_shift);
+      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
     }
     return loads;
   }
@@ -185,24 +185,17 @@ struct FwdConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
-    const bool left = tile < block.full_first[warpgroup];
-    if constexpr (Config::kIntervals) {
-      if (ScoreOptions::any<Config::kDense>(params)) {
-        if constexpr (Config::kDense) begin_logits(block);  // not kept: registers are few
-        logits.template apply<!Config::kDense>(s, params, plan, block.slope, tile * Config::kKeys);
+    if constexpr (Config::kDense) {
+      if (ScoreOptions::any<true>(params)) {
+        begin_logits(block);  // not kept: registers are few
+        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
+      dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
+      if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
+    } else if constexpr (Config::kOptions) {
+      logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
     }
-    dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
-    if (!Dense::kEarly) loads = load_mask(block, tile);
-    if (left || tile >= block.full_end[warpgroup]) {
-      if constexpr (Config::kIntervals) {
-        softmax.apply_mask(s, block.mask, loads.rows, tile * Config::kKeys, left,
-                           block.mixed[warpgroup]);
-      } else {
-        const int row = head_row(block);
-        softmax.apply_mask(s, block.mask, row, plan.pack_shift, tile * Config::kKeys, left);
-      }
-    }
+    if (loads.masked) loads.mask.apply(s);
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
@@ -210,8 +203,8 @@ struct FwdConsumer {
   __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
                                                bool careful, float (&tile_sum)[2],
                                                uint32_t& outside) {
-    if constexpr (Config::kIntervals) {
-      if (!careful && ScoreOptions::any(params)) {
+    if constexpr (Config::kOptions) {
+      if (!careful) {
         return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
                                    tile_sum, outside);
       }
@@ -239,11 +232,12 @@ struct FwdConsumer {
   }
 
   // What keeps a tile that was taken for clean from being finished at once.
-  // kWatchedRows: or it is special. kInvalid: its soft cap is not a polynomial.
-  enum class Left { kNothing, kWatchedRows, kRange, kInvalid };
+  // kWatchedRows: or it is special. kInvalid: its soft cap is not a polynomial. kDeadKeys: values
+  // are still to be cleared.
+  enum class Left { kNothing, kWatchedRows, kRange, kInvalid, kDeadKeys };
 
   // One key tile. `careful`: it needs a mask or a maximum, as the first of a block does; known at
-  // compile time or not.
+  // compile time or not. With kMasksClean one that is not may need a mask, too.
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
   // stored then. fresh: the second tile, whose product starts new accumulators.
   // What is rarely needed is left to finish_rare, outside the loop.
@@ -255,15 +249,18 @@ struct FwdConsumer {
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
-      if constexpr (Config::kIntervals && !Config::kDense) begin_logits(block);
+      if constexpr (Config::kOptions && !Config::kDense) begin_logits(block);
     }
     MaskLoads loads{};
-    if (careful && Dense::kEarly) loads = load_mask(block, tile);
+    if ((careful && Dense::kEarly) ||
+        (Config::kMasksClean && tile < block.full_first[warpgroup])) {
+      loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
+    }
     Dense dense;
     dense.load(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kIntervals) {
+    if constexpr (Config::kOptions) {
       watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
     }
     if constexpr (Config::kOverlaps) {
@@ -276,18 +273,24 @@ struct FwdConsumer {
     bool moved = false;
     Left left = Left::kNothing;
     uint32_t outside = 0;
-    if (careful) moved = prepare(block, tile, loads, dense, factor);
+    if (careful) {
+      moved = prepare(block, tile, loads, dense, factor);
+    } else if (Config::kMasksClean && loads.masked) {
+      loads.mask.apply(s);
+    }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kOptions) {
         const bool is_outside = (outside & TanhPolynomial::kOutside) != 0;
         if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
       }
       __syncwarp();
+    } else if (Config::kMasksClean && !careful && loads.dead_keys != 0) [[unlikely]] {
+      left = Left::kDeadKeys;
     }
     // One instruction for all warps of the warpgroup, on whichever path they come.
     if constexpr (Config::kOverlaps) finish_products(previous);
@@ -308,7 +311,7 @@ struct FwdConsumer {
     if constexpr (!Config::kDense) finish_step(tile_sum);
     dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kIntervals) {
-      if (loads.dead_keys) clear_dead_values(block, tile);
+      if (loads.dead_keys != 0) clear_dead_values(block, tile);
     } else {
       if (first && tile == block.last_tile && block.value_rows < Config::kKeys) [[unlikely]] {
         clear_values(block.value_rows);
@@ -339,24 +342,27 @@ struct FwdConsumer {
     pack();
   }
 
-  // The rest of a step for a warp with rows that are watched, or that left the range.
+  // The rest of a step for a warp with rows that are watched, or that left the range, or for all
+  // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
+    MaskLoads loads{};  // once more
+    if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
-      if constexpr (Config::kIntervals) {
-        if (ScoreOptions::any(params)) {
-          logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
-        }
+      if constexpr (Config::kOptions) {
+        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
     if (left == Left::kRange || left == Left::kInvalid) {
       const auto logit = [&](float score, int h, float column) {
-        if constexpr (Config::kIntervals) {
-          if (!ScoreOptions::any(params)) return score;
+        if constexpr (Config::kMasksClean) {
+          const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
+          return seen ? score : kMinusInfinity;
+        } else if constexpr (Config::kOptions) {
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
@@ -365,7 +371,7 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kIntervals) {
+      if constexpr (Config::kOptions) {
         logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
       }
       moved = true;
@@ -373,6 +379,9 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
+    if constexpr (Config::kMasksClean) {
+      if (loads.dead_keys != 0) clear_dead_values(block, tile);
+    }
   }
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
@@ -439,7 +448,10 @@ struct FwdConsumer {
         inverse[h] = sum == 0.0f ? 0.0f : __fdividef(params.intervals.kept_scale, sum);
       }
     }
-    if constexpr (Config::kStaged) {
+    if constexpr (Config::kSplit) {
+      const int row = 64 * warpgroup + warp_row() + fragment_row();
+      store_floats(params, plan, shared.blocks[slot], row, out, inverse);
+    } else if constexpr (Config::kStaged) {
       stage_out();
     } else {
       store_direct(shared.blocks[slot]);
@@ -543,7 +555,7 @@ struct FwdConsumer {
     bool fresh = true;
     bool pending = false;  // the product of the last tile
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = 0;
+    for (int i = 0; i < Config::kParts * kScores / 2; ++i) p[i] = 0;
 #pragma unroll
     for (int i = 0; i < kOuts; ++i) out[i] = 0.0f;
     softmax.init();

@@ -189,11 +189,12 @@ template <typename Config>
 struct FwdDense<Config, false> {
   static constexpr bool kEarly = true;
   static constexpr int kScores = Config::kKeys / 2;
+  static constexpr int kWords = Config::kParts * kScores / 2;
   using Block = FwdBlock<Config>;
   __device__ __forceinline__ void load(const MhaFwdParams&, const Block&, int, int) const {}
   __device__ __forceinline__ void apply(float (&)[kScores], const MhaFwdParams&, const Block&, int,
                                         int) const {}
-  __device__ __forceinline__ void drop(uint32_t (&)[kScores / 2], const MhaFwdParams&, const Block&,
+  __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&, const Block&,
                                        int, int) const {}
 };
 

@@ -8,6 +8,7 @@
 #include "sm90/fwd.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/fwd_order.h"
+#include "sm90/fwd_split.cuh"
 #include "sm90/fwd_splits.h"
 #include "sm90/tensor_map.h"
 #include "sm90/work_order.cuh"
@@ -60,7 +61,8 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   bool steady = false;
   if constexpr (Config::kIntervals) {
     const double bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v);
-    sections.heads = work_section(all, params.heads / params.kv_heads, bytes, device.l2_bytes);
+    sections.heads = queue_section(all, params.heads / params.kv_heads, row_blocks, bytes,
+                                   multiprocessors, device.l2_bytes);
   } else if (plan.splits == 1 && params.window_right == kUnbounded) {
     // Row blocks that are equal, as far as is known: those that share their keys follow each other.
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
@@ -85,7 +87,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   plan.head_groups = FastDivisor::make(static_cast<uint32_t>(head_groups));
   plan.inner_batch = FastDivisor::make(params.batch_dims == 2 ? params.batch_sizes[1] : 1);
   params.group_divisor = FastDivisor::make(params.heads / params.kv_heads);
-  if (Config::kIntervals && ScoreOptions::any<Config::kDense>(params)) {
+  if (Config::kOptions && (!Config::kDense || ScoreOptions::any<true>(params))) {
     plan.logit_scale = params.scale.first * params.scale.second;
     plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
     const float softcap = params.intervals.softcap;
@@ -95,35 +97,39 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     params.scale = SoftmaxScale::make(1.0f);
   }
 
+  const int64_t width = Config::kSplit ? 2 * Config::kHeadDim : params.head_dim;
+  const int64_t width_v = Config::kSplit ? 2 * Config::kHeadDimV : params.head_dim_v;
   cudaError_t error = make_tensor_map(
       params, params.query,
-      {params.head_dim, params.heads, params.query.head_stride, params.query_length,
-       params.query.row_stride, static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
+      {width, params.heads, params.query.head_stride, params.query_length, params.query.row_stride,
+       static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
       &plan.query);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params, params.key,
-                          {params.head_dim, params.key_length, params.key.row_stride,
-                           params.kv_heads, params.key.head_stride, Config::kKeys, 1},
+                          {width, params.key_length, params.key.row_stride, params.kv_heads,
+                           params.key.head_stride, Config::kKeys, 1},
                           &plan.key);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params, params.value,
-                          {params.head_dim_v, params.key_length, params.value.row_stride,
-                           params.kv_heads, params.value.head_stride, Config::kKeys, 1},
+                          {width_v, params.key_length, params.value.row_stride, params.kv_heads,
+                           params.value.head_stride, Config::kKeys, 1},
                           &plan.value);
   if (error != cudaSuccess) return error;
 
-  TensorView out{};
-  out.data = params.out;
-  out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
-  MhaFwdParams flat{};  // the outputs' batch dims are one
-  flat.batch_dims = 1;
-  flat.batch_sizes[0] = params.batch;
-  error = make_tensor_map(flat, out,
-                          {params.head_dim_v, params.heads, params.head_dim_v, params.query_length,
-                           int64_t{params.heads} * params.head_dim_v, static_cast<uint32_t>(packed),
-                           static_cast<uint32_t>(64 / packed)},
-                          &plan.out);
-  if (error != cudaSuccess) return error;
+  if constexpr (!Config::kSplit) {
+    TensorView out{};
+    out.data = params.out;
+    out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
+    MhaFwdParams flat{};  // the outputs' batch dims are one
+    flat.batch_dims = 1;
+    flat.batch_sizes[0] = params.batch;
+    error = make_tensor_map(flat, out,
+                            {params.head_dim_v, params.heads, params.head_dim_v,
+                             params.query_length, int64_t{params.heads} * params.head_dim_v,
+                             static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed)},
+                            &plan.out);
+    if (error != cudaSuccess) return error;
+  }
 
   if constexpr (Config::kIntervals) {
     error = launch_work_order<false>(params, Config::kRows, Config::kKeys, stream);
@@ -156,14 +162,22 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
-  if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
-    if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
-      using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
-      return launch<Config>(params, device, stream);
+  if constexpr (kType == ElementType::kSplit) {
+    MhaFwdParams parts = params;
+    const cudaError_t error = split_operands<kHeadDim, kHeadDimV>(&parts, device, stream);
+    if (error != cudaSuccess) return error;
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdSplitTiles<kHeadDim>>;
+    return launch<Config>(parts, device, stream);
+  } else {
+    constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
+    if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
+      if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
+        using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
+        return launch<Config>(params, device, stream);
+      }
     }
+    return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
   }
-  return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
@@ -171,12 +185,15 @@ cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInf
                                      cudaStream_t stream) {
   if (is_dense(params.intervals)) {
     using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdDenseTiles<kHeadDim, kHeadDimV>, true,
-                             false, true>;
+                             false, true, true>;
     return launch<Config>(params, device, stream);
   }
-  using Config =
-      FwdConfig<kType, kHeadDim, kHeadDimV, kFwdIntervalTiles<kHeadDim, kHeadDimV>, true>;
-  return launch<Config>(params, device, stream);
+  constexpr FwdTiles kTiles = kFwdIntervalTiles<kHeadDim, kHeadDimV>;
+  if (ScoreOptions::any(params)) {
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true, false, true>;
+    return launch<Config>(params, device, stream);
+  }
+  return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true>>(params, device, stream);
 }
 
 }  // namespace jax_flash::sm90

@@ -1,4 +1,4 @@
-// The sections of heads of a causal forward; see order.h.
+// The sections of heads of a forward that is causal, see order.h, or has intervals.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 #include "host/params.h"
 #include "sm90/order.h"
+#include "sm90/work_order.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
@@ -51,7 +52,21 @@ inline Sections choose_sections(const MhaFwdParams& params, int64_t head_groups,
                         multiprocessors - multiprocessors / 11});
 }
 
-// The same, remembered: the choice takes the host 50 to 300 microseconds.
+// How many heads a section of the queue has, with intervals: as many as share the L2, but at least
+// as many as give each multiprocessor some blocks. Else the longest blocks of a section, of which a
+// thread block takes three before it has done the first, would be too much of it.
+inline int64_t queue_section(int64_t all, int64_t group, int64_t row_blocks, double head_bytes,
+                             int64_t multiprocessors, int64_t l2_bytes) {
+  constexpr int64_t kBlocks = 8;
+  const int64_t fit = work_section(all, group, head_bytes, l2_bytes);
+  const int64_t fill = kBlocks * multiprocessors / row_blocks;
+  if (fit >= fill) return fit;
+  const int64_t groups = all / group;
+  const int64_t sections = std::max<int64_t>(1, all / fill);
+  return group * ((groups + sections - 1) / sections);
+}
+
+// `choose_sections`, remembered: the choice takes the host 50 to 300 microseconds.
 inline Sections choose_sections_once(const MhaFwdParams& params, int64_t head_groups,
                                      int64_t row_blocks, int rows, int front, int keys,
                                      int64_t multiprocessors, int64_t l2_bytes) {

@@ -30,14 +30,14 @@ struct FwdPlanner {
   __device__ __forceinline__ void store_empty(const BlockCoordinate& at) const {
     const int first_row = at.row_block * Config::kRows - plan.front;
     const int rows = min(Config::kRows, (params.query_length << plan.pack_shift) - first_row);
-    const int chunks = params.head_dim_v / 8;
+    const int chunks = params.head_dim_v * sizeof(typename Config::Out) / sizeof(uint4);
 #pragma unroll 1
     for (int r = max(0, -first_row); r < rows; ++r) {
       const int position = (first_row + r) >> plan.pack_shift;
       const int head =
           (at.head << plan.pack_shift) + ((first_row + r) & ((1 << plan.pack_shift) - 1));
       const int64_t row = int64_t{at.batch} * params.query_length + position;
-      uint4* const out = reinterpret_cast<uint4*>(static_cast<Element16*>(params.out) +
+      uint4* const out = reinterpret_cast<uint4*>(static_cast<typename Config::Out*>(params.out) +
                                                   (row * params.heads + head) * params.head_dim_v);
       for (int chunk = lane_id(); chunk < chunks; chunk += 32) out[chunk] = make_uint4(0, 0, 0, 0);
       if (lane_id() == 0) {
@@ -124,11 +124,10 @@ struct FwdProducer {
 
   // All slabs of one tile of keys or values; of a pair, each thread block copies half of them for
   // both.
-  template <int kRows, int kWidth>
+  template <typename Layout>
   __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map,
                                             const TensorView& view, uint32_t barrier, int row,
                                             int head, int flat_batch) const {
-    using Layout = SlabLayout<kRows, kWidth>;
     const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan.inner_batch);
     ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
     if constexpr (Config::kPaired) {
@@ -152,7 +151,7 @@ struct FwdProducer {
   __device__ __forceinline__ void copy_keys(int tile, int head, int batch) {
     wait_empty(shared.key_empty[key_ring.stage()], key_ring.parity() ^ 1);
     if (elected()) {
-      copy_tile<Config::kKeys, Config::kHeadDim>(
+      copy_tile<typename Config::KeyLayout>(
           tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes, &plan.key,
           params.key, ptx::shared_address(&shared.key_full[key_ring.stage()]), tile * Config::kKeys,
           head, batch);
@@ -163,7 +162,7 @@ struct FwdProducer {
   __device__ __forceinline__ void copy_values(int tile, int head, int batch) {
     wait_empty(shared.value_empty[value_ring.stage()], value_ring.parity() ^ 1);
     if (elected()) {
-      copy_tile<Config::kKeys, Config::kHeadDimV>(
+      copy_tile<typename Config::ValueLayout>(
           tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes,
           &plan.value, params.value, ptx::shared_address(&shared.value_full[value_ring.stage()]),
           tile * Config::kKeys, head, batch);

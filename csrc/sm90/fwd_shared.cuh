@@ -14,9 +14,9 @@ namespace jax_flash::sm90 {
 // consumers are done.
 template <typename Config>
 struct FwdShared {
-  // A block is read until its outputs are stored, when the next one is already at work.
-  static constexpr int kBlockSlots = 4;
-  static_assert(Config::kQueryStages + 2 <= kBlockSlots);
+  // A block is read until its outputs are stored, when the next one is already at work and the one
+  // after that may be asked for. With a queue no block is taken sooner than it has to be.
+  static constexpr int kBlockSlots = Config::kIntervals ? 3 : 4;
 
   uint64_t query_full[Config::kQueryStages][Config::kWarpgroups];
   uint64_t query_empty[Config::kQueryStages][Config::kWarpgroups];

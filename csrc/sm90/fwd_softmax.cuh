@@ -17,8 +17,6 @@
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "tile/fragment.cuh"
-#include "tile/intervals.cuh"
-#include "tile/mask.cuh"
 #include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
 
@@ -42,61 +40,6 @@ struct RowSoftmax {
     reference[0] = reference[1] = kMinusInfinity;
     sum[0] = sum[1] = 0.0f;
     watched[0] = watched[1] = watching = false;
-  }
-
-  // Keys outside a row's interval get a score of -inf. `row` is this lane's first; `left`: also
-  // those before the interval, which only few tiles hold.
-  static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const RowMask& mask,
-                                                    int row, int pack_shift, int first_key,
-                                                    bool left) {
-    const int first_column = first_key + fragment_column();
-    const KeyInterval keys[2] = {mask.interval(row >> pack_shift),
-                                 mask.interval((row + 8) >> pack_shift)};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 4 * 8 + i % 2 >= keys[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;
-    }
-    if (left) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (i / 4 * 8 + i % 2 < keys[i / 2 % 2].first - first_column) s[i] = kMinusInfinity;
-      }
-    }
-  }
-
-  // The same for intervals of rows that have records; `mixed`: ids have to be compared, too.
-  static __device__ __forceinline__ void apply_mask(float (&s)[kScores], const IntervalMask& mask,
-                                                    const RowRecord (&records)[2], int first_key,
-                                                    bool left, bool mixed) {
-    const int first_column = first_key + fragment_column();
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 4 * 8 + i % 2 >= records[i / 2 % 2].end - first_column) s[i] = kMinusInfinity;
-    }
-    if (left) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (i / 4 * 8 + i % 2 < records[i / 2 % 2].first - first_column) s[i] = kMinusInfinity;
-      }
-    }
-    if (mixed) {
-#pragma unroll
-      for (int half = 0; half < kKeys / kIntervalKeys; ++half) {
-        // Keys past the array are outside all intervals.
-        if (first_key + half * kIntervalKeys >= mask.key_length) break;
-#pragma unroll
-        for (int j = 0; j < kIntervalKeys / 8; ++j) {
-          const int2 ids = __ldg(reinterpret_cast<const int2*>(mask.key_ids + first_column +
-                                                               half * kIntervalKeys + 8 * j));
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int i = half * kIntervalKeys / 2 + 4 * j + 2 * h;
-            if (ids.x != records[h].id) s[i] = kMinusInfinity;
-            if (ids.y != records[h].id) s[i + 1] = kMinusInfinity;
-          }
-        }
-      }
-    }
   }
 
   // Moves the reference points of rows (all of them, or those that are watched) whose maximum in
@@ -339,15 +282,20 @@ struct RowSoftmax {
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
 #pragma unroll 1
-    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-      uint32_t a[4];
-      uint32_t b[4];
-      ptx::ldmatrix_x4(
-          a, query + Config::QueryLayout::offset(warp_row + lane % 16, 2 * step + lane / 16));
-      ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
-                                                          2 * step + lane / 8 % 2));
-      ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);
-      ptx::mma_m16n8k16<Element>(c[1], a, b[2], b[3]);
+    for (int i = 0; i < Config::kProducts; ++i) {
+      const int left = Config::left_part(i) * Config::kHeadDim / 8 + lane / 16;
+      const int right = Config::right_part(i) * Config::kHeadDim / 8 + lane / 8 % 2;
+#pragma unroll 1
+      for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+        uint32_t a[4];
+        uint32_t b[4];
+        ptx::ldmatrix_x4(
+            a, query + Config::QueryLayout::offset(warp_row + lane % 16, left + 2 * step));
+        ptx::ldmatrix_x4(b, key + Config::KeyLayout::offset(16 * j + lane % 8 + lane / 16 * 8,
+                                                            right + 2 * step));
+        ptx::mma_m16n8k16<Element>(c[0], a, b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(c[1], a, b[2], b[3]);
+      }
     }
   }
 };

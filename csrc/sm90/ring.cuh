@@ -12,6 +12,7 @@ class RingIndex {
  public:
   __device__ __forceinline__ int stage() const { return count_ % kStages; }
   __device__ __forceinline__ uint32_t parity() const { return count_ / kStages % 2; }
+  __device__ __forceinline__ uint32_t count() const { return count_; }
   __device__ __forceinline__ void next() { ++count_; }
 
  private:

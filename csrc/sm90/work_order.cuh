@@ -1,9 +1,10 @@
 // The order of the blocks of work of a call with intervals, of which the host knows no lengths.
 //
-// A kernel of one small thread block for each sequence sorts its blocks by length, the longest
-// first, before the main kernel starts, whose thread blocks then take one after another from a
-// queue. With short blocks at the end all of them are done at about the same time. Blocks of equal
-// length are in any order: results do not depend on who works off what, nor when.
+// A small kernel sorts the blocks of each sequence before the main kernel starts, whose thread
+// blocks then take one after another from a queue: the longest documents first, and the blocks of a
+// document one after the other, the longest first if it is causal. So those who work at a time read
+// the same keys (queries), and what is left at the end is short. Results do not depend on who works
+// off what, nor when.
 #pragma once
 
 #include <algorithm>
@@ -21,104 +22,102 @@
 namespace jax_flash::sm90 {
 
 inline constexpr int kWorkOrderThreads = 256;
-inline constexpr int kWorkOrderBins = 4 * kWorkOrderThreads;  // of lengths
 
-// What is sorted: `blocks` of `rows` rows by the tiles of `keys` keys that they see, or the other
-// way round.
-struct WorkLengths {
+// What is sorted: `blocks` of `rows` rows that see keys, or of `keys` keys that are seen by rows.
+struct WorkBlocks {
   int blocks;
   int rows;
   int keys;
-  int shift;  // lengths of 2^shift neighbouring numbers of tiles count as equal
+  int chunks;  // thread blocks of a sequence
 
   template <bool kOfKeys>
-  static WorkLengths make(const MhaParams& params, int rows, int keys) {
-    const int row_blocks = (params.query_length + rows - 1) / rows;
-    const int key_blocks = (params.key_length + keys - 1) / keys;
-    WorkLengths lengths{kOfKeys ? key_blocks : row_blocks, rows, keys, 0};
-    const int longest = kOfKeys ? row_blocks : key_blocks;
-    while (longest >> lengths.shift >= kWorkOrderBins) ++lengths.shift;
-    return lengths;
+  static WorkBlocks make(const MhaParams& params, int rows, int keys) {
+    const int blocks =
+        kOfKeys ? (params.key_length + keys - 1) / keys : (params.query_length + rows - 1) / rows;
+    return {blocks, rows, keys, (blocks + kWorkOrderThreads - 1) / kWorkOrderThreads};
   }
 
-  // The bin of a block: the longest blocks have the first.
+  // The length of the document of a block: of keys (rows) from the first that its rows (keys) meet
+  // to the last that those meet who meet that one. -1 if it meets none.
   template <bool kOfKeys>
-  __device__ __forceinline__ int bin(const IntervalMask& mask, int block) const {
-    int first, end, tile;
+  __device__ __forceinline__ int document(const IntervalMask& mask, int block) const {
+    const int row_tiles = interval_tiles(mask.query_length);
+    const int key_tiles = interval_tiles(mask.key_length);
     if constexpr (kOfKeys) {
       const RowInterval seen = mask.rows(block * keys, (block + 1) * keys);
-      first = seen.first, end = seen.end, tile = rows;
+      if (seen.first >= seen.end) return -1;
+      const RowTile& last = mask.row_tiles[min(seen.end / kIntervalRows, row_tiles) - 1];
+      // Its first keys may share a tile with another document's.
+      const int tile = min((last.first + kIntervalKeys - 1) / kIntervalKeys, key_tiles - 1);
+      return max(0, seen.end - mask.key_tiles[tile].first);
     } else {
       const KeyInterval seen = mask.hull(block * rows, (block + 1) * rows);
-      first = seen.first, end = seen.end, tile = keys;
+      if (seen.first >= seen.end) return -1;
+      const KeyTile& first = mask.key_tiles[seen.first / kIntervalKeys];
+      const RowTile& last = mask.row_tiles[max(1, min(first.end / kIntervalRows, row_tiles)) - 1];
+      return max(0, last.end - seen.first);
     }
-    const int tiles = first < end ? (end + tile - 1) / tile - first / tile : 0;
-    return kWorkOrderBins - 1 - min(tiles >> shift, kWorkOrderBins - 1);
   }
 };
 
-// Writes the queue of a call: who is next, and the blocks of each sequence by length.
+// Writes the queue of a call: who is next, and the blocks of each sequence in their order. Each
+// thread finds the place of one block.
 template <bool kOfKeys>
 __global__ void __launch_bounds__(kWorkOrderThreads)
     interval_order_kernel(const __grid_constant__ MhaParams params,
-                          const __grid_constant__ WorkLengths lengths) {
+                          const __grid_constant__ WorkBlocks work) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  int* const bins = reinterpret_cast<int*>(memory);  // how many blocks; then the place of the next
-  int* const sums = bins + kWorkOrderBins;           // of each warp's bins
-  const int batch = blockIdx.x;
+  int* const documents = reinterpret_cast<int*>(memory);
+  const int batch = blockIdx.x / work.chunks;
   const int thread = threadIdx.x;
+  const int block = (blockIdx.x - batch * work.chunks) * kWorkOrderThreads + thread;
   ptx::griddepcontrol_launch_dependents();
   const IntervalMask mask = IntervalMask::make(params, batch);
-  int32_t* const order =
-      params.intervals.queue + kQueueHeader +
-      int64_t{batch} * interval_tiles(kOfKeys ? params.key_length : params.query_length);
-  if (batch == 0 && thread == 0) *params.intervals.queue = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bins[4 * thread + i] = 0;
-  // Orders the zeros before the counts.
-  __syncthreads();
+  if (blockIdx.x == 0 && thread == 0) *params.intervals.queue = 0;
+  const int own = block < work.blocks ? work.document<kOfKeys>(mask, block) : -1;
+  int place = 0;
 #pragma unroll 1
-  for (int block = thread; block < lengths.blocks; block += kWorkOrderThreads) {
-    atomicAdd(&bins[lengths.bin<kOfKeys>(mask, block)], 1);
+  for (int first = 0; first < work.blocks; first += kWorkOrderThreads) {
+    const int other = first + thread;
+    int document = -2;
+    if (other == block) {
+      document = own;
+    } else if (other < work.blocks) {
+      document = work.document<kOfKeys>(mask, other);
+    }
+    documents[thread] = document;
+    // Orders the lengths before they are read.
+    __syncthreads();
+    const int end = min(kWorkOrderThreads, work.blocks - first);
+#pragma unroll 8
+    for (int i = 0; i < end; ++i) {
+      const bool before = kOfKeys ? first + i < block : first + i > block;
+      place += documents[i] > own || (documents[i] == own && before) ? 1 : 0;
+    }
+    // Orders the reads before the next lengths.
+    __syncthreads();
   }
-  // Orders the counts before their sums.
-  __syncthreads();
-  int own[4];
-  int sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    own[i] = sum;
-    sum += bins[4 * thread + i];
+  if (block < work.blocks) {
+    const int length = kOfKeys ? params.key_length : params.query_length;
+    params.intervals.queue[kQueueHeader + int64_t{batch} * interval_tiles(length) + place] = block;
   }
-  // Of the lanes before this one, and of the whole warp.
-  int before = 0;
-  int all = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, all, step);
-    if ((lane_id() & step) != 0) before += other;
-    all += other;
-  }
-  if (lane_id() == 0) sums[thread / 32] = all;
-  // Orders the sums of warps before their reads.
-  __syncthreads();
-#pragma unroll 1
-  for (int warp = 0; warp < thread / 32; ++warp) before += sums[warp];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bins[4 * thread + i] = before + own[i];
-  // Orders the places before they are taken.
-  __syncthreads();
-#pragma unroll 1
-  for (int block = thread; block < lengths.blocks; block += kWorkOrderThreads) {
-    order[atomicAdd(&bins[lengths.bin<kOfKeys>(mask, block)], 1)] = block;
-  }
+  // The main kernel of a backward waits for this kernel alone, and needs what came before it, too.
+  if constexpr (kOfKeys) ptx::griddepcontrol_wait();
 }
 
 template <bool kOfKeys>
 cudaError_t launch_work_order(const MhaParams& params, int rows, int keys, cudaStream_t stream) {
-  return launch_kernel(interval_order_kernel<kOfKeys>, dim3(static_cast<unsigned>(params.batch)),
-                       kWorkOrderThreads, sizeof(int) * (kWorkOrderBins + kWorkOrderThreads / 32),
-                       stream, params, WorkLengths::make<kOfKeys>(params, rows, keys));
+  const WorkBlocks work = WorkBlocks::make<kOfKeys>(params, rows, keys);
+  const dim3 grid(static_cast<unsigned>(params.batch * work.chunks));
+  constexpr size_t kBytes = sizeof(int) * kWorkOrderThreads;
+  if constexpr (kOfKeys) {
+    // It reads nothing that bwd_prepare writes, and writes nothing that it reads.
+    return launch_dependent_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes,
+                                   stream, params, work);
+  } else {
+    return launch_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes, stream,
+                         params, work);
+  }
 }
 
 // Lets the main kernel, whose launch has this attribute, start while the order is still made. Only

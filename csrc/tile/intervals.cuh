@@ -113,6 +113,20 @@ struct IntervalMask {
     return false;
   }
 
+  // The same for the tile of kKeys keys at `first`, some of which exist: a number that is not 0, to
+  // which no branch leads that waits for memory.
+  template <int kKeys>
+  __device__ __forceinline__ int dead_keys(int first) const {
+    static_assert(kKeys % kIntervalKeys == 0);
+    const int last = interval_tiles(key_length) - 1;
+    int dead = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys / kIntervalKeys; ++i) {
+      dead |= __ldg(&key_tiles[min_int(first / kIntervalKeys + i, last)].dead);
+    }
+    return dead;
+  }
+
   // Whether ids have to be compared where rows of [row_begin, row_end) are masked.
   __device__ __forceinline__ bool mixed(int row_begin, int row_end) const {
     for (int i = row_begin / kIntervalRows; i * kIntervalRows < min_int(row_end, query_length);

@@ -2,6 +2,8 @@
 
 Lives here: `load_model`; where the default weights come from (`default_weights`); what
 the two formats call the parts of a model, and how those are packed for `llama_model`.
+The packages `gguf` and `safetensors` are imported where a file is read, so that random
+weights need neither.
 """
 
 from __future__ import annotations
@@ -21,11 +23,9 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 from llama_model import Config, Llama
 
@@ -121,6 +121,8 @@ def gguf_source(path: pathlib.Path) -> Source:
     """The tensors of a GGUF file."""
     if not path.is_file():
         raise FileNotFoundError(f"no GGUF file {path}")
+    import gguf
+
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -202,6 +204,8 @@ def safetensors_source(path: pathlib.Path) -> Source:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no file *.safetensors in {path}")
+    import safetensors
+
     where: dict[str, Any] = {}
     for file in files:
         opened = safetensors.safe_open(file, framework="flax")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash._src import intervals, packed, plan, registry
+from jax_flash._src import few_queries, intervals, packed, plan, registry
 from jax_flash._src.call import Backend, Call
 from jax_flash._src.config import OPERANDS, QKV, UNBOUNDED, AttentionConfig
 from jax_flash._src.flash_mha import flash_mha
@@ -123,6 +123,12 @@ def cuda_details(call: Call) -> str:
     Operands are taken to be row-major; the handler knows where `vmap` put a dimension.
     """
     batches = _batches(call)
+    named = {name: getattr(call, name) for name in call.present}
+    decode = few_queries.decode_config(config_of(call, ("cuda",)), named)
+    if decode is not None:
+        splits = few_queries.splits(decode, named)
+        gradients = _gradients_by(call, batches)
+        return f"the decode kernel, {splits}; gradients by {gradients}"
     op = plan.operation("mha_fwd", options_of(call))
     forward = _kernels_named(op, call, plan.merged_batch_dims(batches))
     if call.sinks is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_flash._src import decode_call, decode_inner
+from jax_flash._src import decode_call, decode_kernel
 
 PLATFORMS = {"cuda": ("cuda",), "xla": ()}
 """Where each implementation runs, () = everywhere."""
@@ -74,7 +74,7 @@ def call_of(arrays: dict[str, Any], options: dict[str, Any]) -> DecodeCall:
 def reasons(call: DecodeCall) -> dict[str, str | None]:
     """Why each implementation that may run the call cannot, or None."""
     known = {
-        "cuda": decode_inner.cuda_supports(call.config, call.operands),
+        "cuda": decode_kernel.cuda_supports(call.config, call.operands),
         "xla": None,
     }
     return {name: known[name] for name in call.config.implementations}
@@ -82,6 +82,5 @@ def reasons(call: DecodeCall) -> dict[str, str | None]:
 
 def details(call: DecodeCall) -> dict[str, str]:
     """How the kernel would run a call that it supports."""
-    keys, splits = decode_inner.splits_of(call.config, call.operands)
-    text = "one split" if splits == 1 else f"up to {splits} splits of {keys} keys"
-    return {"cuda": f"{text} for each sequence; gradients by jnp"}
+    text = decode_kernel.splits_text(call.config, call.operands)
+    return {"cuda": f"{text}; gradients by jnp"}

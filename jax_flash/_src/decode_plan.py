@@ -1,7 +1,8 @@
-"""How the decode kernel cuts keys into splits: a pure function of static facts.
+"""How the decode kernel cuts keys into splits, and which calls of `mha` it runs.
 
-The number of sequences and their lengths are not among these facts, so that a result
-depends neither on its neighbours nor on how many there are.
+Pure functions of static facts. The number of sequences and their lengths are not among
+these facts, so that a result depends neither on its neighbours nor on how many there
+are. Nor is the device, which is unknown when a program is lowered.
 """
 
 from jax_flash._src.config import UNBOUNDED
@@ -17,6 +18,30 @@ UNITS = 264
 
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
+
+MHA_KEYS = 8192
+"""Keys from which the decode kernel runs the few queries of a call of `mha`.
+
+The forward kernel for Hopper cuts the keys of a head into at most 8 splits of at least
+4 tiles: with more than 4096 keys of width 128 each of its thread blocks reads more,
+while decoding has up to 64 splits. Kernels for other GPUs do not split at all, but
+"which GPU" may not be asked here. 8192 is the least number at which decoding was
+measured to be faster, see docs/design/decode.md.
+"""
+
+
+def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
+    """Whether the decode kernel runs a forward that it can run.
+
+    Args:
+      tokens: queries T of a sequence.
+      group: query heads of a key/value head.
+      keys: length S of the sequence of keys.
+      window_left: keys seen before a query's own, -1 = unbounded.
+    """
+    if window_left != UNBOUNDED:
+        keys = min(keys, window_left + tokens)
+    return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
 def enough_splits(rows: int, kv_heads: int) -> int:

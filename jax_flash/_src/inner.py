@@ -20,6 +20,7 @@ from jax_flash._src import (
     avals,
     compat,
     dropout,
+    few_queries,
     intervals,
     packed,
     plan,
@@ -240,11 +241,15 @@ def _full_batch(given: dict[str, jax.Array], names: Iterable[str]) -> tuple[int,
 def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     """`[out, lse]` by one FFI call, which reads operands in the layout they have.
 
-    The kernel gets no sinks: they are joined to its results.
+    Few queries on many keys are a call of the decode kernel. The others' kernel gets no
+    sinks: they are joined to its results.
     """
     given = dict(zip(config.present, args, strict=True))
+    decode = few_queries.decode_config(config, given)
+    if decode is not None:
+        return few_queries.call(given, decode)
     batch = _full_batch(given, (name for name in given if name != "sinks"))
-    tensors, (query_shape, _, value_shape) = _tensors(config, given)
+    tensors, (query_shape, key_shape, value_shape) = _tensors(config, given)
     query, (rows, heads, _) = args[0], query_shape[-3:]
     results = [
         jax.ShapeDtypeStruct((*batch, rows, heads, value_shape[-1]), query.dtype),
@@ -253,6 +258,10 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     if plan.needs_intervals(_options(config)):
         queue = plan.queue_size(math.prod(batch), rows)
         results.append(jax.ShapeDtypeStruct((queue,), jnp.int32))
+    elif plan.may_split("mha_fwd", query.dtype, config.precision):
+        parts = plan.split_elements((query_shape, key_shape, value_shape))
+        if parts is not None:
+            results.append(jax.ShapeDtypeStruct((parts,), jnp.bfloat16))
     others = _mask_operands(config, given)
     run = jax.ffi.ffi_call(
         registry.FORWARD_TARGET, results, input_layouts=_layouts(config, others)

@@ -10,6 +10,7 @@ were built (`registry`).
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -71,10 +72,17 @@ F32_HEAD_DIMS = {
     "mha_fwd": ((64, 64), (128, 128)),
     "mha_bwd": ((64, 64), (128, 128)),
 }
-"""The same of kernels for float32, all of the family "sm80".
+"""The same of kernels for float32 of the family "sm80".
 
 There are two of each: "f32", as precise as float32, and "tf32", whose products have
 factors rounded to TF32.
+"""
+
+SPLIT_HEAD_DIMS = {"mha_fwd": ((64, 64), (128, 128))}
+"""The same of kernels "split" of the family "sm90".
+
+They take float32 as sums of two bfloat16, to 2^-16 or better, and come before those of
+`F32_HEAD_DIMS` unless precision is "highest".
 """
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
@@ -82,10 +90,19 @@ DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def kernel_type(dtype: Any, precision: str | None) -> str | None:
-    """What the kernel table calls operands of a dtype; None if no kernel takes it."""
+    """What the kernel table calls operands of a dtype; None if no kernel takes it.
+
+    Those of float32 may be split where `may_split` says so.
+    """
     if str(dtype) == "float32":
         return "tf32" if precision == "tf32" else "f32"
     return DTYPES.get(str(dtype))
+
+
+def may_split(op: str, dtype: Any, precision: str | None) -> bool:
+    """Whether kernels "split" may run a call; see `SPLIT_HEAD_DIMS`."""
+    is_float32 = str(dtype) == "float32"
+    return op in SPLIT_HEAD_DIMS and is_float32 and precision != "highest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,20 +214,29 @@ class Kernel:
 
     def __str__(self) -> str:
         kind = " with intervals" if self.op.endswith("_intervals") else ""
+        kind += " of split bfloat16" if self.dtype == "split" else ""
         return f"{self.family} {self.head_dim}x{self.head_dim_v}{kind}"
 
 
-KERNELS = tuple(
-    Kernel(op, family, dtype, head_dim, head_dim_v)
-    for op, families in HEAD_DIMS.items()
-    for family, widths in families.items()
-    for dtype in DTYPES.values()
-    for head_dim, head_dim_v in widths
-) + tuple(
-    Kernel(op, "sm80", dtype, head_dim, head_dim_v)
-    for op, widths in F32_HEAD_DIMS.items()
-    for dtype in ("f32", "tf32")
-    for head_dim, head_dim_v in widths
+KERNELS = (
+    *(
+        Kernel(op, family, dtype, head_dim, head_dim_v)
+        for op, families in HEAD_DIMS.items()
+        for family, widths in families.items()
+        for dtype in DTYPES.values()
+        for head_dim, head_dim_v in widths
+    ),
+    *(
+        Kernel(op, "sm90", "split", head_dim, head_dim_v)
+        for op, widths in SPLIT_HEAD_DIMS.items()
+        for head_dim, head_dim_v in widths
+    ),
+    *(
+        Kernel(op, "sm80", dtype, head_dim, head_dim_v)
+        for op, widths in F32_HEAD_DIMS.items()
+        for dtype in ("f32", "tf32")
+        for head_dim, head_dim_v in widths
+    ),
 )
 
 # Compute capabilities that choose differently; 80 stands for all but 90.
@@ -268,10 +294,12 @@ def choose(
         "sm90": capability == HOPPER and not force_sm80 and readable,
         "sm80": capability >= 80,
     }
-    name = kernel_type(dtype, precision)
+    names = {kernel_type(dtype, precision)}
+    if may_split(op, dtype, precision):
+        names.add("split")
     for kernel in KERNELS:
         fits = kernel.head_dim >= head_dim and kernel.head_dim_v >= head_dim_v
-        if kernel.op == op and runs[kernel.family] and kernel.dtype == name and fits:
+        if kernel.op == op and runs[kernel.family] and kernel.dtype in names and fits:
             return kernel
     return None
 
@@ -306,6 +334,26 @@ def missing_kernel(
         if kernel not in built:
             return f"{widths}: {kernel} is not among the kernels that were built"
     return None
+
+
+def split_elements(shapes: Iterable[tuple[int, ...]]) -> int | None:
+    """bfloat16 of workspace for a forward whose operands may be split.
+
+    Args:
+      shapes: of query, key and value, `[*B, length, heads, width]`, batch dimensions of
+        size 1 where an operand is shared along them.
+
+    Returns:
+      The size: two for each number, rows padded to the width of the kernel. None if
+      there is no such kernel.
+    """
+    query, key, value = shapes
+    kernel = choose("mha_fwd", "float32", query[-1], value[-1], HOPPER)
+    if kernel is None or kernel.dtype != "split":
+        return None
+    padded = (kernel.head_dim, kernel.head_dim, kernel.head_dim_v)
+    rows = (math.prod(shape[:-1]) for shape in (query, key, value))
+    return 2 * sum(n * width for n, width in zip(rows, padded, strict=True))
 
 
 def padded_rows(query_length: int) -> int:

@@ -28,6 +28,7 @@ cudaError_t launch(const decode::DecodeParams& params, const DeviceInfo& device)
 extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache,
                       int multiprocessors) {
   using jax_flash::decode::CacheType;
+  emulator::largest_cluster = 0;
   const DeviceInfo device{90, 50 << 20, multiprocessors};
   switch (static_cast<CacheType>(cache)) {
     case CacheType::kBf16:
@@ -41,3 +42,6 @@ extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache,
   }
   return -1;
 }
+
+// Thread blocks of the largest cluster that the last call of `decode` launched.
+extern "C" int cluster_of_last() { return emulator::largest_cluster; }

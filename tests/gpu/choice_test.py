@@ -61,6 +61,26 @@ def test_the_planned_kernel_runs_alone(
     assert planned.family in name
 
 
+@pytest.mark.parametrize("width", [64, 40, 128, 36])
+def test_the_planned_kernel_of_float32_runs(width: int) -> None:
+    """After the one that splits operands, if it is of split bfloat16."""
+    query = jnp.ones((2, 200, 4, width), jnp.float32)
+    key, value = (jnp.ones((2, 300, 2, width), jnp.float32) for _ in range(2))
+    planned = plan.forward_kernel(
+        "float32",
+        width,
+        width,
+        int(jax.devices()[0].compute_capability.replace(".", "")),
+        force_sm80=registry.extension().force_sm80,
+    )
+    assert planned is not None
+    *before, name = sorted(kernels(forward, query, key, value), reverse=True)
+    assert "mha_fwd_kernel" in name
+    assert planned.family in name
+    assert len(before) == (planned.dtype == "split")
+    assert all("mha_split_kernel" in one for one in before)
+
+
 @pytest.mark.parametrize(
     "widths",
     [

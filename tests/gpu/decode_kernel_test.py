@@ -215,6 +215,18 @@ def test_same_bits_again_and_alone(
     check(tuple(x[few] for x in first), query[few], k[few], v[few], lengths[few])
 
 
+@pytest.mark.parametrize(("heads", "room"), [(8, 1024), (8, 8192), (5, 4096)])
+def test_one_sequence(heads: int, room: int) -> None:
+    """Clusters add up its splits; beside another one the second kernel does."""
+    query, k, v = problem(0, 2, 1, 4 * heads, heads, room, 128)
+    for length in (0, 1, 200, room // 2 + 7, room):
+        lengths = np.array([length, room], np.int32)
+        both = run(query, k, v, lengths)
+        alone = run(query[:1], k[:1], v[:1], lengths[:1])
+        chex.assert_trees_all_equal(alone, tuple(x[:1] for x in both))
+    check(both, query, k, v, lengths)
+
+
 def test_many_sequences() -> None:
     query, k, v = problem(0, 1300, 1, 4, 1, 80, 64)
     lengths = np.random.default_rng(0).integers(0, 81, 1300).astype(np.int32)

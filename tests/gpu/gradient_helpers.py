@@ -140,26 +140,45 @@ def run_gradients(problems: Sequence[Problem], **options: Any) -> list[Gradients
     return [tuple(host[i : i + 3]) for i in range(0, len(host), 3)]
 
 
-def assert_gradients(result: Gradients, problem: Problem) -> None:
+def assert_gradients(
+    result: Gradients,
+    problem: Problem,
+    extra: float = 0.0,
+    factor: float = baseline.FACTOR,
+) -> None:
     """Gradients against float64, and exact zeros where nothing is attended.
 
     Bounded by the error of `baseline.gradients`, by rounding, and by the float32 error
     of `dout @ value^T - delta`, which `baseline` may be spared where one weight is 1.
+
+    Args:
+      result: of query, key and value.
+      problem: what was computed.
+      extra: error allowed beyond that, relative to the largest value or 1.
+      factor: see `baseline.assert_within`.
     """
-    assert_all_gradients([(result, problem)])
+    assert_all_gradients([(result, problem)], extra, factor)
 
 
-def assert_all_gradients(parts: Sequence[tuple[Gradients, Problem]]) -> None:
+def assert_all_gradients(
+    parts: Sequence[tuple[Gradients, Problem]],
+    extra: float = 0.0,
+    factor: float = baseline.FACTOR,
+) -> None:
     """The same of the parts of one call: its largest error is that of all of them."""
     compared = [compare_gradients(result, problem) for result, problem in parts]
     step = float(jnp.finfo(parts[0][1].arrays[0].dtype).eps)
     for i, name in enumerate(NAMES):
-        got, plain, expected, extra = zip(*(each[i] for each in compared), strict=True)
+        got, plain, expected, rounding = zip(
+            *(each[i] for each in compared), strict=True
+        )
         flat = [
             np.concatenate([x.ravel() for x in xs]) for xs in (got, plain, expected)
         ]
         try:
-            baseline.assert_within(*flat, step=step, extra=max(extra))
+            largest = max(1.0, float(np.abs(flat[2]).max(initial=0)))
+            allowed = max(rounding) + extra * largest
+            baseline.assert_within(*flat, step=step, extra=allowed, factor=factor)
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}: {error}") from error
 

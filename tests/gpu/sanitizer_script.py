@@ -93,10 +93,10 @@ def backward_calls() -> Iterator[Call]:
 
 
 def float32_calls(op: str) -> Iterator[Call]:
-    """Arrays and options, for both precisions; rows that start anywhere, too."""
+    """Arrays and options, for all precisions; rows that start anywhere, too."""
     for widths in (*plan.F32_HEAD_DIMS[op], (33, 17)):
         problem = arrays(jax.numpy.float32, (2, 150, 4), (170, 2), *widths)
-        for precision in (None, "tf32"):
+        for precision in (None, "highest", "tf32"):
             yield problem, {"is_causal": True, "precision": precision}
 
 

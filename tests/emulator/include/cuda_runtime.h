@@ -60,7 +60,8 @@ struct cudaLaunchConfig_t {
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
-  cudaFuncAttributePreferredSharedMemoryCarveout
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
 };
 inline constexpr int cudaSharedmemCarveoutMaxShared = 100;
 template <typename Kernel>

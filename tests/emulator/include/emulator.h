@@ -13,6 +13,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -104,6 +105,7 @@ inline jmp_buf scheduler;
 inline long progress;  // changes when some fiber gets on
 inline unsigned char* shared_memory;
 inline Cluster* cluster;
+inline int largest_cluster;                      // that was launched since this was set to 0
 inline std::vector<std::function<void()>> late;  // copies that were asked for
 
 inline int lane() { return current->thread.x % 32; }
@@ -289,6 +291,7 @@ inline void launch(int grid_x, int grid_y, int threads, int cluster_size, unsign
                    std::function<void()> kernel) {
   constexpr size_t kStack = 192 << 10;
   if (grid_x % cluster_size != 0) fail("a grid of no whole clusters", grid_x);
+  largest_cluster = std::max(largest_cluster, cluster_size);
   body = std::move(kernel);
   gridDim = {grid_x, grid_y, 1};
   blockDim = {threads, 1, 1};

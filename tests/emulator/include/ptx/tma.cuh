@@ -65,6 +65,7 @@ inline void tma_store_5d(const CUtensorMap* map, uint32_t shared, int c0, int c1
   move_box(shared, map, {c0, c1, c2, c3, c4}, true);
 }
 inline void tma_prefetch_map(const CUtensorMap*) {}
+inline void tma_prefetch_5d(const CUtensorMap*, int, int, int, int, int) {}
 inline void tma_store_commit_group() {}
 inline void tma_store_wait_read() {}
 

@@ -1,0 +1,71 @@
+// Which keys of a tile the two rows of a lane see: a word of bits for each row.
+#pragma once
+
+#include <cstdint>
+
+#include "host/intervals.h"
+#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+
+namespace jax_flash::sm90 {
+
+// Scores s[4 j + 2 h + e], of row half h and column 8 j + 2 (lane % 4) + e, have bit 2 j + e of
+// word h.
+template <int kKeys>
+struct FwdMask {
+  static constexpr int kScores = kKeys / 2;
+  static_assert(kScores / 2 <= 32, "a bit for each score");
+
+  uint32_t seen[2];
+
+  // The intervals of the two rows, of which a lane's columns begin at `first_column`.
+  static __device__ __forceinline__ FwdMask of(const KeyInterval (&rows)[2], int first_column) {
+    FwdMask mask;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      mask.seen[h] = before(rows[h].end - first_column) & ~before(rows[h].first - first_column);
+    }
+    return mask;
+  }
+
+  // Takes away keys with another id than the row's. `key_ids`, of the whole sequence, ends with a
+  // whole number of kIntervalKeys, the first that holds `key_length`.
+  __device__ __forceinline__ void compare(const int32_t* key_ids, int key_length, int first_key,
+                                          const int (&ids)[2]) {
+    const int32_t* const first = key_ids + first_key + fragment_column();
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      // Keys past the array are outside all intervals.
+      if (8 * j % kIntervalKeys == 0 && first_key + 8 * j >= key_length) break;
+      const int2 keys = __ldg(reinterpret_cast<const int2*>(first + 8 * j));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (keys.x != ids[h]) seen[h] &= ~(1u << 2 * j);
+        if (keys.y != ids[h]) seen[h] &= ~(2u << 2 * j);
+      }
+    }
+  }
+
+  // Of row half h; `column` counts from the lane's first.
+  __device__ __forceinline__ bool sees(int h, int column) const {
+    return (seen[h] >> (column / 8 * 2 + column % 8) & 1) != 0;
+  }
+
+  // Keys that are not seen get a score of -inf.
+  __device__ __forceinline__ void apply(float (&s)[kScores]) const {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      if ((seen[i / 2 % 2] & 1u << (i / 4 * 2 + i % 2)) == 0) s[i] = kMinusInfinity;
+    }
+  }
+
+ private:
+  // The bits of the columns before `column`, which counts from the lane's first: any number.
+  static __device__ __forceinline__ uint32_t before(int column) {
+    const int count = 2 * (column >> 3) + min(column & 7, 2);
+    return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), 32)) - 1);
+  }
+};
+
+}  // namespace jax_flash::sm90

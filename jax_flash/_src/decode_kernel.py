@@ -1,0 +1,108 @@
+"""The decode kernel as XLA calls it: what it supports, and its FFI call.
+
+Lives here: what `decode_inner` lowers `decode_mha` to, and `few_queries` some calls of
+`mha`. How keys are cut into splits is in `decode_plan`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash._src import decode_plan, plan, registry
+from jax_flash._src.config import UNBOUNDED
+from jax_flash._src.decode_call import QUANTISED, DecodeConfig
+
+WIDEST = 256
+MOST_ROWS = 2**31 - 1
+"""Tokens that the caches may hold together."""
+
+
+def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
+    """Why the kernel cannot run a call of canonical operands, or None."""
+    extension = registry.extension()
+    if extension.missing is not None:
+        return extension.missing
+    query, k_cache, v_cache = (operands[n] for n in config.present[:3])
+    if str(query.dtype) not in plan.DTYPES:
+        return f"query of dtype {query.dtype}: the kernel takes bfloat16 and float16"
+    quantised = str(k_cache.dtype) in QUANTISED
+    if not quantised and k_cache.dtype != query.dtype:
+        return (
+            f"k_cache of dtype {k_cache.dtype}: the kernel takes that of query, "
+            f"{query.dtype}, or {' or '.join(QUANTISED)}"
+        )
+    multiple = 16 if quantised else 8
+    for name, width in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if width.shape[-1] % multiple or width.shape[-1] > WIDEST:
+            return (
+                f"{name} of width {width.shape[-1]}: the kernel takes multiples of "
+                f"{multiple} up to {WIDEST} for {k_cache.dtype}"
+            )
+    if k_cache.shape[0] * k_cache.shape[1] > MOST_ROWS:
+        return f"k_cache {k_cache.shape} holds more tokens than 31 bits can count"
+    return None
+
+
+def _room(operands: dict[str, Any]) -> int:
+    """Keys that a sequence can have."""
+    room = operands["k_cache"].shape[1]
+    return room * operands["page_table"].shape[1] if "page_table" in operands else room
+
+
+def splits_of(config: DecodeConfig, operands: dict[str, Any]) -> tuple[int, int]:
+    """Keys of a split of a call, and the most splits that a sequence can need."""
+    _, tokens, heads, _ = operands["query"].shape
+    k_cache, v_cache = operands["k_cache"], operands["v_cache"]
+    kv_heads = k_cache.shape[2]
+    return decode_plan.splits_of(
+        _room(operands),
+        tokens,
+        config.window_left,
+        tokens * (heads // kv_heads),
+        kv_heads,
+        config.num_splits,
+        max(k_cache.shape[-1], v_cache.shape[-1]),
+        k_cache.dtype.itemsize,
+    )
+
+
+def splits_text(config: DecodeConfig, operands: dict[str, Any]) -> str:
+    """Into what a sequence of full length is cut, in words."""
+    keys, splits = splits_of(config, operands)
+    text = "one split" if splits == 1 else f"up to {splits} splits of {keys} keys"
+    return f"{text} for each sequence"
+
+
+def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
+    """`[out, lse]` by one FFI call; what else it returns is workspace."""
+    o = dict(zip(config.present, operands, strict=True))
+    batch, tokens, heads, _ = o["query"].shape
+    kv_heads, value_width = o["v_cache"].shape[2:]
+    room = _room(o)
+    rows = tokens * (heads // kv_heads)
+    keys, splits = splits_of(config, o)
+    places = (batch, kv_heads, splits if splits > 1 else 0, rows)
+    results = [
+        jax.ShapeDtypeStruct((batch, tokens, heads, value_width), o["query"].dtype),
+        jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
+        jax.ShapeDtypeStruct((*places, value_width), jnp.float32),
+        jax.ShapeDtypeStruct((*places, 2), jnp.float32),
+    ]
+    window = config.window_left
+    # numpy scalars, because a Python float would become an f64 attribute. A window that
+    # reaches every key is none.
+    out, lse, _, _ = jax.ffi.ffi_call(registry.DECODE_TARGET, results)(
+        *operands,
+        scale=np.float32(config.scale),
+        softcap=np.float32(config.softcap or 0.0),
+        window_left=np.int64(UNBOUNDED if window >= room else window),
+        split_keys=np.int64(keys),
+        splits=np.int64(splits),
+        has_page_table="page_table" in o,
+        has_sinks="sinks" in o,
+        has_k_scale="k_scale" in o,
+        has_v_scale="v_scale" in o,
+    )
+    return [out, lse]

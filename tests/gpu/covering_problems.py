@@ -1,0 +1,422 @@
+"""Problems of the cases in `covering`: operands, how they are run, what is right.
+
+Every case is a `Problem` for the oracle and arguments for one of the three public
+functions. A packed sequence of `mha_varlen` is for the oracle a segment, with a mask of
+what each row sees by position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import baseline
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from covering import Case
+from gpu_helpers import assert_result
+from gradient_helpers import NAMES, Problem, assert_gradients
+
+from jax_flash import alibi, explain, mha, mha_qkvpacked, mha_varlen
+from jax_flash._src import plan
+
+BATCH = 2
+DROPOUT_WORDS = 7, 11
+F32_ERRORS = {None: 2.0**-15, "tf32": 2e-3}
+"""Of results of float32 by precision, relative to the largest; gradients twice that."""
+F32_HIGHEST = 2.0**-19
+"""What gradients with precision "highest" may differ by beyond plain float32."""
+LUCK_OF_ONE_QUERY = 3.0
+"""Instead of 2, where sums are over one query: plain jnp may have been lucky in it."""
+
+PLACES: dict[str, dict[str, Any]] = {
+    "anywhere": {},
+    "causal": {"is_causal": True},
+    "causal top left": {"is_causal": True, "causal_alignment": "top_left"},
+    "window": {"window_size": (30, 20)},
+    "window causal": {"window_size": (25, None), "is_causal": True},
+    "window top left": {"window_size": (40, 9), "causal_alignment": "top_left"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One case.
+
+    Attributes:
+      case: what it covers.
+      problem: for the oracle, all sequences of `mha_varlen` as one.
+      static: arguments that are no arrays.
+      operands: arrays without gradients, by argument.
+      wanted: arrays beyond query, key and value whose gradients are compared.
+    """
+
+    case: Case
+    problem: Problem
+    static: dict[str, Any]
+    operands: dict[str, Any]
+    wanted: dict[str, Any]
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels take the call."""
+        names = {*self.static, *self.operands, *self.wanted}
+        if not all(plan.supported(n) for n in names if n in plan.OPTIONS):
+            return False
+        if plan.clash(names):
+            return False
+        slopes = {"alibi_slopes"} if "slopes" in names else set()
+        wide = max(self.case["widths"]) > 128
+        return self.case["dtype"] != "float32" or not (
+            wide or plan.needs_intervals(names | slopes)
+        )
+
+
+def _philox(counter: list[Any], key: list[Any]) -> list[Any]:
+    """Philox4x32-7 of arrays of 64 bits that hold 32."""
+    x, k = [np.uint64(c) for c in counter], [np.uint64(c) for c in key]
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(7):
+        first, second = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        x = [
+            second >> half ^ x[1] ^ k[0],
+            second & low,
+            first >> half ^ x[3] ^ k[1],
+            first & low,
+        ]
+        steps = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+        k = [(word + step) & low for word, step in zip(k, steps, strict=True)]
+    return x
+
+
+def dropout_factors(
+    shape: tuple[int, ...], rate: float, where: dict[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """What weights [B, N, T, S] are multiplied by, from docs/design/dropout.md.
+
+    Args:
+      shape: of the weights.
+      rate: of what is dropped.
+      where: of packed sequences, "sequence" and "row" [T], and "start" [T], the first
+        key of a row's sequence.
+    """
+    batch, heads, rows, keys = shape
+    index = np.arange(heads)[None, :], np.arange(batch)[:, None]
+    seed = [x[..., None, None] for x in _philox([*index, 0, 0], [*DROPOUT_WORDS])[:2]]
+    if where is None:
+        zeros = np.zeros(rows, int)
+        where = {"sequence": zeros, "row": np.arange(rows), "start": zeros}
+    i = np.maximum(where["row"], 0)[:, None].astype(np.uint64)
+    # Keys before a sequence, and rows before the first one, are not seen.
+    j = np.maximum(np.arange(keys) - where["start"][:, None], 0).astype(np.uint64)
+    two, four, eight, sixteen = (np.uint64(n) for n in (2, 4, 8, 16))
+    groups = [four * (x // sixteen) + x // two % four for x in (j, i)]
+    words = _philox([*groups, where["sequence"][:, None], 0], seed)
+    even = np.where(j % two == 0, words[0], words[1])
+    odd = np.where(j % two == 0, words[2], words[3])
+    word = np.where(i % two == 0, even, odd)
+    byte = word >> eight * (two * (i // eight % two) + j // eight % two)
+    least = round(256 * rate)
+    return np.where(byte % np.uint64(256) >= least, 256 / (256 - least), 0.0)
+
+
+def _lengths(case: Case, rows: int, keys: int) -> dict[str, np.ndarray]:
+    full = {
+        "query_seq_lengths": np.array([rows // 2, rows + 3], np.int32),
+        "key_value_seq_lengths": np.array([keys, keys // 3], np.int32),
+    }
+    kind = case["lengths"]
+    return {n: x for n, x in full.items() if kind == "both" or n.startswith(kind)}
+
+
+def _segments(
+    case: Case, rng: np.random.Generator, batch: int, sizes: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Ids with padding, [batch, length]."""
+    if case["segments"] == "none":
+        return {}
+    ids = [rng.integers(-1, 3, (batch, n)).astype(np.int32) for n in sizes]
+    if case["segments"] == "sorted":
+        ids = [np.sort(x, -1) for x in ids]
+    return dict(zip(("q_segment_ids", "kv_segment_ids"), ids, strict=True))
+
+
+def _offsets(rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of four sequences: one empty, one without keys; rows and keys outside of all."""
+    ends = (rows // 9, rows // 3, rows // 3, rows // 2, rows - rows // 8)
+    starts = (keys // 8, keys // 2, 2 * keys // 3, 2 * keys // 3, keys - keys // 9)
+    return np.array(ends, np.int32), np.array(starts, np.int32)
+
+
+def _packed_sequences(
+    shape: tuple[int, int], place: str, offsets: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What packed sequences are for the oracle.
+
+    Args:
+      shape: rows and keys of all sequences.
+      place: which keys a row sees by position, in its sequence.
+      offsets: of queries and keys.
+
+    Returns:
+      "q_ids" and "kv_ids", the sequence or -1; "seen" [T, S], by position; of each row
+      its "sequence", "row" in it, the "start" of its keys, and the key it is "aligned"
+      with.
+    """
+    q_ids, kv_ids = (np.full(length, -1) for length in shape)
+    seen, aligned = np.zeros(shape, bool), np.zeros(shape[0], int)
+    each = zip(*(itertools.pairwise(x) for x in offsets), strict=True)
+    for i, (own_rows, own_keys) in enumerate(each):
+        rows, keys = slice(*own_rows), slice(*own_keys)
+        q_ids[rows], kv_ids[keys] = i, i
+        size = rows.stop - rows.start, keys.stop - keys.start
+        seen[rows, keys] = oracle.visible(*size, *size, **PLACES[place])
+        shift = 0 if "top left" in place else size[1] - size[0]
+        aligned[rows] = keys.start + np.arange(size[0]) + shift
+    sequence = np.maximum(q_ids, 0)
+    return {
+        "q_ids": q_ids,
+        "kv_ids": kv_ids,
+        "seen": seen,
+        "sequence": sequence,
+        "row": np.arange(shape[0]) - offsets[0][sequence],
+        "start": offsets[1][sequence],
+        "aligned": aligned,
+    }
+
+
+def call_of(number: int, case: Case) -> Call:
+    """The problem of a case; `number` seeds what is random."""
+    rng = np.random.default_rng([number, 23])
+    varlen, (rows, keys) = case["form"] == "varlen", case["sizes"]
+    batch = 1 if varlen else BATCH
+    heads, kv_heads = case["heads"]
+    width, value_width = case["widths"]
+    dtype = jnp.dtype(case["dtype"])
+
+    def normal(*shape: int, like: Any = np.float32) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(like)
+
+    arrays = (
+        normal(batch, rows, heads, width, like=dtype),
+        normal(batch, keys, kv_heads, width, like=dtype),
+        normal(batch, keys, kv_heads, value_width, like=dtype),
+    )
+    dout = normal(batch, rows, heads, value_width, like=dtype)
+    dlse = normal(batch, heads, rows) if case["dlse"] else None
+    static = {**PLACES[case["place"]], "deterministic": case["deterministic"]}
+    for name in ("softcap", "scale", "precision"):
+        if case[name] is not None:
+            static[name] = case[name]
+    operands: dict[str, Any] = _lengths(case, rows, keys)
+    operands |= _segments(case, rng, batch, (rows, keys))
+    wanted: dict[str, Any] = {}
+    if case["sinks"] != "none":
+        shape = (heads,) if case["sinks"] == "heads" else (batch, heads)
+        wanted["sinks"] = normal(*shape)
+    lead = () if varlen else (batch,)
+    if case["bias"].startswith("slopes"):
+        shape = (heads,) if case["bias"] == "slopes" else (batch, heads)
+        operands["slopes"] = 0.1 * normal(*shape)
+    elif case["bias"] != "none":
+        shape = (keys,) if case["bias"] == "keys" else (*lead, heads, rows, keys)
+        wanted["bias"] = normal(*shape)
+    if case.get("mask", "none") != "none":
+        shape = (rows, 1) if case["mask"] == "rows" else (*lead, 1, rows, keys)
+        operands["mask"] = rng.random(shape) < 0.7
+
+    given = {**static, **operands, **wanted}
+    if "slopes" in operands:
+        given["bias"] = alibi(given.pop("slopes"))
+    where = None
+    if varlen:
+        offsets = _offsets(rows, keys)
+        operands |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
+        where = _packed_sequences((rows, keys), case["place"], offsets)
+        for name in PLACES["causal top left"].keys() | {"window_size"}:
+            given.pop(name, None)
+        for name, ids in (("q", where["q_ids"]), ("kv", where["kv_ids"])):
+            own = given.get(f"{name}_segment_ids", np.zeros(1, np.int32))
+            both = np.where((own < 0) | (ids < 0), -1, 8 * ids + own)
+            given[f"{name}_segment_ids"] = np.broadcast_to(both, (1, len(ids)))
+        given["mask"] = where["seen"] & np.asarray(given.get("mask", True))
+        if "slopes" in operands:
+            distance = np.abs(where["aligned"][:, None] - np.arange(keys))
+            given["bias"] = -operands["slopes"][:, None, None] * distance
+        for name in ("q_segment_ids", "kv_segment_ids"):
+            if name in operands:
+                operands[name] = operands[name][0]
+    if case.get("dropout"):
+        static["dropout_rate"] = case["dropout"]
+        operands["dropout_key"] = np.array(DROPOUT_WORDS, np.uint32)
+        shape = (batch, heads, rows, keys)
+        given["dropout_factors"] = dropout_factors(shape, case["dropout"], where)
+    problem = Problem(arrays, given, dout, dlse)
+    return Call(case, problem.poisoned(), static, operands, wanted)
+
+
+def arguments(call: Call) -> Any:
+    """What `computed` takes."""
+    problem = call.problem
+    tensors = (*problem.arrays, problem.dout)
+    if call.case["form"] == "varlen":
+        tensors = tuple(x[0] for x in tensors)
+    dlse = problem.dlse
+    if dlse is not None and call.case["form"] == "varlen":
+        dlse = dlse[0]
+    return tensors, dlse, call.operands, call.wanted
+
+
+def _given(
+    call: Call, query: Any, key: Any, value: Any, operands: Any, wanted: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Function, positional and other arguments, traced or not."""
+    given = {**call.static, **operands, **wanted}
+    if "slopes" in given:
+        given["bias"] = alibi(given.pop("slopes"))
+    match call.case["form"]:
+        case "packed":
+            parts = [x.reshape(*x.shape[:-2], -1) for x in (query, key, value)]
+            heads = query.shape[-2], key.shape[-2]
+            return mha_qkvpacked, (jnp.concatenate(parts, -1), *heads), given
+        case "varlen":
+            return mha_varlen, (query, key, value), given
+        case _:
+            return mha, (query, key, value), given
+
+
+def computed(call: Call, arguments: Any) -> list[jax.Array]:
+    """Out, lse, and gradients of query, key, value and what is wanted, traced."""
+    (query, key, value, dout), dlse, operands, wanted = arguments
+    names = sorted(wanted)
+
+    def f(*args: Any) -> Any:
+        others = dict(zip(names, args[3:], strict=True))
+        query, key, value = args[:3]
+        function, given, options = _given(call, query, key, value, operands, others)
+        return function(*given, **options, return_lse=True)
+
+    given = (query, key, value, *(wanted[name] for name in names))
+    if dlse is None:
+        out, vjp, lse = jax.vjp(f, *given, has_aux=True)
+        return [out, lse, *vjp(dout)]
+    results, vjp = jax.vjp(f, *given)
+    return [*results, *vjp((dout, dlse))]
+
+
+def assert_choice(call: Call) -> None:
+    """Kernels run what they take, jnp the rest."""
+    given = {**call.static, **call.operands, **call.wanted}
+    if "slopes" in given:
+        given["bias"] = alibi(given.pop("slopes"))
+    query, key, value, _ = arguments(call)[0]
+    chosen = explain(query, key, value, **given).chosen["cuda"]
+    assert chosen == ("cuda" if call.by_kernels else "xla"), chosen
+
+
+def assert_right(call: Call, results: list[np.ndarray]) -> None:
+    """Every result of a case against float64; zeros where nothing is attended."""
+    if call.case["form"] == "varlen":
+        results = [x[None] for x in results[:5]] + results[5:]
+    out, lse, *gradients = results
+    problem = call.problem
+    tensors, others = tuple(gradients[:3]), gradients[3:]
+    clean = problem.clean()
+    query, key, value = clean.arrays
+    operands = query, key, value, clean.dout, clean.dlse
+    expected = oracle.gradients(*operands, **clean.given)
+    is_f32 = call.case["dtype"] == "float32"
+    near = F32_ERRORS.get(call.case["precision"]) if is_f32 else None
+    if near is not None:
+        exact = oracle.attention(query, key, value, **clean.given)
+        _assert_near(out, exact.out, near)
+        _assert_near(lse, exact.lse, near)
+        for name, x in zip(NAMES, tensors, strict=True):
+            _assert_near(x, expected[name], 2 * near)
+        empty = problem.empty_rows()
+        for x in (out, tensors[0]):
+            assert not np.moveaxis(x, 1, 2)[empty].any()
+    else:
+        assert_result((out, lse), (problem.arrays, problem.given))
+        factor = LUCK_OF_ONE_QUERY if query.shape[1] == 1 else baseline.FACTOR
+        assert_gradients(tensors, problem, F32_HIGHEST if is_f32 else 0.0, factor)
+    plain = baseline.gradients(*operands, **clean.given)
+    for name, got in zip(sorted(call.wanted), others, strict=True):
+        shape = call.wanted[name].shape
+        exact, usual = (
+            oracle.reduced_to(x[name], shape).reshape(shape) for x in (expected, plain)
+        )
+        extra = _luck(clean, name)
+        if near is not None:
+            extra += 2 * near * max(1.0, float(np.abs(exact).max()))
+        baseline.assert_within(got, usual, exact, extra=extra)
+        if name == "bias" and len(shape) > 1:
+            heads, rows, keys = (out.shape[2], out.shape[1], shape[-1])
+            seen = oracle.allowed((len(out), heads, rows, keys), clean.given)
+            assert not got.reshape(seen.shape)[~seen].any()
+
+
+def _assert_near(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Equal infinities, and errors relative to the largest value or 1."""
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+    got, expected = (np.where(np.isneginf(x), 0, x) for x in (got, expected))
+    error = np.abs(got - expected).max(initial=0)
+    largest = max(1.0, float(np.abs(expected).max(initial=0)))
+    assert error <= tolerance * largest, f"error {error:.3e} of {largest:.3e}"
+
+
+def _luck(clean: Problem, name: str) -> float:
+    """Error that a plain computation of the gradient may be spared.
+
+    Sums over rows, and over what a bias is shared by, of errors of random signs: each
+    as large as one rounding of `dout @ value^T` or of out makes it.
+    """
+    query, key, value = (x.astype(np.float64) for x in clean.arrays)
+    dout, given = clean.dout.astype(np.float64), clean.given
+    batch, rows, heads, _ = query.shape
+    squares = np.zeros((batch, heads, rows, key.shape[1] if name == "bias" else 1))
+    sinks = np.broadcast_to(given.get("sinks", -np.inf), (batch, heads))
+    for block in oracle._blocks(query, key, given):
+        b, n, part = block.by_head
+        v, do = value[block.pair], dout[block.index]
+        out = (block.weights * block.kept) @ v
+        by_row = np.square(out * do).sum(-1, keepdims=True)
+        if name == "bias":
+            by_key = np.square((do @ v.T) * block.kept)
+            squares[b, n, part] = np.square(block.weights) * (by_key + by_row)
+        else:
+            live = np.isfinite(block.lse)
+            share = np.exp(sinks[b, n] - np.where(live, block.lse, np.inf))
+            squares[b, n, part] = np.square(share)[:, None] * by_row
+    shape = given[name].shape
+    summed = squares.sum((2, 3)) if name == "sinks" else squares
+    eps = float(jnp.finfo(clean.dout.dtype).eps)
+    return eps * float(np.sqrt(oracle.reduced_to(summed, shape).max()))
+
+
+def changes(
+    rng: np.random.Generator, batch: int, length: int, heads: int
+) -> list[dict[str, Any]]:
+    """Arguments of `mha` each of which changes the output of a plain call."""
+    normal = rng.standard_normal
+    ids = np.sort(rng.integers(0, 4, (batch, length)), -1).astype(np.int32)
+    return [
+        {"bias": 3 * normal((length, length), np.float32)},
+        {"bias": alibi(np.full(heads, 0.5, np.float32))},
+        {"mask": rng.random((length, length)) < 0.3},
+        {"scale": 0.5},
+        {"is_causal": True},
+        {"is_causal": True, "causal_alignment": "top_left"},
+        {"window_size": (2, 2)},
+        {"window_size": (2, None)},
+        {"window_size": (None, 2)},
+        {"softcap": 0.5},
+        {"sinks": np.full(heads, 5.0, np.float32)},
+        {"q_segment_ids": ids, "kv_segment_ids": ids},
+        {"dropout_rate": 0.5, "dropout_key": np.array(DROPOUT_WORDS, np.uint32)},
+        {"query_seq_lengths": np.array([length - 1, 5], np.int32)},
+        {"key_value_seq_lengths": np.array([length, 5], np.int32)},
+    ]
