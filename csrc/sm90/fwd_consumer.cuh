@@ -252,8 +252,7 @@ struct FwdConsumer {
       if constexpr (Config::kOptions && !Config::kDense) begin_logits(block);
     }
     MaskLoads loads{};
-    if ((careful && Dense::kEarly) ||
-        (Config::kMasksClean && tile < block.full_first[warpgroup])) {
+    if ((careful && Dense::kEarly) || (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
     Dense dense;

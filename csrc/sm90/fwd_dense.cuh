@@ -194,8 +194,8 @@ struct FwdDense<Config, false> {
   __device__ __forceinline__ void load(const MhaFwdParams&, const Block&, int, int) const {}
   __device__ __forceinline__ void apply(float (&)[kScores], const MhaFwdParams&, const Block&, int,
                                         int) const {}
-  __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&, const Block&,
-                                       int, int) const {}
+  __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&, const Block&, int,
+                                       int) const {}
 };
 
 }  // namespace jax_flash::sm90
