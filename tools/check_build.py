@@ -59,8 +59,10 @@ SM90_BACKWARD = re.compile(
 )
 WIDE_BACKWARD_TILE = 64
 """Queries, and keys, of a tile of the backward over width 128."""
-TYPES = ("bf16", "f16")
-"""Names of the values of ElementType."""
+TYPES = ("bf16", "f16", "f32", "tf32", "split")
+"""Names of the values of ElementType, as files have them."""
+SPLIT_PRODUCTS = 3
+"""Products of bfloat16 for one of "split"."""
 MINIMUM_KEYS = 64
 """Narrower products leave the tensor cores waiting for shared memory."""
 
@@ -187,7 +189,7 @@ def read_sass(lines: Iterable[str]) -> dict[str, set[str]]:
 
 def differences(kernel: str, dtype: str, got: set[str], widths: set[int]) -> list[str]:
     """The fault of a kernel whose instructions are not of these widths, or none."""
-    suffix = ".BF16" if dtype == "bf16" else ""
+    suffix = "" if dtype == "f16" else ".BF16"
     want = {f"HGMMA.64x{width}x16.F32{suffix}" for width in widths}
     return [] if got == want else [f"{kernel}: {sorted(got)}, expected {sorted(want)}"]
 
@@ -274,16 +276,16 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
         # FwdConfig::kOneBody and kOverlaps; after the steps comes the last product.
         bodies = 1 if head_dim_v > 192 else 2
         waits = 2 if match["warpgroups"] == "2" else 1
+        dtype = TYPES[int(match["type"])]
+        steps = bodies * head_dim // 16 + (bodies + 1) * int(match["keys"]) // 16
         want = Counter(
             {
-                "HGMMA": bodies * head_dim // 16
-                + (bodies + 1) * int(match["keys"]) // 16,
+                "HGMMA": steps * (SPLIT_PRODUCTS if dtype == "split" else 1),
                 "WARPGROUP.ARRIVE": 2 * bodies + 1,
                 "WARPGROUP.DEPBAR": waits * bodies + 1,
             }
         )
         if got != want:
-            dtype = TYPES[int(match["type"])]
             kernel = f"{forward_kind(match)}_{dtype}_{head_dim}x{head_dim_v}"
             faults.append(f"{kernel}: {dict(got)}, expected {dict(want)}")
     return faults
