@@ -211,11 +211,17 @@ KERNEL_LIMITS = {
         {"softcap": 2.0},
         r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
     ),
-    "bias": ({"bias": zeros(6, 5)}, r"bias \(of shape \(1, 1, 6, 5\)\)"),
-    "mask": ({"mask": zeros(6, 5, dtype=bool)}, r"mask \(of shape \(1, 1, 6, 5\)\)"),
-    "dropout": (
+    "bias": (
+        {"bias": zeros(6, 1)},
+        r"bias \(of shape \(1, 1, 6, 1\)\) that keys share",
+    ),
+    "float32 with a mask": (
+        {"mask": zeros(6, 5, dtype=bool)},
+        r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
+    ),
+    "float32 with dropout": (
         {"dropout_rate": 0.1, "dropout_key": zeros(2, dtype=np.uint32)},
-        r"dropout_rate=0.1",
+        r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
     ),
     "precision": ({"precision": "highest"}, r"precision='highest'"),
     "width": (

@@ -177,10 +177,12 @@ def test_kernels_are_chosen(kernels: None) -> None:
     explanation = jax_flash.explain(x, x, x, cu_seqlens_q=offsets, max_seqlen_q=4)
     assert explanation.chosen["cuda"] == "cuda"
     mask = np.ones((4, 4), bool)
-    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, mask=mask), x) == 0
-    message = r"mask \(of shape \(1, 1, 4, 4\)\) is not supported by the kernels"
+    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, mask=mask), x) == 1
+    drop = {"dropout_rate": 0.5, "dropout_key": np.zeros(2, np.uint32)}
+    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, **drop), x) == 0
+    message = "dropout_rate together with cu_seqlens_q"
     with pytest.raises(NotImplementedError, match=message):
-        mha_varlen(x, x, x, offsets, mask=mask, implementation="cuda")
+        mha_varlen(x, x, x, offsets, **drop, implementation="cuda")
 
 
 def test_qkvpacked() -> None:
