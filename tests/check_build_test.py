@@ -81,6 +81,7 @@ def name(
     head_dim_v: int,
     keys: int,
     warpgroups: int = 2,
+    dense: bool = False,
     *,
     intervals: bool = False,
 ) -> str:
@@ -88,7 +89,7 @@ def name(
     return (
         "_ZN9jax_flash4sm9014mha_fwd_kernelINS0_9FwdConfigILNS_11ElementTypeE"
         f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi{warpgroups}ELi{keys}"
-        f"ELi1ELi2ELi4EEELb{intervals:d}"
+        f"ELi1ELi2ELi4EEELb{intervals or dense:d}ELb0ELb0ELb{dense:d}"
         "EEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
     )
 
@@ -196,10 +197,11 @@ def test_kernel_with_unknown_tiles() -> None:
     assert without == check_build.judge_hgmma({})
 
 
-# Head widths, keys of a tile, warpgroups; products, fences and waits in the source.
+# Head widths, keys of a tile, warpgroups, dense; products, fences, waits in the source.
 COLLECTIVES = [
     ((64, 64, 128, 3), (32, 5, 3)),
     ((128, 128, 128, 2), (40, 5, 5)),
+    ((128, 128, 64, 2, True), (16, 3, 3)),
     ((192, 192, 112, 2), (45, 5, 5)),
     ((256, 256, 64, 2), (24, 3, 3)),
 ]
@@ -225,7 +227,8 @@ def test_collective_instructions(
     for i in range(3):
         products, fences, waits = (n + (i == j) for j, n in enumerate(counts))
         (fault,) = judge_counts(kernel, products, fences, waits)
-        assert fault.startswith(f"fwd_bf16_{kernel[0]}x{kernel[1]}: ")
+        kind = "fwd_intervals" if kernel[4:] else "fwd"
+        assert fault.startswith(f"{kind}_bf16_{kernel[0]}x{kernel[1]}: ")
     (fault,) = judge_counts(kernel, *counts, predicate="@!P0")
     assert "'conditional': 1" in fault
 
