@@ -208,7 +208,7 @@ COLLECTIVES = [
 
 
 def judge_counts(
-    kernel: tuple[int, ...], products: int, fences: int, waits: int, predicate: str = ""
+    kernel: tuple[Any, ...], products: int, fences: int, waits: int, predicate: str = ""
 ) -> list[str]:
     """Faults of a kernel with that many instructions of each kind."""
     lines = [f"\t\tFunction : {name(0, *kernel)}"]
@@ -221,7 +221,7 @@ def judge_counts(
 
 @pytest.mark.parametrize(("kernel", "counts"), COLLECTIVES)
 def test_collective_instructions(
-    kernel: tuple[int, ...], counts: tuple[int, int, int]
+    kernel: tuple[Any, ...], counts: tuple[int, int, int]
 ) -> None:
     assert judge_counts(kernel, *counts) == []
     for i in range(3):

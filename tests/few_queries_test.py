@@ -79,6 +79,9 @@ DO_NOT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "widths": ({"widths": (16, 12)}, {}),
     "float32": ({"dtype": jnp.float32}, {}),
     "slopes": ({}, {"bias": jax_flash.alibi(np.ones(4, np.float32))}),
+    "bias": ({}, {"bias": np.zeros(KEYS, np.float32)}),
+    "mask": ({}, {"mask": np.ones(KEYS, bool)}),
+    "dropout": ({}, {"dropout_rate": 0.5, "dropout_key": np.zeros(2, np.uint32)}),
 }
 
 
