@@ -82,11 +82,9 @@ def test_forward_sm90_of_growing_scores(
 
 
 @pytest.mark.parametrize("of_keys", [False, True])
-@pytest.mark.parametrize(
-    ("block", "tile", "others"), [(128, 128, 5000), (64, 64, 900), (128, 64, 1 << 17)]
-)
+@pytest.mark.parametrize(("block", "others"), [(128, 5000), (64, 900), (128, 1 << 17)])
 def test_longest_documents_first(
-    forward: ctypes.CDLL, of_keys: bool, block: int, tile: int, others: int
+    forward: ctypes.CDLL, of_keys: bool, block: int, others: int
 ) -> None:
     """`queue` is 0, then the blocks of each sequence, by their documents."""
     rng = np.random.default_rng(block + of_keys)
@@ -113,8 +111,7 @@ def test_longest_documents_first(
         key_length=keys,
         scale=1.0,
     )
-    sizes = (tile, block) if of_keys else (block, tile)
-    assert forward.work_order(ctypes.byref(arguments), of_keys, *sizes) == 0
+    assert forward.work_order(ctypes.byref(arguments), of_keys, block) == 0
 
     def document(sequence: int, number: int) -> int:
         own = (key_tiles if of_keys else row_tiles)[sequence]

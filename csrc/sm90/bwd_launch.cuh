@@ -161,14 +161,14 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {2, 1, 1};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = attributes;
+  config.attrs = &attribute;
   config.numAttrs = Config::kPaired ? 1 : 0;
   int groups = device.multiprocessors;
   if constexpr (Config::kPaired) {
@@ -194,9 +194,10 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
       params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kIntervals) {
-    error = launch_work_order<true>(params, Config::kRows, Config::kKeys, stream);
+    error = launch_work_order<true>(params, Config::kKeys, stream);
     if (error != cudaSuccess) return error;
-    attributes[config.numAttrs++] = after_work_order();
+    attribute = after_work_order();
+    config.numAttrs = 1;
   }
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));

@@ -132,7 +132,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   }
 
   if constexpr (Config::kIntervals) {
-    error = launch_work_order<false>(params, Config::kRows, Config::kKeys, stream);
+    error = launch_work_order<false>(params, Config::kRows, stream);
     if (error != cudaSuccess) return error;
   }
   const auto kernel = mha_fwd_kernel<Config>;

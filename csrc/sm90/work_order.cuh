@@ -16,25 +16,23 @@
 #include "host/params.h"
 #include "ptx/griddepcontrol.cuh"
 #include "ptx/reduction.cuh"
-#include "tile/fragment.cuh"
 #include "tile/intervals.cuh"
 
 namespace jax_flash::sm90 {
 
 inline constexpr int kWorkOrderThreads = 256;
 
-// What is sorted: `blocks` of `rows` rows that see keys, or of `keys` keys that are seen by rows.
+// What is sorted: `blocks` of `size` rows that see keys, or of keys that are seen by rows.
 struct WorkBlocks {
   int blocks;
-  int rows;
-  int keys;
+  int size;
   int chunks;  // thread blocks of a sequence
 
   template <bool kOfKeys>
-  static WorkBlocks make(const MhaParams& params, int rows, int keys) {
-    const int blocks =
-        kOfKeys ? (params.key_length + keys - 1) / keys : (params.query_length + rows - 1) / rows;
-    return {blocks, rows, keys, (blocks + kWorkOrderThreads - 1) / kWorkOrderThreads};
+  static WorkBlocks make(const MhaParams& params, int size) {
+    const int length = kOfKeys ? params.key_length : params.query_length;
+    const int blocks = (length + size - 1) / size;
+    return {blocks, size, (blocks + kWorkOrderThreads - 1) / kWorkOrderThreads};
   }
 
   // The length of the document of a block: of keys (rows) from the first that its rows (keys) meet
@@ -44,14 +42,14 @@ struct WorkBlocks {
     const int row_tiles = interval_tiles(mask.query_length);
     const int key_tiles = interval_tiles(mask.key_length);
     if constexpr (kOfKeys) {
-      const RowInterval seen = mask.rows(block * keys, (block + 1) * keys);
+      const RowInterval seen = mask.rows(block * size, (block + 1) * size);
       if (seen.first >= seen.end) return -1;
       const RowTile& last = mask.row_tiles[min(seen.end / kIntervalRows, row_tiles) - 1];
       // Its first keys may share a tile with another document's.
       const int tile = min((last.first + kIntervalKeys - 1) / kIntervalKeys, key_tiles - 1);
       return max(0, seen.end - mask.key_tiles[tile].first);
     } else {
-      const KeyInterval seen = mask.hull(block * rows, (block + 1) * rows);
+      const KeyInterval seen = mask.hull(block * size, (block + 1) * size);
       if (seen.first >= seen.end) return -1;
       const KeyTile& first = mask.key_tiles[seen.first / kIntervalKeys];
       const RowTile& last = mask.row_tiles[max(1, min(first.end / kIntervalRows, row_tiles)) - 1];
@@ -106,8 +104,8 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
 }
 
 template <bool kOfKeys>
-cudaError_t launch_work_order(const MhaParams& params, int rows, int keys, cudaStream_t stream) {
-  const WorkBlocks work = WorkBlocks::make<kOfKeys>(params, rows, keys);
+cudaError_t launch_work_order(const MhaParams& params, int size, cudaStream_t stream) {
+  const WorkBlocks work = WorkBlocks::make<kOfKeys>(params, size);
   const dim3 grid(static_cast<unsigned>(params.batch * work.chunks));
   constexpr size_t kBytes = sizeof(int) * kWorkOrderThreads;
   if constexpr (kOfKeys) {

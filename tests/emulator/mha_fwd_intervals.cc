@@ -37,9 +37,9 @@ extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
 }
 
 // Fills the queue with the order of blocks of keys or rows, as before a backward or a forward.
-extern "C" int work_order(const jax_flash::Arguments* arguments, int of_keys, int rows, int keys) {
+extern "C" int work_order(const jax_flash::Arguments* arguments, int of_keys, int size) {
   MhaFwdParams params{};
   describe(*arguments, params);
-  return of_keys != 0 ? sm90::launch_work_order<true>(params, rows, keys, nullptr)
-                      : sm90::launch_work_order<false>(params, rows, keys, nullptr);
+  return of_keys != 0 ? sm90::launch_work_order<true>(params, size, nullptr)
+                      : sm90::launch_work_order<false>(params, size, nullptr);
 }

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from covering import Case
-from gpu_helpers import assert_result
+from gpu_helpers import F32_ERRORS, assert_near, assert_result
 from gradient_helpers import NAMES, Problem, assert_gradients
 
 from jax_flash import alibi, explain, mha, mha_qkvpacked, mha_varlen
@@ -25,8 +25,6 @@ from jax_flash._src import plan
 
 BATCH = 2
 DROPOUT_WORDS = 7, 11
-F32_ERRORS = {None: 2.0**-15, "tf32": 2e-3}
-"""Of results of float32 by precision, relative to the largest; gradients twice that."""
 F32_HIGHEST = 2.0**-19
 """What gradients with precision "highest" may differ by beyond plain float32."""
 LUCK_OF_ONE_QUERY = 3.0
@@ -332,10 +330,10 @@ def assert_right(call: Call, results: list[np.ndarray]) -> None:
     near = F32_ERRORS.get(call.case["precision"]) if is_f32 else None
     if near is not None:
         exact = oracle.attention(query, key, value, **clean.given)
-        _assert_near(out, exact.out, near)
-        _assert_near(lse, exact.lse, near)
+        assert_near(out, exact.out, near)
+        assert_near(lse, exact.lse, near)
         for name, x in zip(NAMES, tensors, strict=True):
-            _assert_near(x, expected[name], 2 * near)
+            assert_near(x, expected[name], 2 * near)
         empty = problem.empty_rows()
         for x in (out, tensors[0]):
             assert not np.moveaxis(x, 1, 2)[empty].any()
@@ -357,15 +355,6 @@ def assert_right(call: Call, results: list[np.ndarray]) -> None:
             heads, rows, keys = (out.shape[2], out.shape[1], shape[-1])
             seen = oracle.allowed((len(out), heads, rows, keys), clean.given)
             assert not got.reshape(seen.shape)[~seen].any()
-
-
-def _assert_near(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Equal infinities, and errors relative to the largest value or 1."""
-    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
-    got, expected = (np.where(np.isneginf(x), 0, x) for x in (got, expected))
-    error = np.abs(got - expected).max(initial=0)
-    largest = max(1.0, float(np.abs(expected).max(initial=0)))
-    assert error <= tolerance * largest, f"error {error:.3e} of {largest:.3e}"
 
 
 def _luck(clean: Problem, name: str) -> float:

@@ -10,15 +10,9 @@ import numpy as np
 import oracle
 import pytest
 import specs
+from gpu_helpers import F32_ERRORS, assert_near
 
 from jax_flash._src import plan, registry
-
-ERRORS = {None: 2.0**-15, "tf32": 2e-3}
-"""Of results with a precision that is not "highest", relative to the largest.
-
-On Hopper both are those of split bfloat16 where TMA reads operands, else None is
-"highest", and "tf32" rounds to TF32.
-"""
 
 
 def spec(*sizes: int, **options: Any) -> specs.Spec:
@@ -76,7 +70,7 @@ def test_forward(results: tuple[str | None, list[Any]], number: int) -> None:
     if precision == "highest":
         gpu_helpers.assert_result(all_results[number], (arrays, options))
     else:
-        assert_close(all_results[number], arrays, options, ERRORS[precision])
+        assert_close(all_results[number], arrays, options, F32_ERRORS[precision])
 
 
 def assert_close(
@@ -84,13 +78,9 @@ def assert_close(
 ) -> None:
     out, lse = result
     expected = oracle.attention(*arrays, **options)
-    dead = np.isneginf(expected.lse)
-    np.testing.assert_array_equal(np.isneginf(lse), dead)
-    assert (np.moveaxis(out, 1, 2)[dead] == 0).all()
-    for x, exact in ((out, expected.out), (lse, expected.lse)):
-        exact, x = (np.where(np.isneginf(y), 0, y) for y in (exact, x))
-        error = np.abs(x - exact).max(initial=0)
-        assert error <= tolerance * max(1, np.abs(exact).max(initial=0))
+    assert (np.moveaxis(out, 1, 2)[np.isneginf(expected.lse)] == 0).all()
+    assert_near(out, expected.out, tolerance)
+    assert_near(lse, expected.lse, tolerance)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -104,7 +94,7 @@ def test_gradients(deterministic: bool) -> None:
     gradient_helpers.assert_all(CASES, problems, **ways)
 
 
-@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("precision", F32_ERRORS)
 def test_gradients_of_other_precisions(precision: str | None) -> None:
     """The forward's errors are in the output and lse that the backward starts from."""
     problems = [
@@ -121,10 +111,8 @@ def test_gradients_of_other_precisions(precision: str | None) -> None:
             query, key, value, clean.dout, clean.dlse, **clean.given
         )
         for name, got in zip(gradient_helpers.NAMES, result, strict=True):
-            exact = expected[name]
-            error = np.abs(got - exact).max()
-            largest = np.abs(exact).max()
-            assert error <= 2 * ERRORS[precision] * max(1, largest), (case, name)
+            tolerance = 2 * F32_ERRORS[precision]
+            assert_near(got, expected[name], tolerance, (case, name))
 
 
 def test_deterministic_gradients_are_bitwise_reproducible() -> None:
@@ -153,10 +141,10 @@ def test_precisions_differ_as_they_should() -> None:
     assert errors[0] < 2e-6
     if planned.dtype == "split":
         np.testing.assert_array_equal(default, tf32)
-        assert errors[0] < errors[1] < ERRORS[None]
+        assert errors[0] < errors[1] < F32_ERRORS[None]
     else:
         np.testing.assert_array_equal(default, highest)
-        assert 1e-5 < errors[2] < ERRORS["tf32"]
+        assert 1e-5 < errors[2] < F32_ERRORS["tf32"]
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -179,7 +167,7 @@ def test_more_keys_than_scores_have_range_for(width: int) -> None:
         key[..., 0] = shift[None, :, None]
         result = gpu_helpers.run_kernel(query, key, value)
         # Products of large factors have large errors, which exponentials get.
-        assert_close(result, (query, key, value), {}, 4 * jump * ERRORS[None])
+        assert_close(result, (query, key, value), {}, 4 * jump * F32_ERRORS[None])
 
 
 def test_nan_stays_nan() -> None:

@@ -17,6 +17,15 @@ from jax_flash import mha
 # Relative to the size of the logits, which lse is as large as.
 LSE_TOLERANCE = 2e-6
 
+F32_ERRORS = {None: 2.0**-15, "tf32": 2e-3}
+"""Of results of float32 with a precision that is not "highest", by which one.
+
+Relative to the largest; gradients twice that.
+
+On Hopper both are those of split bfloat16 where TMA reads operands, else None is
+"highest", and "tf32" rounds to TF32.
+"""
+
 # Query, key and value, and the other arguments of `mha`.
 Problem = tuple[Sequence[np.ndarray], dict[str, Any]]
 Result = tuple[np.ndarray, np.ndarray]
@@ -147,6 +156,17 @@ def assert_correct(query: Any, key: Any, value: Any, **given: Any) -> None:
 
     result = run_kernel(query, key, value, **given)
     _assert_result(result, ((query, key, value), given), by_xla, 0.0, 0.0)
+
+
+def assert_near(
+    got: np.ndarray, expected: np.ndarray, tolerance: float, what: Any = ""
+) -> None:
+    """Equal places of -inf, and errors relative to the largest value or 1."""
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+    got, expected = (np.where(np.isneginf(x), 0, x) for x in (got, expected))
+    error = np.abs(got - expected).max(initial=0)
+    largest = max(1.0, float(np.abs(expected).max(initial=0)))
+    assert error <= tolerance * largest, f"{what} error {error:.3e} of {largest:.3e}"
 
 
 def _assert_result(
