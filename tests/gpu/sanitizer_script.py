@@ -205,12 +205,13 @@ def run_forward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any
 
 
 def run_backward(problem: tuple[np.ndarray, ...], options: dict[str, Any]) -> Any:
-    """Gradients through out and lse."""
+    """Gradients through out and lse, of a bias that is an array, too."""
+    bias = {k: x for k, x in options.items() if k == "bias" and hasattr(x, "shape")}
 
-    def f(*problem: Any) -> Any:
-        return run_forward(problem, options)
+    def f(bias: dict[str, Any], *problem: Any) -> Any:
+        return run_forward(problem, options | bias)
 
-    results, vjp = jax.vjp(f, *map(jax.numpy.asarray, problem))
+    results, vjp = jax.vjp(f, *jax.tree.map(jax.numpy.asarray, (bias, *problem)))
     return vjp(tuple(results))
 
 
