@@ -168,7 +168,7 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                   has_dbias, " and has_bias ", has_bias, ", but there are ", more.size(),
                   " results more");
   if (has_dbias) {
-    const auto dbias = more.get<ffi::AnyBuffer>(0);
+    auto dbias = more.get<ffi::AnyBuffer>(0);
     if (!dbias.has_value()) return dbias.error();
     JAX_FLASH_RETURN_IF_ERROR(operands.decode_bias_gradient(**dbias, &params.dbias));
     JAX_FLASH_CHECK(!deterministic || !params.dbias.shared,
