@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "decode/columns.cuh"
 #include "decode/combine.cuh"
 #include "decode/config.cuh"
 #include "decode/params.h"
@@ -19,6 +21,9 @@
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
+
+template <typename Config>
+using WarpOf = std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>;
 
 // Keys of a split from a team's first tile on.
 template <typename Config>
@@ -39,12 +44,14 @@ struct TileCopies {
   using Layout = typename Config::Layout;
   static constexpr int kLanes = ChunkLanes<Config::kPairs, 32>::kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
+  static_assert(kLanes == Layout::kChunks);
 
   uint32_t next_stage;  // bytes from the team's first one
   // The tile that is copied next, which was looked up.
   int keys;     // that it has, and those behind it of its split; none: there is no tile
-  int row;      // of the cache: that of lane's key
-  int kv_head;  // of the row
+  int kv_head;  // of theirs
+  int page;     // of lane's key; without a page table a sequence is one page
+  int slot;     // of the key in the page
   // What comes after it.
   KeyInterval coming;  // keys of the split
   int batch;
@@ -76,19 +83,18 @@ struct TileCopies {
     }
     keys = coming.end - coming.first;
     kv_head = coming_head;
-    row = 0;
+    page = batch;
+    slot = 0;
     const int offset = copied_row() + lane_id() % Config::kCopyRows;
     const int key = coming.first + offset;
     coming.first += Config::kKeys * Config::kTeams;
     if (offset >= keys) return;
-    if (params.page_table == nullptr) {
-      row = batch * params.room + key;
-      return;
-    }
-    const int slot = params.page_divisor.divide(key);
-    const int page = params.page_table[int64_t{batch} * params.max_pages + slot];
-    row = min_int(max_int(page, 0), params.pages - 1) * params.page_size + key -
-          slot * params.page_size;
+    slot = key;
+    if (params.page_table == nullptr) return;
+    const int entry = params.page_divisor.divide(key);
+    slot = key - entry * params.page_size;
+    // Not looked at before the copy, when it is here.
+    page = params.page_table[int64_t{batch} * params.max_pages + entry];
   }
 
   // Copies this warp's rows of the tile that was looked up, as a cp.async group, which is empty if
@@ -105,26 +111,32 @@ struct TileCopies {
 
  private:
   __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
+    const int its_row = min_int(max_int(page, 0), params.pages - 1) * params.page_rows + slot;
+    // Its first chunks of 16 bytes; the caches have no more than 32 bits can count.
+    const uint32_t head =
+        static_cast<uint32_t>(its_row) * params.kv_heads + (Config::kAhead ? kv_head : coming_head);
+    constexpr int kChunk = Config::kChunkElements;
+    const uint32_t its_key = head * (params.head_dim / kChunk);
+    const uint32_t its_value = head * (params.head_dim_v / kChunk);
     const int chunk0 = lane_id() % kLanes;
-    const int its_keys = keys - copied_row();
-    using Stored = typename Config::Stored;
-    const Stored* const key = static_cast<const Stored*>(params.key);
-    const Stored* const value = static_cast<const Stored*>(params.value);
+    const int row0 = lane_id() / kLanes;
+    const int column = kChunk * chunk0;
+    const int its_keys = keys - copied_row() - row0;
+    const unsigned char* const key = static_cast<const unsigned char*>(params.key) + 16 * chunk0;
+    const unsigned char* const value =
+        static_cast<const unsigned char*>(params.value) + 16 * chunk0;
+    const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
-      const int index = pass + lane_id() / kLanes;
-      const int64_t source = int64_t{__shfl_sync(0xffffffffu, row, index)} * params.kv_heads +
-                             (Config::kAhead ? kv_head : coming_head);
-      const bool exists = index < its_keys;
-#pragma unroll
-      for (int i = 0; i < Layout::kChunks; i += kLanes) {
-        const int column = Config::kChunkElements * (chunk0 + i);
-        const uint32_t place = target + Layout::offset(copied_row() + index, chunk0 + i);
-        ptx::cp_async_16(place, key + source * params.head_dim + column,
-                         exists && column < params.head_dim ? 16 : 0);
-        ptx::cp_async_16(place + Config::kTileBytes, value + source * params.head_dim_v + column,
-                         exists && column < params.head_dim_v ? 16 : 0);
-      }
+      const uint32_t key_chunk = __shfl_sync(0xffffffffu, its_key, pass + row0);
+      const uint32_t value_chunk = __shfl_sync(0xffffffffu, its_value, pass + row0);
+      const bool exists = pass < its_keys;
+      // Bits of `pass` and of this lane's first row are apart, so their phases are, too.
+      const uint32_t place = (place0 ^ Layout::phase(pass) << 4) + pass * Layout::kPitch;
+      ptx::cp_async_16(place, key + uint64_t{key_chunk} * 16,
+                       exists && column < params.head_dim ? 16 : 0);
+      ptx::cp_async_16(place + Config::kTileBytes, value + uint64_t{value_chunk} * 16,
+                       exists && column < params.head_dim_v ? 16 : 0);
     }
   }
 };
@@ -163,7 +175,7 @@ __device__ __forceinline__ int first_row(const Place& place) {
 template <typename Config>
 __device__ __forceinline__ void attend(const DecodeParams& params, const Place& place,
                                        TileCopies<Config>& copies, Place* copied_place,
-                                       uint32_t stages, uint32_t& stage, DecodeWarp<Config>& warp) {
+                                       uint32_t stages, uint32_t& stage, WarpOf<Config>& warp) {
   KeyInterval keys = team_keys<Config>(params, place);
   const RowPositions rows =
       row_positions<Config>(params, place, first_row<Config>(place), keys.end);
@@ -181,49 +193,17 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
   }
 }
 
-// Where a column of a row of shared outputs is: four rows in different banks.
-template <typename Config>
-__device__ __forceinline__ uint32_t output_offset(int row, int column) {
-  return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
-}
-
 // Leaves a team's outputs at `outputs`, [rows][width] f32, and the states of its rows.
 template <typename Config>
-__device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, uint32_t shared,
+__device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
   const int index = static_cast<int>(threadIdx.x) / 32;
   const int team = index / Config::kTeamWarps;
-  const int first = index % Config::kTeamWarps * 16 + fragment_row();
   if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = quad_sum(warp.sum[h]);
-    const int row = first + 8 * h;
-    if (row >= rows) continue;
-    if (fragment_column() == 0) {
-      ptx::st_shared_v2(shared + Config::kStateOffset + 8 * (team * Config::kRows + row),
-                        warp.maximum[h], sum);
-    }
-#pragma unroll
-    for (int j = 0; j < DecodeWarp<Config>::kOutTiles; j += 2) {
-      const auto& left = warp.out[j];
-      const auto& right = warp.out[j + 1];
-      if constexpr (Config::kQuantised) {
-        // Even columns are left, odd ones right.
-        const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
-        ptx::st_shared_v2(four, left[2 * h], right[2 * h]);
-        ptx::st_shared_v2(four + 8, left[2 * h + 1], right[2 * h + 1]);
-      } else {
-        const int column = 8 * j + fragment_column();
-        ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
-                          left[2 * h + 1]);
-        ptx::st_shared_v2(outputs + output_offset<Config>(row, column + 8), right[2 * h],
-                          right[2 * h + 1]);
-      }
-    }
-  }
+  const uint32_t states = shared + Config::kStateOffset + 8 * team * Config::kRows;
+  warp.share(rows, index % Config::kTeamWarps * 16, states, outputs);
 }
 
 // Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
@@ -334,7 +314,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   };
   const uint32_t stages =
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
-  DecodeWarp<Config> warp;
+  WarpOf<Config> warp;
   TileCopies<Config> copies;
   copies.next_stage = 0;
   const auto begin_copies = [&] {
@@ -373,11 +353,11 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       }
     };
     // On their way meanwhile, where there are registers for them.
-    if constexpr (Config::kWidth <= 128) load_other_queries();
+    if constexpr (Config::kQueriesEarly) load_other_queries();
     __syncthreads();
     store<Config>(params, now, shared);
     __syncthreads();  // before the next outputs, and copies to where these were
-    if constexpr (Config::kWidth > 128) load_other_queries();
+    if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
     keep(0, next);
     if constexpr (!Config::kAhead) {

@@ -129,12 +129,14 @@ template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cudaStream_t stream) {
   DecodeParams params = from;
   params.group = params.heads / params.kv_heads;
+  params.page_rows = params.page_table != nullptr ? params.page_size : params.room;
   params.group_divisor = FastDivisor::make(params.group);
   params.page_divisor = FastDivisor::make(params.page_size);
   params.split_divisor = FastDivisor::make(params.split_keys);
-  const bool many = params.tokens * params.group > 16;
-  return many ? launch<DecodeConfig<kCache, kWidth, true>>(params, device, stream)
-              : launch<DecodeConfig<kCache, kWidth, false>>(params, device, stream);
+  const int rows = params.tokens * params.group;
+  if (rows <= 8) return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
+  return rows <= 16 ? launch<DecodeConfig<kCache, kWidth, Rows::kSixteen>>(params, device, stream)
+                    : launch<DecodeConfig<kCache, kWidth, Rows::kMany>>(params, device, stream);
 }
 
 }  // namespace jax_flash::decode
