@@ -46,6 +46,9 @@ struct TileCopies {
   static constexpr int kRowsPerPass = 32 / kLanes;
   static_assert(kLanes == Layout::kChunks);
 
+  // Where this lane's chunk of the caches' first rows is, if there are registers to keep it.
+  uint64_t key;
+  uint64_t value;
   uint32_t next_stage;  // bytes from the team's first one
   // The tile that is copied next, which was looked up.
   int keys;     // that it has, and those behind it of its split; none: there is no tile
@@ -56,6 +59,16 @@ struct TileCopies {
   KeyInterval coming;  // keys of the split
   int batch;
   int coming_head;
+
+  static __device__ __forceinline__ uint64_t first_chunk(const void* cache) {
+    return reinterpret_cast<uint64_t>(cache) + lane_id() % kLanes * 16;
+  }
+
+  __device__ __forceinline__ void init(const DecodeParams& params) {
+    key = first_chunk(params.key);
+    value = first_chunk(params.value);
+    next_stage = 0;
+  }
 
   __device__ __forceinline__ void enter(const DecodeParams& params, const Place& place) {
     coming = team_keys<Config>(params, place);
@@ -122,9 +135,8 @@ struct TileCopies {
     const int row0 = lane_id() / kLanes;
     const int column = kChunk * chunk0;
     const int its_keys = keys - copied_row() - row0;
-    const unsigned char* const key = static_cast<const unsigned char*>(params.key) + 16 * chunk0;
-    const unsigned char* const value =
-        static_cast<const unsigned char*>(params.value) + 16 * chunk0;
+    const uint64_t first_key = Config::kColumns ? key : first_chunk(params.key);
+    const uint64_t first_value = Config::kColumns ? value : first_chunk(params.value);
     const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
@@ -133,9 +145,10 @@ struct TileCopies {
       const bool exists = pass < its_keys;
       // Bits of `pass` and of this lane's first row are apart, so their phases are, too.
       const uint32_t place = (place0 ^ Layout::phase(pass) << 4) + pass * Layout::kPitch;
-      ptx::cp_async_16(place, key + uint64_t{key_chunk} * 16,
+      ptx::cp_async_16(place, reinterpret_cast<const void*>(first_key + uint64_t{key_chunk} * 16),
                        exists && column < params.head_dim ? 16 : 0);
-      ptx::cp_async_16(place + Config::kTileBytes, value + uint64_t{value_chunk} * 16,
+      ptx::cp_async_16(place + Config::kTileBytes,
+                       reinterpret_cast<const void*>(first_value + uint64_t{value_chunk} * 16),
                        exists && column < params.head_dim_v ? 16 : 0);
     }
   }
@@ -316,7 +329,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
   WarpOf<Config> warp;
   TileCopies<Config> copies;
-  copies.next_stage = 0;
+  copies.init(params);
   const auto begin_copies = [&] {
     copies.look_up(params, place_at(2));
 #pragma unroll 1
