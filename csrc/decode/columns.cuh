@@ -154,12 +154,9 @@ struct DecodeColumns {
   // Scores become logits in base 2.
   __device__ __forceinline__ void scale(float (&scores)[kKeyTiles][4],
                                         const DecodeParams& params) const {
-    constexpr float kLog2e = SoftmaxScale::kLog2e;
-    const bool capped = params.softcap != 0.0f;
-    const float inside = params.scale * (capped ? 1.0f / params.softcap : kLog2e);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float factor = inside;
+      float factor = params.logit_factor;
       if constexpr (Config::kQuantised) factor *= key_factor[e];
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
@@ -167,12 +164,11 @@ struct DecodeColumns {
         scores[j][2 + e] *= factor;
       }
     }
-    if (!capped) return;
-    const float outside = params.softcap * kLog2e;
+    if (params.cap == 0.0f) return;
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) scores[j][e] = outside * tanhf(scores[j][e]);
+      for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
     }
   }
 

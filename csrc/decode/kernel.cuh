@@ -110,6 +110,11 @@ struct TileCopies {
     page = params.page_table[int64_t{batch} * params.max_pages + entry];
   }
 
+  // The row of the caches of lane's key.
+  __device__ __forceinline__ int cache_row(const DecodeParams& params) const {
+    return min_int(max_int(page, 0), params.pages - 1) * params.page_rows + slot;
+  }
+
   // Copies this warp's rows of the tile that was looked up, as a cp.async group, which is empty if
   // there is none. Keys beyond the split and columns beyond the widths become zeros: padding may
   // hold anything, and 0 * NaN would reach the output.
@@ -124,7 +129,7 @@ struct TileCopies {
 
  private:
   __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
-    const int its_row = min_int(max_int(page, 0), params.pages - 1) * params.page_rows + slot;
+    const int its_row = cache_row(params);
     // Its first chunks of 16 bytes; the caches have no more than 32 bits can count.
     const uint32_t head =
         static_cast<uint32_t>(its_row) * params.kv_heads + (Config::kAhead ? kv_head : coming_head);
@@ -241,7 +246,8 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
   constexpr int kRowStep = Config::kThreads / kLanesOfRow;
-  constexpr int kBatch = Config::kWidth <= 128 ? 4 : 1;
+  constexpr int kMost = Config::kRows / kRowStep;
+  constexpr int kBatch = !Config::kQueriesEarly ? 1 : kMost < 4 ? kMost : 4;
   const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
   if (4 * piece >= params.head_dim_v) return;
   float value_factor = 1.0f;

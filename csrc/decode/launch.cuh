@@ -129,6 +129,9 @@ template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cudaStream_t stream) {
   DecodeParams params = from;
   params.group = params.heads / params.kv_heads;
+  constexpr float kLog2e = SoftmaxScale::kLog2e;
+  params.logit_factor = params.scale * (params.softcap == 0.0f ? kLog2e : 1.0f / params.softcap);
+  params.cap = params.softcap * kLog2e;
   params.page_rows = params.page_table != nullptr ? params.page_size : params.room;
   params.group_divisor = FastDivisor::make(params.group);
   params.page_divisor = FastDivisor::make(params.page_size);

@@ -226,29 +226,21 @@ struct DecodeWarp {
   // Scores become logits in base 2.
   __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
                                         const DecodeParams& params) const {
-    constexpr float kLog2e = SoftmaxScale::kLog2e;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float factor = params.scale;
+      float factor = params.logit_factor;
       if constexpr (Config::kQuantised) factor *= key_factor[h];
-      if (params.softcap == 0.0f) {
-        factor *= kLog2e;
 #pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) scores[j][e] *= factor;
-        }
-      } else {
-        factor /= params.softcap;
-        const float outside = params.softcap * kLog2e;
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            scores[j][e] = outside * tanhf(scores[j][e] * factor);
-          }
-        }
+      for (int j = 0; j < kScoreTiles; ++j) {
+        scores[j][2 * h] *= factor;
+        scores[j][2 * h + 1] *= factor;
       }
+    }
+    if (params.cap == 0.0f) return;
+#pragma unroll
+    for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
     }
   }
 
