@@ -95,6 +95,13 @@ struct DecodeColumns {
       const int row = fragment_column() + e;
       if (row >= rows) continue;
       if (fragment_row() == 0) ptx::st_shared_v2(states + 8 * row, maximum[e], total);
+      // The four places in 128 bytes, of 8 columns each, are in another order in each row: the
+      // offsets of output_offset.
+      uint32_t place[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        place[k] = outputs + output_offset<Config>(row, 8 * k) + 4 * fragment_row();
+      }
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j) {
         if constexpr (Config::kQuantised) {
@@ -102,10 +109,11 @@ struct DecodeColumns {
           const int column = 16 * j + 2 * fragment_row();
           ptx::st_shared_v2(outputs + output_offset<Config>(row, column), out[j][e], out[j][2 + e]);
         } else {
-          const int column = 16 * j + fragment_row();
-          ptx::st_shared(outputs + output_offset<Config>(row, column), __float_as_uint(out[j][e]));
-          ptx::st_shared(outputs + output_offset<Config>(row, column + 8),
-                         __float_as_uint(out[j][2 + e]));
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int k = 2 * j + h;
+            ptx::st_shared(place[k % 4] + k / 4 * 128, __float_as_uint(out[j][2 * h + e]));
+          }
         }
       }
     }

@@ -94,6 +94,8 @@ struct DecodeConfig {
   // Wide rows leave few registers for addresses and queries ahead of their time.
   static constexpr bool kQueriesEarly = kColumns || kWidth <= 128;
   static constexpr int kCopyUnroll = kQueriesEarly ? kCopyRows : 1;
+  // Whether there are registers for the sum of a group of splits, which else goes to the L2.
+  static constexpr bool kHolds = kColumns && kWidth <= 128;
   static constexpr int kStages = kTiles.stages;
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   static constexpr int kPairs = kWidth * sizeof(Stored) / 2;  // 16-bit pieces of a row of a tile

@@ -224,12 +224,18 @@ __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint
   warp.share(rows, index % Config::kTeamWarps * 16, states, outputs);
 }
 
+// What a thread has of a group's sum, where it is kept in registers.
+template <typename Config>
+struct Held {
+  RowPart rows[Config::kHolds ? Config::kRows * Config::kWidth / 4 / Config::kThreads : 1];
+};
+
 // Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
-// stores that: as the result if this was all of the sequence, else as a partial one, which the
-// group's next split, if this thread block does it, reads again.
+// stores that: as the result if this was all of the sequence, else as a partial one. If the thread
+// block does the group's next split, too, that reads it again, or finds it in `held`.
 template <typename Config>
 __device__ __forceinline__ void store(const DecodeParams& params, const Place& place,
-                                      uint32_t shared) {
+                                      const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
   const int splits = place.sequence.splits;
@@ -241,13 +247,17 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const int slot = has_group ? place.split - within : place.split;
   const bool ends_alone =
       splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
+  const bool holds = has_group && next.units > 0 && next.split % kGroupSplits != 0;
   // The row's state is read by all its threads and written by one: to another place.
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
   const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
   constexpr int kRowStep = Config::kThreads / kLanesOfRow;
   constexpr int kMost = Config::kRows / kRowStep;
-  constexpr int kBatch = !Config::kQueriesEarly ? 1 : kMost < 4 ? kMost : 4;
+  constexpr int kBatch = Config::kHolds           ? kMost
+                         : !Config::kQueriesEarly ? 1
+                         : kMost < 4              ? kMost
+                                                  : 4;
   const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
   if (4 * piece >= params.head_dim_v) return;
   float value_factor = 1.0f;
@@ -262,7 +272,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
        row0 += kBatch * kRowStep) {
     // All loads are on their way before the first is needed.
     float4 sums[kBatch];
-    if (!begins) {
+    if (!Config::kHolds && !begins) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int row = row0 + i * kRowStep;
@@ -288,7 +298,14 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       }
       if constexpr (Config::kQuantised) part.multiply(value_factor);
       RowPart group = part;
-      if (!begins) {
+      if constexpr (Config::kHolds) {
+        if (!begins) {
+          group = held.rows[i];
+          group.add(part);
+        }
+        held.rows[i] = group;
+        if (holds && !clustered) continue;
+      } else if (!begins) {
         group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
                  sums[i]};
         group.add(part);
@@ -309,7 +326,9 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       }
       *reinterpret_cast<float4*>(partial + int64_t{row} * params.head_dim_v) = group.out;
       if (piece == 0) {
-        ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        if constexpr (!Config::kHolds) {
+          ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        }
         params.partial_state[place_row + row] = make_float2(group.maximum, group.sum);
       }
     }
@@ -334,6 +353,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   const uint32_t stages =
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
   WarpOf<Config> warp;
+  Held<Config> held;
   TileCopies<Config> copies;
   copies.init(params);
   const auto begin_copies = [&] {
@@ -374,7 +394,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     // On their way meanwhile, where there are registers for them.
     if constexpr (Config::kQueriesEarly) load_other_queries();
     __syncthreads();
-    store<Config>(params, now, shared);
+    store<Config>(params, now, next, shared, held);
     __syncthreads();  // before the next outputs, and copies to where these were
     if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
