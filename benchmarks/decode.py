@@ -383,7 +383,10 @@ VARIANT_ARMS = ("jax_flash", "fa3_32")
 """The plain call is the other thing to compare with."""
 SMOKE_ARMS = ("jax_flash_xla", "cudnn_paged", "xla", "pallas_4")
 
-SETS = {"main": (CELLS, DEFAULT_ARMS), "variants": (VARIANTS, VARIANT_ARMS)}
+SETS: dict[str, tuple[tuple[Cell, ...], tuple[str, ...]]] = {
+    "main": (CELLS, DEFAULT_ARMS),
+    "variants": (VARIANTS, VARIANT_ARMS),
+}
 
 
 def chain(attention: Attention) -> Callable:
@@ -507,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args(argv)
     table, usual_arms = SETS[args.set]
-    arms = args.arms or list(SMOKE_ARMS if args.smoke else usual_arms)
+    arms: list[str] = args.arms or [*(SMOKE_ARMS if args.smoke else usual_arms)]
     start = time.monotonic()
     protocol = Protocol(
         rounds=3, seconds=args.seconds, idle=0.02, most=100, kernel_rounds=1

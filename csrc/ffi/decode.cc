@@ -120,8 +120,9 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                   q[3], " and ", v[3]);
   JAX_FLASH_CHECK(static_cast<int64_t>(lengths.element_count()) == q[0], "lengths ",
                   to_string(lengths.dimensions()), " do not fit query ", to_string(q));
-  JAX_FLASH_CHECK(std::max(key.size_bytes(), value.size_bytes()) <= size_t{1} << 36, "caches ",
-                  to_string(k), " and ", to_string(v), " have more than 2^36 bytes");
+  const size_t elements = std::max(key.element_count(), value.element_count());
+  JAX_FLASH_CHECK(elements * (quantised ? 1 : 2) <= size_t{1} << 36, "caches ", to_string(k),
+                  " and ", to_string(v), " have more than 2^36 bytes");
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   JAX_FLASH_CHECK(k[0] * k[1] <= kMax, "the caches have ", k[0] * k[1],
                   " rows, more than 31 bits can count");
