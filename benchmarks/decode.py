@@ -1,6 +1,7 @@
 """Decoding beside its peers: microseconds and GB/s of the keys and values read.
 
     PYTHONPATH=.gpu:. python -m benchmarks.decode
+    python -m benchmarks.decode --set variants   # beside our own plain call
     python -m benchmarks.decode --smoke   # tiny, on any machine
 
 Arms take turns in one process. A program is a chain of calls, each on the result of
@@ -155,6 +156,22 @@ CELLS = (
     *(Cell(8, 8192, tokens=tokens) for tokens in (4, 16, 64)),
     *(Cell(1, 65536, tokens=tokens) for tokens in (1, 4, 16, 64)),
 )
+
+VARIANTS = (
+    *(
+        Cell(batch, 32768, cache=cache)
+        for batch in (1, 16)
+        for cache in ("bfloat16", "float8_e4m3fn", "int8")
+    ),
+    *(
+        Cell(batch, room, tokens=tokens)
+        for batch, room in ((8, 8192), (1, 65536))
+        for tokens in (1, 4, 16, 64)
+    ),
+    *(Cell(64, 4096, page=page) for page in (0, 16, 64, 256)),
+    *(Cell(64, 8192, ragged=True, page=page) for page in (0, 16)),
+)
+"""8-bit caches, several tokens, pages and ragged lengths, each with its plain cell."""
 
 SMOKE_CELLS = (
     Cell(2, 256, 4, 2, 16, ragged=True),
@@ -362,7 +379,14 @@ DEFAULT_ARMS = (
 )
 """Each library, FlashAttention-3 with two numbers of splits: an arm takes seconds of
 compilation in each cell. `--arms` has the others."""
+VARIANT_ARMS = ("jax_flash", "fa3_32")
+"""The plain call is the other thing to compare with."""
 SMOKE_ARMS = ("jax_flash_xla", "cudnn_paged", "xla", "pallas_4")
+
+SETS: dict[str, tuple[tuple[Cell, ...], tuple[str, ...]]] = {
+    "main": (CELLS, DEFAULT_ARMS),
+    "variants": (VARIANTS, VARIANT_ARMS),
+}
 
 
 def chain(attention: Attention) -> Callable:
@@ -452,7 +476,10 @@ def print_comparison(found: dict[str, tuple[float, str]], ours: str) -> None:
 
 
 def variants(rows: list[dict[str, Any]], ours: str) -> dict[str, float]:
-    """Time over the same cell's with one token and bfloat16 caches, by name."""
+    """Time over the same cell's with one token and bfloat16 caches, by name.
+
+    A cell with pages that is plain otherwise is compared with one without pages.
+    """
     fields = [field.name for field in dataclasses.fields(Cell)]
     times = {
         Cell(**{name: row[name] for name in fields}): row["chain_us"]
@@ -462,6 +489,8 @@ def variants(rows: list[dict[str, Any]], ours: str) -> dict[str, float]:
     found = {}
     for cell, time_us in times.items():
         plain = dataclasses.replace(cell, tokens=1, cache="bfloat16")
+        if plain == cell:
+            plain = dataclasses.replace(cell, page=0)
         if plain != cell and plain in times:
             found[cell.name] = time_us / times[plain]
     return found
@@ -471,6 +500,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a table; 1 if the first arm failed somewhere, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="the first is ours")
+    parser.add_argument("--set", choices=SETS, default="main", help="of cells")
     parser.add_argument(
         "--cells", default="", help="only cells with this in their name"
     )
@@ -479,12 +509,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny cells, any machine")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args(argv)
-    arms = args.arms or list(SMOKE_ARMS if args.smoke else DEFAULT_ARMS)
+    table, usual_arms = SETS[args.set]
+    arms: list[str] = args.arms or [*(SMOKE_ARMS if args.smoke else usual_arms)]
     start = time.monotonic()
     protocol = Protocol(
         rounds=3, seconds=args.seconds, idle=0.02, most=100, kernel_rounds=1
     )
-    table, longest, rotated = CELLS, LONGEST_CHAIN, ROTATED
+    longest, rotated = LONGEST_CHAIN, ROTATED
     if args.smoke:
         protocol = Protocol(rounds=1, seconds=0.0, idle=0.0)
         table, longest, rotated = SMOKE_CELLS, 1, 0.0
@@ -524,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(data, indent=1))
     print_comparison(compare(rows, arms[0]), arms[0])
     for name, ratio in variants(rows, arms[0]).items():
-        print(f"  {name}: {ratio:.3f} of the time with one token and bfloat16")
+        print(f"  {name}: {ratio:.3f} of the plain cell's time")
     print(f"{time.monotonic() - start:.0f} s")
     failed = [one for one in skipped if one["arm"] == arms[0]]
     return int(any(one["why"] != "no time" for one in failed))

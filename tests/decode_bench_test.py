@@ -86,6 +86,7 @@ def test_decode_variants_are_compared_with_the_plain_cell() -> None:
         plain: 10.0,
         dataclasses.replace(plain, tokens=4): 11.0,
         dataclasses.replace(plain, cache="int8"): 6.0,
+        dataclasses.replace(plain, page=0): 8.0,
         decode.Cell(2, 64, tokens=4): 1.0,
     }
     rows = [
@@ -94,6 +95,18 @@ def test_decode_variants_are_compared_with_the_plain_cell() -> None:
     ]
     rows.append(rows[0] | {"arm": "fa3", "chain_us": 1.0})
     assert decode.variants(rows, "jax_flash") == {
+        "b1 n64 32/8 d128 page16": 1.25,
         "b1 n64 32/8 d128 q4 page16": 1.1,
         "b1 n64 32/8 d128 page16 int8": 0.6,
     }
+
+
+def test_every_variant_has_its_plain_cell() -> None:
+    rows = [
+        dataclasses.asdict(cell) | {"arm": "jax_flash", "chain_us": 1.0}
+        for cell in decode.VARIANTS
+    ]
+    plain = {cell for cell in decode.VARIANTS if cell.tokens == 1}
+    plain = {cell for cell in plain if not cell.quantised and not cell.page}
+    names = {cell.name for cell in decode.VARIANTS if cell not in plain}
+    assert decode.variants(rows, "jax_flash").keys() == names

@@ -52,7 +52,7 @@ def test_call(kernels: None) -> None:
         "scale = 5.000000e-01 : f32",
         "softcap = 3.000000e+00 : f32",
         "window_left = 7 : i64",
-        "split_keys = 128 : i64",
+        "split_keys = 256 : i64",
         "splits = 2 : i64",
         "has_page_table = false",
         "has_sinks = false",
@@ -178,7 +178,7 @@ def test_explain(kernels: None) -> None:
     explanation = explain(query, k, v, **given)
     assert explanation.chosen["cuda"] == "cuda"
     assert explanation.chosen["cpu"] == "xla"
-    assert "up to 5 splits of 128 keys" in explanation.details["cuda"]
+    assert "up to 3 splits of 256 keys" in explanation.details["cuda"]
     assert "page_table int32[3,5], " in str(explanation)
     assert "softcap=2.0" in str(explanation)
     narrow_query, narrow_k = (
@@ -200,6 +200,36 @@ def test_explain_knows_every_argument_of_decode_mha() -> None:
     parameters = set(inspect.signature(decode_mha).parameters)
     known = {*OPERANDS, *decode_explain.OPTIONS, "implementation"}
     assert known == parameters
+
+
+def test_many_rows_may_go_to_the_forward_kernel(kernels: None) -> None:
+    """Many tokens on long caches in one piece, without options that it lacks."""
+
+    def taken(*args: Any, **options: Any) -> bool:
+        line = call_of(TARGET, cuda_text(lambda *a: decode(*a, **options), *args))
+        return "by_forward = true" in line
+
+    def arrays(tokens: int, heads: int, room: int) -> list[jax.Array]:
+        query = jnp.zeros((2, tokens, heads, 16), jnp.bfloat16)
+        k, v = (jnp.zeros((2, room, 4, 16), jnp.bfloat16) for _ in range(2))
+        return [query, k, v, jnp.zeros(2, jnp.int32)]
+
+    args = arrays(64, 16, 4096)
+    assert taken(*args)
+    assert taken(*args, window_size=(4096, None))
+    assert not taken(*args, window_size=(1000, None))
+    assert not taken(*args, softcap=1.0)
+    assert not taken(*args, sinks=jnp.zeros(16))
+    assert not taken(*args, num_splits=2)
+    query, k, v, lengths = args
+    pools = [x.reshape(64, 128, 4, 16) for x in (k, v)]
+    assert not taken(query, *pools, lengths, jnp.zeros((2, 32), jnp.int32))
+    assert not taken(*quantised(args, "int8"))
+    assert not taken(*arrays(64, 16, 4032))
+    assert not taken(*arrays(32, 16, 4096))
+    assert not taken(*arrays(64, 12, 4096))
+    explanation = explain(*args[:3], cache_seqlens=lengths)
+    assert "on compute capability 9.0 the forward kernel" in str(explanation)
 
 
 def test_num_splits(kernels: None) -> None:

@@ -11,9 +11,13 @@
 
 namespace jax_flash::decode {
 
+// How many rows (tokens x query heads of a kv head) there are: up to 8, which are columns of the
+// products (columns.cuh), up to 16, or more.
+enum class Rows { kEight, kSixteen, kMany };
+
 // A team of warps shares tiles of keys and values and walks over them with a barrier of its own.
-// With few rows (tokens x query heads of a kv head) every warp is a team: all have the same 16 rows
-// and keys of their own, and meet when the split is done. With more rows a thread block is one
+// With up to 16 rows every warp is a team: all have the same rows and keys of their own, and meet
+// when the split is done. With more rows a thread block is one
 // team, each warp with 16 rows of its own.
 struct DecodeTiles {
   int warps;
@@ -70,8 +74,10 @@ struct CacheElement<CacheType::kBf16> {
 };
 
 // kWidthArg: what key and value widths are padded to.
-template <CacheType kCacheArg, int kWidthArg, bool kManyRows>
+template <CacheType kCacheArg, int kWidthArg, Rows kRowsArg>
 struct DecodeConfig {
+  static constexpr bool kColumns = kRowsArg == Rows::kEight;
+  static constexpr bool kManyRows = kRowsArg == Rows::kMany;
   static constexpr CacheType kCache = kCacheArg;
   using Element = typename CacheElement<kCache>::Math;
   using Stored = typename CacheElement<kCache>::Stored;
@@ -82,11 +88,14 @@ struct DecodeConfig {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTeamWarps = kTiles.team_warps;
   static constexpr int kTeams = kWarps / kTeamWarps;
-  static constexpr int kRows = 16 * kTeamWarps;  // of a thread block
+  static constexpr int kRows = kColumns ? 8 : 16 * kTeamWarps;  // of a thread block
   static constexpr int kKeys = kTiles.keys;
   static constexpr int kCopyRows = kKeys / kTeamWarps;  // that a warp copies of each tile
-  // Wide rows leave few registers for addresses that are computed ahead.
-  static constexpr int kCopyUnroll = kWidth == 256 ? 1 : kCopyRows;
+  // Wide rows leave few registers for addresses and queries ahead of their time.
+  static constexpr bool kQueriesEarly = kColumns || kWidth <= 128;
+  static constexpr int kCopyUnroll = kQueriesEarly ? kCopyRows : 1;
+  // Whether there are registers for the sum of a group of splits, which else goes to the L2.
+  static constexpr bool kHolds = kColumns && kWidth <= 128;
   static constexpr int kStages = kTiles.stages;
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   static constexpr int kPairs = kWidth * sizeof(Stored) / 2;  // 16-bit pieces of a row of a tile

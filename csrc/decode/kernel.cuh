@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "decode/columns.cuh"
 #include "decode/combine.cuh"
 #include "decode/config.cuh"
 #include "decode/params.h"
@@ -19,6 +21,9 @@
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
+
+template <typename Config>
+using WarpOf = std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>;
 
 // Keys of a split from a team's first tile on.
 template <typename Config>
@@ -39,16 +44,31 @@ struct TileCopies {
   using Layout = typename Config::Layout;
   static constexpr int kLanes = ChunkLanes<Config::kPairs, 32>::kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
+  static_assert(kLanes == Layout::kChunks);
 
+  // Where this lane's chunk of the caches' first rows is, if there are registers to keep it.
+  uint64_t key;
+  uint64_t value;
   uint32_t next_stage;  // bytes from the team's first one
   // The tile that is copied next, which was looked up.
   int keys;     // that it has, and those behind it of its split; none: there is no tile
-  int row;      // of the cache: that of lane's key
-  int kv_head;  // of the row
+  int kv_head;  // of theirs
+  int page;     // of lane's key; without a page table a sequence is one page
+  int slot;     // of the key in the page
   // What comes after it.
   KeyInterval coming;  // keys of the split
   int batch;
   int coming_head;
+
+  static __device__ __forceinline__ uint64_t first_chunk(const void* cache) {
+    return reinterpret_cast<uint64_t>(cache) + lane_id() % kLanes * 16;
+  }
+
+  __device__ __forceinline__ void init(const DecodeParams& params) {
+    key = first_chunk(params.key);
+    value = first_chunk(params.value);
+    next_stage = 0;
+  }
 
   __device__ __forceinline__ void enter(const DecodeParams& params, const Place& place) {
     coming = team_keys<Config>(params, place);
@@ -76,19 +96,23 @@ struct TileCopies {
     }
     keys = coming.end - coming.first;
     kv_head = coming_head;
-    row = 0;
+    page = batch;
+    slot = 0;
     const int offset = copied_row() + lane_id() % Config::kCopyRows;
     const int key = coming.first + offset;
     coming.first += Config::kKeys * Config::kTeams;
     if (offset >= keys) return;
-    if (params.page_table == nullptr) {
-      row = batch * params.room + key;
-      return;
-    }
-    const int slot = params.page_divisor.divide(key);
-    const int page = params.page_table[int64_t{batch} * params.max_pages + slot];
-    row = min_int(max_int(page, 0), params.pages - 1) * params.page_size + key -
-          slot * params.page_size;
+    slot = key;
+    if (params.page_table == nullptr) return;
+    const int entry = params.page_divisor.divide(key);
+    slot = key - entry * params.page_size;
+    // Not looked at before the copy, when it is here.
+    page = params.page_table[int64_t{batch} * params.max_pages + entry];
+  }
+
+  // The row of the caches of lane's key.
+  __device__ __forceinline__ int cache_row(const DecodeParams& params) const {
+    return min_int(max_int(page, 0), params.pages - 1) * params.page_rows + slot;
   }
 
   // Copies this warp's rows of the tile that was looked up, as a cp.async group, which is empty if
@@ -105,26 +129,32 @@ struct TileCopies {
 
  private:
   __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
+    const int its_row = cache_row(params);
+    // Its first chunks of 16 bytes; the caches have no more than 32 bits can count.
+    const uint32_t head =
+        static_cast<uint32_t>(its_row) * params.kv_heads + (Config::kAhead ? kv_head : coming_head);
+    constexpr int kChunk = Config::kChunkElements;
+    const uint32_t its_key = head * (params.head_dim / kChunk);
+    const uint32_t its_value = head * (params.head_dim_v / kChunk);
     const int chunk0 = lane_id() % kLanes;
-    const int its_keys = keys - copied_row();
-    using Stored = typename Config::Stored;
-    const Stored* const key = static_cast<const Stored*>(params.key);
-    const Stored* const value = static_cast<const Stored*>(params.value);
+    const int row0 = lane_id() / kLanes;
+    const int column = kChunk * chunk0;
+    const int its_keys = keys - copied_row() - row0;
+    const uint64_t first_key = Config::kColumns ? key : first_chunk(params.key);
+    const uint64_t first_value = Config::kColumns ? value : first_chunk(params.value);
+    const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
-      const int index = pass + lane_id() / kLanes;
-      const int64_t source = int64_t{__shfl_sync(0xffffffffu, row, index)} * params.kv_heads +
-                             (Config::kAhead ? kv_head : coming_head);
-      const bool exists = index < its_keys;
-#pragma unroll
-      for (int i = 0; i < Layout::kChunks; i += kLanes) {
-        const int column = Config::kChunkElements * (chunk0 + i);
-        const uint32_t place = target + Layout::offset(copied_row() + index, chunk0 + i);
-        ptx::cp_async_16(place, key + source * params.head_dim + column,
-                         exists && column < params.head_dim ? 16 : 0);
-        ptx::cp_async_16(place + Config::kTileBytes, value + source * params.head_dim_v + column,
-                         exists && column < params.head_dim_v ? 16 : 0);
-      }
+      const uint32_t key_chunk = __shfl_sync(0xffffffffu, its_key, pass + row0);
+      const uint32_t value_chunk = __shfl_sync(0xffffffffu, its_value, pass + row0);
+      const bool exists = pass < its_keys;
+      // Bits of `pass` and of this lane's first row are apart, so their phases are, too.
+      const uint32_t place = (place0 ^ Layout::phase(pass) << 4) + pass * Layout::kPitch;
+      ptx::cp_async_16(place, reinterpret_cast<const void*>(first_key + uint64_t{key_chunk} * 16),
+                       exists && column < params.head_dim ? 16 : 0);
+      ptx::cp_async_16(place + Config::kTileBytes,
+                       reinterpret_cast<const void*>(first_value + uint64_t{value_chunk} * 16),
+                       exists && column < params.head_dim_v ? 16 : 0);
     }
   }
 };
@@ -163,7 +193,7 @@ __device__ __forceinline__ int first_row(const Place& place) {
 template <typename Config>
 __device__ __forceinline__ void attend(const DecodeParams& params, const Place& place,
                                        TileCopies<Config>& copies, Place* copied_place,
-                                       uint32_t stages, uint32_t& stage, DecodeWarp<Config>& warp) {
+                                       uint32_t stages, uint32_t& stage, WarpOf<Config>& warp) {
   KeyInterval keys = team_keys<Config>(params, place);
   const RowPositions rows =
       row_positions<Config>(params, place, first_row<Config>(place), keys.end);
@@ -181,57 +211,31 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
   }
 }
 
-// Where a column of a row of shared outputs is: four rows in different banks.
-template <typename Config>
-__device__ __forceinline__ uint32_t output_offset(int row, int column) {
-  return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
-}
-
 // Leaves a team's outputs at `outputs`, [rows][width] f32, and the states of its rows.
 template <typename Config>
-__device__ __forceinline__ void share(const DecodeWarp<Config>& warp, int rows, uint32_t shared,
+__device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
   const int index = static_cast<int>(threadIdx.x) / 32;
   const int team = index / Config::kTeamWarps;
-  const int first = index % Config::kTeamWarps * 16 + fragment_row();
   if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = quad_sum(warp.sum[h]);
-    const int row = first + 8 * h;
-    if (row >= rows) continue;
-    if (fragment_column() == 0) {
-      ptx::st_shared_v2(shared + Config::kStateOffset + 8 * (team * Config::kRows + row),
-                        warp.maximum[h], sum);
-    }
-#pragma unroll
-    for (int j = 0; j < DecodeWarp<Config>::kOutTiles; j += 2) {
-      const auto& left = warp.out[j];
-      const auto& right = warp.out[j + 1];
-      if constexpr (Config::kQuantised) {
-        // Even columns are left, odd ones right.
-        const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
-        ptx::st_shared_v2(four, left[2 * h], right[2 * h]);
-        ptx::st_shared_v2(four + 8, left[2 * h + 1], right[2 * h + 1]);
-      } else {
-        const int column = 8 * j + fragment_column();
-        ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
-                          left[2 * h + 1]);
-        ptx::st_shared_v2(outputs + output_offset<Config>(row, column + 8), right[2 * h],
-                          right[2 * h + 1]);
-      }
-    }
-  }
+  const uint32_t states = shared + Config::kStateOffset + 8 * team * Config::kRows;
+  warp.share(rows, index % Config::kTeamWarps * 16, states, outputs);
 }
 
+// What a thread has of a group's sum, where it is kept in registers.
+template <typename Config>
+struct Held {
+  RowPart rows[Config::kHolds ? Config::kRows * Config::kWidth / 4 / Config::kThreads : 1];
+};
+
 // Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
-// stores that: as the result if this was all of the sequence, else as a partial one, which the
-// group's next split, if this thread block does it, reads again.
+// stores that: as the result if this was all of the sequence, else as a partial one. If the thread
+// block does the group's next split, too, that reads it again, or finds it in `held`.
 template <typename Config>
 __device__ __forceinline__ void store(const DecodeParams& params, const Place& place,
-                                      uint32_t shared) {
+                                      const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
   const int splits = place.sequence.splits;
@@ -243,12 +247,17 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const int slot = has_group ? place.split - within : place.split;
   const bool ends_alone =
       splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
+  const bool holds = has_group && next.units > 0 && next.split % kGroupSplits != 0;
   // The row's state is read by all its threads and written by one: to another place.
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
   const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
   constexpr int kLanesOfRow = Config::kWidth / 4;  // a power of two
   constexpr int kRowStep = Config::kThreads / kLanesOfRow;
-  constexpr int kBatch = Config::kWidth <= 128 ? 4 : 1;
+  constexpr int kMost = Config::kRows / kRowStep;
+  constexpr int kBatch = Config::kHolds           ? kMost
+                         : !Config::kQueriesEarly ? 1
+                         : kMost < 4              ? kMost
+                                                  : 4;
   const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
   if (4 * piece >= params.head_dim_v) return;
   float value_factor = 1.0f;
@@ -263,7 +272,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
        row0 += kBatch * kRowStep) {
     // All loads are on their way before the first is needed.
     float4 sums[kBatch];
-    if (!begins) {
+    if (!Config::kHolds && !begins) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int row = row0 + i * kRowStep;
@@ -289,7 +298,14 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       }
       if constexpr (Config::kQuantised) part.multiply(value_factor);
       RowPart group = part;
-      if (!begins) {
+      if constexpr (Config::kHolds) {
+        if (!begins) {
+          group = held.rows[i];
+          group.add(part);
+        }
+        held.rows[i] = group;
+        if (holds && !clustered) continue;
+      } else if (!begins) {
         group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
                  sums[i]};
         group.add(part);
@@ -310,7 +326,9 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       }
       *reinterpret_cast<float4*>(partial + int64_t{row} * params.head_dim_v) = group.out;
       if (piece == 0) {
-        ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        if constexpr (!Config::kHolds) {
+          ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
+        }
         params.partial_state[place_row + row] = make_float2(group.maximum, group.sum);
       }
     }
@@ -334,9 +352,10 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   };
   const uint32_t stages =
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
-  DecodeWarp<Config> warp;
+  WarpOf<Config> warp;
+  Held<Config> held;
   TileCopies<Config> copies;
-  copies.next_stage = 0;
+  copies.init(params);
   const auto begin_copies = [&] {
     copies.look_up(params, place_at(2));
 #pragma unroll 1
@@ -373,11 +392,11 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       }
     };
     // On their way meanwhile, where there are registers for them.
-    if constexpr (Config::kWidth <= 128) load_other_queries();
+    if constexpr (Config::kQueriesEarly) load_other_queries();
     __syncthreads();
-    store<Config>(params, now, shared);
+    store<Config>(params, now, next, shared, held);
     __syncthreads();  // before the next outputs, and copies to where these were
-    if constexpr (Config::kWidth > 128) load_other_queries();
+    if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
     keep(0, next);
     if constexpr (!Config::kAhead) {

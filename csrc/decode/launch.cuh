@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -26,7 +28,6 @@ inline int crew_of(int head_tiles, int capacity) {
 // better balanced, and the second kernel costs little.
 template <typename Config>
 int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
-  // Sizes above 8 are not portable.
   if (!Config::kClusters || device.compute_capability != 90 || params.batch > 1) return 0;
   if (params.splits == 1 || params.splits > kClusterSplits) return 0;
   const int bits = params.splits <= 8 ? 3 : 4;
@@ -41,22 +42,39 @@ int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
   return fits && fills && is_short && has_room ? bits : 0;
 }
 
+// Allows the kernel what its launches need on the current device. Once for each device: to set an
+// attribute again costs a good part of a microsecond of a call that may last ten.
+template <typename Config>
+cudaError_t allow(const DeviceInfo& info) {
+  constexpr int kMaxDevices = 64;
+  constexpr auto kKernel = decode_split_kernel<Config>;
+  static std::array<std::atomic<bool>, kMaxDevices> allowed{};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device < kMaxDevices && allowed[device].load(std::memory_order_acquire)) return cudaSuccess;
+  const bool clusters = Config::kClusters && info.compute_capability == 90;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Config::kSharedBytes + (clusters ? Config::kPartBytes : 0));
+  if (error != cudaSuccess) return error;
+  if (clusters) {
+    // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
+    // Sizes above 8 are not portable.
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (device < kMaxDevices) allowed[device].store(true, std::memory_order_release);
+  return cudaSuccess;
+}
+
 // Launches clusters if all of them run at a time, which then need no second kernel.
 template <typename Config, int kBits>
 cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launched) {
   constexpr auto kKernel = decode_split_kernel<Config>;
   constexpr int kBytes = Config::kSharedBytes + Config::kPartBytes;
-  cudaError_t error =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
-  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                               cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return error;
-  if (kBits > 3) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {1u << kBits, 1, 1};
@@ -68,7 +86,7 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  error = max_active_clusters<kKernel, kBits>(config, &clusters);
+  cudaError_t error = max_active_clusters<kKernel, kBits>(config, &clusters);
   *launched = error == cudaSuccess && clusters >= params.head_tiles;
   if (!*launched) return error;
   params.cluster_bits = kBits;
@@ -82,10 +100,12 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   params.tile_rows = Config::kRows;
   params.head_tiles = params.kv_heads * params.row_tiles;
   params.row_tile_divisor = FastDivisor::make(params.row_tiles);
+  cudaError_t error = allow<Config>(device);
+  if (error != cudaSuccess) return error;
   if (const int bits = cluster_bits_of<Config>(params, device); bits > 0) {
     bool launched = false;
-    const cudaError_t error = bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
-                                        : try_clusters<Config, 4>(params, stream, &launched);
+    error = bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
+                      : try_clusters<Config, 4>(params, stream, &launched);
     if (launched || error != cudaSuccess) return error;
   }
   const int64_t heads = int64_t{params.batch} * params.head_tiles;
@@ -101,10 +121,6 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   // With so many sequences nothing is gained by cutting one.
   params.whole_groups = params.splits <= kGroupSplits && heads >= 4 * capacity;
   const auto kernel = decode_split_kernel<Config>;
-  // At every launch: the setting belongs to the current device, and costs less than remembering it.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Config::kSharedBytes);
-  if (error != cudaSuccess) return error;
   // Lanes of the second kernel share the groups of a row while no multiprocessor gets two blocks.
   const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
   const auto blocks_of = [&](int bits) { return ((threads << bits) + 127) / 128; };
@@ -129,12 +145,17 @@ template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cudaStream_t stream) {
   DecodeParams params = from;
   params.group = params.heads / params.kv_heads;
+  constexpr float kLog2e = SoftmaxScale::kLog2e;
+  params.logit_factor = params.scale * (params.softcap == 0.0f ? kLog2e : 1.0f / params.softcap);
+  params.cap = params.softcap * kLog2e;
+  params.page_rows = params.page_table != nullptr ? params.page_size : params.room;
   params.group_divisor = FastDivisor::make(params.group);
   params.page_divisor = FastDivisor::make(params.page_size);
   params.split_divisor = FastDivisor::make(params.split_keys);
-  const bool many = params.tokens * params.group > 16;
-  return many ? launch<DecodeConfig<kCache, kWidth, true>>(params, device, stream)
-              : launch<DecodeConfig<kCache, kWidth, false>>(params, device, stream);
+  const int rows = params.tokens * params.group;
+  if (rows <= 8) return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
+  return rows <= 16 ? launch<DecodeConfig<kCache, kWidth, Rows::kSixteen>>(params, device, stream)
+                    : launch<DecodeConfig<kCache, kWidth, Rows::kMany>>(params, device, stream);
 }
 
 }  // namespace jax_flash::decode

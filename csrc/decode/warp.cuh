@@ -8,8 +8,10 @@
 #include "decode/quantised.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/shared.cuh"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
+#include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 
 namespace jax_flash::decode {
@@ -23,6 +25,56 @@ struct RowPositions {
 
 __device__ __forceinline__ float scale_of(const float* scales, int index) {
   return scales == nullptr ? 1.0f : scales[index];
+}
+
+// Where a row's query is.
+__device__ __forceinline__ const Element16* query_row(const DecodeParams& params, int batch,
+                                                      int kv_head, int row) {
+  const int token = params.group_divisor.divide(row);
+  const int head = kv_head * params.group + row - token * params.group;
+  return static_cast<const Element16*>(params.query) +
+         ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim;
+}
+
+// This lane's part of a row of queries as f16, over a power of two so that it fits, which is
+// returned; columns are in the order that `to_half` gives those of the keys. They go to
+// query[step][low] and query[step][high]. Four neighbouring lanes have a row.
+template <typename Given, int kSteps, int kParts>
+__device__ __forceinline__ float load_half_row(const DecodeParams& params, const Element16* source,
+                                               bool exists, uint32_t (&query)[kSteps][kParts],
+                                               int low, int high) {
+  const int first_column = 2 * fragment_column();
+  float largest = 0.0f;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = 16 * step + first_column;
+    const uint2 pairs = exists && column < params.head_dim
+                            ? *reinterpret_cast<const uint2*>(source + column)
+                            : make_uint2(0, 0);
+    query[step][low] = pairs.x;
+    query[step][high] = pairs.y;
+    const float2 x = ptx::unpack_x2<Given>(pairs.x);
+    const float2 y = ptx::unpack_x2<Given>(pairs.y);
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(y.x), fabsf(y.y))));
+  }
+  largest = quad_max(largest);
+  // 2^e of the largest, up to what has a normal reciprocal.
+  const uint32_t exponent = min(__float_as_uint(largest) & 0x7f800000u, 253u << 23);
+  const float down = __uint_as_float((254u << 23) - exponent);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const float2 x = ptx::unpack_x2<Given>(query[step][low]);
+    const float2 y = ptx::unpack_x2<Given>(query[step][high]);
+    query[step][low] = ptx::cvt_rn_x2<__half>(x.x * down, y.x * down);
+    query[step][high] = ptx::cvt_rn_x2<__half>(x.y * down, y.y * down);
+  }
+  return __uint_as_float(exponent);
+}
+
+// Where a column of a row of shared outputs is: four rows in different banks.
+template <typename Config>
+__device__ __forceinline__ uint32_t output_offset(int row, int column) {
+  return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
 }
 
 template <typename Config>
@@ -74,16 +126,37 @@ struct DecodeWarp {
     multiply_values(scores, tile + Config::kTileBytes);
   }
 
- private:
-  // Where a row's query is.
-  static __device__ __forceinline__ const Element16* query_row(const DecodeParams& params,
-                                                               int batch, int kv_head, int row) {
-    const int token = params.group_divisor.divide(row);
-    const int head = kv_head * params.group + row - token * params.group;
-    return static_cast<const Element16*>(params.query) +
-           ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim;
+  // Leaves the states of its rows, the first one being `first` of `rows`, at `states`, and their
+  // outputs at `outputs`.
+  __device__ __forceinline__ void share(int rows, int first, uint32_t states,
+                                        uint32_t outputs) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = quad_sum(sum[h]);
+      const int row = first + fragment_row() + 8 * h;
+      if (row >= rows) continue;
+      if (fragment_column() == 0) ptx::st_shared_v2(states + 8 * row, maximum[h], total);
+#pragma unroll
+      for (int j = 0; j < kOutTiles; j += 2) {
+        const auto& left = out[j];
+        const auto& right = out[j + 1];
+        if constexpr (Config::kQuantised) {
+          // Even columns are left, odd ones right.
+          const uint32_t four = outputs + output_offset<Config>(row, 8 * j + 2 * fragment_column());
+          ptx::st_shared_v2(four, left[2 * h], right[2 * h]);
+          ptx::st_shared_v2(four + 8, left[2 * h + 1], right[2 * h + 1]);
+        } else {
+          const int column = 8 * j + fragment_column();
+          ptx::st_shared_v2(outputs + output_offset<Config>(row, column), left[2 * h],
+                            left[2 * h + 1]);
+          ptx::st_shared_v2(outputs + output_offset<Config>(row, column + 8), right[2 * h],
+                            right[2 * h + 1]);
+        }
+      }
+    }
   }
 
+ private:
   // Queries go straight to the registers that the product reads: each is read once.
   __device__ __forceinline__ void load_own_queries(const DecodeParams& params, int batch,
                                                    int kv_head, int first_row) {
@@ -105,44 +178,18 @@ struct DecodeWarp {
     }
   }
 
-  // The same as f16, each row over a power of two so that it fits, and with columns in the order
-  // that `to_half` gives those of the keys. Also sets the factors of scores.
+  // The same as f16. Also sets the factors of scores.
   template <typename Given>
   __device__ __forceinline__ void load_half_queries(const DecodeParams& params, int batch,
                                                     int kv_head, int first_row) {
-    constexpr float kCacheUnit = kUnit<Config::kCache>;
     const float k_scale = scale_of(params.k_scale, batch * params.k_scale_stride + kv_head);
-    const int first_column = 2 * fragment_column();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + fragment_row() + 8 * h;
-      const bool exists = row < params.tokens * params.group;
-      const Element16* const source = query_row(params, batch, kv_head, row) + first_column;
-      float largest = 0.0f;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const bool valid = exists && 16 * step + first_column < params.head_dim;
-        const uint2 pairs =
-            valid ? *reinterpret_cast<const uint2*>(source + 16 * step) : make_uint2(0, 0);
-        query[step][h] = pairs.x;
-        query[step][h + 2] = pairs.y;
-        const float2 low = ptx::unpack_x2<Given>(pairs.x);
-        const float2 high = ptx::unpack_x2<Given>(pairs.y);
-        largest = fmaxf(
-            largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
-      }
-      largest = quad_max(largest);
-      // 2^e of the largest, up to what has a normal reciprocal.
-      const uint32_t exponent = min(__float_as_uint(largest) & 0x7f800000u, 253u << 23);
-      const float down = __uint_as_float((254u << 23) - exponent);
-      key_factor[h] = kCacheUnit * k_scale * __uint_as_float(exponent);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const float2 low = ptx::unpack_x2<Given>(query[step][h]);
-        const float2 high = ptx::unpack_x2<Given>(query[step][h + 2]);
-        query[step][h] = ptx::cvt_rn_x2<__half>(low.x * down, high.x * down);
-        query[step][h + 2] = ptx::cvt_rn_x2<__half>(low.y * down, high.y * down);
-      }
+      const float factor =
+          load_half_row<Given>(params, query_row(params, batch, kv_head, row),
+                               row < params.tokens * params.group, query, h, h + 2);
+      key_factor[h] = kUnit<Config::kCache> * k_scale * factor;
     }
   }
 
@@ -179,29 +226,21 @@ struct DecodeWarp {
   // Scores become logits in base 2.
   __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
                                         const DecodeParams& params) const {
-    constexpr float kLog2e = SoftmaxScale::kLog2e;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float factor = params.scale;
+      float factor = params.logit_factor;
       if constexpr (Config::kQuantised) factor *= key_factor[h];
-      if (params.softcap == 0.0f) {
-        factor *= kLog2e;
 #pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) scores[j][e] *= factor;
-        }
-      } else {
-        factor /= params.softcap;
-        const float outside = params.softcap * kLog2e;
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            scores[j][e] = outside * tanhf(scores[j][e] * factor);
-          }
-        }
+      for (int j = 0; j < kScoreTiles; ++j) {
+        scores[j][2 * h] *= factor;
+        scores[j][2 * h + 1] *= factor;
       }
+    }
+    if (params.cap == 0.0f) return;
+#pragma unroll
+    for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
     }
   }
 

@@ -6,15 +6,19 @@
 // of values, f32 [batch or 1, K], for caches of e4m3 or int8 -> out [batch, T, N, Hv] in query's
 // type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T * N / K, Hv] and f32
 // [batch, K, splits, T * N / K, 2], which may be empty if there is one split. All arrays are
-// row-major and start at multiples of 16 bytes, as XLA's do.
+// row-major and start at multiples of 16 bytes, as XLA's do. by_forward: on compute capability 9.0
+// the forward kernel of attention runs the call, which has nothing but the first four operands.
 #include "decode/decode.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
 #include "ffi/check.h"
 #include "ffi/handlers.h"
 #include "host/device.h"
+#include "host/dispatch.h"
+#include "host/params.h"
 #include "tile/mask.cuh"
 
 namespace jax_flash {
@@ -36,6 +40,49 @@ decode::CacheType cache_type_of(ffi::DataType type) {
   }
 }
 
+// Caches are keys with lengths, and the new tokens the last queries, to the forward kernel.
+ffi::Error launch_forward(const decode::DecodeParams& params, const DeviceInfo& device,
+                          cudaStream_t stream) {
+  MhaFwdParams forward{};
+  const auto view = [](const void* data, int64_t length, int64_t heads, int64_t width) {
+    TensorView of{};
+    of.data = data;
+    of.batch_strides[0] = length * heads * width;
+    of.row_stride = heads * width;
+    of.head_stride = width;
+    of.alignment = 16;
+    return of;
+  };
+  forward.query = view(params.query, params.tokens, params.heads, params.head_dim);
+  forward.key = view(params.key, params.room, params.kv_heads, params.head_dim);
+  forward.value = view(params.value, params.room, params.kv_heads, params.head_dim_v);
+  forward.key_lengths.data = params.lengths;
+  forward.key_lengths.batch_strides[0] = 1;
+  forward.batch_dims = 1;
+  forward.batch_sizes[0] = forward.batch = params.batch;
+  forward.query_length = params.tokens;
+  forward.key_length = params.room;
+  forward.heads = params.heads;
+  forward.kv_heads = params.kv_heads;
+  forward.head_dim = params.head_dim;
+  forward.head_dim_v = params.head_dim_v;
+  forward.scale = SoftmaxScale::make(params.scale);
+  forward.window_left = params.window_left;
+  forward.window_right = 0;
+  forward.bottom_right = true;
+  forward.out = params.out;
+  forward.lse = params.lse;
+  const ElementType type = params.query_bf16 != 0 ? ElementType::kBf16 : ElementType::kF16;
+  const MhaFwdKernel* const kernel =
+      choose_mha_fwd_kernel({type, params.head_dim, params.head_dim_v, params.room, 1, 16,
+                             device.compute_capability, false, false});
+  JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params.head_dim, " and ",
+                  params.head_dim_v);
+  const cudaError_t error = kernel->launch(forward, device, stream);
+  if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
+  return ffi::Error::Success();
+}
+
 ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                           ffi::AnyBuffer value, ffi::Buffer<ffi::S32> lengths,
                           ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> out,
@@ -43,7 +90,8 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_state, float scale,
                           float softcap, int64_t window_left, int64_t split_keys, int64_t splits,
-                          bool has_page_table, bool has_sinks, bool has_k_scale, bool has_v_scale) {
+                          bool has_page_table, bool has_sinks, bool has_k_scale, bool has_v_scale,
+                          bool by_forward) {
   const Dims q = query.dimensions();
   const Dims k = key.dimensions();
   const Dims v = value.dimensions();
@@ -72,6 +120,9 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                   q[3], " and ", v[3]);
   JAX_FLASH_CHECK(static_cast<int64_t>(lengths.element_count()) == q[0], "lengths ",
                   to_string(lengths.dimensions()), " do not fit query ", to_string(q));
+  const size_t elements = std::max(key.element_count(), value.element_count());
+  JAX_FLASH_CHECK(elements * (quantised ? 1 : 2) <= size_t{1} << 36, "caches ", to_string(k),
+                  " and ", to_string(v), " have more than 2^36 bytes");
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   JAX_FLASH_CHECK(k[0] * k[1] <= kMax, "the caches have ", k[0] * k[1],
                   " rows, more than 31 bits can count");
@@ -83,6 +134,8 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
                   " optional operands, the attributes name ", named);
   JAX_FLASH_CHECK(quantised || !(has_k_scale || has_v_scale), "caches of ", cache_type,
                   " have no scales");
+  JAX_FLASH_CHECK(!by_forward || (named == 0 && !quantised && softcap == 0.0f),
+                  "the forward kernel takes neither options nor caches of ", cache_type);
   params.page_size = 1;
   int64_t room = k[1];
   if (has_page_table) {
@@ -171,6 +224,9 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
 
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
+  if (by_forward && device.compute_capability == 90 && !force_sm80()) {
+    return launch_forward(params, device, stream);
+  }
   const cudaError_t error = decode::launch(cache_type_of(cache_type), params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
   return ffi::Error::Success();
@@ -198,7 +254,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
                                   .Attr<bool>("has_page_table")
                                   .Attr<bool>("has_sinks")
                                   .Attr<bool>("has_k_scale")
-                                  .Attr<bool>("has_v_scale"),
+                                  .Attr<bool>("has_v_scale")
+                                  .Attr<bool>("by_forward"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -4,6 +4,7 @@ Lives here: what `decode_inner` lowers `decode_mha` to, and `few_queries` some c
 `mha`. How keys are cut into splits is in `decode_plan`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ import numpy as np
 
 from jax_flash._src import decode_plan, plan, registry
 from jax_flash._src.config import UNBOUNDED
-from jax_flash._src.decode_call import QUANTISED, DecodeConfig
+from jax_flash._src.decode_call import OPERANDS, QUANTISED, DecodeConfig
 
 WIDEST = 256
 MOST_ROWS = 2**31 - 1
 """Tokens that the caches may hold together."""
+MOST_BYTES = 2**36
+"""Of a cache: 32 bits count pieces of 16 bytes."""
 
 
 def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
@@ -42,6 +45,9 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
             )
     if k_cache.shape[0] * k_cache.shape[1] > MOST_ROWS:
         return f"k_cache {k_cache.shape} holds more tokens than 31 bits can count"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if math.prod(cache.shape) * cache.dtype.itemsize > MOST_BYTES:
+            return f"{name} {cache.shape} has more than {MOST_BYTES} bytes"
     return None
 
 
@@ -68,11 +74,27 @@ def splits_of(config: DecodeConfig, operands: dict[str, Any]) -> tuple[int, int]
     )
 
 
+def by_forward(config: DecodeConfig, operands: dict[str, Any]) -> bool:
+    """Whether a GPU of compute capability 9.0 runs a call by its forward kernel."""
+    _, tokens, heads, _ = operands["query"].shape
+    k_cache = operands["k_cache"]
+    kv_heads = k_cache.shape[2]
+    plain = config.softcap is None and config.num_splits is None
+    if not plain or config.present != OPERANDS[:4]:
+        return False
+    return k_cache.dtype == operands["query"].dtype and decode_plan.serves_forward(
+        tokens, heads // kv_heads, kv_heads, k_cache.shape[1], config.window_left
+    )
+
+
 def splits_text(config: DecodeConfig, operands: dict[str, Any]) -> str:
     """Into what a sequence of full length is cut, in words."""
     keys, splits = splits_of(config, operands)
     text = "one split" if splits == 1 else f"up to {splits} splits of {keys} keys"
-    return f"{text} for each sequence"
+    text = f"{text} for each sequence"
+    if by_forward(config, operands):
+        text += "; on compute capability 9.0 the forward kernel"
+    return text
 
 
 def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
@@ -104,5 +126,6 @@ def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
         has_sinks="sinks" in o,
         has_k_scale="k_scale" in o,
         has_v_scale="v_scale" in o,
+        by_forward=by_forward(config, o),
     )
     return [out, lse]

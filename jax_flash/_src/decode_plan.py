@@ -13,8 +13,14 @@ SPLIT_UNIT = 64
 MOST_SPLITS = 64
 """A row's partial results are added up by few threads; more would take long."""
 
-UNITS = 264
-"""Thread blocks wanted for one long sequence: two on each of 132 multiprocessors."""
+MULTIPROCESSORS = 132
+UNITS = 2 * MULTIPROCESSORS
+"""Thread blocks wanted for one long sequence."""
+
+LEAST_BYTES = 1 << 16
+"""Keys and values of a split of few rows: less does not pay for its end. Twice that,
+and for more rows twice what is least, if one sequence still has a split for 7 of 8
+multiprocessors."""
 
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
@@ -44,22 +50,68 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
     return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
+FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 128, 8, 4096
+"""What the forward kernel for Hopper needs to be used for decoding: more rows than
+this, at least so many blocks of them, and keys."""
+
+
+def serves_forward(
+    tokens: int, group: int, kv_heads: int, keys: int, window_left: int
+) -> bool:
+    """Whether Hopper's forward kernel runs a call of `decode_mha` that it can run.
+
+    The rows of such a call, and not its keys, are what takes time. The forward
+    multiplies them by `wgmma`, faster than `mma.sync`, and its cut of the keys into up
+    to 8 splits does not depend on the batch either. It has the heads of a group in the
+    rows of a block if the group is a power of two.
+
+    Args:
+      tokens: new tokens T.
+      group: query heads of a key/value head.
+      kv_heads: key/value heads K.
+      keys: that a sequence can have.
+      window_left: keys seen before a query's own, -1 = unbounded.
+    """
+    rows = tokens * group
+    if window_left != UNBOUNDED:
+        keys = min(keys, window_left + tokens)
+    blocks = kv_heads * -(-rows // FORWARD_ROWS)
+    packs = group & (group - 1) == 0
+    return (
+        packs
+        and rows > FORWARD_ROWS
+        and blocks >= FORWARD_BLOCKS
+        and keys >= FORWARD_KEYS
+    )
+
+
+def row_tiles(rows: int) -> int:
+    """Tiles of the rows of a key/value head."""
+    return -(-rows // (FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS))
+
+
 def enough_splits(rows: int, kv_heads: int) -> int:
     """Splits of one sequence that fill a GPU."""
-    tile = FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
-    return min(MOST_SPLITS, max(1, UNITS // (kv_heads * -(-rows // tile))))
+    return min(MOST_SPLITS, max(1, UNITS // (kv_heads * row_tiles(rows))))
 
 
-def _least_keys(width: int, cache_bytes: int, rows: int) -> int:
-    """Two tiles of a thread block: fewer do not pay for the end of a split.
+def _least_keys(span: int, width: int, cache_bytes: int, rows: int, heads: int) -> int:
+    """Keys of the shortest split that pays for its end.
 
-    As csrc/decode/config.cuh has them, but for widths above 128, where one split unit
-    is no less.
+    Args:
+      span: keys that a sequence reads.
+      width: as of `splits_of`.
+      cache_bytes: as of `splits_of`.
+      rows: as of `splits_of`.
+      heads: key/value heads times tiles of rows.
     """
-    if width > 128:
-        return SPLIT_UNIT
-    of_warps = 4 * 16 if cache_bytes > 1 else 4 * 32
-    return 2 * (of_warps if rows <= FEW_ROWS else 64)
+    tiles = 64 if width <= 64 else 128 if width <= 128 else 256
+    if rows <= FEW_ROWS:
+        keys = max(SPLIT_UNIT, LEAST_BYTES // (2 * tiles * cache_bytes))
+    else:
+        keys = SPLIT_UNIT if tiles > 128 else 2 * SPLIT_UNIT
+    fills = 8 * heads * -(-span // (2 * keys)) >= 7 * MULTIPROCESSORS
+    return 2 * keys if fills else keys
 
 
 def splits_of(
@@ -91,7 +143,8 @@ def splits_of(
     least = SPLIT_UNIT
     if num_splits is None:
         num_splits = enough_splits(rows, kv_heads)
-        least = _least_keys(width, cache_bytes, rows)
+        heads = kv_heads * row_tiles(rows)
+        least = _least_keys(span, width, cache_bytes, rows, heads)
     units = -(-span // SPLIT_UNIT)
     keys = max(least, SPLIT_UNIT * -(-units // num_splits))
     if span == max(room, 1):

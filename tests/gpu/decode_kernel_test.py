@@ -15,7 +15,7 @@ import oracle
 import pytest
 from decode_helpers import paged, quantised
 
-from jax_flash import append_kv, decode_mha
+from jax_flash import append_kv, decode_mha, explain
 
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 PAGE = 64
@@ -225,6 +225,29 @@ def test_one_sequence(heads: int, room: int) -> None:
         alone = run(query[:1], k[:1], v[:1], lengths[:1])
         chex.assert_trees_all_equal(alone, tuple(x[:1] for x in both))
     check(both, query, k, v, lengths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "window"),
+    [(64, 32, 128, None), (64, 32, 64, None), (33, 64, 256, None), (64, 32, 128, 4090)],
+)
+def test_many_rows(tokens: int, heads: int, width: int, window: int | None) -> None:
+    """On Hopper by the forward kernel: the same bits alone as in a batch."""
+    room = 4160
+    lengths = np.array([room, 0, 1, tokens - 1, tokens, 1000, 4101, -3], np.int32)
+    query, k, v = problem(0, len(lengths), tokens, heads, 8, room, width)
+    options = {} if window is None else {"window_size": (window, None)}
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, k, v))
+    explanation = explain(*shapes, cache_seqlens=lengths, **options)
+    assert "the forward kernel" in str(explanation)
+    for b, length in enumerate(lengths):
+        k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
+    got = run(query, k, v, lengths, **options)
+    check(got, query, k, v, lengths, **options)
+    for b in (0, 3, 6):
+        one = slice(b, b + 1)
+        alone = run(query[one], k[one], v[one], lengths[one], **options)
+        chex.assert_trees_all_equal(alone, tuple(x[one] for x in got))
 
 
 def test_many_sequences() -> None:
