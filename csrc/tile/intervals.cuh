@@ -88,17 +88,6 @@ struct IntervalMask {
     return rows.end == 0 ? RowInterval{0, 0} : rows;
   }
 
-  // Rows that all see all keys of [key_begin, key_end), dead rows not counted: at most those.
-  __device__ __forceinline__ RowInterval rows_of_all(int key_begin, int key_end) const {
-    if (key_end > interval_tiles(key_length) * kIntervalKeys) return {0, 0};
-    RowInterval rows = {0, kMaxLength};
-    for (int i = key_begin / kIntervalKeys; i * kIntervalKeys < key_end; ++i) {
-      rows.first = max_int(rows.first, key_tiles[i].core_first);
-      rows.end = min_int(rows.end, key_tiles[i].core_end);
-    }
-    return rows.first < rows.end ? rows : RowInterval{0, 0};
-  }
-
   // Whether some row (key) of the tiles that hold [begin, end) is dead.
   __device__ __forceinline__ bool dead_rows(int begin, int end) const {
     for (int i = begin / kIntervalRows; i * kIntervalRows < min_int(end, query_length); ++i) {
