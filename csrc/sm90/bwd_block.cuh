@@ -201,6 +201,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.first_head = flat_query_head - block.batch * params.heads;
   block.in_sum = flat_query_head * plan.tiles;
   block.mask = mask_of<typename Config::Mask>(params, block.batch);
+  RowInterval rows;
   if constexpr (Config::kIntervals) {
     const IntervalsView& view = params.intervals;
     block.slopes = view.slopes;
@@ -209,12 +210,14 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     }
     block.copied = false;
     if constexpr (Config::kDense) block.begin(params, block.batch);
-    block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
+    const KeyTile keys = block.mask.template key_tile<Config::kKeys>(block.first_key);
+    block.dead_keys = keys.dead != 0;
+    rows = {keys.first, keys.end};
   } else {
     block.keys = max(block.mask.key_length - block.first_key, 0);
     block.live = block.mask.rows(0, block.mask.key_length);
+    rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   }
-  const RowInterval rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
   block.query_heads = plan.query_heads;

@@ -116,6 +116,24 @@ struct IntervalMask {
     return dead;
   }
 
+  // The record of kKeys keys from `first` on, some of which exist; found like that.
+  template <int kKeys>
+  __device__ __forceinline__ KeyTile key_tile(int first) const {
+    static_assert(kKeys % kIntervalKeys == 0);
+    const int last = interval_tiles(key_length) - 1;
+    KeyTile keys = {kMaxLength, 0, 0, {}};
+#pragma unroll
+    for (int i = 0; i < kKeys / kIntervalKeys; ++i) {
+      const int tile = min_int(first / kIntervalKeys + i, last);
+      const int4 words = __ldg(reinterpret_cast<const int4*>(key_tiles + tile));
+      keys.dead |= words.z;
+      if (words.x >= words.y) continue;
+      keys.first = min_int(keys.first, words.x);
+      keys.end = max_int(keys.end, words.y);
+    }
+    return keys;
+  }
+
   // Whether ids have to be compared where rows of [row_begin, row_end) are masked.
   __device__ __forceinline__ bool mixed(int row_begin, int row_end) const {
     for (int i = row_begin / kIntervalRows; i * kIntervalRows < min_int(row_end, query_length);
