@@ -315,8 +315,8 @@ def _cases() -> dict[str, Callable[[], Case]]:
         ),
         # Tiles that see most of 64 keys but not all.
         "causal, more keys": lambda: of_options((1, 200, 240, 2, 1), is_causal=True),
-        # Halves of blocks of 128 keys that some or all of the block's tiles of rows do not
-        # meet, the first or the last of them.
+        # Halves of blocks of 128 keys that some or all of the block's tiles of rows do
+        # not meet, the first or the last of them.
         "documents of whole tiles, causal": lambda: of_options(
             (1, 576, 576, 2, 1), halves, halves, is_causal=True
         ),

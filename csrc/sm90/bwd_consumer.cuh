@@ -18,8 +18,8 @@
 #include "sm90/bwd_mask.cuh"
 #include "sm90/bwd_option_scores.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/bwd_steps.cuh"
 #include "sm90/bwd_store.cuh"
-#include "sm90/bwd_unseen_step.cuh"
 #include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -481,85 +481,20 @@ struct BwdConsumer {
     }
   }
 
-  // for_steps with intervals: the producer says what the next tile is, and the steps need no
-  // number. Each step but the last looks ahead.
-  template <bool kOptions, typename Step>
-  __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
-    int left = block.steps;
-    look_ahead<kOptions>(block, 0);
-    const auto run_step = [&]<bool kClean>() {
-      step.template operator()<kClean, kOptions>(0, left == block.steps, left == 1);
-    };
-    while (left > 0) {
-      if constexpr (kPassesUnseen) {
-#pragma unroll 1
-        for (; left > 0 && unseen; --left) {
-          unseen_step(*this, left == block.steps, left == 1, [&] { look_ahead<kOptions>(block); });
-        }
-      }
-      if constexpr (!Config::kDense) {
-#pragma unroll 1
-        for (; left > 0 && clean; --left) run_step.template operator()<true>();
-      }
-      if (left == 0) break;
-      if (kPassesUnseen && unseen) continue;
-      run_step.template operator()<false>();
-      --left;
-    }
-  }
-
-  // for_steps without intervals: no step needs to know whether it is the last.
-  template <typename Step>
-  __device__ __forceinline__ void for_plain_steps(const BwdBlock<Config>& block, Step step) {
-    const int first_tile = block.first_tile;
-    const int end_tile = first_tile + block.tiles;
-    const int clean_first = block.clean_first[warpgroup];
-    const int clean_end = block.clean_end[warpgroup];
-    int tile = first_tile;
-    bool first = true;
-    const auto advance = [&] {
-      first = false;
-      if (++tile == end_tile) tile = first_tile;
-    };
-    int left = block.steps;
-    while (left > 0) {
-      if constexpr (kPassesUnseen) {
-#pragma unroll 1
-        for (; left > 0 && !block.sees(warpgroup, tile); --left) {
-          unseen_step(*this, first, false, [] {});
-          advance();
-        }
-      }
-#pragma unroll 1
-      for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
-        step.template operator()<true, false>(tile, first, false);
-        advance();
-      }
-      if (left == 0) break;
-      if constexpr (kPassesUnseen) {
-        if (!block.sees(warpgroup, tile)) continue;
-      }
-      step.template operator()<false, false>(tile, first, false);
-      advance();
-      --left;
-    }
-  }
-
   // Calls step<kClean, kOptions>(tile, first, last) for all tiles of a block.
   template <typename Step>
   __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
     if constexpr (!Config::kIntervals) {
-      for_plain_steps(block, step);
+      for_plain_steps(*this, block, step);
     } else if (!Config::kDense && ScoreOptions::any(params)) {
-      for_interval_steps<true>(block, step);
+      for_interval_steps<true>(*this, block, step);
     } else {
-      for_interval_steps<false>(block, step);
+      for_interval_steps<false>(*this, block, step);
     }
   }
 
   // All of a block but handing its last dQ over.
-  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block,
-                                            float (&dquery)[kSums]) {
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block, float (&dquery)[kSums]) {
     const int key_stage = blocks % Config::kKeyStages;
     begin_block(block);
     for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
