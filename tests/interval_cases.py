@@ -169,10 +169,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
         ids[rng.random(ids.shape) < 0.3] = -1
     holes[0][0, 64:200] = holes[1][0, 100:330] = -7  # whole tiles
     holes[0][1] = -1  # nothing at all
+    halves = np.repeat([0, 1, 2, 3, -1, 4], [64, 64, 192, 64, 64, 128])
     scattered = np.where(rng.random(300) < 0.2, -1, 0)
     alternating = np.arange(200) // 3 % 4
     documents = np.repeat([-1, 0, 1, 2], [40, 300, 70, 290])
-    halves = np.repeat([0, 1, 2, 3, -1, 4], [64, 64, 192, 64, 64, 128])
     return {
         # Whole tiles are clean here.
         "one id": lambda: of_options((1, 150, 600, 2, 1)),

@@ -59,12 +59,12 @@ def slopes(spec: Spec, seed: int) -> np.ndarray:
 def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
     """Of the kinds named by letters: documents, ids in any order, cap, alibi.
 
-    Or documents of 64 (h), a cap far above most scores (w), slopes that reach far (f).
+    Or a cap far above most scores (w), and slopes that reach far (f).
     """
     given: dict[str, Any] = {}
     if "d" in kinds or "i" in kinds:
         given |= segments(spec, seed, "d" in kinds)
-    if "h" in kinds:
+    if "h" in kinds:  # documents of halves of blocks
         sizes = spec.query_length, spec.key_length
         q_ids, kv_ids = (np.arange(n, dtype=np.int32)[None] // 64 for n in sizes)
         given |= {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
