@@ -31,6 +31,8 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "negative ids",
         "unsorted ids, causal, wide",
         "packed, causal",
+        "documents of whole tiles, causal",
+        "documents of whole tiles, window",
         "soft cap and slopes",
         "soft cap that some scores pass",
         "slopes, later keys",

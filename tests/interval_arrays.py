@@ -80,9 +80,7 @@ def _sequence(
         meets = np.flatnonzero(meets & (row_tiles[:, 0] < row_tiles[:, 1]))
         if len(meets):
             tile[:2] = meets[0] * TILE, (meets[-1] + 1) * TILE
-        if not dead_key[part].any():
-            tile[2:4] = _longest_run(sees[:, part].all(1), alive)
-        tile[4] = dead_key[part].any()
+        tile[2] = dead_key[part].any()
     return {
         "rows": records.astype(np.int32),
         "row_tiles": row_tiles.astype(np.int32),
@@ -104,17 +102,3 @@ def _interval(
     while wide and end < len(seen) and key_ids[end] != row_id:
         end += 1
     return first, end
-
-
-def _longest_run(sees_all: np.ndarray, alive: np.ndarray) -> tuple[int, int]:
-    """Rows [first, end) that all see a tile, dead ones between them not counted."""
-    best = (0, 0)
-    first = None
-    for r in range(len(alive)):
-        if sees_all[r]:
-            first = r if first is None else first
-            if r + 1 - first > best[1] - best[0]:
-                best = (first, r + 1)
-        elif alive[r]:
-            first = None
-    return best

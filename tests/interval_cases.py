@@ -169,6 +169,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
         ids[rng.random(ids.shape) < 0.3] = -1
     holes[0][0, 64:200] = holes[1][0, 100:330] = -7  # whole tiles
     holes[0][1] = -1  # nothing at all
+    halves = np.repeat([0, 1, 2, 3, -1, 4], [64, 64, 192, 64, 64, 128])
     scattered = np.where(rng.random(300) < 0.2, -1, 0)
     alternating = np.arange(200) // 3 % 4
     documents = np.repeat([-1, 0, 1, 2], [40, 300, 70, 290])
@@ -311,6 +312,20 @@ def _cases() -> dict[str, Callable[[], Case]]:
         # Sums of the gradient of queries that start from zeros, and others.
         "packed, many keys and few": lambda: packed(
             (1, 270, 2600, 1, 1), [(100, 2300), (90, 200), (60, 40)], False
+        ),
+        # Tiles that see most of 64 keys but not all.
+        "causal, more keys": lambda: of_options((1, 200, 240, 2, 1), is_causal=True),
+        # Halves of blocks of 128 keys that some or all of the block's tiles of rows do
+        # not meet, the first or the last of them.
+        "documents of whole tiles, causal": lambda: of_options(
+            (1, 576, 576, 2, 1), halves, halves, is_causal=True
+        ),
+        "documents of whole tiles, window": lambda: of_options(
+            (1, 576, 576, 2, 2),
+            halves,
+            halves,
+            rest={"dropout_rate": 0.3},
+            window_size=(100, 100),
         ),
     }
 

@@ -42,12 +42,8 @@ struct alignas(16) KeyTile {
   // those between.
   int32_t first;
   int32_t end;
-  // Rows that all see all of these keys, dead rows between them not counted; none if there are dead
-  // keys.
-  int32_t core_first;
-  int32_t core_end;
   int32_t dead;  // whether there are dead keys; those past the last key are
-  int32_t unused[3];
+  int32_t unused[5];
 };
 
 // The queue of the blocks of work of a call, which its kernels fill: the number of the next one,

@@ -335,37 +335,24 @@ __global__ void __launch_bounds__(kKeyThreads)
   const bool dead = __any_sync(0xffffffffu, ids[lane_id()] < 0 || ids[kWarp + lane_id()] < 0);
   int first = params.row_count;
   int end = 0;
-  // The first run of tiles whose rows all see these keys; dead tiles do not begin one.
-  int core_first = params.row_count;
-  int core_end = params.row_count;
 #pragma unroll 1
   for (int base = 0; base < params.row_count; base += kWarp) {
     const int tile = base + lane_id();
-    bool some = false;
     bool meets = false;
-    bool sees = true;
     if (tile < params.row_count) {
       const RowTile& rows = tiles[tile];
-      some = rows.first < rows.end;
-      meets = some && rows.first < key + kIntervalKeys && rows.end > key;
-      sees = rows.core_first <= key && rows.core_end >= key + kIntervalKeys;
+      meets = rows.first < rows.end && rows.first < key + kIntervalKeys && rows.end > key;
     }
     const uint32_t met = __ballot_sync(0xffffffffu, meets);
     if (met != 0) {
       first = min(first, base + __ffs(met) - 1);
       end = base + 32 - __clz(met);
     }
-    const uint32_t clean = __ballot_sync(0xffffffffu, sees && some);
-    if (core_first == params.row_count && clean != 0) core_first = base + __ffs(clean) - 1;
-    const uint32_t ends = __ballot_sync(0xffffffffu, !sees && tile > core_first);
-    if (core_end == params.row_count && ends != 0) core_end = base + __ffs(ends) - 1;
   }
   if (lane_id() != 0) return;
   if (end == 0) first = 0;
-  if (dead || core_first == params.row_count) core_first = core_end = 0;
   params.key_tiles[number] = {
-      first * kIntervalRows,    end * kIntervalRows, core_first * kIntervalRows,
-      core_end * kIntervalRows, dead ? 1 : 0,        {0, 0, 0}};
+      first * kIntervalRows, end * kIntervalRows, dead ? 1 : 0, {0, 0, 0, 0, 0}};
 }
 
 }  // namespace jax_flash::ops

@@ -57,17 +57,20 @@ struct BwdIntervalBlock {
   uint32_t key_copies;
 };
 
-// Whether a warpgroup has steps of its own for tiles that see none of its keys. At width 64 the
-// producer has no registers left to find them.
+// Whether a warpgroup has steps of its own for tiles that see none of its keys. Without intervals
+// the producer has no registers left at width 64 to find them.
 template <typename Config>
 inline constexpr bool kBwdPassesUnseen =
-    Config::kHeadDim > 64 && Config::kHeadDim <= 128 && !Config::kIntervals;
+    Config::kKeyStep > 0 && (Config::kHeadDim > 64 || Config::kIntervals);
 
-// Without, where kBwdPassesUnseen. Per warpgroup: tiles [first, end) some of whose queries see some
-// of its keys.
+// Without. Per warpgroup: where kBwdPassesUnseen, tiles [first, end) some of whose queries see some
+// of its keys; tiles whose queries, those that exist, see all of its keys, and whose rows are all
+// live.
 struct BwdPlainBlock {
   int seen_first[2];
   int seen_end[2];
+  int clean_first[2];
+  int clean_end[2];
 
   __device__ __forceinline__ bool sees(int warpgroup, int tile) const {
     return tile >= seen_first[warpgroup] && tile < seen_end[warpgroup];
@@ -116,10 +119,6 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   int out_batch;  // in the gradients of keys and values, or in those of all parts
   typename Config::Mask mask;
   RowInterval live;  // rows that see any key; the others may hold anything. Not with intervals.
-  // Per warpgroup: tiles [first, end) whose queries, those that exist, see all of its keys, and
-  // whose rows are all live; with intervals the live ones of their rows see all keys.
-  int clean_first[Config::kWarpgroups];
-  int clean_end[Config::kWarpgroups];
 
   // With intervals: whether this block adds to the gradient of a tile of queries.
   __device__ __forceinline__ bool meets(int tile) const {
@@ -133,7 +132,9 @@ struct alignas(8) BwdStep {
   static constexpr uint32_t kMeets = 1;       // the block adds to the gradient of these queries
   static constexpr uint32_t kDead = 2;        // some of them may hold anything
   static constexpr uint32_t kMixed = 4;       // ids count
-  static constexpr uint32_t kFirstClean = 8;  // for the first warpgroup; then for the others
+  static constexpr uint32_t kFirstClean = 8;  // for the first warpgroup; then for the other
+  // None of them sees a key of the first warpgroup; then of the other.
+  static constexpr uint32_t kFirstUnseen = 32;
 
   uint32_t flags;
   float slope;  // of the query head
@@ -143,6 +144,9 @@ struct alignas(8) BwdStep {
   __device__ __forceinline__ bool clean(int warpgroup) const {
     return (flags & kFirstClean << warpgroup) != 0;
   }
+  __device__ __forceinline__ bool unseen(int warpgroup) const {
+    return (flags & kFirstUnseen << warpgroup) != 0;
+  }
 };
 
 // The same with what is dense: the query head, and the first query.
@@ -151,18 +155,25 @@ struct BwdDenseStep {
   int row;
 };
 
-// The flags of a tile of queries of the block.
+// The flags of a tile of queries of the block. It is clean for a warpgroup if all of its rows are
+// live and see all of the warpgroup's keys. A scale that is no positive number goes through the
+// careful path, which multiplies it in.
 template <typename Config>
-__device__ __forceinline__ uint32_t step_flags(const BwdBlock<Config>& block, int tile) {
+__device__ __forceinline__ uint32_t step_flags(const BwdBlock<Config>& block, int tile,
+                                               bool may_be_clean) {
   if (!block.meets(tile)) return 0;
   const RowTile& rows = block.mask.row_tiles[tile];
   uint32_t flags = BwdStep::kMeets;
   if (rows.mixed != 0) flags |= BwdStep::kMixed;
-  if (rows.dead != 0) return flags | BwdStep::kDead;
+  if (rows.dead != 0) flags |= BwdStep::kDead;
 #pragma unroll
   for (int w = 0; w < Config::kWarpgroups; ++w) {
-    const bool clean = tile >= block.clean_first[w] && tile < block.clean_end[w];
-    if (clean) flags |= BwdStep::kFirstClean << w;
+    const int first = block.first_key + Config::kKeyStep * w;
+    if (kBwdPassesUnseen<Config> && (rows.first >= first + 64 || rows.end <= first)) {
+      flags |= BwdStep::kFirstUnseen << w;
+    }
+    const bool clean = rows.dead == 0 && rows.core_first <= first && first + 64 <= rows.core_end;
+    if (may_be_clean && clean) flags |= BwdStep::kFirstClean << w;
   }
   return flags;
 }
@@ -190,6 +201,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.first_head = flat_query_head - block.batch * params.heads;
   block.in_sum = flat_query_head * plan.tiles;
   block.mask = mask_of<typename Config::Mask>(params, block.batch);
+  RowInterval rows;
   if constexpr (Config::kIntervals) {
     const IntervalsView& view = params.intervals;
     block.slopes = view.slopes;
@@ -198,31 +210,35 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
     }
     block.copied = false;
     if constexpr (Config::kDense) block.begin(params, block.batch);
-    block.dead_keys = block.mask.dead_keys(block.first_key, block.first_key + Config::kKeys);
+    const KeyTile keys = block.mask.template key_tile<Config::kKeys>(block.first_key);
+    block.dead_keys = keys.dead != 0;
+    rows = {keys.first, keys.end};
   } else {
     block.keys = max(block.mask.key_length - block.first_key, 0);
     block.live = block.mask.rows(0, block.mask.key_length);
+    rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   }
-  const RowInterval rows = block.mask.rows(cluster_key, cluster_key + Config::kClusterKeys);
   block.first_tile = rows.first / kRows;
   block.tiles = rows.first < rows.end ? (rows.end + kRows - 1) / kRows - block.first_tile : 0;
   block.query_heads = plan.query_heads;
   block.steps = plan.query_heads * block.tiles;
   block.in_sum += block.first_tile;
   block.next_head = plan.tiles - block.tiles + 1;
+  if constexpr (!Config::kIntervals) {
 #pragma unroll 1
-  for (int w = 0; w < Config::kWarpgroups; ++w) {
-    const int first_key = block.first_key + Config::kKeyStep * w;
-    const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
-    // Any other scale goes through the careful path, which multiplies it in.
-    const bool none = all.first >= all.end || params.scale.first != 1.0f;
-    const bool to_end = all.end == params.query_length;
-    block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
-    block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
-    if constexpr (kBwdPassesUnseen<Config>) {
-      const RowInterval seen = block.mask.rows(first_key, first_key + 64);
-      block.seen_first[w] = seen.first / kRows;
-      block.seen_end[w] = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : 0;
+    for (int w = 0; w < Config::kWarpgroups; ++w) {
+      const int first_key = block.first_key + Config::kKeyStep * w;
+      const RowInterval all = block.mask.rows_of_all(first_key, first_key + 64);
+      // Any other scale goes through the careful path, which multiplies it in.
+      const bool none = all.first >= all.end || params.scale.first != 1.0f;
+      const bool to_end = all.end == params.query_length;
+      block.clean_first[w] = none ? 0 : (all.first + kRows - 1) / kRows;
+      block.clean_end[w] = none ? 0 : (all.end + (to_end ? kRows - 1 : 0)) / kRows;
+      if constexpr (kBwdPassesUnseen<Config>) {
+        const RowInterval seen = block.mask.rows(first_key, first_key + 64);
+        block.seen_first[w] = seen.first / kRows;
+        block.seen_end[w] = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : 0;
+      }
     }
   }
   return true;

@@ -18,8 +18,8 @@
 #include "sm90/bwd_mask.cuh"
 #include "sm90/bwd_option_scores.cuh"
 #include "sm90/bwd_shared.cuh"
+#include "sm90/bwd_steps.cuh"
 #include "sm90/bwd_store.cuh"
-#include "sm90/bwd_unseen_step.cuh"
 #include "sm90/clear_rows.cuh"
 #include "sm90/ring.cuh"
 #include "tile/copy.cuh"
@@ -45,6 +45,7 @@ struct BwdConsumer {
   static constexpr int kGrads = Config::kHeadDim / 2;
   static constexpr int kSums = Config::kSumRows / 2;
   static constexpr int kPieceSums = kSums / Config::kSumPieces;
+  static constexpr bool kIntervals = Config::kIntervals;
   static constexpr bool kPassesUnseen = kBwdPassesUnseen<Config>;
   static constexpr int kEarlyLoads = Config::kHeadDim == 64 ? 4 : 2;
 
@@ -56,6 +57,7 @@ struct BwdConsumer {
   uint32_t steps = 0;   // before the one at work: the position in the rings of queries and scores
   uint32_t blocks = 0;  // that have tiles, before the one at work: the position in that of keys
   bool clean = false;   // with intervals: whether the tile of the next step is
+  bool unseen = false;  // the same: whether none of its queries sees a key, where kPassesUnseen
 
   float dkey[kGrads];
   float dvalue[kGrads];
@@ -103,6 +105,10 @@ struct BwdConsumer {
     } else {
       warp_arrive(shared.dout_empty[dout_stage()]);
     }
+  }
+
+  __device__ __forceinline__ void release_values() const {
+    warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
   }
 
   __device__ __forceinline__ uint32_t key_tile() const {
@@ -388,7 +394,7 @@ struct BwdConsumer {
     load_early(early, delta_columns());
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     if constexpr (Config::kIntervals) {
-      if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
+      if (last) release_values();
     }
     take_score_gradients(ds, weights, dp, early, block);
     share_scores(ds);
@@ -460,8 +466,8 @@ struct BwdConsumer {
     }
   }
 
-  // With intervals: waits for the queries that are `ahead` steps further, and finds out whether
-  // their tile is clean.
+  // With intervals: waits for the queries that are `ahead` steps further, and finds out what their
+  // tile is.
   template <bool kOptions>
   __device__ __forceinline__ void look_ahead(const BwdBlock<Config>& block, uint32_t ahead = 1) {
     const uint32_t at = steps + ahead;
@@ -469,81 +475,26 @@ struct BwdConsumer {
     wait(shared.query_full[stage], at / Config::kStages % 2);
     const BwdStep step = shared.steps[stage];
     clean = step.clean(warpgroup);
+    if constexpr (kPassesUnseen) unseen = step.unseen(warpgroup);
     if constexpr (kOptions) {
       if (clean) clean = option_scores(block, stage).on_one_side();
     }
   }
 
-  // for_steps with intervals: the producer says what the next tile is, and the steps need no
-  // number. Each step but the last looks ahead.
-  template <bool kOptions, typename Step>
-  __device__ __forceinline__ void for_interval_steps(const BwdBlock<Config>& block, Step step) {
-    int left = block.steps;
-    look_ahead<kOptions>(block, 0);
-    const auto run_step = [&]<bool kClean>() {
-      step.template operator()<kClean, kOptions>(0, left == block.steps, left == 1);
-    };
-    if constexpr (Config::kDense) {
-#pragma unroll 1
-      for (; left > 0; --left) run_step.template operator()<false>();
-    } else {
-      while (left > 0) {
-#pragma unroll 1
-        for (; left > 0 && clean; --left) run_step.template operator()<true>();
-        if (left == 0) break;
-        run_step.template operator()<false>();
-        --left;
-      }
-    }
-  }
-
-  // Calls step<kClean, kOptions>(tile, first, last) for all tiles of a block; without intervals no
-  // step needs to know whether it is the last.
+  // Calls step<kClean, kOptions>(tile, first, last) for all tiles of a block.
   template <typename Step>
   __device__ __forceinline__ void for_steps(const BwdBlock<Config>& block, Step step) {
-    if constexpr (Config::kIntervals) {
-      if (!Config::kDense && ScoreOptions::any(params)) {
-        for_interval_steps<true>(block, step);
-      } else {
-        for_interval_steps<false>(block, step);
-      }
-      return;
-    }
-    const int first_tile = block.first_tile;
-    const int end_tile = first_tile + block.tiles;
-    const int clean_first = block.clean_first[warpgroup];
-    const int clean_end = block.clean_end[warpgroup];
-    int tile = first_tile;
-    bool first = true;
-    const auto advance = [&] {
-      first = false;
-      if (++tile == end_tile) tile = first_tile;
-    };
-    int left = block.steps;
-    while (left > 0) {
-      if constexpr (kPassesUnseen) {
-#pragma unroll 1
-        for (; left > 0 && !block.sees(warpgroup, tile); --left) {
-          unseen_step(*this, first);
-          advance();
-        }
-      }
-#pragma unroll 1
-      for (; left > 0 && tile >= clean_first && tile < clean_end; --left) {
-        step.template operator()<true, false>(tile, first, false);
-        advance();
-      }
-      if (left == 0) break;
-      if constexpr (kPassesUnseen) {
-        if (!block.sees(warpgroup, tile)) continue;
-      }
-      step.template operator()<false, false>(tile, first, false);
-      advance();
-      --left;
+    if constexpr (!Config::kIntervals) {
+      for_plain_steps(*this, block, step);
+    } else if (!Config::kDense && ScoreOptions::any(params)) {
+      for_interval_steps<true>(*this, block, step);
+    } else {
+      for_interval_steps<false>(*this, block, step);
     }
   }
 
-  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
+  // All of a block but handing its last dQ over.
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block, float (&dquery)[kSums]) {
     const int key_stage = blocks % Config::kKeyStages;
     begin_block(block);
     for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
@@ -552,12 +503,10 @@ struct BwdConsumer {
     if constexpr (!Config::kIntervals) warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
-    float dquery[kSums];
     ptx::wgmma_fence();
     issue_dquery(dquery, steps + 1, own_columns());
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
-    hand_over(dquery);
     ++blocks;
   }
 
@@ -571,13 +520,23 @@ struct BwdConsumer {
       if constexpr (Config::kIntervals) blocks = block.key_copies;
 #pragma unroll
       for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
+      float dquery[kSums];
       if (block.tiles > 0) {
         if (blocks == 0) warp_arrive(shared.score_full[1]);  // of the step before the first
-        run_block(block);
+        run_block(block, dquery);
+        if constexpr (!kIntervals) hand_over(dquery);
+      }
+      const auto store_dvalue = [&] {
+        store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
+                       params.head_dim_v, block);
+      };
+      if constexpr (kIntervals) {
+        // The adder may still be at work on the dQ before.
+        store_dvalue();
+        if (block.tiles > 0) hand_over(dquery);
       }
       store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
-      store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
-                     params.head_dim_v, block);
+      if constexpr (!kIntervals) store_dvalue();
       if constexpr (Config::kIntervals) slots = block.slot;
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));

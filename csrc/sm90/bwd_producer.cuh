@@ -211,7 +211,9 @@ struct BwdProducer {
 #pragma unroll 1
       for (int base = 0; base < block.tiles; base += 32) {
         const int own = base + lane_id();
-        const uint32_t flags = own < block.tiles ? step_flags(block, block.first_tile + own) : 0;
+        const bool may_be_clean = params.scale.first == 1.0f;
+        const uint32_t flags =
+            own < block.tiles ? step_flags(block, block.first_tile + own, may_be_clean) : 0;
 #pragma unroll 1
         for (uint32_t left = __ballot_sync(0xffffffffu, flags != 0); left != 0; left &= left - 1) {
           const int lane = __ffs(static_cast<int>(left)) - 1;
@@ -318,7 +320,7 @@ struct BwdProducer {
       }
       if (lane_id() == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[slots.stage()]));
-        if constexpr (Config::kKeyStages == 1 && !Config::kIntervals) fetch_keys(block);
+        if constexpr (Config::kKeyStages == 1) fetch_keys(block);
       }
       slots.next();
       if (block.tiles == 0) continue;

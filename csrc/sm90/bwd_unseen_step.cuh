@@ -11,14 +11,20 @@
 namespace jax_flash::sm90 {
 
 // In place of BwdConsumer::step, with the same arrivals: dS is 0, and nothing is added to dK and
-// dV. Rows that may hold anything need not be zeroed for this warpgroup.
-template <typename Consumer>
-__device__ __forceinline__ void unseen_step(Consumer& consumer, bool first) {
+// dV. Rows that may hold anything need not be zeroed for this warpgroup. With intervals (else
+// look_ahead is not called, and nothing need be the last) the queries are there, as in that step.
+template <typename Consumer, typename LookAhead>
+__device__ __forceinline__ void unseen_step(Consumer& consumer, bool first, bool last,
+                                            LookAhead look_ahead) {
+  constexpr bool kIntervals = Consumer::kIntervals;
   auto& shared = consumer.shared;
   const uint32_t steps = consumer.steps;
-  consumer.wait(shared.query_full[consumer.stage()], consumer.parity());
+  if constexpr (!kIntervals) consumer.wait(shared.query_full[consumer.stage()], consumer.parity());
   consumer.wait(shared.dout_full[consumer.dout_stage()], consumer.dout_parity());
   consumer.pass_turn(consumer.warpgroup == 1 || !first);
+  if constexpr (kIntervals) {
+    if (last) consumer.release_values();
+  }
   const uint32_t ds[Consumer::kScores / 2] = {};
   consumer.share_scores(ds);
   consumer.take_turn();
@@ -31,6 +37,9 @@ __device__ __forceinline__ void unseen_step(Consumer& consumer, bool first) {
   consumer.release_douts();
   consumer.release_queries();
   if (!first) consumer.hand_over(dquery);
+  if constexpr (kIntervals) {
+    if (!last) look_ahead();
+  }
   ++consumer.steps;
 }
 

@@ -88,17 +88,6 @@ struct IntervalMask {
     return rows.end == 0 ? RowInterval{0, 0} : rows;
   }
 
-  // Rows that all see all keys of [key_begin, key_end), dead rows not counted: at most those.
-  __device__ __forceinline__ RowInterval rows_of_all(int key_begin, int key_end) const {
-    if (key_end > interval_tiles(key_length) * kIntervalKeys) return {0, 0};
-    RowInterval rows = {0, kMaxLength};
-    for (int i = key_begin / kIntervalKeys; i * kIntervalKeys < key_end; ++i) {
-      rows.first = max_int(rows.first, key_tiles[i].core_first);
-      rows.end = min_int(rows.end, key_tiles[i].core_end);
-    }
-    return rows.first < rows.end ? rows : RowInterval{0, 0};
-  }
-
   // Whether some row (key) of the tiles that hold [begin, end) is dead.
   __device__ __forceinline__ bool dead_rows(int begin, int end) const {
     for (int i = begin / kIntervalRows; i * kIntervalRows < min_int(end, query_length); ++i) {
@@ -125,6 +114,24 @@ struct IntervalMask {
       dead |= __ldg(&key_tiles[min_int(first / kIntervalKeys + i, last)].dead);
     }
     return dead;
+  }
+
+  // The record of kKeys keys from `first` on, some of which exist; found like that.
+  template <int kKeys>
+  __device__ __forceinline__ KeyTile key_tile(int first) const {
+    static_assert(kKeys % kIntervalKeys == 0);
+    const int last = interval_tiles(key_length) - 1;
+    KeyTile keys = {kMaxLength, 0, 0, {}};
+#pragma unroll
+    for (int i = 0; i < kKeys / kIntervalKeys; ++i) {
+      const int tile = min_int(first / kIntervalKeys + i, last);
+      const int4 words = __ldg(reinterpret_cast<const int4*>(key_tiles + tile));
+      keys.dead |= words.z;
+      if (words.x >= words.y) continue;
+      keys.first = min_int(keys.first, words.x);
+      keys.end = max_int(keys.end, words.y);
+    }
+    return keys;
   }
 
   // Whether ids have to be compared where rows of [row_begin, row_end) are masked.

@@ -76,8 +76,8 @@ class Intervals(NamedTuple):
       row_tiles: [*B, R / TILE, 8], hull and core of the keys of the rows of a tile (two
         numbers each), whether some are dead, whether ids count, and two zeros.
       keys: [*B, S'], the id of each key, -1 if it is dead; S' is S in whole tiles.
-      key_tiles: [*B, S' / TILE, 8], rows that may see some key of a tile and rows that
-        all see all of them (two numbers each), whether some are dead, and three zeros.
+      key_tiles: [*B, S' / TILE, 8], rows that may see some key of a tile (two numbers),
+        whether some are dead, and five zeros.
     """
 
     rows: jax.Array
@@ -298,31 +298,15 @@ def _key_tiles(row_tiles: jax.Array, dead: jax.Array) -> jax.Array:
 
     Looks at every pair of tiles, T * S / TILE^2 of them, in sums that XLA fuses.
     """
-    hull_first, hull_end, core_first, core_end = (
-        row_tiles[..., i, None] for i in range(4)
-    )
+    hull_first, hull_end = row_tiles[..., 0, None], row_tiles[..., 1, None]
     row_count, key_count = row_tiles.shape[-2], dead.shape[-1]
     tile = jnp.arange(row_count, dtype=jnp.int32)[:, None]
     beyond = jnp.asarray(row_count, jnp.int32)
     key = TILE * jnp.arange(key_count, dtype=jnp.int32)
-    some = hull_first < hull_end
-    meets = some & (hull_first < key + TILE) & (hull_end > key)
+    meets = (hull_first < hull_end) & (hull_first < key + TILE) & (hull_end > key)
     first = jnp.where(meets, tile, beyond).min(-2)
     end = jnp.where(meets, tile + 1, 0).max(-2)
-    # The first run of tiles whose rows all see these keys; dead tiles do not begin one.
-    sees = (core_first <= key) & (core_end >= key + TILE)
-    core_first = jnp.where(sees & some, tile, beyond).min(-2)
-    ends_run = ~sees & (tile > core_first[..., None, :])
-    core_end = jnp.where(ends_run, tile, beyond).min(-2)
-    none = dead | (core_first == beyond)
-    fields = (
-        jnp.where(end == 0, 0, first) * TILE,
-        end * TILE,
-        jnp.where(none, 0, core_first) * TILE,
-        jnp.where(none, 0, core_end) * TILE,
-        dead,
-    )
-    return _records(fields)
+    return _records((jnp.where(end == 0, 0, first) * TILE, end * TILE, dead))
 
 
 def _records(fields: tuple[jax.Array, ...]) -> jax.Array:

@@ -64,6 +64,10 @@ def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if "d" in kinds or "i" in kinds:
         given |= segments(spec, seed, "d" in kinds)
+    if "h" in kinds:  # documents of halves of blocks
+        sizes = spec.query_length, spec.key_length
+        q_ids, kv_ids = (np.arange(n, dtype=np.int32)[None] // 64 for n in sizes)
+        given |= {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
     if "c" in kinds:
         given["softcap"] = 1.5
     if "a" in kinds:
@@ -96,6 +100,8 @@ def cases(dtype: str) -> list[tuple[Spec, str]]:
         (Spec(1, 900, 900, 2, 2, 256, dtype=dtype, is_causal=True), "dca"),
         (Spec(3, 1, 500, 8, 2, 128, dtype=dtype), "i"),
         (Spec(3, 500, 1, 8, 2, 64, dtype=dtype), "ia"),
+        (Spec(1, 1000, 1000, 4, 4, 64, dtype=dtype), "h"),
+        (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype, is_causal=True), "hc"),
     ]
     # Tiles that are seen in full: before, around and after the diagonal.
     top = "top_left"
