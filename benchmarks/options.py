@@ -5,7 +5,8 @@
     python -m benchmarks.options --smoke       # tiny, on any machine
 
 The time is that of all kernels of a call: those that look at segment ids or offsets
-right before the main one are in it. "work" are the pairs of query and key that a call
+right before the main one are in it. Kernels that run beside each other count in full,
+so "wall", the time of one of many calls started back to back, may be less. "work" are the pairs of query and key that a call
 looks at over those of the dense one, "rate" is the pairs per second over the dense
 call's, both by this package. Peers follow, each with its time over that of this
 package's call which computes the same; one that does not run, or whose result
@@ -336,7 +337,7 @@ def measure(problem: Problem, protocol: timing.Protocol, implementation: str) ->
         kind = "forward and backward" if backward else "forward"
         print(
             f"d{problem.width} n{problem.length} h{problem.heads} causal, {kind}",
-            f"{'us':>10} {'work':>7} {'rate':>7} kernels, time over ours",
+            f"{'us':>10} {'wall':>8} {'work':>7} {'rate':>7} kernels, time over ours",
             flush=True,
         )
         first, times = next(iter(table)), {}
@@ -351,7 +352,8 @@ def measure(problem: Problem, protocol: timing.Protocol, implementation: str) ->
                 speed = table[first].pairs / times[first]
                 rate = f"{row.pairs / us / speed:7.3f}"
             work = row.pairs / table[first].pairs
-            line = f"  {name:38} {us:10.1f} {work:7.3f} {rate}"
+            wall = statistics.median(sample.wall_us)
+            line = f"  {name:38} {us:10.1f} {wall:8.1f} {work:7.3f} {rate}"
             line += f" {len(sample.kernels) or '?':>7}"
             if row.like in times:
                 line += f" {us / times[row.like]:7.3f}"
