@@ -6,11 +6,11 @@
 
 The time is that of all kernels of a call: those that look at segment ids or offsets
 right before the main one are in it. Kernels that run beside each other count in full,
-so "wall", the time of one of many calls started back to back, may be less. "work" are the pairs of query and key that a call
-looks at over those of the dense one, "rate" is the pairs per second over the dense
-call's, both by this package. Peers follow, each with its time over that of this
-package's call which computes the same; one that does not run, or whose result
-differs, is named with the reason.
+so "wall", the time of one of many calls started back to back, may be less. "work" are
+the pairs of query and key that a call looks at over those of the dense one, "rate" is
+the pairs per second over the dense call's, both by this package. Peers follow, each
+with its time over that of this package's call which computes the same; one that does
+not run, or whose result differs, is named with the reason.
 """
 
 from __future__ import annotations
