@@ -112,13 +112,16 @@ struct FwdConsumer {
 
   // Issues both products, the second one into fresh accumulators or not. `previous` is false in the
   // very first step: its second product multiplies zeros with whatever memory holds, and is
-  // dropped.
-  __device__ __forceinline__ void issue(bool previous, bool fresh) {
+  // dropped. between(): what is done between the two, where the first one keeps the tensor cores
+  // busy.
+  template <typename Between>
+  __device__ __forceinline__ void issue(bool previous, bool fresh, Between between) {
     ptx::mbarrier_wait(ptx::shared_address(&shared.key_full[key_ring.stage()]), key_ring.parity());
     take_turn();
     ptx::wgmma_fence();
     issue_scores();
     ptx::wgmma_commit_group();
+    between();
     if (previous) {
       ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                          value_ring.parity());
@@ -175,7 +178,8 @@ struct FwdConsumer {
 
   __device__ __forceinline__ void begin_logits(const FwdBlock<Config>& block) {
     const int row = 64 * warpgroup + warp_row() + fragment_row();
-    logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
+    logits.begin(block, params.intervals.softcap, row, is_dropped(block, row),
+                 is_dropped(block, row + 8));
   }
 
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
@@ -199,14 +203,15 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Exponentials of a tile. careful: as for `step`; its scores are logits.
+  // Exponentials of a tile. careful: as for `step`; its scores are logits. small, is_inside: as for
+  // FwdLogits.
   __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
-                                               bool careful, float (&tile_sum)[2],
-                                               uint32_t& outside) {
+                                               bool careful, bool small, float (&tile_sum)[2],
+                                               bool& is_inside) {
     if constexpr (Config::kOptions) {
       if (!careful) {
         return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
-                                   tile_sum, outside);
+                                   small, tile_sum, is_inside);
       }
     }
     return softmax.exponentials(s, params.scale, tile_sum);
@@ -245,7 +250,18 @@ struct FwdConsumer {
   __device__ __forceinline__ Left step(const FwdBlock<Config>& block, int tile, Careful careful,
                                        bool first, bool fresh, float (&tile_sum)[2]) {
     const bool previous = !first || blocks > 0;
-    issue(previous, fresh);
+    // Uniform over the warp, and known to be.
+    bool watching = false;
+    bool small = false;
+    issue(previous, fresh, [&] {
+      if constexpr (Config::kOptions) {
+        if (careful) return;
+        small = __any_sync(0xffffffffu, logits.caps_small && !softmax.watching);
+        if (small) return;
+        watching = __any_sync(0xffffffffu, softmax.watching) ||
+                   logits.is_special(block.slope, tile * Config::kKeys);
+      }
+    });
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
@@ -257,10 +273,8 @@ struct FwdConsumer {
     }
     Dense dense;
     dense.load(params, block, head_row(block), tile * Config::kKeys);
-    // Uniform over the warp, and known to be.
-    bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kOptions) {
-      watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
+    if constexpr (!Config::kOptions) {
+      watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     }
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
@@ -271,7 +285,7 @@ struct FwdConsumer {
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     Left left = Left::kNothing;
-    uint32_t outside = 0;
+    bool is_inside = true;
     if (careful) {
       moved = prepare(block, tile, loads, dense, factor);
     } else if (Config::kMasksClean && loads.masked) {
@@ -279,14 +293,12 @@ struct FwdConsumer {
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
-    } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
+    } else if (exponentials(block, tile, careful, small, tile_sum, is_inside) &&
+               !careful) [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kOptions) {
-        const bool is_outside = (outside & TanhPolynomial::kOutside) != 0;
-        if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
-      }
+      if constexpr (Config::kOptions) logits.is_inside = is_inside;
       __syncwarp();
     } else if (Config::kMasksClean && !careful && loads.dead_keys != 0) [[unlikely]] {
       left = Left::kDeadKeys;
@@ -345,6 +357,9 @@ struct FwdConsumer {
   // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
+    if constexpr (Config::kOptions) {
+      if (left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) left = Left::kInvalid;
+    }
     MaskLoads loads{};  // once more
     if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
     float factor[2] = {1.0f, 1.0f};
@@ -371,7 +386,7 @@ struct FwdConsumer {
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
       if constexpr (Config::kOptions) {
-        logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
+        if (left == Left::kInvalid) logits.leave_polynomial();
       }
       moved = true;
     }
