@@ -334,11 +334,11 @@ struct BwdConsumer {
   }
 
   // dS = P (dP - delta), with P times the derivatives of the logits, in f32 or packed.
-  template <typename Weights>
+  template <typename Weights, int kEarly>
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
                                                        const Weights& p,
                                                        const float (&dp)[kScores],
-                                                       const float2 (&early)[kEarlyLoads],
+                                                       const float2 (&early)[kEarly],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kDense) {
@@ -346,8 +346,7 @@ struct BwdConsumer {
     } else {
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
-        const float2 x =
-            j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+        const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 probability = weights_of(p, 2 * j + h);
@@ -398,12 +397,13 @@ struct BwdConsumer {
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     take_probabilities<kClean, kOptions>(p, weights, s, early_lse, block, first_row, seen,
                                          bias);
+    float2 early[kLoadsFirst ? kRows / 8 : kEarlyLoads];
+    if constexpr (kLoadsFirst) load_early(early, delta_columns());
     ptx::wgmma_fence();
     if constexpr (kOneByOne) issue_value_scores();
     issue_gradient(dvalue, p, dout_tile());
 
-    float2 early[kEarlyLoads];
-    load_early(early, delta_columns());
+    if constexpr (!kLoadsFirst) load_early(early, delta_columns());
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     if constexpr (Config::kIntervals) {
       if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
