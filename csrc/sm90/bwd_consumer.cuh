@@ -15,8 +15,8 @@
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_dense.cuh"
-#include "sm90/bwd_mask.cuh"
 #include "sm90/bwd_option_scores.cuh"
+#include "sm90/bwd_scores.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_store.cuh"
 #include "sm90/bwd_unseen_step.cuh"
@@ -287,73 +287,24 @@ struct BwdConsumer {
       option_scores(block, stage())
           .template take<kClean>(p, weights, s, early, lse_columns(), seen, bias);
     } else {
-      take_exponentials<kClean>(p, s, early, block, first_row, seen);
+      plain_probabilities<Config, kClean>(p, s, early, lse_columns(), params, block, warpgroup,
+                                          first_row, seen);
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
     }
   }
 
-  // P where scores have no options.
-  template <bool kClean>
-  __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2], float (&s)[kScores],
-                                                    const float2 (&early)[kEarlyLoads],
-                                                    const BwdBlock<Config>& block, int first_row,
-                                                    uint32_t seen) const {
-    if (!kClean && params.scale.first != 1.0f) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
-    }
-    const float* const lse = lse_columns();
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& score = s[4 * j + e];
-        score = ptx::ex2_approx_ftz(fmaf(score, params.scale.log2, e % 2 == 0 ? -x.x : -x.y));
-      }
-    }
-    if constexpr (Config::kIntervals && !kClean) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = (seen & 1u << i) != 0 ? s[i] : 0.0f;
-    } else if constexpr (!kClean) {
-      mask_probabilities<kRows>(s, block.mask, block.first_key + Config::kKeyStep * warpgroup,
-                                first_row);
-    }
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
-    }
-  }
-
-  static __device__ __forceinline__ float2 weights_of(const uint32_t (&p)[kScores / 2], int i) {
-    return ptx::unpack_x2<Element>(p[i]);
-  }
-  static __device__ __forceinline__ float2 weights_of(const float (&p)[kScores], int i) {
-    return make_float2(p[2 * i], p[2 * i + 1]);
-  }
-
   // dS = P (dP - delta), with P times the derivatives of the logits, in f32 or packed.
   template <typename Weights, int kEarly>
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
-                                                       const Weights& p,
-                                                       const float (&dp)[kScores],
+                                                       const Weights& p, const float (&dp)[kScores],
                                                        const float2 (&early)[kEarly],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kDense) {
       dense(block).take_gradients(ds, p, dp, early, delta);
     } else {
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j) {
-        const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 probability = weights_of(p, 2 * j + h);
-          ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
-                                                  probability.y * (dp[4 * j + 2 * h + 1] - x.y));
-        }
-      }
+      score_gradients<Config>(ds, p, dp, early, delta);
     }
   }
 
@@ -395,8 +346,7 @@ struct BwdConsumer {
     if constexpr (!kLoadsFirst) load_early(early_lse, lse_columns());
     const uint32_t seen = find_seen<kClean>(block);
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
-    take_probabilities<kClean, kOptions>(p, weights, s, early_lse, block, first_row, seen,
-                                         bias);
+    take_probabilities<kClean, kOptions>(p, weights, s, early_lse, block, first_row, seen, bias);
     float2 early[kLoadsFirst ? kRows / 8 : kEarlyLoads];
     if constexpr (kLoadsFirst) load_early(early, delta_columns());
     ptx::wgmma_fence();

@@ -76,8 +76,8 @@ struct OptionScores {
     const int lane = lane_id();
     const int distance = bias().distance;
     const int expected = records[0].position + lane;
-    const bool follow = records[lane].position == expected &&
-                        records[lane + 32].position == expected + 32;
+    const bool follow =
+        records[lane].position == expected && records[lane + 32].position == expected + 32;
     if (__any_sync(0xffffffffu, !follow)) return false;
     return distance >= kKeys - 1 || distance <= 1 - kRows;
   }
@@ -88,8 +88,7 @@ struct OptionScores {
   template <bool kClean, int kEarly>
   __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
                                        float (&s)[kScores], const float2 (&early)[kEarly],
-                                       const float* lse, uint32_t seen,
-                                       const BwdBias& bias) const {
+                                       const float* lse, uint32_t seen, const BwdBias& bias) const {
     if (params.intervals.softcap == 0.0f) {
       take_exponentials<kClean, false, true>(p, weights, s, early, lse, seen, bias);
       return;
@@ -157,8 +156,7 @@ struct OptionScores {
           const float square = score * score;
           const float quotient = fmaf(square, third, plan.small.factors[1]);
           const float tanh = score * fmaf(square, quotient, plan.small.factors[0]);
-          probability[e] =
-              ptx::ex2_approx_ftz(fmaf(tanh, plan.softcap_log2, e == 0 ? -x.x : -x.y));
+          probability[e] = ptx::ex2_approx_ftz(fmaf(tanh, plan.softcap_log2, e == 0 ? -x.x : -x.y));
           score = probability[e] * fmaf(-tanh, tanh, 1.0f);
         }
         p[2 * j + h] = ptx::cvt_rn_x2<Element>(probability[0], probability[1]);
@@ -198,8 +196,8 @@ struct OptionScores {
     const int key = kBias && !kClean ? first_key() + row : 0;
     const RowRecord* const rows = records + fragment_column();
     // In a clean tile all keys are on the side that the first one is on.
-    const LinearBias linear = LinearBias::make(kClean ? bias.slope : step.slope,
-                                               !kClean || bias.distance > 0);
+    const LinearBias linear =
+        LinearBias::make(kClean ? bias.slope : step.slope, !kClean || bias.distance > 0);
     const float first_distance = static_cast<float>(bias.distance + fragment_column() - row);
     float before[2] = {0.0f, 0.0f};  // exponentials of the row before the last, and of the last one
 #pragma unroll

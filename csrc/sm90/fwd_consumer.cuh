@@ -250,16 +250,12 @@ struct FwdConsumer {
   __device__ __forceinline__ Left step(const FwdBlock<Config>& block, int tile, Careful careful,
                                        bool first, bool fresh, float (&tile_sum)[2]) {
     const bool previous = !first || blocks > 0;
-    // Uniform over the warp, and known to be.
     bool watching = false;
     bool small = false;
     issue(previous, fresh, [&] {
       if constexpr (Config::kOptions) {
         if (careful) return;
-        small = __any_sync(0xffffffffu, logits.caps_small && !softmax.watching);
-        if (small) return;
-        watching = __any_sync(0xffffffffu, softmax.watching) ||
-                   logits.is_special(block.slope, tile * Config::kKeys);
+        watching = logits.is_special(softmax.watching, block.slope, tile * Config::kKeys, small);
       }
     });
     if (first) {
@@ -273,9 +269,8 @@ struct FwdConsumer {
     }
     Dense dense;
     dense.load(params, block, head_row(block), tile * Config::kKeys);
-    if constexpr (!Config::kOptions) {
-      watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    }
+    // Uniform over the warp, and known to be.
+    if (!Config::kOptions) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
     } else {
@@ -293,8 +288,8 @@ struct FwdConsumer {
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
-    } else if (exponentials(block, tile, careful, small, tile_sum, is_inside) &&
-               !careful) [[unlikely]] {
+    } else if (exponentials(block, tile, careful, small, tile_sum, is_inside) && !careful)
+        [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
@@ -357,8 +352,8 @@ struct FwdConsumer {
   // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
-    if constexpr (Config::kOptions) {
-      if (left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) left = Left::kInvalid;
+    if (Config::kOptions && left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) {
+      left = Left::kInvalid;
     }
     MaskLoads loads{};  // once more
     if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
@@ -385,9 +380,7 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kOptions) {
-        if (left == Left::kInvalid) logits.leave_polynomial();
-      }
+      if (Config::kOptions && left == Left::kInvalid) logits.leave_polynomial();
       moved = true;
     }
     softmax.keep_watching();

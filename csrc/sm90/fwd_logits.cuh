@@ -23,7 +23,8 @@ struct FwdLogits {
   // If there are slopes, the keys that the two rows are aligned with, from this lane's first
   // column.
   int aligned[2];
-  // There is a soft cap and no slope, and no scores have been found that SmallTanh does not hold for.
+  // There is a soft cap and no slope, and no scores have been found that SmallTanh does not hold
+  // for.
   bool caps_small;
   // Scores have been found that the soft cap is not a polynomial for.
   bool caps_exactly;
@@ -57,9 +58,14 @@ struct FwdLogits {
     return static_cast<float>(aligned[h] - first_key);
   }
 
-  // Whether a clean tile needs `apply`.
-  __device__ __forceinline__ bool is_special(float slope, int first_key) const {
-    return caps_exactly || (slope != 0.0f && any_before_last(first_key) && any_after(first_key));
+  // Whether a clean tile needs `apply`, as it does where rows are watched; else, whether SmallTanh
+  // is to be tried. All lanes of the warp find the same, and are known to.
+  __device__ __forceinline__ bool is_special(bool watching, float slope, int first_key,
+                                             bool& small) const {
+    small = __any_sync(0xffffffffu, caps_small && !watching);
+    if (small) return false;
+    return __any_sync(0xffffffffu, watching) || caps_exactly ||
+           (slope != 0.0f && any_before_last(first_key) && any_after(first_key));
   }
 
   // Scores that a polynomial did not hold for: the next one is tried from now on.

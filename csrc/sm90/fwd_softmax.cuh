@@ -150,8 +150,7 @@ struct RowSoftmax {
   __device__ __forceinline__ bool biased_exponentials(float (&s)[kScores], float log2,
                                                       const LinearBias& bias,
                                                       const float (&distance)[2],
-                                                      float (&tile_sum)[2],
-                                                      bool is_inside) const {
+                                                      float (&tile_sum)[2], bool is_inside) const {
     const float first[2] = {bias.at_first(distance[0], -shift_of(0)),
                             bias.at_first(distance[1], -shift_of(1))};
     tile_sum[0] = tile_sum[1] = 0.0f;
@@ -220,8 +219,8 @@ struct RowSoftmax {
   }
 
   static __device__ __forceinline__ bool has_left(const float (&tile_sum)[2], bool outside) {
-    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange ||
-                                       outside);
+    return __any_sync(0xffffffffu,
+                      tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange || outside);
   }
 
   // Exponentials of the rows in `lost` from scores computed again by mma.sync, which a warp can do

@@ -45,15 +45,16 @@ struct TanhPolynomial {
 };
 
 // The same for |x| < 0.35, with P of degree 2, and straight from scores: three instructions instead
-// of six for an element, beside the one that softmax has anyway. In f32 tanh has a relative error of
-// 3e-6 and an absolute one of 1.0e-6, its derivative one of 7e-7.
+// of six for an element, beside the one that softmax has anyway. In f32 tanh has a relative error
+// of 3e-6 and an absolute one of 1.0e-6, its derivative one of 7e-7.
 struct SmallTanh {
   static constexpr float kLargest = 0.35f;
 
   float factors[3];  // of s, s^3, s^5, for scores s = q.k
   uint32_t limit;    // the bits of the smallest s^2 that it does not hold for
 
-  // Of factor * tanh(scale * q.k / softcap). Holds for no score at all if that cannot be had in f32.
+  // Of factor * tanh(scale * q.k / softcap). Holds for no score at all if that cannot be had in
+  // f32.
   static constexpr SmallTanh make(float scale, float softcap, float factor) {
     const double argument = static_cast<double>(scale) / softcap;
     const double square = argument * argument;
