@@ -32,6 +32,7 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "unsorted ids, causal, wide",
         "packed, causal",
         "soft cap and slopes",
+        "small soft cap",
         "soft cap that some scores pass",
         "slopes, later keys",
         "mask",

@@ -153,9 +153,7 @@ struct OptionScores {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = s[4 * j + 2 * h + e];
-          const float square = score * score;
-          const float quotient = fmaf(square, third, plan.small.factors[1]);
-          const float tanh = score * fmaf(square, quotient, plan.small.factors[0]);
+          const float tanh = score * plan.small.quotient(score * score, third);
           probability[e] = ptx::ex2_approx_ftz(fmaf(tanh, plan.softcap_log2, e == 0 ? -x.x : -x.y));
           score = probability[e] * fmaf(-tanh, tanh, 1.0f);
         }

@@ -122,8 +122,8 @@ struct RowSoftmax {
     uint32_t largest = 0;
 #pragma unroll
     for (int chunk = 0; chunk < kScores; chunk += kChunk) {
-      const float factors[2] = {not_before(small.factors[2], before[0]),
-                                not_before(small.factors[2], before[1])};
+      const float thirds[2] = {not_before(small.factors[2], before[0]),
+                               not_before(small.factors[2], before[1])};
       before[0] = tile_sum[0];
       before[1] = tile_sum[1];
 #pragma unroll
@@ -133,9 +133,8 @@ struct RowSoftmax {
         largest = ptx::max3(largest, __float_as_uint(squares[0]), __float_as_uint(squares[1]));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float quotient = fmaf(squares[e], factors[h], small.factors[1]);
-          s[i + e] = ptx::ex2_approx_ftz(
-              fmaf(s[i + e], fmaf(squares[e], quotient, small.factors[0]), -shift[h]));
+          const float quotient = small.quotient(squares[e], thirds[h]);
+          s[i + e] = ptx::ex2_approx_ftz(fmaf(s[i + e], quotient, -shift[h]));
           tile_sum[h] += s[i + e];
         }
       }

@@ -74,6 +74,11 @@ struct SmallTanh {
     return result;
   }
 
+  // What a score with this square is multiplied with. third: factors[2], see not_before.
+  __device__ __forceinline__ float quotient(float square, float third) const {
+    return fmaf(square, fmaf(square, third, factors[1]), factors[0]);
+  }
+
   // Of the bits of squares, NaN among them.
   __device__ __forceinline__ bool holds(uint32_t largest_square) const {
     return largest_square < limit;
