@@ -192,26 +192,25 @@ struct FwdConsumer {
     if constexpr (Config::kDense) {
       if (ScoreOptions::any<true>(params)) {
         begin_logits(block);  // not kept: registers are few
-        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
-      logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
+      logits.template apply<true>(s, params, plan, tile * Config::kKeys);
     }
     if (loads.masked) loads.mask.apply(s);
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Exponentials of a tile. careful: as for `step`; its scores are logits. small, is_inside: as for
+  // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
   // FwdLogits.
-  __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
-                                               bool careful, bool small, float (&tile_sum)[2],
+  __device__ __forceinline__ bool exponentials(int tile, bool careful, float (&tile_sum)[2],
                                                bool& is_inside) {
     if constexpr (Config::kOptions) {
       if (!careful) {
-        return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
-                                   small, tile_sum, is_inside);
+        return logits.exponentials(s, softmax, params, plan, tile * Config::kKeys, tile_sum,
+                                   is_inside);
       }
     }
     return softmax.exponentials(s, params.scale, tile_sum);
@@ -251,11 +250,9 @@ struct FwdConsumer {
                                        bool first, bool fresh, float (&tile_sum)[2]) {
     const bool previous = !first || blocks > 0;
     bool watching = false;
-    bool small = false;
     issue(previous, fresh, [&] {
       if constexpr (Config::kOptions) {
-        if (careful) return;
-        watching = logits.is_special(softmax.watching, block.slope, tile * Config::kKeys, small);
+        if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
       }
     });
     if (first) {
@@ -288,8 +285,7 @@ struct FwdConsumer {
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
-    } else if (exponentials(block, tile, careful, small, tile_sum, is_inside) && !careful)
-        [[unlikely]] {
+    } else if (exponentials(tile, careful, tile_sum, is_inside) && !careful) [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
@@ -361,7 +357,7 @@ struct FwdConsumer {
     bool moved = false;
     if (left == Left::kWatchedRows) {
       if constexpr (Config::kOptions) {
-        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
@@ -372,7 +368,7 @@ struct FwdConsumer {
           const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
           return seen ? score : kMinusInfinity;
         } else if constexpr (Config::kOptions) {
-          const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
+          const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, logits.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
           return score;

@@ -20,6 +20,7 @@ struct FwdLogits {
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kScores = kKeys / 2;
 
+  float slope;  // 0 if there are none
   // If there are slopes, the keys that the two rows are aligned with, from this lane's first
   // column.
   int aligned[2];
@@ -30,14 +31,19 @@ struct FwdLogits {
   bool caps_exactly;
   // Of a tile that left the range: the lane's scores did not leave that of the polynomial taken.
   bool is_inside;
+  // Of the tile at work, if it is clean: SmallTanh is tried, and some row is aligned with a key
+  // after the tile's first.
+  bool small;
+  bool before;
 
   // Rows `row` and `row` + 8 of the block; those that are dropped get the place of one that is not.
   __device__ __forceinline__ void begin(const FwdBlock<Config>& block, float softcap, int row,
                                         bool first_dropped, bool second_dropped) {
-    caps_small = softcap != 0.0f && block.slope == 0.0f;
+    slope = block.slope;
+    caps_small = softcap != 0.0f && slope == 0.0f;
     caps_exactly = false;
     aligned[0] = aligned[1] = 0;
-    if (block.slope == 0.0f) return;
+    if (slope == 0.0f) return;
     const bool dropped[2] = {first_dropped, second_dropped};
     int last = -kMaxLength;
 #pragma unroll
@@ -58,14 +64,15 @@ struct FwdLogits {
     return static_cast<float>(aligned[h] - first_key);
   }
 
-  // Whether a clean tile needs `apply`, as it does where rows are watched; else, whether SmallTanh
-  // is to be tried. All lanes of the warp find the same, and are known to.
-  __device__ __forceinline__ bool is_special(bool watching, float slope, int first_key,
-                                             bool& small) const {
+  // Whether a clean tile needs `apply`, as it does where rows are watched. All lanes of the warp
+  // find the same, and are known to.
+  __device__ __forceinline__ bool is_special(bool watching, int first_key) {
+    before = false;
     small = __any_sync(0xffffffffu, caps_small && !watching);
     if (small) return false;
+    before = slope != 0.0f && any_after(first_key);
     return __any_sync(0xffffffffu, watching) || caps_exactly ||
-           (slope != 0.0f && any_before_last(first_key) && any_after(first_key));
+           (before && any_before_last(first_key));
   }
 
   // Scores that a polynomial did not hold for: the next one is tried from now on.
@@ -79,7 +86,7 @@ struct FwdLogits {
   // would have held is remembered.
   template <bool kTries>
   __device__ __forceinline__ void apply(float (&s)[kScores], const MhaFwdParams& params,
-                                        const FwdPlan& plan, float slope, int first_key) {
+                                        const FwdPlan& plan, int first_key) {
     constexpr float kLn2 = 0.693147181f;
     const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, slope};
     bool capped = false;
@@ -114,20 +121,19 @@ struct FwdLogits {
     }
   }
 
-  // Exponentials of a clean tile that is not special; see RowSoftmax. small: by SmallTanh.
-  // is_inside, of each lane: the polynomial that was taken holds.
+  // Exponentials of a clean tile that is not special; see RowSoftmax. is_inside, of each lane: the
+  // polynomial that was taken holds.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores],
                                                const RowSoftmax<Config>& softmax,
                                                const MhaFwdParams& params, const FwdPlan& plan,
-                                               float slope, int first_key, bool small,
-                                               float (&tile_sum)[2], bool& is_inside) const {
-    if (small) [[likely]]
-      return softmax.capped_exponentials(s, plan.small, tile_sum, is_inside);
+                                               int first_key, float (&tile_sum)[2],
+                                               bool& is_inside) const {
+    if (small) return softmax.capped_exponentials(s, plan.small, tile_sum, is_inside);
     const bool has_cap = params.intervals.softcap != 0.0f;
     uint32_t outside = 0;
     if (has_cap) softmax.cap(s, plan.capped, outside);
     is_inside = (outside & TanhPolynomial::kOutside) == 0;
-    const LinearBias bias = LinearBias::make(slope, any_after(first_key));
+    const LinearBias bias = LinearBias::make(slope, before);
     const float distances[2] = {distance(0, first_key), distance(1, first_key)};
     return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
                                        tile_sum, is_inside);
