@@ -326,12 +326,13 @@ struct BwdConsumer {
     uint32_t ds[kScores / 2];
     // Both products want all that shared memory can give: what is asked for beside them comes when
     // they are done.
-    constexpr bool kLoadsFirst = kClean && kOptions && !Config::kDense;
+    constexpr bool kLoadsFirst = kClean && !Config::kDense;
+    constexpr bool kKeepsWeights = kLoadsFirst && kOptions;
     float2 early_lse[kLoadsFirst ? kRows / 8 : kEarlyLoads];
     BwdBias bias{};
     if constexpr (kLoadsFirst) {
       load_early(early_lse, lse_columns());
-      bias = option_scores(block, stage()).bias();
+      if constexpr (kOptions) bias = option_scores(block, stage()).bias();
     }
     ptx::wgmma_fence();
     issue_scores(s, fresh_key_tile() + own * 128, query_tile());
@@ -358,7 +359,7 @@ struct BwdConsumer {
     if constexpr (Config::kIntervals) {
       if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
     }
-    if constexpr (kLoadsFirst) {
+    if constexpr (kKeepsWeights) {
       take_score_gradients(ds, s, dp, early, block);
     } else {
       take_score_gradients(ds, weights, dp, early, block);
