@@ -34,6 +34,7 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "documents of whole tiles, causal",
         "documents of whole tiles, window",
         "soft cap and slopes",
+        "small soft cap",
         "soft cap that some scores pass",
         "slopes, later keys",
         "mask",

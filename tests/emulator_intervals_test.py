@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft cap": {"options": {"softcap": 600.0}},
     "slopes": {"slopes": np.array([[0.05]])},
     "both": {"options": {"softcap": 600.0}, "slopes": np.array([[0.05]])},
+    "tight cap": {"options": {"softcap": 60.0}},
 }
 
 
@@ -56,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ("jump", "options"),
     [(5, "plain"), (30, "plain"), (100, "plain")]
     + [(jump, name) for jump in (30, 100) for name in OPTIONS if name != "plain"]
-    + [(5, "window"), (30, "window"), (100, "window")],
+    + [(5, "tight cap"), (5, "window"), (30, "window"), (100, "window")],
 )
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_forward_sm90_of_growing_scores(
@@ -79,6 +80,72 @@ def test_forward_sm90_of_growing_scores(
         shift[:90] += width**0.5
     arrays["key"][..., 0] = shift[None, :, None]
     interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
+
+
+# The ends of the ranges, and errors of tanh: relative, absolute, and of its derivative.
+POLYNOMIALS = {
+    "small": (0.35, 3.1e-6, 1.05e-6, 8e-7),
+    "wide": (0.8, 1.3e-6, 9e-7, 1.2e-6),
+}
+
+
+def tanh_polynomials(
+    library: ctypes.CDLL, scale: float, softcap: float, factor: float, scores: Any
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values by both polynomials, and for which of the scores they hold."""
+    scores = np.asarray(scores, np.float32)
+    values = np.empty((2, scores.size), np.float32)
+    holds = np.empty((2, scores.size), np.bool_)
+    library.tanh_polynomials(
+        *(ctypes.c_float(x) for x in (scale, softcap, factor)),
+        scores.size,
+        *(ctypes.c_void_p(x.ctypes.data) for x in (scores, values, holds)),
+    )
+    names = ("small", "wide")
+    return dict(zip(names, values, strict=True)), dict(zip(names, holds, strict=True))
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+@pytest.mark.parametrize(
+    ("scale", "softcap", "factor"), [(1.0, 1.0, 1.0), (-0.09, 30.0, 43.3), (3, 0.1, 1)]
+)
+def test_polynomials_for_tanh(
+    forward: ctypes.CDLL, name: str, scale: float, softcap: float, factor: float
+) -> None:
+    """Errors up to the end of the range, and where that is."""
+    end, relative, absolute, of_derivative = POLYNOMIALS[name]
+    x = np.linspace(-1.2 * end, 1.2 * end, 200_001)
+    scores = (x * softcap / scale).astype(np.float32)
+    x = scores.astype(np.float64) * np.float32(scale) / np.float32(softcap)
+    values, holds = tanh_polynomials(forward, scale, softcap, factor, scores)
+    inside = np.abs(x) < end * (1 - 1e-6)
+    assert holds[name][inside].all()
+    assert not holds[name][np.abs(x) > end * (1 + 1e-6)].any()
+    got = values[name][inside].astype(np.float64) / np.float32(factor)
+    exact = np.tanh(x[inside])
+    error = np.abs(got - exact)
+    assert (error <= relative * np.abs(exact)).all()
+    assert error.max() <= absolute
+    assert np.abs(got**2 - exact**2).max() <= of_derivative
+
+
+def test_polynomials_for_tanh_hold_for_numbers_alone(forward: ctypes.CDLL) -> None:
+    _, holds = tanh_polynomials(forward, 1, 2, 3, [np.nan, np.inf, -np.inf, 1e30])
+    assert not any(x.any() for x in holds.values())
+
+
+@pytest.mark.parametrize(
+    ("scale", "softcap"), [(1e-20, 1.0), (1.0, 1e-30), (1e12, 1.0), (1.0, 1e12)]
+)
+def test_small_polynomial_of_extreme_factors(
+    forward: ctypes.CDLL, scale: float, softcap: float
+) -> None:
+    """It holds for no score rather than for numbers that float32 does not have."""
+    factor = softcap * 1.442695
+    scores = np.array([0, 1, 1e-30, 1e10]) * (softcap / scale * 0.1)
+    values, holds = tanh_polynomials(forward, scale, softcap, factor, scores)
+    assert not holds["small"].any()
+    assert np.isnan(values["small"]).any() or not values["small"].any()
 
 
 @pytest.mark.parametrize("of_keys", [False, True])

@@ -15,8 +15,8 @@ from jax_flash._src import dropout, intervals, plan
 
 DROPOUT_KEY = np.array([7, 11], np.uint32)
 
-CAP_ERROR = 8e-7
-"""Of the polynomial that kernels have for tanh."""
+CAP_ERROR = 1.1e-6
+"""Of the polynomials that kernels have for tanh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,15 @@ def _cases() -> dict[str, Callable[[], Case]]:
             },
             window_size=(100, 50),
         ),
-        # Tiles that are seen in full. Of scores a little and far below the cap, ...
+        # Tiles that are seen in full. Of scores far below the cap, ...
+        "small soft cap": lambda: of_options(
+            (1, 150, 600, 2, 1), rest={"options": {"softcap": 50.0, "scale": 0.2}}
+        ),
+        # ... but for some of them, ...
+        "soft cap of scores that are mostly small": lambda: of_options(
+            (1, 150, 600, 1, 1), rest={"options": {"softcap": 8.0, "scale": -0.1}}
+        ),
+        # ... of scores a little and far below the cap, ...
         "wide soft cap": lambda: of_options(
             (1, 150, 600, 2, 1), rest={"options": {"softcap": 50.0, "scale": 1.0}}
         ),
@@ -258,6 +266,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
             (1, 150, 600, 2, 1),
             scattered[:150],
             rest={"slopes": np.array([[0.3, -0.004]])},
+        ),
+        "slopes, positions in any order": lambda: dataclasses.replace(
+            of_options((1, 150, 600, 1, 1), rest={"slopes": np.array([[0.02]])}),
+            position=600 + np.random.default_rng(6).permutation(150)[None],
         ),
         "slopes, later keys": lambda: of_options(
             (1, 70, 600, 2, 1),

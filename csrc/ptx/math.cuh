@@ -22,6 +22,11 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
   return y;
 }
 
+// The largest of three.
+__device__ __forceinline__ uint32_t max3(uint32_t x, uint32_t y, uint32_t z) {
+  return __vimax3_u32(x, y, z);  // one instruction on sm_90
+}
+
 // x rounded to the nearest of 10 bits of mantissa, the lower 13 bits being 0; NaN stays NaN.
 __device__ __forceinline__ float round_tf32(float x) {
   uint32_t r;

@@ -45,6 +45,7 @@ struct BwdPlan {
   float logit_log2;     // of q.k, in base 2
   float softcap_log2;   // of what `tanh` gives, in base 2
   TanhPolynomial tanh;  // of logits over softcap
+  SmallTanh small;      // the same
 };
 
 // With intervals.

@@ -15,8 +15,8 @@
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_config.cuh"
 #include "sm90/bwd_dense.cuh"
-#include "sm90/bwd_mask.cuh"
 #include "sm90/bwd_option_scores.cuh"
+#include "sm90/bwd_scores.cuh"
 #include "sm90/bwd_shared.cuh"
 #include "sm90/bwd_steps.cuh"
 #include "sm90/bwd_store.cuh"
@@ -240,10 +240,10 @@ struct BwdConsumer {
     return shared.row_delta[dout_stage()] + fragment_column();
   }
   // The first of them: read before a wait, which nothing is moved across.
-  static __device__ __forceinline__ void load_early(float2 (&early)[kEarlyLoads],
-                                                    const float* columns) {
+  template <int kCount>
+  static __device__ __forceinline__ void load_early(float2 (&early)[kCount], const float* columns) {
 #pragma unroll
-    for (int j = 0; j < kEarlyLoads; ++j) {
+    for (int j = 0; j < kCount; ++j) {
       early[j] = *reinterpret_cast<const float2*>(columns + 8 * j);
     }
   }
@@ -260,8 +260,7 @@ struct BwdConsumer {
 
   __device__ __forceinline__ OptionScores<Config> option_scores(const BwdBlock<Config>& block,
                                                                 int stage) const {
-    return {params, plan, shared.records[stage], shared.steps[stage].slope,
-            block.first_key + Config::kKeyStep * warpgroup};
+    return {params, plan, shared.records[stage], shared.steps[stage], block, warpgroup};
   }
 
   // Which of this lane's scores of this step are seen, by the intervals of the queries: bits, found
@@ -279,80 +278,39 @@ struct BwdConsumer {
   }
 
   // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
-  // P unless scores have options (kOptions). seen: see find_seen. s is used up.
-  template <bool kClean, bool kOptions>
+  // P unless scores have options (kOptions), where s has them, too; else s is used up. seen: see
+  // find_seen. bias: in a clean tile.
+  template <bool kClean, bool kOptions, int kEarly>
   __device__ __forceinline__ void take_probabilities(uint32_t (&p)[kScores / 2],
                                                      uint32_t (&weights)[kScores / 2],
                                                      float (&s)[kScores],
-                                                     const float2 (&early)[kEarlyLoads],
+                                                     const float2 (&early)[kEarly],
                                                      const BwdBlock<Config>& block, int first_row,
-                                                     uint32_t seen) const {
+                                                     uint32_t seen, const BwdBias& bias) const {
     if constexpr (Config::kDense) {
       dense(block).take(p, weights, s, early, lse_columns());
     } else if constexpr (kOptions) {
       option_scores(block, stage())
-          .template take<kClean>(p, weights, s, early, lse_columns(), seen);
+          .template take<kClean>(p, weights, s, early, lse_columns(), seen, bias);
     } else {
-      take_exponentials<kClean>(p, s, early, block, first_row, seen);
+      plain_probabilities<Config, kClean>(p, s, early, lse_columns(), params, block, warpgroup,
+                                          first_row, seen);
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) weights[i] = p[i];
     }
   }
 
-  // P where scores have no options.
-  template <bool kClean>
-  __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2], float (&s)[kScores],
-                                                    const float2 (&early)[kEarlyLoads],
-                                                    const BwdBlock<Config>& block, int first_row,
-                                                    uint32_t seen) const {
-    if (!kClean && params.scale.first != 1.0f) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
-    }
-    const float* const lse = lse_columns();
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 x = j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& score = s[4 * j + e];
-        score = ptx::ex2_approx_ftz(fmaf(score, params.scale.log2, e % 2 == 0 ? -x.x : -x.y));
-      }
-    }
-    if constexpr (Config::kIntervals && !kClean) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = (seen & 1u << i) != 0 ? s[i] : 0.0f;
-    } else if constexpr (!kClean) {
-      mask_probabilities<kRows>(s, block.mask, block.first_key + Config::kKeyStep * warpgroup,
-                                first_row);
-    }
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      p[i] = ptx::cvt_rn_x2<Element>(s[2 * i], s[2 * i + 1]);
-    }
-  }
-
-  // dS = P (dP - delta), with P times the derivatives of the logits.
+  // dS = P (dP - delta), with P times the derivatives of the logits, in f32 or packed.
+  template <typename Weights, int kEarly>
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
-                                                       const uint32_t (&p)[kScores / 2],
-                                                       const float (&dp)[kScores],
-                                                       const float2 (&early)[kEarlyLoads],
+                                                       const Weights& p, const float (&dp)[kScores],
+                                                       const float2 (&early)[kEarly],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kDense) {
       dense(block).take_gradients(ds, p, dp, early, delta);
     } else {
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j) {
-        const float2 x =
-            j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
-          ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
-                                                  probability.y * (dp[4 * j + 2 * h + 1] - x.y));
-        }
-      }
+      score_gradients<Config>(ds, p, dp, early, delta);
     }
   }
 
@@ -372,6 +330,16 @@ struct BwdConsumer {
     uint32_t p[kScores / 2];
     uint32_t weights[kScores / 2];
     uint32_t ds[kScores / 2];
+    // Both products want all that shared memory can give: what is asked for beside them comes when
+    // they are done.
+    constexpr bool kLoadsFirst = kClean && !Config::kDense;
+    constexpr bool kKeepsWeights = kLoadsFirst && kOptions;
+    float2 early_lse[kLoadsFirst ? kRows / 8 : kEarlyLoads];
+    BwdBias bias{};
+    if constexpr (kLoadsFirst) {
+      load_early(early_lse, lse_columns());
+      if constexpr (kOptions) bias = option_scores(block, stage()).bias();
+    }
     ptx::wgmma_fence();
     issue_scores(s, fresh_key_tile() + own * 128, query_tile());
     const auto issue_value_scores = [&] {
@@ -382,21 +350,26 @@ struct BwdConsumer {
     if constexpr (!kOneByOne) issue_value_scores();
     pass_turn(warpgroup == 1 || !first);
 
-    float2 early[kEarlyLoads];
-    load_early(early, lse_columns());
+    if constexpr (!kLoadsFirst) load_early(early_lse, lse_columns());
     const uint32_t seen = find_seen<kClean>(block);
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
-    take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row, seen);
+    take_probabilities<kClean, kOptions>(p, weights, s, early_lse, block, first_row, seen, bias);
+    float2 early[kLoadsFirst ? kRows / 8 : kEarlyLoads];
+    if constexpr (kLoadsFirst) load_early(early, delta_columns());
     ptx::wgmma_fence();
     if constexpr (kOneByOne) issue_value_scores();
     issue_gradient(dvalue, p, dout_tile());
 
-    load_early(early, delta_columns());
+    if constexpr (!kLoadsFirst) load_early(early, delta_columns());
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     if constexpr (Config::kIntervals) {
       if (last) release_values();
     }
-    take_score_gradients(ds, weights, dp, early, block);
+    if constexpr (kKeepsWeights) {
+      take_score_gradients(ds, s, dp, early, block);
+    } else {
+      take_score_gradients(ds, weights, dp, early, block);
+    }
     share_scores(ds);
 
     take_turn();
@@ -477,7 +450,9 @@ struct BwdConsumer {
     clean = step.clean(warpgroup);
     if constexpr (kPassesUnseen) unseen = step.unseen(warpgroup);
     if constexpr (kOptions) {
-      if (clean) clean = option_scores(block, stage).on_one_side();
+      if (clean && params.intervals.slopes != nullptr) {
+        clean = option_scores(block, stage).on_one_side();
+      }
     }
   }
 

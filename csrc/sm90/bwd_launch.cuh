@@ -188,7 +188,10 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
     const float scale = params.scale.first * params.scale.second;
     plan.logit_log2 = scale * SoftmaxScale::kLog2e;
     plan.softcap_log2 = softcap * SoftmaxScale::kLog2e;
-    if (softcap != 0.0f) plan.tanh = TanhPolynomial::make(scale, softcap, 1.0f);
+    if (softcap != 0.0f) {
+      plan.tanh = TanhPolynomial::make(scale, softcap, 1.0f);
+      plan.small = SmallTanh::make(scale, softcap, 1.0f);
+    }
   }
   error = launch_bwd_prepare<Element, typename Config::Mask>(
       params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);

@@ -120,10 +120,12 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
     const uint32_t seen = this->template find_seen<kClean>(block);
+    BwdBias bias{};
+    if constexpr (kClean && kOptions) bias = this->option_scores(block, this->stage()).bias();
     beside();
     ptx::wgmma_wait_group<0>();
     this->template take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row,
-                                                        seen);
+                                                        seen, bias);
     wait_scores_used();
     if constexpr (Config::kPaired) {  // nor does the other thread block need what was sent there
       ptx::mbarrier_wait_cluster(ptx::shared_address(&shared.sent_score_empty[steps % 2]),

@@ -43,6 +43,7 @@ struct FwdPlan {
   float logit_scale;      // of q.k
   float logit_log2;       // the same in base 2
   TanhPolynomial capped;  // logits in base 2
+  SmallTanh small;        // the same of small ones
 };
 
 // What a block with intervals has beside the others.

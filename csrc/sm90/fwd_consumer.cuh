@@ -112,13 +112,16 @@ struct FwdConsumer {
 
   // Issues both products, the second one into fresh accumulators or not. `previous` is false in the
   // very first step: its second product multiplies zeros with whatever memory holds, and is
-  // dropped.
-  __device__ __forceinline__ void issue(bool previous, bool fresh) {
+  // dropped. between(): what is done between the two, where the first one keeps the tensor cores
+  // busy.
+  template <typename Between>
+  __device__ __forceinline__ void issue(bool previous, bool fresh, Between between) {
     ptx::mbarrier_wait(ptx::shared_address(&shared.key_full[key_ring.stage()]), key_ring.parity());
     take_turn();
     ptx::wgmma_fence();
     issue_scores();
     ptx::wgmma_commit_group();
+    between();
     if (previous) {
       ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                          value_ring.parity());
@@ -175,7 +178,8 @@ struct FwdConsumer {
 
   __device__ __forceinline__ void begin_logits(const FwdBlock<Config>& block) {
     const int row = 64 * warpgroup + warp_row() + fragment_row();
-    logits.begin(block, row, is_dropped(block, row), is_dropped(block, row + 8));
+    logits.begin(block, params.intervals.softcap, row, is_dropped(block, row),
+                 is_dropped(block, row + 8));
   }
 
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
@@ -188,25 +192,25 @@ struct FwdConsumer {
     if constexpr (Config::kDense) {
       if (ScoreOptions::any<true>(params)) {
         begin_logits(block);  // not kept: registers are few
-        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
-      logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
+      logits.template apply<true>(s, params, plan, tile * Config::kKeys);
     }
     if (loads.masked) loads.mask.apply(s);
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // Exponentials of a tile. careful: as for `step`; its scores are logits.
-  __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
-                                               bool careful, float (&tile_sum)[2],
-                                               uint32_t& outside) {
+  // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
+  // FwdLogits.
+  __device__ __forceinline__ bool exponentials(int tile, bool careful, float (&tile_sum)[2],
+                                               bool& is_inside) {
     if constexpr (Config::kOptions) {
       if (!careful) {
-        return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
-                                   tile_sum, outside);
+        return logits.exponentials(s, softmax, params, plan, tile * Config::kKeys, tile_sum,
+                                   is_inside);
       }
     }
     return softmax.exponentials(s, params.scale, tile_sum);
@@ -245,7 +249,12 @@ struct FwdConsumer {
   __device__ __forceinline__ Left step(const FwdBlock<Config>& block, int tile, Careful careful,
                                        bool first, bool fresh, float (&tile_sum)[2]) {
     const bool previous = !first || blocks > 0;
-    issue(previous, fresh);
+    bool watching = false;
+    issue(previous, fresh, [&] {
+      if constexpr (Config::kOptions) {
+        if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
+      }
+    });
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
@@ -258,10 +267,7 @@ struct FwdConsumer {
     Dense dense;
     dense.load(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
-    bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kOptions) {
-      watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
-    }
+    if (!Config::kOptions) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
     } else {
@@ -271,7 +277,7 @@ struct FwdConsumer {
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     Left left = Left::kNothing;
-    uint32_t outside = 0;
+    bool is_inside = true;
     if (careful) {
       moved = prepare(block, tile, loads, dense, factor);
     } else if (Config::kMasksClean && loads.masked) {
@@ -279,14 +285,11 @@ struct FwdConsumer {
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
-    } else if (exponentials(block, tile, careful, tile_sum, outside) && !careful) [[unlikely]] {
+    } else if (exponentials(tile, careful, tile_sum, is_inside) && !careful) [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kOptions) {
-        const bool is_outside = (outside & TanhPolynomial::kOutside) != 0;
-        if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
-      }
+      if constexpr (Config::kOptions) logits.is_inside = is_inside;
       __syncwarp();
     } else if (Config::kMasksClean && !careful && loads.dead_keys != 0) [[unlikely]] {
       left = Left::kDeadKeys;
@@ -345,13 +348,16 @@ struct FwdConsumer {
   // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
+    if (Config::kOptions && left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) {
+      left = Left::kInvalid;
+    }
     MaskLoads loads{};  // once more
     if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
       if constexpr (Config::kOptions) {
-        logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
+        logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
@@ -362,7 +368,7 @@ struct FwdConsumer {
           const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
           return seen ? score : kMinusInfinity;
         } else if constexpr (Config::kOptions) {
-          const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
+          const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, logits.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
         } else {
           return score;
@@ -370,9 +376,7 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kOptions) {
-        logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
-      }
+      if (Config::kOptions && left == Left::kInvalid) logits.leave_polynomial();
       moved = true;
     }
     softmax.keep_watching();

@@ -92,7 +92,9 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     plan.logit_log2 = plan.logit_scale * SoftmaxScale::kLog2e;
     const float softcap = params.intervals.softcap;
     if (softcap != 0.0f) {
-      plan.capped = TanhPolynomial::make(plan.logit_scale, softcap, softcap * SoftmaxScale::kLog2e);
+      const float softcap_log2 = softcap * SoftmaxScale::kLog2e;
+      plan.capped = TanhPolynomial::make(plan.logit_scale, softcap, softcap_log2);
+      plan.small = SmallTanh::make(plan.logit_scale, softcap, softcap_log2);
     }
     params.scale = SoftmaxScale::make(1.0f);
   }

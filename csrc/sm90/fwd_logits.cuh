@@ -20,18 +20,30 @@ struct FwdLogits {
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kScores = kKeys / 2;
 
+  float slope;  // 0 if there are none
   // If there are slopes, the keys that the two rows are aligned with, from this lane's first
   // column.
   int aligned[2];
+  // There is a soft cap and no slope, and no scores have been found that SmallTanh does not hold
+  // for.
+  bool caps_small;
   // Scores have been found that the soft cap is not a polynomial for.
   bool caps_exactly;
+  // Of a tile that left the range: the lane's scores did not leave that of the polynomial taken.
+  bool is_inside;
+  // Of the tile at work, if it is clean: SmallTanh is tried, and some row is aligned with a key
+  // after the tile's first.
+  bool small;
+  bool before;
 
   // Rows `row` and `row` + 8 of the block; those that are dropped get the place of one that is not.
-  __device__ __forceinline__ void begin(const FwdBlock<Config>& block, int row, bool first_dropped,
-                                        bool second_dropped) {
+  __device__ __forceinline__ void begin(const FwdBlock<Config>& block, float softcap, int row,
+                                        bool first_dropped, bool second_dropped) {
+    slope = block.slope;
+    caps_small = softcap != 0.0f && slope == 0.0f;
     caps_exactly = false;
     aligned[0] = aligned[1] = 0;
-    if (block.slope == 0.0f) return;
+    if (slope == 0.0f) return;
     const bool dropped[2] = {first_dropped, second_dropped};
     int last = -kMaxLength;
 #pragma unroll
@@ -52,20 +64,38 @@ struct FwdLogits {
     return static_cast<float>(aligned[h] - first_key);
   }
 
-  // Whether a clean tile needs `apply`.
-  __device__ __forceinline__ bool is_special(float slope, int first_key) const {
-    return caps_exactly || (slope != 0.0f && any_before_last(first_key) && any_after(first_key));
+  // Whether a clean tile needs `apply`, as it does where rows are watched. All lanes of the warp
+  // find the same, and are known to.
+  __device__ __forceinline__ bool is_special(bool watching, int first_key) {
+    before = false;
+    small = __any_sync(0xffffffffu, caps_small && !watching);
+    if (small) return false;
+    before = slope != 0.0f && any_after(first_key);
+    return __any_sync(0xffffffffu, watching) || caps_exactly ||
+           (before && any_before_last(first_key));
   }
 
-  // Scores become logits, wherever the keys are. kTries: by the polynomial, if it holds; not where
-  // it has just failed, since one more copy of it would not be worth its code.
+  // Scores that a polynomial did not hold for: the next one is tried from now on.
+  __device__ __forceinline__ void leave_polynomial() {
+    caps_exactly = !caps_small;
+    caps_small = false;
+  }
+
+  // Scores become logits, wherever the keys are. kTries: by a polynomial, if it holds; not where
+  // it has just failed, since one more copy of it would not be worth its code. Whether SmallTanh
+  // would have held is remembered.
   template <bool kTries>
   __device__ __forceinline__ void apply(float (&s)[kScores], const MhaFwdParams& params,
-                                        const FwdPlan& plan, float slope, int first_key) const {
+                                        const FwdPlan& plan, int first_key) {
     constexpr float kLn2 = 0.693147181f;
     const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, slope};
-    const bool capped =
-        kTries && options.softcap != 0.0f && RowSoftmax<Config>::all_inside(s, plan.capped);
+    bool capped = false;
+    if (kTries && options.softcap != 0.0f) {
+      const float largest = RowSoftmax<Config>::largest_size(s);
+      const bool is_small = plan.small.holds(__float_as_uint(largest * largest));
+      caps_small = caps_small && !__any_sync(0xffffffffu, !is_small);
+      capped = !__any_sync(0xffffffffu, !TanhPolynomial::holds(largest * plan.capped.argument));
+    }
     if (capped) {
       uint32_t outside = 0;
       RowSoftmax<Config>::cap(s, plan.capped, outside);
@@ -91,21 +121,22 @@ struct FwdLogits {
     }
   }
 
-  // Exponentials of a clean tile that is not special; see RowSoftmax.
+  // Exponentials of a clean tile that is not special; see RowSoftmax. is_inside, of each lane: the
+  // polynomial that was taken holds.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores],
                                                const RowSoftmax<Config>& softmax,
                                                const MhaFwdParams& params, const FwdPlan& plan,
-                                               float slope, int first_key, float (&tile_sum)[2],
-                                               uint32_t& outside) const {
+                                               int first_key, float (&tile_sum)[2],
+                                               bool& is_inside) const {
+    if (small) return softmax.capped_exponentials(s, plan.small, tile_sum, is_inside);
     const bool has_cap = params.intervals.softcap != 0.0f;
-    if (has_cap && slope == 0.0f) {
-      return softmax.capped_exponentials(s, plan.capped, tile_sum, outside);
-    }
+    uint32_t outside = 0;
     if (has_cap) softmax.cap(s, plan.capped, outside);
-    const LinearBias bias = LinearBias::make(slope, any_after(first_key));
+    is_inside = (outside & TanhPolynomial::kOutside) == 0;
+    const LinearBias bias = LinearBias::make(slope, before);
     const float distances[2] = {distance(0, first_key), distance(1, first_key)};
     return softmax.biased_exponentials(s, has_cap ? 1.0f : plan.logit_log2, bias, distances,
-                                       tile_sum, outside);
+                                       tile_sum, is_inside);
   }
 
  private:

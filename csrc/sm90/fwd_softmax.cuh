@@ -30,6 +30,7 @@ struct RowSoftmax {
   static constexpr int kScores = kKeys / 2;
   // A row that has seen nothing but scores of -inf leaves the range with any other.
   static constexpr float kLowest = -3e38f;
+  static constexpr int kChunk = 8;  // of capped_exponentials
 
   float reference[2];  // in units of scores
   float sum[2];        // this lane's part of the row's sum of exponentials
@@ -89,14 +90,12 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
-  // Whether `capped` holds for all scores of the warp.
-  static __device__ __forceinline__ bool all_inside(const float (&s)[kScores],
-                                                    const TanhPolynomial& capped) {
+  // The largest absolute value of a lane's scores.
+  static __device__ __forceinline__ float largest_size(const float (&s)[kScores]) {
     float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(s[i]));
-    const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-    return !__any_sync(0xffffffffu, !TanhPolynomial::holds(all * capped.argument));
+    return fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
   }
 
   // Scores become logits in base 2. `outside`: see TanhPolynomial.
@@ -109,30 +108,48 @@ struct RowSoftmax {
     }
   }
 
-  // `exponentials` of scores that a soft cap is still to be applied to; true, too, if the warp has
-  // some that are `outside`.
-  __device__ __forceinline__ bool capped_exponentials(float (&s)[kScores],
-                                                      const TanhPolynomial& capped,
-                                                      float (&tile_sum)[2],
-                                                      uint32_t& outside) const {
+  // `exponentials` of scores that a soft cap is still to be applied to; true, too, if `small` does
+  // not hold for one of the warp's: is_small, of each lane.
+  //
+  // Left to itself, ptxas has the polynomials of all scores come before most of the exponentials,
+  // of which a warp can start one in 8 clocks. So scores go in chunks, and the polynomials of one
+  // need a coefficient that is there when the sums of the chunk before the last are.
+  __device__ __forceinline__ bool capped_exponentials(float (&s)[kScores], const SmallTanh& small,
+                                                      float (&tile_sum)[2], bool& is_small) const {
     const float shift[2] = {shift_of(0), shift_of(1)};
     tile_sum[0] = tile_sum[1] = 0.0f;
+    float before[2] = {0.0f, 0.0f};  // what tile_sum was
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const float u = s[i] * capped.argument;
-      s[i] = ptx::ex2_approx_ftz(fmaf(u, capped.quotient(u, outside), -shift[i / 2 % 2]));
-      tile_sum[i / 2 % 2] += s[i];
+    for (int chunk = 0; chunk < kScores; chunk += kChunk) {
+      const float thirds[2] = {not_before(small.factors[2], before[0]),
+                               not_before(small.factors[2], before[1])};
+      before[0] = tile_sum[0];
+      before[1] = tile_sum[1];
+#pragma unroll
+      for (int i = chunk; i < chunk + kChunk; i += 2) {
+        const int h = i / 2 % 2;
+        const float squares[2] = {s[i] * s[i], s[i + 1] * s[i + 1]};
+        largest = ptx::max3(largest, __float_as_uint(squares[0]), __float_as_uint(squares[1]));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float quotient = small.quotient(squares[e], thirds[h]);
+          s[i + e] = ptx::ex2_approx_ftz(fmaf(s[i + e], quotient, -shift[h]));
+          tile_sum[h] += s[i + e];
+        }
+      }
     }
-    return has_left(tile_sum, outside);
+    is_small = small.holds(largest);
+    return has_left(tile_sum, !is_small);
   }
 
   // `exponentials` of scores that ALiBi on one side is still to be applied to; a logit in base 2 is
-  // log2 * score before that. `distance` of the two rows from this lane's first key.
+  // log2 * score before that. `distance` of the two rows from this lane's first key. True, too, if
+  // not `is_inside` in some lane.
   __device__ __forceinline__ bool biased_exponentials(float (&s)[kScores], float log2,
                                                       const LinearBias& bias,
                                                       const float (&distance)[2],
-                                                      float (&tile_sum)[2],
-                                                      uint32_t outside) const {
+                                                      float (&tile_sum)[2], bool is_inside) const {
     const float first[2] = {bias.at_first(distance[0], -shift_of(0)),
                             bias.at_first(distance[1], -shift_of(1))};
     tile_sum[0] = tile_sum[1] = 0.0f;
@@ -143,7 +160,7 @@ struct RowSoftmax {
       s[i] = ptx::ex2_approx_ftz(fmaf(s[i], log2, rest));
       tile_sum[i / 2 % 2] += s[i];
     }
-    return has_left(tile_sum, outside);
+    return has_left(tile_sum, !is_inside);
   }
 
   // Watching goes on as long as rows move.
@@ -200,9 +217,9 @@ struct RowSoftmax {
     return fmaxf(reference[h] * SoftmaxScale::kLog2e, kLowest);
   }
 
-  static __device__ __forceinline__ bool has_left(const float (&tile_sum)[2], uint32_t outside) {
-    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange ||
-                                       (outside & TanhPolynomial::kOutside) != 0);
+  static __device__ __forceinline__ bool has_left(const float (&tile_sum)[2], bool outside) {
+    return __any_sync(0xffffffffu,
+                      tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange || outside);
   }
 
   // Exponentials of the rows in `lost` from scores computed again by mma.sync, which a warp can do

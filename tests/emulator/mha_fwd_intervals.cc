@@ -36,6 +36,24 @@ extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
                              : launch_sm90<ElementType::kBf16>(params, device);
 }
 
+// factor * tanh(scale * score / softcap) by both polynomials, and whether they hold: of scores
+// [count] values and bytes [2, count], the small one's first.
+extern "C" void tanh_polynomials(float scale, float softcap, float factor, int count,
+                                 const float* scores, float* values, unsigned char* holds) {
+  const SmallTanh small = SmallTanh::make(scale, softcap, factor);
+  const TanhPolynomial wide = TanhPolynomial::make(scale, softcap, factor);
+  for (int i = 0; i < count; ++i) {
+    const float x = scores[i];
+    const float square = x * x;
+    values[i] = x * small.quotient(square, small.factors[2]);
+    holds[i] = small.holds(__float_as_uint(square));
+    const float u = x * wide.argument;
+    uint32_t outside = 0;
+    values[count + i] = u * wide.quotient(u, outside);
+    holds[count + i] = (outside & TanhPolynomial::kOutside) == 0;
+  }
+}
+
 // Fills the queue with the order of blocks of keys or rows, as before a backward or a forward.
 extern "C" int work_order(const jax_flash::Arguments* arguments, int of_keys, int size) {
   MhaFwdParams params{};

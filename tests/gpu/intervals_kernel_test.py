@@ -59,7 +59,8 @@ def slopes(spec: Spec, seed: int) -> np.ndarray:
 def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
     """Of the kinds named by letters: documents, ids in any order, cap, alibi.
 
-    Or a cap far above most scores (w), and slopes that reach far (f).
+    Or a cap far above all scores (s), less far (l), far above most scores (w), and
+    slopes that reach far (f).
     """
     given: dict[str, Any] = {}
     if "d" in kinds or "i" in kinds:
@@ -72,6 +73,10 @@ def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
         given["softcap"] = 1.5
     if "a" in kinds:
         given["bias"] = alibi(slopes(spec, seed))
+    if "s" in kinds:
+        given["softcap"] = 50.0
+    if "l" in kinds:
+        given["softcap"] = 12.0
     if "w" in kinds:
         given |= {"softcap": 50.0, "scale": 5 / spec.head_dim**0.5}
     if "f" in kinds:
@@ -108,6 +113,13 @@ def cases(dtype: str) -> list[tuple[Spec, str]]:
     found += [
         (Spec(1, 900, 900, 4, 4, 64, dtype=dtype), "w"),
         (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype, is_causal=True), "w"),
+        (Spec(1, 900, 900, 4, 4, 64, dtype=dtype, is_causal=True), "s"),
+        (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype), "s"),
+        (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype, is_causal=True), "ds"),
+        (Spec(1, 700, 700, 2, 2, 256, dtype=dtype, is_causal=True), "s"),
+        (Spec(1, 900, 900, 4, 4, 64, dtype=dtype, is_causal=True), "l"),
+        (Spec(1, 1000, 1000, 4, 4, 128, dtype=dtype), "l"),
+        (Spec(1, 700, 700, 2, 2, 256, dtype=dtype), "l"),
         (Spec(1, 300, 4000, 4, 2, 64, dtype=dtype, is_causal=True), "f"),
         (Spec(1, 300, 4000, 4, 2, 128, dtype=dtype), "f"),
         (Spec(1, 300, 1500, 4, 2, 128, dtype=dtype, causal_alignment=top), "wf"),

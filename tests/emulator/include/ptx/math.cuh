@@ -5,12 +5,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace jax_flash::ptx {
 
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
 inline float rcp_approx_ftz(float x) { return 1.0f / x; }
+
+inline uint32_t max3(uint32_t x, uint32_t y, uint32_t z) { return std::max(std::max(x, y), z); }
 
 inline float round_tf32(float x) {
   if (!std::isfinite(x)) return x;
