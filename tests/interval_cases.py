@@ -367,7 +367,7 @@ def check_forward(
     spoil(arrays, case, dead_rows)
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
-    queue = aligned((plan.queue_size(batch, rows),), np.int32, -1)
+    queue = aligned((plan.row_list_size(batch, rows),), np.int32, -1)
     call(
         function,
         case.numbers(),
