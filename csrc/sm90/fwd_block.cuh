@@ -133,21 +133,35 @@ template <typename Config>
 __device__ __forceinline__ void look_at_rows(const MhaFwdParams& params, const RowBlock& rows,
                                              int batch, FwdBlock<Config>& block) {
   constexpr unsigned kAll = 0xffffffffu;
+  constexpr int kRows = Config::kRows;
   const IntervalMask mask = IntervalMask::make(params, batch);
-#pragma unroll 1
+  const int last = rows.first + rows.rows - 1;
+  // All at once.
+  int2 keys[kRows / 32];
+  int mixed[Config::kWarpgroups];
+#pragma unroll
+  for (int i = 0; i < kRows / 32; ++i) {
+    const int row = min(rows.first + 32 * i + lane_id(), last);
+    keys[i] = __ldg(reinterpret_cast<const int2*>(mask.row_records + row));
+  }
+#pragma unroll
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    const int row = min(rows.first + 64 * w, last);
+    mixed[w] = __ldg(&mask.row_tiles[row / kIntervalRows].mixed) |
+               __ldg(&mask.row_tiles[min(row + 63, last) / kIntervalRows].mixed);
+  }
+#pragma unroll
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     KeyInterval hull = {kMaxLength, 0};
     KeyInterval core = {0, kMaxLength};
     bool dead = false;
-    const int end = min(64 * (w + 1), rows.rows);
 #pragma unroll
-    for (int i = 0; i < 64; i += 32) {
-      const int row = 64 * w + i + lane_id();
-      if (row >= end) continue;
-      const RowRecord record = mask.row(rows.first + row);
-      if (record.first < record.end) {
-        hull = {min(hull.first, record.first), max(hull.end, record.end)};
-        core = {max(core.first, record.first), min(core.end, record.end)};
+    for (int i = 2 * w; i < 2 * w + 2; ++i) {
+      if (32 * i + lane_id() >= rows.rows) continue;
+      const KeyInterval own = {keys[i].x, keys[i].y};
+      if (own.first < own.end) {
+        hull = {min(hull.first, own.first), max(hull.end, own.end)};
+        core = {max(core.first, own.first), min(core.end, own.end)};
       } else {
         dead = true;
       }
@@ -157,12 +171,11 @@ __device__ __forceinline__ void look_at_rows(const MhaFwdParams& params, const R
     hull = {least(hull.first), most(hull.end)};
     core = {most(core.first), least(core.end)};
     dead = __any_sync(kAll, dead);
-    const bool mixed = end > 64 * w && mask.mixed(rows.first + 64 * w, rows.first + end);
     if (lane_id() == 0) {
       block.hull[w] = hull;
-      block.core[w] = mixed ? KeyInterval{0, 0} : core;
+      block.core[w] = mixed[w] != 0 ? KeyInterval{0, 0} : core;
       block.dead[w] = dead;
-      block.mixed[w] = mixed;
+      block.mixed[w] = mixed[w] != 0;
     }
   }
   if (lane_id() == 0) {
