@@ -82,10 +82,8 @@ def test_forward_sm90_of_growing_scores(
 
 
 @pytest.mark.parametrize(("block", "rows"), [(128, 5000), (64, 900), (128, 1 << 17)])
-def test_longest_documents_first(
-    forward: ctypes.CDLL, block: int, rows: int
-) -> None:
-    """`queue` of a backward is 0, then the blocks of each sequence, by their documents."""
+def test_longest_documents_first(forward: ctypes.CDLL, block: int, rows: int) -> None:
+    """`queue` of a backward is 0, then blocks of each sequence, by their documents."""
     rng = np.random.default_rng(block + 1)
     batch, keys = 2, 20_000  # more blocks than a thread block has threads
 

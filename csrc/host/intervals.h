@@ -50,8 +50,9 @@ struct alignas(16) KeyTile {
   int32_t unused[3];
 };
 
-// The queue of the blocks of work of a backward, which its kernels fill: the number of the next one,
-// then the order of the blocks of keys of each sequence, whatever the size of a block, at least 64.
+// The queue of the blocks of work of a backward, which its kernels fill: the number of the next
+// one, then the order of the blocks of keys of each sequence, whatever the size of a block, at
+// least 64.
 inline constexpr int kQueueHeader = 4;
 
 // In whole 16 bytes, so that what follows is aligned.

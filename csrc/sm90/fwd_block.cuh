@@ -1,5 +1,6 @@
-// A block of work: at most kRows queries of one head, or of the heads that share a key head, and the key
-// tiles that they see. The planner writes it to shared memory, the other roles read it there.
+// A block of work: at most kRows queries of one head, or of the heads that share a key head, and
+// the key tiles that they see. The planner writes it to shared memory, the other roles read it
+// there.
 //
 // Packed rows: where queries are short, the query heads of one key head are rows of the same tile;
 // row r is position r >> pack_shift of head first_head + r % (1 << pack_shift).
@@ -201,9 +202,9 @@ __device__ __forceinline__ KeyInterval begin_tiles(FwdBlock<Config>& block) {
   return {keys.first - block.first_key, keys.end - block.first_key};
 }
 
-// Describes the block at `at` (with intervals, that which look_at_rows has begun); false if it (with
-// kPaired: its pair) sees no keys. Its `tiles` are those of this thread block among `splits`, and may
-// be none; both of a pair have the same.
+// Describes the block at `at` (with intervals, that which look_at_rows has begun); false if it
+// (with kPaired: its pair) sees no keys. Its `tiles` are those of this thread block among `splits`,
+// and may be none; both of a pair have the same.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,

@@ -40,7 +40,8 @@ extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
 extern "C" int work_order(const jax_flash::Arguments* arguments, int size) {
   MhaFwdParams params{};
   describe(*arguments, params);
-  return sm90::launch_work_order<true>(params, size, nullptr);
+  return size == 64 ? sm90::launch_work_order<64>(params, nullptr)
+                    : sm90::launch_work_order<128>(params, nullptr);
 }
 
 // Fills the queue with the list of blocks of rows, as before a forward.
