@@ -7,7 +7,7 @@ from typing import Any
 import interval_cases
 import numpy as np
 import pytest
-from emulator_test import Arguments, build, growing
+from emulator_test import Arguments, aligned, build, growing
 
 from jax_flash._src import plan
 
@@ -148,14 +148,11 @@ def test_small_polynomial_of_extreme_factors(
     assert np.isnan(values["small"]).any() or not values["small"].any()
 
 
-@pytest.mark.parametrize("of_keys", [False, True])
-@pytest.mark.parametrize(("block", "others"), [(128, 5000), (64, 900), (128, 1 << 17)])
-def test_longest_documents_first(
-    forward: ctypes.CDLL, of_keys: bool, block: int, others: int
-) -> None:
-    """`queue` is 0, then the blocks of each sequence, by their documents."""
-    rng = np.random.default_rng(block + of_keys)
-    batch, length = 2, 20_000  # more blocks than a thread block has threads
+@pytest.mark.parametrize(("block", "rows"), [(128, 5000), (64, 900), (128, 1 << 17)])
+def test_longest_documents_first(forward: ctypes.CDLL, block: int, rows: int) -> None:
+    """`queue` of a backward is 0, then blocks of each sequence, by their documents."""
+    rng = np.random.default_rng(block + 1)
+    batch, keys = 2, 20_000  # more blocks than a thread block has threads
 
     def records(tiles: int, limit: int, unit: int) -> np.ndarray:
         """Random hulls [batch, tiles], some of them empty."""
@@ -163,11 +160,10 @@ def test_longest_documents_first(
         ends[rng.random(ends.shape[:2]) < 0.2] = 0
         return np.pad(ends, ((0, 0), (0, 0), (0, 6))).astype(np.int32)
 
-    rows, keys = (others, length) if of_keys else (length, others)
     row_count, key_count = -(-rows // 64), -(-keys // 64)
     row_tiles = records(row_count, keys, 1)
     key_tiles = records(key_count, rows, 64)
-    queue = np.full(plan.queue_size(batch, length), -1, np.int32)
+    queue = np.full(plan.queue_size(batch, keys), -1, np.int32)
     arguments = Arguments(
         key_tiles=key_tiles.ctypes.data,
         row_tiles=row_tiles.ctypes.data,
@@ -178,32 +174,189 @@ def test_longest_documents_first(
         key_length=keys,
         scale=1.0,
     )
-    assert forward.work_order(ctypes.byref(arguments), of_keys, block) == 0
+    assert forward.work_order(ctypes.byref(arguments), block) == 0
 
     def document(sequence: int, number: int) -> int:
-        own = (key_tiles if of_keys else row_tiles)[sequence]
-        some = own[number * block // 64 : (number + 1) * block // 64]
+        some = key_tiles[sequence, number * block // 64 : (number + 1) * block // 64]
         some = some[some[:, 0] < some[:, 1]]
         if not some.size:
             return -1
-        first, end = some[:, 0].min(), some[:, 1].max()
-        if of_keys:
-            last = row_tiles[sequence, min(end // 64, row_count) - 1]
-            meets = key_tiles[sequence, min(-(-last[0] // 64), key_count - 1)]
-            return max(0, end - meets[0])
-        meets = key_tiles[sequence, first // 64]
-        last = row_tiles[sequence, max(1, min(meets[1] // 64, row_count)) - 1]
-        return max(0, last[1] - first)
+        end = some[:, 1].max()
+        last = row_tiles[sequence, min(end // 64, row_count) - 1]
+        meets = key_tiles[sequence, min(-(-last[0] // 64), key_count - 1)]
+        return max(0, end - meets[0])
 
     assert queue[0] == 0
-    used = plan.QUEUE_HEADER + batch * -(-length // plan.QUEUE_ROWS)
+    used = plan.QUEUE_HEADER + batch * key_count
     assert (queue[used:] == -1).all()
     orders = queue[plan.QUEUE_HEADER : used].reshape(batch, -1)
-    count = -(-length // block)
+    count = -(-keys // block)
     for sequence, order in enumerate(orders):
         lengths = [document(sequence, number) for number in range(count)]
-        direction = 1 if of_keys else -1
-        expected = sorted(range(count), key=lambda n: (-lengths[n], direction * n))
+        expected = sorted(range(count), key=lambda n: (-lengths[n], n))
         assert list(order[:count]) == expected
         assert (order[count:] == -1).all()
         assert lengths[expected[0]] > lengths[expected[-1]] == -1
+
+
+def documents_of(lengths: list[int]) -> np.ndarray:
+    """What causal documents, and runs of -n dead rows, give each row: first, end."""
+    parts, start = [], 0
+    for length in lengths:
+        rows = start + np.arange(abs(length))
+        first, end = (np.full_like(rows, start), rows + 1) if length > 0 else (0, 0)
+        parts.append(np.stack(np.broadcast_arrays(first, end, rows)[:2], -1))
+        start += abs(length)
+    return np.concatenate(parts)
+
+
+def row_list(
+    library: ctypes.CDLL, sequences: list[np.ndarray], cutting: bool
+) -> list[list[tuple[int, int]]]:
+    """The blocks (first, end) of each sequence in their order, by the kernel.
+
+    `sequences` are equally long, of (first, end) of the keys of each row.
+    """
+    length = len(sequences[0])
+    tiles = -(-length // 64)
+    batch = len(sequences)
+    rows = np.zeros((batch, tiles * 64, 4), np.int32)
+    for own, sequence in zip(rows, sequences, strict=True):
+        own[:length, :2] = sequence
+    own = rows[..., :2].reshape(batch, tiles, 64, 2)
+    live = own[..., 0] < own[..., 1]
+    first = np.where(live, own[..., 0], 1 << 30)
+    row_tiles = np.zeros((batch, tiles, 8), np.int32)
+    row_tiles[..., 1] = own[..., 1].max(-1)
+    row_tiles[..., 0] = np.where(row_tiles[..., 1] > 0, first.min(-1), 0)
+    row_tiles[..., 2] = np.where(live, own[..., 0], 0).max(-1)
+    row_tiles[..., 3] = np.where(live, own[..., 1], 1 << 30).min(-1)
+    row_tiles[..., 4] = ~live.all(-1)
+    key_tiles = np.zeros((batch, tiles, 8), np.int32)
+    starts = 64 * np.arange(tiles)[:, None]
+    for sequence, keys in zip(row_tiles, key_tiles, strict=True):
+        meets = (sequence[:, 0] < starts + 64) & (sequence[:, 1] > starts)
+        keys[:, 0] = 64 * meets.argmax(1)
+        keys[:, 1] = np.where(meets.any(1), 64 * (tiles - meets[:, ::-1].argmax(1)), 0)
+    queue = aligned((plan.row_list_size(batch, length),), np.int32, -1)
+    arguments = Arguments(
+        rows=rows.ctypes.data,
+        row_tiles=row_tiles.ctypes.data,
+        key_tiles=key_tiles.ctypes.data,
+        queue=queue.ctypes.data,
+        interval_stride=1,
+        batch=batch,
+        query_length=length,
+        key_length=length,
+        scale=1.0,
+    )
+    assert library.row_list(ctypes.byref(arguments), cutting) == 0
+    assert queue[0] == 0
+    entries = 1 + tiles + -(-length // plan.ROW_LIST_CHUNK)
+    used = plan.QUEUE_HEADER + 2 * batch * entries
+    assert (queue[used:] == -1).all()
+    result = []
+    for own in queue[plan.QUEUE_HEADER : used].reshape(batch, entries, 2):
+        count = own[0, 1]
+        assert 0 < count < entries
+        assert (own[1 : entries - count] == -1).all()
+        blocks = own[entries - count :]
+        result.append([(int(at), int(at + size)) for at, size in blocks])
+    return result
+
+
+def expected_blocks(keys: np.ndarray) -> list[tuple[int, int]]:
+    """The blocks of a sequence by their rows, as docs/design/intervals.md says."""
+    length = len(keys)
+    live = keys[:, 0] < keys[:, 1]
+    apart = (keys[1:, 0] >= keys[:-1, 1]) | (keys[:-1, 0] >= keys[1:, 1])
+    begins = (live[1:] != live[:-1]) | (live[1:] & apart)
+    cuts = np.array([0, *(np.flatnonzero(begins) + 1), length])
+
+    def last_cut(row: int) -> int:
+        return int(cuts[np.searchsorted(cuts, row, "right") - 1])
+
+    stops = [length]
+    for row in range(plan.ROW_LIST_CHUNK, length, plan.ROW_LIST_CHUNK):
+        stops.append(row - (row - last_cut(row)) % 128)
+    stops.sort()
+    piece = 512 * 64
+    blocks, start = [], 0
+    for stop in stops:
+        # What lies behind a piece is not looked at.
+        known = min(length, -(-stop // piece) * piece)
+        while start < stop:
+            end = full = min(start + 128, stop)
+            cut = last_cut(full)
+            if start < cut < full:
+                ends = last_cut(min(full + 128, known)) > full
+                fits = last_cut(min(cut + 128, known)) > cut
+                if not ends or (fits and full - cut < 48):
+                    end = cut
+            blocks.append((start, end))
+            start = end
+    return blocks
+
+
+def random_lengths(seed: int, total: int, largest: int) -> list[int]:
+    """Lengths of documents that add up to `total`, some of dead rows."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while (left := total - sum(map(abs, lengths))) > 0:
+        length = int(min(left, rng.integers(1, largest, endpoint=True)))
+        lengths.append(length if rng.random() < 0.9 or length == left else -length)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("lengths", "blocks"),
+    [
+        ([1], [(0, 1)]),
+        ([300], [(0, 128), (128, 256), (256, 300)]),
+        # Documents that fit share a block.
+        ([20, 30, 78, 1], [(0, 128), (128, 129)]),
+        # One that does not begins a block of its own.
+        ([20, 300], [(0, 20), (20, 148), (148, 276), (276, 320)]),
+        ([90, 90], [(0, 90), (90, 180)]),
+        # But not if that would make one more block.
+        ([130, 130], [(0, 128), (128, 256), (256, 260)]),
+        ([70, 70], [(0, 128), (128, 140)]),
+        ([100, -200, 50], [(0, 100), (100, 228), (228, 350)]),
+    ],
+)
+def test_blocks_begin_with_documents(
+    forward: ctypes.CDLL, lengths: list[int], blocks: list[tuple[int, int]]
+) -> None:
+    (found,) = row_list(forward, [documents_of(lengths)], cutting=True)
+    assert sorted(found) == blocks == expected_blocks(documents_of(lengths))
+
+
+@pytest.mark.parametrize("largest", [1, 5, 81, 200, 1000, 5000])
+def test_blocks_of_random_documents(forward: ctypes.CDLL, largest: int) -> None:
+    """Of documents short and long, in one piece of a sequence and in three."""
+    length = 70_001 if largest == 1000 else 9_000
+    lengths = [random_lengths(seed, length, largest) for seed in range(2)]
+    if largest == 81:  # as many blocks as documents can make
+        lengths[1] = [81] * (length // 81) + [length % 81]
+    sequences = [documents_of(own) for own in lengths]
+    for keys, found in zip(sequences, row_list(forward, sequences, True), strict=True):
+        expected = expected_blocks(keys)
+        assert sorted(found) == expected
+    (found,) = row_list(forward, sequences[:1], cutting=False)
+    natural = [(i, min(i + 128, length)) for i in range(0, length, 128)]
+    assert sorted(found) == natural
+
+
+def test_blocks_of_long_documents_first(forward: ctypes.CDLL) -> None:
+    lengths = [64, 640, -128, 1024, 192]
+    (found,) = row_list(forward, [documents_of(lengths)], cutting=True)
+    ends = np.cumsum(np.abs(lengths))
+    assert found == [
+        *((at, at + 128) for at in range(1728, 831, -128)),
+        *((at, at + 128) for at in range(576, 63, -128)),
+        (1984, 2048),
+        (1856, 1984),
+        (0, 64),
+        (704, 832),
+    ]
+    assert ends[-1] == 2048

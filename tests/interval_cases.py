@@ -173,6 +173,10 @@ def _cases() -> dict[str, Callable[[], Case]]:
     scattered = np.where(rng.random(300) < 0.2, -1, 0)
     alternating = np.arange(200) // 3 % 4
     documents = np.repeat([-1, 0, 1, 2], [40, 300, 70, 290])
+    # Blocks of rows of the sm_90 forward begin with some of them.
+    ragged = [3, 130, 9, 70, 1, 1, 100, 260, 31, 129, 20, 60]
+    many = np.repeat(np.arange(12), ragged)
+    many[many == 10] = -1
     return {
         # Whole tiles are clean here.
         "one id": lambda: of_options((1, 150, 600, 2, 1)),
@@ -201,6 +205,21 @@ def _cases() -> dict[str, Callable[[], Case]]:
         ),
         "documents, window": lambda: of_options(
             (1, 700, 700, 1, 1), documents, documents, window_size=(200, 10)
+        ),
+        "ragged documents, causal": lambda: of_options(
+            (1, 814, 814, 2, 1), many, many, is_causal=True
+        ),
+        "ragged documents, options": lambda: of_options(
+            (1, 814, 814, 1, 1),
+            many,
+            many,
+            rest={"options": {"softcap": 20.0}, "slopes": np.array([[0.05]])},
+            window_size=(150, 0),
+        ),
+        "ragged, packed": lambda: packed(
+            (1, 600, 700, 1, 1),
+            [(3, 40), (140, 10), (1, 250), (60, 60), (90, 0), (130, 170), (161, 161)],
+            True,
         ),
         "negative ids": lambda: of_options((2, 280, 400, 1, 1), holes[0], holes[1]),
         "negative ids, window, wide": lambda: of_options(
@@ -394,7 +413,7 @@ def check_forward(
     spoil(arrays, case, dead_rows)
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
-    queue = aligned((plan.queue_size(batch, rows),), np.int32, -1)
+    queue = aligned((plan.row_list_size(batch, rows),), np.int32, -1)
     call(
         function,
         case.numbers(),

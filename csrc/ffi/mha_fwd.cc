@@ -6,7 +6,7 @@
 // attribute says so, or with intervals the arrays of host/intervals.h and, if there are any,
 // slopes, seeds, bits of a mask and a bias
 // -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and scratch: with intervals
-// int32 [queue_size], without them, for operands of f32, bf16 [split_elements] if products may be
+// int32 [row_list_size], without them, for operands of f32, bf16 [split_elements] if products may be
 // those of split operands. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
@@ -50,7 +50,7 @@ ffi::Error launch(const MhaFwdParams& params, ElementType type, int64_t parts,
 ffi::Error decode_queue(const ffi::RemainingRets& scratch, MhaFwdParams* params) {
   auto queue = scratch.get<ffi::AnyBuffer>(0);  // older headers have no const access
   if (queue.has_error()) return queue.error();
-  const int64_t size = queue_size(params->batch, params->query_length);
+  const int64_t size = row_list_size(params->batch, params->query_length);
   JAX_FLASH_CHECK((*queue)->element_type() == ffi::S32 &&
                       static_cast<int64_t>((*queue)->element_count()) >= size,
                   "the queue must have ", size, " int32, got ", (*queue)->element_count(), " of ",

@@ -46,14 +46,35 @@ struct alignas(16) KeyTile {
   int32_t unused[5];
 };
 
-// The queue of the blocks of work of a call, which its kernels fill: the number of the next one,
-// then the order of the blocks of each sequence, whatever the size of a block, at least 64 rows or
-// keys.
+// The queue of the blocks of work of a backward, which its kernels fill: the number of the next
+// one, then the order of the blocks of keys of each sequence, whatever the size of a block, at
+// least 64.
 inline constexpr int kQueueHeader = 4;
 
 // In whole 16 bytes, so that what follows is aligned.
 constexpr int64_t queue_size(int64_t sequences, int length) {
   return (kQueueHeader + sequences * interval_tiles(length) + 3) / 4 * 4;
+}
+
+// Of a forward the list of its blocks of rows: the number of the next one, then for each sequence
+// row_list_entries. `rows` of the first entry says how many blocks there are, which are the last
+// entries, in the order in which they are taken. Blocks have at most 128 rows.
+struct alignas(8) RowBlock {
+  int32_t first;
+  int32_t rows;
+};
+
+// Rows after which a block begins that could be found without those before it.
+inline constexpr int kRowListChunk = 1024;
+
+// Two blocks that follow each other have more than 128 rows, if the second does not begin such a
+// chunk.
+constexpr int row_list_entries(int length) {
+  return 1 + interval_tiles(length) + (length + kRowListChunk - 1) / kRowListChunk;
+}
+
+constexpr int64_t row_list_size(int64_t sequences, int length) {
+  return kQueueHeader + (sequences * row_list_entries(length) + 1) / 2 * 4;
 }
 
 // The factor of what is kept where `threshold` in 256 are dropped, on average.
@@ -94,7 +115,7 @@ struct IntervalsView {
   const float* slopes;       // f32 [*batch, heads], or null: 0
   int64_t slope_strides[8];  // of batch dims, in elements
   float softcap;             // bound of softcap * tanh(logits / softcap); 0: none
-  int32_t* queue;            // [queue_size] of the query_length (backward: key_length); scratch
+  int32_t* queue;            // [row_list_size] (backward: queue_size of the key_length); scratch
   const uint32_t* seeds;     // of dropout, [*batch, heads, 2]; null if there is none
   int64_t seed_strides[8];   // of batch dims, in elements
   int32_t dropout;           // random bytes below it drop a probability; 0: none

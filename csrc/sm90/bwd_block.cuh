@@ -191,7 +191,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.batch = plan.kv_heads.divide(flat_head);
   int number = plan.first_to_last ? rank : plan.order.blocks - 1 - rank;
   if constexpr (Config::kIntervals) {
-    if (!params.deterministic) number = work_at<true>(params, block.batch, rank);
+    if (!params.deterministic) number = work_at(params, block.batch, rank);
   }
   const int cluster_key = number * Config::kClusterKeys;
   block.first_key = cluster_key + rank_in_cluster * Config::kKeys;

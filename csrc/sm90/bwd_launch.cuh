@@ -197,7 +197,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
       params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kIntervals) {
-    error = launch_work_order<true>(params, Config::kKeys, stream);
+    error = launch_work_order<Config::kKeys>(params, stream);
     if (error != cudaSuccess) return error;
     attribute = after_work_order();
     config.numAttrs = 1;

@@ -1,5 +1,6 @@
-// A block of work: kRows queries of one head, or of the heads that share a key head, and the key
-// tiles that they see. The planner writes it to shared memory, the other roles read it there.
+// A block of work: at most kRows queries of one head, or of the heads that share a key head, and
+// the key tiles that they see. The planner writes it to shared memory, the other roles read it
+// there.
 //
 // Packed rows: where queries are short, the query heads of one key head are rows of the same tile;
 // row r is position r >> pack_shift of head first_head + r % (1 << pack_shift).
@@ -11,8 +12,8 @@
 
 #include "host/params.h"
 #include "ptx/warpgroup.cuh"
+#include "sm90/row_blocks.cuh"
 #include "sm90/section_order.h"
-#include "sm90/work_order.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
@@ -36,7 +37,7 @@ struct FwdPlan {
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
 
-  SectionOrder order;       // of blocks of rows, from the last to the first, or of work_order.cuh
+  SectionOrder order;       // of blocks of rows, from the last to the first, or of row_blocks.cuh
   FastDivisor head_groups;  // packs of heads in a batch
 
   // Where softcap or slopes make logits, for which softmax has scale 1.
@@ -49,9 +50,13 @@ struct FwdPlan {
 // What a block with intervals has beside the others.
 template <int kWarpgroups>
 struct FwdBlockIntervals {
-  float slope;              // with kOptions
-  bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
-  bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
+  float slope;    // with kOptions
+  int first_key;  // of tile 0: the first that some row sees, or 0, if tiles are to be aligned
+  // Of the rows of each warpgroup: hull and core of their keys, as in RowTile.
+  KeyInterval hull[kWarpgroups];
+  KeyInterval core[kWarpgroups];
+  bool mixed[kWarpgroups];  // ids have to be compared
+  bool dead[kWarpgroups];   // some of its rows are dead
 };
 
 // And one with biases, a mask of bits or dropout.
@@ -82,7 +87,7 @@ struct FwdBlock
   int last_tile;   // number of the tile that is visited first
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
   int first_row;   // packed; negative in a block that starts with padding
-  int rows;        // of which exist in the sequence; the others are padding
+  int rows;        // of which exist in the sequence, or are the block's; the others are padding
   int head;        // first query head
   int batch;
   typename Config::Mask mask;
@@ -102,6 +107,14 @@ struct FwdBlock
   int full_end[Config::kWarpgroups];
   float* lse;  // of position 0 of the first query head
   typename Config::Out* out;
+
+  __device__ __forceinline__ int key_of(int tile) const {
+    if constexpr (Config::kIntervals && !Config::kDense) {
+      return this->first_key + tile * Config::kKeys;
+    } else {
+      return tile * Config::kKeys;
+    }
+  }
 };
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
@@ -112,20 +125,92 @@ __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, 
   const SectionOrder::Place place = plan.order.place_of(id);
   if (place.block >= plan.order.blocks) return {0, 0, -1};
   const int batch = plan.head_groups.divide(place.head);
-  int row_block = plan.order.blocks - 1 - place.block;
-  if constexpr (Config::kIntervals) row_block = work_at<false>(params, batch, place.block);
-  return {row_block, place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
+  return {plan.order.blocks - 1 - place.block,
+          place.head - batch * static_cast<int>(plan.head_groups.divisor), batch};
 }
 
-// Describes the block at `at`; false if it (with kPaired: its pair) sees no keys. Its `tiles` are
-// those of this thread block among `splits`, and may be none; both of a pair have the same.
+// By a warp: what the intervals of the rows of a block say. Of a slot's description, lane 0 writes
+// what make_block takes from there.
+template <typename Config>
+__device__ __forceinline__ void look_at_rows(const MhaFwdParams& params, const RowBlock& rows,
+                                             int batch, FwdBlock<Config>& block) {
+  constexpr unsigned kAll = 0xffffffffu;
+  constexpr int kRows = Config::kRows;
+  const IntervalMask mask = IntervalMask::make(params, batch);
+  const int last = rows.first + rows.rows - 1;
+  // All at once.
+  int2 keys[kRows / 32];
+  int mixed[Config::kWarpgroups];
+#pragma unroll
+  for (int i = 0; i < kRows / 32; ++i) {
+    const int row = min(rows.first + 32 * i + lane_id(), last);
+    keys[i] = __ldg(reinterpret_cast<const int2*>(mask.row_records + row));
+  }
+#pragma unroll
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    const int row = min(rows.first + 64 * w, last);
+    mixed[w] = __ldg(&mask.row_tiles[row / kIntervalRows].mixed) |
+               __ldg(&mask.row_tiles[min(row + 63, last) / kIntervalRows].mixed);
+  }
+#pragma unroll
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    KeyInterval hull = {kMaxLength, 0};
+    KeyInterval core = {0, kMaxLength};
+    bool dead = false;
+#pragma unroll
+    for (int i = 2 * w; i < 2 * w + 2; ++i) {
+      if (32 * i + lane_id() >= rows.rows) continue;
+      const KeyInterval own = {keys[i].x, keys[i].y};
+      if (own.first < own.end) {
+        hull = {min(hull.first, own.first), max(hull.end, own.end)};
+        core = {max(core.first, own.first), min(core.end, own.end)};
+      } else {
+        dead = true;
+      }
+    }
+    const auto least = [](int x) { return static_cast<int>(__reduce_min_sync(kAll, unsigned(x))); };
+    const auto most = [](int x) { return static_cast<int>(__reduce_max_sync(kAll, unsigned(x))); };
+    hull = {least(hull.first), most(hull.end)};
+    core = {most(core.first), least(core.end)};
+    dead = __any_sync(kAll, dead);
+    if (lane_id() == 0) {
+      block.hull[w] = hull;
+      block.core[w] = mixed[w] != 0 ? KeyInterval{0, 0} : core;
+      block.dead[w] = dead;
+      block.mixed[w] = mixed[w] != 0;
+    }
+  }
+  if (lane_id() == 0) {
+    block.mask = mask;
+    block.first_row = rows.first;
+    block.rows = rows.rows;
+  }
+}
+
+// The keys that rows of a block with intervals see. Its tiles begin with the first of them, unless
+// ids have to be compared, or something has an entry for each query and key: what is read for eight
+// or more keys at once begins with a multiple of that.
+template <typename Config>
+__device__ __forceinline__ KeyInterval begin_tiles(FwdBlock<Config>& block) {
+  KeyInterval keys = {kMaxLength, 0};
+  bool aligned = Config::kDense;
+  for (int w = 0; w < Config::kWarpgroups; ++w) {
+    keys = {min(keys.first, block.hull[w].first), max(keys.end, block.hull[w].end)};
+    aligned = aligned || block.mixed[w];
+  }
+  if (keys.first >= keys.end) keys = {0, 0};
+  block.first_key = aligned ? 0 : keys.first;
+  return {keys.first - block.first_key, keys.end - block.first_key};
+}
+
+// Describes the block at `at` (with intervals, that which look_at_rows has begun); false if it
+// (with kPaired: its pair) sees no keys. Its `tiles` are those of this thread block among `splits`,
+// and may be none; both of a pair have the same.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,
                                            FwdBlock<Config>& block) {
   const int pack_shift = plan.pack_shift;
-  const int first_row = at.row_block * Config::kRows - plan.front;
-  block.first_row = first_row;
   block.head = at.head << pack_shift;
   block.batch = at.batch;
   const int64_t head = int64_t{at.batch} * params.heads + block.head;
@@ -133,22 +218,24 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   block.out =
       static_cast<typename Config::Out*>(params.out) +
       (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
+  KeyInterval keys;
   if constexpr (Config::kIntervals) {
-    block.mask = IntervalMask::make(params, at.batch);
     if constexpr (Config::kOptions) {
       block.slope = ScoreOptions::make(params, at.batch, block.head).slope;
     }
+    if constexpr (Config::kDense) block.begin(params, at.batch, block.head);
+    keys = begin_tiles(block);
   } else {
+    const int first_row = at.row_block * Config::kRows - plan.front;
+    block.first_row = first_row;
     block.mask = row_mask(params, at.batch);
+    block.rows = (block.mask.query_length << pack_shift) - first_row;
+    ptx::forget_memory();  // the planner has few registers
+    // Of all rows whose thread blocks visit the same tiles.
+    const int hull_row = first_row - at.row_block % Config::kCluster * Config::kRows;
+    const int hull_end = hull_row + Config::kCluster * Config::kRows;
+    keys = block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   }
-  if constexpr (Config::kDense) block.begin(params, at.batch, block.head);
-  block.rows = (block.mask.query_length << pack_shift) - first_row;
-  ptx::forget_memory();  // the planner has few registers
-  // Of all rows whose thread blocks visit the same tiles.
-  const int hull_row = first_row - at.row_block % Config::kCluster * Config::kRows;
-  const int hull_end = hull_row + Config::kCluster * Config::kRows;
-  const KeyInterval keys =
-      block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
@@ -165,18 +252,21 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
 #pragma unroll 1
   for (int w = 0; w < Config::kWarpgroups; ++w) {
     ptx::forget_memory();
-    const int row = block.first_row + 64 * w;
-    // Rows that exist, or none: padding before the first row is whole warpgroups.
-    const int begin = row < 0 ? block.mask.query_length : row >> pack_shift;
-    const int past = ((row + 63) >> pack_shift) + 1;
-    KeyInterval core = block.mask.core(begin, past);
-    // Only padding rows, whose results are dropped.
-    bool padding = begin >= block.mask.query_length;
+    KeyInterval seen;
+    KeyInterval core;
+    bool padding;  // there are only rows whose results are dropped
     if constexpr (Config::kIntervals) {
-      const KeyInterval seen = block.mask.hull(begin, past);
+      seen = {block.hull[w].first - block.first_key, block.hull[w].end - block.first_key};
+      core = {max(0, block.core[w].first - block.first_key), block.core[w].end - block.first_key};
       padding = seen.first >= seen.end;
-      block.mixed[w] = block.mask.mixed(begin, past);
-      block.dead[w] = block.mask.dead_rows(begin, past);
+    } else {
+      const int row = block.first_row + 64 * w;
+      // Rows that exist, or none: padding before the first row is whole warpgroups.
+      const int begin = row < 0 ? block.mask.query_length : row >> pack_shift;
+      const int past = ((row + 63) >> pack_shift) + 1;
+      core = block.mask.core(begin, past);
+      padding = begin >= block.mask.query_length;
+      if constexpr (Config::kSkips) seen = block.mask.hull(begin, past);
     }
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
@@ -192,7 +282,6 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     int start = block.last_tile;
     if constexpr (Config::kSkips) {
       // Meanwhile the values of the block before, and of the tiles, stay.
-      const KeyInterval seen = block.mask.hull(begin, past);
       start = max(max(first_tile, end_tile - Config::kValueStages),
                   min(start, (seen.end + Config::kKeys - 1) / Config::kKeys - 1));
     }

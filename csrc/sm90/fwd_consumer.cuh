@@ -38,6 +38,9 @@ struct FwdConsumer {
   using Dense = FwdDense<Config, Config::kDense>;
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr int kOuts = Config::kHeadDimV / 2;
+  // Of rows that are dropped: with intervals, where they may be those of another block, more than
+  // any score.
+  static constexpr float kDroppedReference = Config::kIntervals ? 1e30f : 0.0f;
 
   const MhaFwdParams& params;
   const FwdPlan& plan;
@@ -157,12 +160,15 @@ struct FwdConsumer {
     MaskLoads loads{};
     loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
     if (!loads.masked) return loads;
-    const int first_key = tile * Config::kKeys;
+    const int first_key = block.key_of(tile);
     const int row = head_row(block);
     KeyInterval keys[2];
     if constexpr (Config::kIntervals) {
       loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(first_key);
-      const RowRecord records[2] = {block.mask.row(row), block.mask.row(row + 8)};
+      // Rows past the block are dropped.
+      const int last = block.mask.query_length - 1;
+      const RowRecord records[2] = {block.mask.row(min(row, last)),
+                                    block.mask.row(min(row + 8, last))};
       for (int h = 0; h < 2; ++h) keys[h] = {records[h].first, records[h].end};
       loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
       if (kMixed && block.mixed[warpgroup]) {
@@ -305,8 +311,8 @@ struct FwdConsumer {
       if (previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
       const int row = 64 * warpgroup + warp_row() + fragment_row();
-      if (is_dropped(block, row)) softmax.reference[0] = 0.0f;
-      if (is_dropped(block, row + 8)) softmax.reference[1] = 0.0f;
+      if (is_dropped(block, row)) softmax.reference[0] = kDroppedReference;
+      if (is_dropped(block, row + 8)) softmax.reference[1] = kDroppedReference;
     } else if (moved) {
       scale_out(factor);
     }
@@ -408,7 +414,7 @@ struct FwdConsumer {
   __device__ __forceinline__ void clear_dead_values(const FwdBlock<Config>& block, int tile) {
     ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                        value_ring.parity());
-    clear_dead_rows<Config>(value_tile(), block, tile * Config::kKeys, 5 + warpgroup);
+    clear_dead_rows<Config>(value_tile(), block, block.key_of(tile), 5 + warpgroup);
   }
 
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
@@ -490,7 +496,8 @@ struct FwdConsumer {
           block.out +
           (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
           8 * lane;
-      const bool exists = position >= 0 && position < params.query_length;
+      bool exists = position >= 0 && position < params.query_length;
+      if (Config::kIntervals) exists = row + 8 * h < block.first_row + block.rows;
 #pragma unroll
       for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
         uint32_t words[4];

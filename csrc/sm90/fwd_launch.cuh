@@ -10,6 +10,7 @@
 #include "sm90/fwd_order.h"
 #include "sm90/fwd_split.cuh"
 #include "sm90/fwd_splits.h"
+#include "sm90/row_blocks.cuh"
 #include "sm90/tensor_map.h"
 #include "sm90/work_order.cuh"
 
@@ -80,7 +81,9 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
       multiple = 2 * multiprocessors;
     }
   }
-  if (!SectionOrder::make(all, sections.heads, row_groups, multiple, sections.turn, &plan.order)) {
+  const int64_t blocks =
+      Config::kIntervals ? int64_t{row_list_entries(params.query_length)} : row_groups;
+  if (!SectionOrder::make(all, sections.heads, blocks, multiple, sections.turn, &plan.order)) {
     return cudaErrorInvalidConfiguration;
   }
   if (steady) plan.order.reverses = false;
@@ -134,7 +137,8 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   }
 
   if constexpr (Config::kIntervals) {
-    error = launch_work_order<false>(params, Config::kRows, stream);
+    // Dropout draws for tiles of 16 rows from the first of the sequence.
+    error = launch_row_list<Config::kRows>(params, !Config::kDense, stream);
     if (error != cudaSuccess) return error;
   }
   const auto kernel = mha_fwd_kernel<Config>;

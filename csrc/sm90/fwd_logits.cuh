@@ -14,15 +14,15 @@
 
 namespace jax_flash::sm90 {
 
-// Of one thread, for a block of rows. `first_key` is a tile's.
+// Of one thread, for a block of rows. `first_key` is a tile's, from that of tile 0.
 template <typename Config>
 struct FwdLogits {
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kScores = kKeys / 2;
 
   float slope;  // 0 if there are none
-  // If there are slopes, the keys that the two rows are aligned with, from this lane's first
-  // column.
+  // If there are slopes, the keys that the two rows are aligned with, from this lane's first column
+  // of tile 0.
   int aligned[2];
   // There is a soft cap and no slope, and no scores have been found that SmallTanh does not hold
   // for.
@@ -57,7 +57,9 @@ struct FwdLogits {
       last = max(last, __shfl_xor_sync(0xffffffffu, last, step));
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) aligned[h] = (dropped[h] ? last : aligned[h]) - fragment_column();
+    for (int h = 0; h < 2; ++h) {
+      aligned[h] = (dropped[h] ? last : aligned[h]) - block.key_of(0) - fragment_column();
+    }
   }
 
   __device__ __forceinline__ float distance(int h, int first_key) const {

@@ -7,11 +7,13 @@
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/batch_coordinate.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_shared.cuh"
+#include "sm90/work_order.cuh"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
 #include "tile/softmax.cuh"
@@ -27,9 +29,8 @@ struct FwdPlanner {
   Shared& shared;
 
   // Outputs 0 and lse -inf for the rows of a block that sees no keys.
-  __device__ __forceinline__ void store_empty(const BlockCoordinate& at) const {
-    const int first_row = at.row_block * Config::kRows - plan.front;
-    const int rows = min(Config::kRows, (params.query_length << plan.pack_shift) - first_row);
+  __device__ __forceinline__ void store_empty(const BlockCoordinate& at, int first_row,
+                                              int rows) const {
     const int chunks = params.head_dim_v * sizeof(typename Config::Out) / sizeof(uint4);
 #pragma unroll 1
     for (int r = max(0, -first_row); r < rows; ++r) {
@@ -55,23 +56,62 @@ struct FwdPlanner {
     return __shfl_sync(0xffffffffu, id, 0);
   }
 
+  // With intervals: who has room takes the next block of the list.
+  __device__ __forceinline__ void take_blocks(RingIndex<Shared::kBlockSlots>& ring) const {
+    wait_for_work_order();
+    const int most = most_row_blocks(params);
+    const int ids = plan.order.ids_of(most);
+    while (true) {
+      const int id = next_id(ring);
+      if (id >= ids) break;
+      const SectionOrder::Place place = plan.order.place_of(id, most);
+      const int batch = plan.head_groups.divide(place.head);
+      const int head = place.head - batch * static_cast<int>(plan.head_groups.divisor);
+      const RowBlock rows = row_block_at(params, batch, place.block);
+      if (rows.rows == 0) continue;
+      FwdBlock<Config>& block = shared.blocks[ring.stage()];
+      look_at_rows(params, rows, batch, block);
+      bool sees_keys = false;
+      if (lane_id() == 0) {
+        sees_keys = make_block(params, plan, {0, head, batch}, 0, block);
+        if (sees_keys) {
+          ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
+        }
+      }
+      if (__any_sync(0xffffffffu, sees_keys)) {
+        ring.next();
+      } else {
+        store_empty({0, head, batch}, rows.first, rows.rows);
+      }
+    }
+  }
+
   __device__ __forceinline__ void run() {
+    RingIndex<Shared::kBlockSlots> ring;
+    if constexpr (Config::kIntervals) {
+      take_blocks(ring);
+    } else {
+      follow_order(ring);
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
+    if (lane_id() == 0) {
+      shared.blocks[ring.stage()].tiles = -1;
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
+    }
+  }
+
+  // Without intervals: ids in rounds of one for each thread block, every other round in reverse.
+  // With the longest blocks first that evens out the sums.
+  __device__ __forceinline__ void follow_order(RingIndex<Shared::kBlockSlots>& ring) const {
     // Thread blocks that work together: those that share keys of one block, or a pair.
     const int together = Config::kPaired ? 2 : plan.splits;
     const int groups = gridDim.x / together;
     const int group = blockIdx.x / together;
     const int rank = blockIdx.x - group * together;
-    RingIndex<Shared::kBlockSlots> ring;
-    if constexpr (Config::kIntervals) wait_for_work_order();
-    // Ids in rounds of one for each thread block, every other round in reverse: with the longest
-    // blocks first that evens out the sums. With intervals who has room takes the next.
 #pragma unroll 1
-    for (int round = 0; Config::kIntervals || round * groups < plan.order.ids; ++round) {
-      const int id = Config::kIntervals ? next_id(ring) : plan.order.id_of(round, group, groups);
-      if (id >= plan.order.ids) {
-        if (Config::kIntervals) break;
-        continue;
-      }
+    for (int round = 0; round * groups < plan.order.ids; ++round) {
+      const int id = plan.order.id_of(round, group, groups);
+      if (id >= plan.order.ids) continue;
       BlockCoordinate at = block_at<Config>(params, plan, id);
       if (at.batch < 0) continue;
       if constexpr (Config::kPaired) at.row_block = 2 * at.row_block + rank;
@@ -86,13 +126,10 @@ struct FwdPlanner {
       if (__any_sync(0xffffffffu, sees_keys)) {
         ring.next();
       } else if (plan.splits == 1 || rank == 0) {
-        store_empty(at);
+        const int first_row = at.row_block * Config::kRows - plan.front;
+        const int rows = (params.query_length << plan.pack_shift) - first_row;
+        store_empty(at, first_row, min(Config::kRows, rows));
       }
-    }
-    ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
-    if (lane_id() == 0) {
-      shared.blocks[ring.stage()].tiles = -1;
-      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
     }
   }
 };
@@ -148,24 +185,24 @@ struct FwdProducer {
     }
   }
 
-  __device__ __forceinline__ void copy_keys(int tile, int head, int batch) {
+  __device__ __forceinline__ void copy_keys(int first_key, int tile, int head, int batch) {
     wait_empty(shared.key_empty[key_ring.stage()], key_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<typename Config::KeyLayout>(
           tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes, &plan.key,
-          params.key, ptx::shared_address(&shared.key_full[key_ring.stage()]), tile * Config::kKeys,
-          head, batch);
+          params.key, ptx::shared_address(&shared.key_full[key_ring.stage()]),
+          first_key + tile * Config::kKeys, head, batch);
     }
     key_ring.next();
   }
 
-  __device__ __forceinline__ void copy_values(int tile, int head, int batch) {
+  __device__ __forceinline__ void copy_values(int first_key, int tile, int head, int batch) {
     wait_empty(shared.value_empty[value_ring.stage()], value_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<typename Config::ValueLayout>(
           tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes,
           &plan.value, params.value, ptx::shared_address(&shared.value_full[value_ring.stage()]),
-          tile * Config::kKeys, head, batch);
+          first_key + tile * Config::kKeys, head, batch);
     }
     value_ring.next();
   }
@@ -220,6 +257,7 @@ struct FwdProducer {
     int lowest = 0;
     int head = 0;
     int batch = 0;
+    int first_key = 0;
     const FwdBlock<Config>* next = nullptr;
     while (true) {
 #pragma unroll 1
@@ -230,12 +268,12 @@ struct FwdProducer {
         }
         if (tile == lowest) break;
         --tile;
-        copy_keys(tile, head, batch);
-        copy_values(tile + 1, head, batch);
+        copy_keys(first_key, tile, head, batch);
+        copy_values(first_key, tile + 1, head, batch);
       }
       const int next_head = params.group_divisor.divide(next->head);
-      if (next->tiles > 0) copy_keys(next->last_tile, next_head, next->batch);
-      if (pending) copy_values(tile, head, batch);
+      if (next->tiles > 0) copy_keys(next->key_of(0), next->last_tile, next_head, next->batch);
+      if (pending) copy_values(first_key, tile, head, batch);
       if (!kEarly) copy_queries(*next);
       if (next->tiles < 0) break;
       pending = next->tiles > 0;
@@ -244,6 +282,7 @@ struct FwdProducer {
       early_tile = max(lowest, tile - kTilesBefore);
       head = next_head;
       batch = next->batch;
+      first_key = next->key_of(0);
       // By all lanes, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[next - shared.blocks]));
     }
@@ -267,6 +306,7 @@ struct FwdStorer {
       const int row = block.first_row + r;
       const int position = row >> plan.pack_shift;
       if (position < 0 || position >= params.query_length) continue;
+      if (Config::kIntervals && r >= block.rows) continue;  // of another block
       const float2 state = rows[r];
       const float m = state.x == kMinusInfinity ? 0.0f : state.x;
       block.lse[int64_t{row & heads} * params.query_length + position] =
@@ -274,8 +314,39 @@ struct FwdStorer {
     }
   }
 
+  // The outputs of one warpgroup.
   __device__ __forceinline__ void store_out(const FwdBlock<Config>& block, int w,
                                             uint32_t tile) const {
+    if constexpr (Config::kIntervals) {
+      // A copy of whole tiles writes no rows past the last one.
+      const int rows = block.rows - 64 * w;
+      if (rows < 64 && block.first_row + block.rows < params.query_length) {
+        store_rows(block, w, tile, rows);
+        return;
+      }
+    }
+    if (lane_id() == 0) store_tile(block, w, tile);
+  }
+
+  // The first `rows` rows of a warpgroup, if any, after which there are those of another block.
+  __device__ __forceinline__ void store_rows(const FwdBlock<Config>& block, int w, uint32_t tile,
+                                             int rows) const {
+    using Layout = typename Config::OutLayout;
+    constexpr int kChunks = Config::kHeadDimV / 8;  // of a row, a power of two
+    const int64_t stride = int64_t{params.heads} * params.head_dim_v;
+    typename Config::Out* const target = block.out + (block.first_row + 64 * w) * stride;
+#pragma unroll 4
+    for (int i = lane_id(); i < rows * kChunks; i += 32) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      if (8 * chunk >= params.head_dim_v) continue;
+      *reinterpret_cast<uint4*>(target + row * stride + 8 * chunk) =
+          ptx::ld_shared_v4(tile + Layout::offset(row, chunk));
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(const FwdBlock<Config>& block, int w,
+                                             uint32_t tile) const {
     using Layout = typename Config::OutLayout;
     const int position = (block.first_row + 64 * w) >> plan.pack_shift;
     // Padding before the first row; a tensor store may not start at a negative coordinate.
@@ -299,7 +370,7 @@ struct FwdStorer {
 #pragma unroll 1
       for (int w = 0; w < Config::kWarpgroups; ++w) {
         ptx::mbarrier_wait(ptx::shared_address(&shared.rows_full[w]), ring.parity());
-        if (Config::kStaged && lane_id() == 0) {
+        if constexpr (Config::kStaged) {
           store_out(block, w, tiles + Config::kOutOffset + w * Config::OutLayout::kBytes);
         }
         store_lse(block, 64 * w, shared.rows);

@@ -63,6 +63,17 @@ struct SectionOrder {
     return {block, section * static_cast<int>(section_heads.divisor) + in_section -
                        block * static_cast<int>(heads.divisor)};
   }
+
+  // The same where each head has `count` blocks, at most `blocks`, which the host does not know.
+  __device__ __forceinline__ int ids_of(int count) const { return ids / blocks * count; }
+  __device__ __forceinline__ Place place_of(int id, int count) const {
+    const int heads = static_cast<int>(section_heads.divisor);
+    const int section = id / (heads * count);
+    const int in_section = id - section * heads * count;
+    const FastDivisor& divisor = section < whole_sections ? section_heads : last_heads;
+    const int block = divisor.divide(in_section);
+    return {block, section * heads + in_section - block * static_cast<int>(divisor.divisor)};
+  }
 #endif
 };
 

@@ -1,10 +1,11 @@
-// The order of the blocks of work of a call with intervals, of which the host knows no lengths.
+// The order of the blocks of work of a backward with intervals, of which the host knows no lengths,
+// and what kernels with a queue share. A forward's blocks are those of row_blocks.cuh.
 //
 // A small kernel sorts the blocks of each sequence before the main kernel starts, whose thread
 // blocks then take one after another from a queue: the longest documents first, and the blocks of a
 // document one after the other, the longest first if it is causal. So those who work at a time read
-// the same keys (queries), and what is left at the end is short. Results do not depend on who works
-// off what, nor when.
+// the same queries, and what is left at the end is short. Results do not depend on who works off
+// what, nor when.
 #pragma once
 
 #include <algorithm>
@@ -22,48 +23,37 @@ namespace jax_flash::sm90 {
 
 inline constexpr int kWorkOrderThreads = 256;
 
-// What is sorted: `blocks` of `size` rows that see keys, or of keys that are seen by rows.
+// What is sorted: `blocks` of kSize keys.
+template <int kSize>
 struct WorkBlocks {
   int blocks;
-  int size;
   int chunks;  // thread blocks of a sequence
 
-  template <bool kOfKeys>
-  static WorkBlocks make(const MhaParams& params, int size) {
-    const int length = kOfKeys ? params.key_length : params.query_length;
-    const int blocks = (length + size - 1) / size;
-    return {blocks, size, (blocks + kWorkOrderThreads - 1) / kWorkOrderThreads};
+  static WorkBlocks make(const MhaParams& params) {
+    const int blocks = (params.key_length + kSize - 1) / kSize;
+    return {blocks, (blocks + kWorkOrderThreads - 1) / kWorkOrderThreads};
   }
 
-  // The length of the document of a block: of keys (rows) from the first that its rows (keys) meet
-  // to the last that those meet who meet that one. -1 if it meets none.
-  template <bool kOfKeys>
+  // The length of the document of a block: of rows from the first that its keys meet to the last
+  // that those meet who meet that one. -1 if it meets none.
   __device__ __forceinline__ int document(const IntervalMask& mask, int block) const {
     const int row_tiles = interval_tiles(mask.query_length);
     const int key_tiles = interval_tiles(mask.key_length);
-    if constexpr (kOfKeys) {
-      const RowInterval seen = mask.rows(block * size, (block + 1) * size);
-      if (seen.first >= seen.end) return -1;
-      const RowTile& last = mask.row_tiles[min(seen.end / kIntervalRows, row_tiles) - 1];
-      // Its first keys may share a tile with another document's.
-      const int tile = min((last.first + kIntervalKeys - 1) / kIntervalKeys, key_tiles - 1);
-      return max(0, seen.end - mask.key_tiles[tile].first);
-    } else {
-      const KeyInterval seen = mask.hull(block * size, (block + 1) * size);
-      if (seen.first >= seen.end) return -1;
-      const KeyTile& first = mask.key_tiles[seen.first / kIntervalKeys];
-      const RowTile& last = mask.row_tiles[max(1, min(first.end / kIntervalRows, row_tiles)) - 1];
-      return max(0, last.end - seen.first);
-    }
+    const RowInterval seen = mask.rows(block * kSize, (block + 1) * kSize);
+    if (seen.first >= seen.end) return -1;
+    const RowTile& last = mask.row_tiles[min(seen.end / kIntervalRows, row_tiles) - 1];
+    // Its first keys may share a tile with another document's.
+    const int tile = min((last.first + kIntervalKeys - 1) / kIntervalKeys, key_tiles - 1);
+    return max(0, seen.end - mask.key_tiles[tile].first);
   }
 };
 
 // Writes the queue of a call: who is next, and the blocks of each sequence in their order. Each
 // thread finds the place of one block.
-template <bool kOfKeys>
+template <int kSize>
 __global__ void __launch_bounds__(kWorkOrderThreads)
     interval_order_kernel(const __grid_constant__ MhaParams params,
-                          const __grid_constant__ WorkBlocks work) {
+                          const __grid_constant__ WorkBlocks<kSize> work) {
   extern __shared__ __align__(1024) unsigned char memory[];
   int* const documents = reinterpret_cast<int*>(memory);
   const int batch = blockIdx.x / work.chunks;
@@ -72,7 +62,7 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
   ptx::griddepcontrol_launch_dependents();
   const IntervalMask mask = IntervalMask::make(params, batch);
   if (blockIdx.x == 0 && thread == 0) *params.intervals.queue = 0;
-  const int own = block < work.blocks ? work.document<kOfKeys>(mask, block) : -1;
+  const int own = block < work.blocks ? work.document(mask, block) : -1;
   int place = 0;
 #pragma unroll 1
   for (int first = 0; first < work.blocks; first += kWorkOrderThreads) {
@@ -81,7 +71,7 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
     if (other == block) {
       document = own;
     } else if (other < work.blocks) {
-      document = work.document<kOfKeys>(mask, other);
+      document = work.document(mask, other);
     }
     documents[thread] = document;
     // Orders the lengths before they are read.
@@ -89,33 +79,28 @@ __global__ void __launch_bounds__(kWorkOrderThreads)
     const int end = min(kWorkOrderThreads, work.blocks - first);
 #pragma unroll 8
     for (int i = 0; i < end; ++i) {
-      const bool before = kOfKeys ? first + i < block : first + i > block;
+      const bool before = first + i < block;
       place += documents[i] > own || (documents[i] == own && before) ? 1 : 0;
     }
     // Orders the reads before the next lengths.
     __syncthreads();
   }
   if (block < work.blocks) {
-    const int length = kOfKeys ? params.key_length : params.query_length;
-    params.intervals.queue[kQueueHeader + int64_t{batch} * interval_tiles(length) + place] = block;
+    const int64_t first = kQueueHeader + int64_t{batch} * interval_tiles(params.key_length);
+    params.intervals.queue[first + place] = block;
   }
-  // The main kernel of a backward waits for this kernel alone, and needs what came before it, too.
-  if constexpr (kOfKeys) ptx::griddepcontrol_wait();
+  // The main kernel waits for this kernel alone, and needs what came before it, too.
+  ptx::griddepcontrol_wait();
 }
 
-template <bool kOfKeys>
-cudaError_t launch_work_order(const MhaParams& params, int size, cudaStream_t stream) {
-  const WorkBlocks work = WorkBlocks::make<kOfKeys>(params, size);
+template <int kSize>
+cudaError_t launch_work_order(const MhaParams& params, cudaStream_t stream) {
+  const auto work = WorkBlocks<kSize>::make(params);
   const dim3 grid(static_cast<unsigned>(params.batch * work.chunks));
   constexpr size_t kBytes = sizeof(int) * kWorkOrderThreads;
-  if constexpr (kOfKeys) {
-    // It reads nothing that bwd_prepare writes, and writes nothing that it reads.
-    return launch_dependent_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes,
-                                   stream, params, work);
-  } else {
-    return launch_kernel(interval_order_kernel<kOfKeys>, grid, kWorkOrderThreads, kBytes, stream,
-                         params, work);
-  }
+  // It reads nothing that bwd_prepare writes, and writes nothing that it reads.
+  return launch_dependent_kernel(interval_order_kernel<kSize>, grid, kWorkOrderThreads, kBytes,
+                                 stream, params, work);
 }
 
 // Lets the main kernel, whose launch has this attribute, start while the order is still made. Only
@@ -133,12 +118,9 @@ __device__ __forceinline__ int take_work(const MhaParams& params) {
   return ptx::atom_acquire_add(params.intervals.queue, 1);
 }
 
-// The block with place `rank` in the order of its sequence.
-template <bool kOfKeys>
+// The block of keys with place `rank` in the order of its sequence.
 __device__ __forceinline__ int work_at(const MhaParams& params, int batch, int rank) {
-  const int64_t first =
-      kQueueHeader +
-      int64_t{batch} * interval_tiles(kOfKeys ? params.key_length : params.query_length);
+  const int64_t first = kQueueHeader + int64_t{batch} * interval_tiles(params.key_length);
   // Not by __ldg, which memory that is written while this kernel runs is not for.
   return params.intervals.queue[first + rank];
 }

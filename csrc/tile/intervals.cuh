@@ -102,15 +102,15 @@ struct IntervalMask {
     return false;
   }
 
-  // The same for the tile of kKeys keys at `first`, some of which exist: a number that is not 0, to
-  // which no branch leads that waits for memory.
+  // The same for the tile of kKeys keys from `first`, some of which exist: a number that is not 0,
+  // to which no branch leads that waits for memory.
   template <int kKeys>
   __device__ __forceinline__ int dead_keys(int first) const {
     static_assert(kKeys % kIntervalKeys == 0);
-    const int last = interval_tiles(key_length) - 1;
+    const int last = (min_int(first + kKeys, key_length) - 1) / kIntervalKeys;
     int dead = 0;
 #pragma unroll
-    for (int i = 0; i < kKeys / kIntervalKeys; ++i) {
+    for (int i = 0; i <= kKeys / kIntervalKeys; ++i) {
       dead |= __ldg(&key_tiles[min_int(first / kIntervalKeys + i, last)].dead);
     }
     return dead;

@@ -256,7 +256,7 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
         jax.ShapeDtypeStruct((*batch, heads, rows), jnp.float32),
     ]
     if plan.needs_intervals(_options(config)):
-        queue = plan.queue_size(math.prod(batch), rows)
+        queue = plan.row_list_size(math.prod(batch), rows)
         results.append(jax.ShapeDtypeStruct((queue,), jnp.int32))
     elif plan.may_split("mha_fwd", query.dtype, config.precision):
         parts = plan.split_elements((query_shape, key_shape, value_shape))

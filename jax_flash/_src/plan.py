@@ -254,6 +254,9 @@ SUM_COLUMNS = 64
 QUEUE_HEADER, QUEUE_ROWS = 4, 64
 """Numbers before the order of blocks of work, and rows or keys of the smallest one."""
 
+ROW_LIST_CHUNK = 1024
+"""Rows after which a forward with intervals begins a block, whatever came before."""
+
 TURN_ROWS = 16
 """Rows of queries for which the workspace counts who has added to their gradient."""
 
@@ -418,10 +421,16 @@ def backward_workspace(
     return sums + QUEUE_ENTRIES + (queue or 0)
 
 
-def queue_size(batch: int, length: int) -> int:
-    """int32 of the order in which kernels with intervals take their blocks of work.
+def row_list_size(batch: int, length: int) -> int:
+    """int32 of the list of blocks of rows of a forward with intervals."""
+    entries = 1 + -(-length // QUEUE_ROWS) + -(-length // ROW_LIST_CHUNK)
+    return QUEUE_HEADER + (batch * entries + 1) // 2 * 4
 
-    `length` is the number of rows in a forward, that of keys in a backward.
+
+def queue_size(batch: int, length: int) -> int:
+    """int32 of the order in which a backward with intervals takes its blocks of keys.
+
+    `length` is the number of keys.
     """
     size = QUEUE_HEADER + batch * -(-length // QUEUE_ROWS)
     return -(-size // 4) * 4  # what follows is aligned

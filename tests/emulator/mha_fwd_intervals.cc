@@ -54,10 +54,17 @@ extern "C" void tanh_polynomials(float scale, float softcap, float factor, int c
   }
 }
 
-// Fills the queue with the order of blocks of keys or rows, as before a backward or a forward.
-extern "C" int work_order(const jax_flash::Arguments* arguments, int of_keys, int size) {
+// Fills the queue with the order of blocks of keys, as before a backward.
+extern "C" int work_order(const jax_flash::Arguments* arguments, int size) {
   MhaFwdParams params{};
   describe(*arguments, params);
-  return of_keys != 0 ? sm90::launch_work_order<true>(params, size, nullptr)
-                      : sm90::launch_work_order<false>(params, size, nullptr);
+  return size == 64 ? sm90::launch_work_order<64>(params, nullptr)
+                    : sm90::launch_work_order<128>(params, nullptr);
+}
+
+// Fills the queue with the list of blocks of rows, as before a forward.
+extern "C" int row_list(const jax_flash::Arguments* arguments, int cutting) {
+  MhaFwdParams params{};
+  describe(*arguments, params);
+  return sm90::launch_row_list<128>(params, cutting != 0, nullptr);
 }

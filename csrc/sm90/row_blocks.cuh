@@ -1,0 +1,291 @@
+// The blocks of rows of a forward with intervals, and their order.
+//
+// Where documents begin is data. A small kernel finds it before the main kernel starts, from the
+// intervals of neighbouring rows, and cuts the rows of each sequence in blocks that begin with
+// documents: then a block's tiles of keys, which begin with the first key that it sees, hold the
+// keys of its document alone, and the mask's border lies in the last of them. Short documents share
+// a block. Thread blocks of the main kernel take one block after another from a queue: the longest
+// documents first, and the blocks of a document one after the other, the last first. So those who
+// work at a time read the same keys, and what is left at the end is short. Results do not depend on
+// who works off what, nor when.
+#pragma once
+
+#include <cstdint>
+
+#include "host/intervals.h"
+#include "host/launch.h"
+#include "host/params.h"
+#include "ptx/griddepcontrol.cuh"
+#include "tile/fragment.cuh"
+#include "tile/intervals.cuh"
+
+namespace jax_flash::sm90 {
+
+inline constexpr int kWarp = 32;
+
+// The entries of a sequence.
+__device__ __forceinline__ RowBlock* row_list(const MhaParams& params, int batch) {
+  return reinterpret_cast<RowBlock*>(params.intervals.queue + kQueueHeader) +
+         int64_t{batch} * row_list_entries(params.query_length);
+}
+
+// A sequence is worked off in pieces, and the chains of blocks of a piece, each of which begins
+// where the one before ends, by chunks of rows, whose first blocks are known beforehand.
+inline constexpr int kRowListThreads = 512;
+inline constexpr int kRowListPiece = kRowListThreads * kIntervalRows;  // a tile for each thread
+inline constexpr int kRowListChunks = kRowListPiece / kRowListChunk;
+static_assert(kRowListChunks == kWarp, "a lane for each chunk");
+
+// Two blocks that follow each other have more rows than one block can have, but for the last of a
+// chunk, which is up to a block longer than kRowListChunk.
+constexpr int chunk_blocks(int size) { return 1 + 2 * (kRowListChunk + size) / size; }
+
+template <int kSize>
+struct RowListShared {
+  static constexpr int kBlocks = kRowListChunks * chunk_blocks(kSize);
+
+  uint64_t cuts[kRowListThreads + 1];  // of each tile: bit r: a document begins with row r
+  int before[kRowListThreads + 1];     // the last row before the tile that a document begins with
+  int warp_last[kRowListThreads / kWarp];
+  int chunk_starts[kBlocks];
+  int starts[kBlocks + 1];  // of blocks, then where the last one ends
+  int documents[kBlocks];   // how many keys the document of a block has
+  int count;                // of blocks
+};
+
+// Finds the blocks of at most kSize rows of one sequence.
+template <int kSize>
+struct RowListMaker {
+  static_assert(kSize % kIntervalRows == 0 && kRowListChunk % kSize == 0);
+  // A document that does not fit the rest of a block begins a block of its own, unless it saves one
+  // to fill that rest: one that ends in the next block, if the rest is at least this.
+  static constexpr int kLeastRest = 48;
+
+  const IntervalMask& mask;
+  RowListShared<kSize>& shared;
+  bool cutting;   // otherwise blocks begin with multiples of kSize
+  int first = 0;  // the piece at work
+  int end = 0;
+
+  __device__ __forceinline__ KeyInterval keys_of(int row) const {
+    const int clamped = min(max(row, 0), mask.query_length - 1);
+    const int2 words = __ldg(reinterpret_cast<const int2*>(mask.row_records + clamped));
+    return {words.x, words.y};
+  }
+
+  // Whether a document, or a run of rows that see nothing, begins with a row: it and the one before
+  // see no key that the other sees, too. The end of the sequence counts, too.
+  __device__ __forceinline__ bool begins(int row) const {
+    const KeyInterval own = keys_of(row);
+    const KeyInterval other = keys_of(row - 1);
+    const bool live = own.first < own.end;
+    const bool apart = own.first >= other.end || other.first >= own.end;
+    return row == 0 || row == mask.query_length ||
+           (cutting && (live != (other.first < other.end) || (live && apart)));
+  }
+
+  // Each thread finds `cuts` of one tile, a warp those of its lanes.
+  __device__ __forceinline__ uint64_t find_cuts() const {
+    const int thread = threadIdx.x;
+    const int lane = lane_id();
+    const int row = first + thread * kIntervalRows;
+    bool inside = false;
+    uint64_t own = 0;
+    if (row <= mask.query_length) {
+      own = begins(row) ? 1 : 0;
+      if (cutting && row < mask.query_length) {
+        const RowTile& tile = mask.row_tiles[row / kIntervalRows];
+        // Otherwise all rows see some key, the same, or none does.
+        inside = tile.core_first >= tile.core_end || (tile.dead != 0 && tile.first < tile.end);
+      }
+    }
+    const uint32_t all = __ballot_sync(0xffffffffu, inside);
+    constexpr int kTogether = 4;  // whose records are asked for at the same time
+#pragma unroll 1
+    for (int group = 0; group < kWarp; group += kTogether) {
+      if ((all >> group & ((1u << kTogether) - 1)) == 0) continue;
+      bool flags[2 * kTogether];
+#pragma unroll
+      for (int i = 0; i < 2 * kTogether; ++i) {
+        const int other = first + (thread - lane + group) * kIntervalRows + i * kWarp + lane;
+        flags[i] = begins(other) && other <= mask.query_length;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const uint32_t low = __ballot_sync(0xffffffffu, flags[2 * i]);
+        const uint32_t high = __ballot_sync(0xffffffffu, flags[2 * i + 1]);
+        if (inside && lane == group + i) own = uint64_t{high} << 32 | low;
+      }
+    }
+    return own;
+  }
+
+  // Fills `cuts` and `before`. last: before the piece.
+  __device__ __forceinline__ void index_cuts(int last) {
+    const int thread = threadIdx.x;
+    const int lane = lane_id();
+    const int warp = thread / kWarp;
+    const uint64_t own = find_cuts();
+    int running = own != 0 ? first + thread * kIntervalRows + 63 - __clzll(own) : -1;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int other = __shfl_sync(0xffffffffu, running, (lane - step) & (kWarp - 1));
+      if (lane >= step) running = max(running, other);
+    }
+    const int previous = __shfl_sync(0xffffffffu, running, (lane - 1) & (kWarp - 1));
+    shared.cuts[thread] = own;
+    if (lane == kWarp - 1) shared.warp_last[warp] = running;
+    if (thread == 0) shared.cuts[kRowListThreads] = begins(first + kRowListPiece) ? 1 : 0;
+    // Orders the warps' last cuts before they are read.
+    __syncthreads();
+    int before = lane == 0 ? last : max(last, previous);
+    for (int i = 0; i < warp; ++i) before = max(before, shared.warp_last[i]);
+    shared.before[thread] = before;
+    if (thread == kRowListThreads - 1) {
+      shared.before[kRowListThreads] = max(before, shared.warp_last[warp]);
+    }
+    // Orders cuts before they are looked at.
+    __syncthreads();
+  }
+
+  // The last row up to `row`, of the piece or right after it, that a document begins with.
+  __device__ __forceinline__ int last_cut(int row) const {
+    const int tile = (row - first) / kIntervalRows;
+    const int bit = (row - first) % kIntervalRows;
+    const uint64_t cuts = shared.cuts[tile] & (~uint64_t{0} >> (63 - bit));
+    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : shared.before[tile];
+  }
+
+  // Where a block begins, whatever came before: that of the document of `row` with this row, if its
+  // blocks begin with the document.
+  __device__ __forceinline__ int chunk_start(int row) const {
+    if (row >= mask.query_length) return mask.query_length;
+    const int document = last_cut(row);
+    return document + (row - document) / kSize * kSize;
+  }
+
+  // Where a block ends that begins with row `start`, at most at `stop`.
+  __device__ __forceinline__ int block_end(int start, int stop) const {
+    const int full = min(start + kSize, stop);
+    const int cut = last_cut(full);
+    if (cut <= start || cut == full) return full;
+    const bool ends = last_cut(min(full + kSize, end)) > full;
+    const bool fits = last_cut(min(cut + kSize, end)) > cut;  // a block of its own
+    return ends && (!fits || full - cut >= kLeastRest) ? full : cut;
+  }
+
+  // Fills `starts` and `count`, by one warp, each lane for a chunk.
+  __device__ __forceinline__ void walk() {
+    const int lane = lane_id();
+    int* const own = shared.chunk_starts + lane * chunk_blocks(kSize);
+    const int begin = chunk_start(min(first + lane * kRowListChunk, end));
+    const int stop = chunk_start(min(first + (lane + 1) * kRowListChunk, end));
+    int count = 0;
+#pragma unroll 1
+    for (int start = begin; start < stop; start = block_end(start, stop)) own[count++] = start;
+    int running = count;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int other = __shfl_sync(0xffffffffu, running, (lane - step) & (kWarp - 1));
+      if (lane >= step) running += other;
+    }
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) shared.starts[running - count + i] = own[i];
+    if (lane == kWarp - 1) {
+      shared.count = running;
+      shared.starts[running] = stop;
+    }
+  }
+
+  // The length of the document of a block: of keys from the first that its first or last row sees
+  // to the last that those see who see that one. -1 if they see none.
+  __device__ __forceinline__ int document(int start, int stop) const {
+    KeyInterval seen = keys_of(start);
+    if (seen.first >= seen.end) seen = keys_of(stop - 1);
+    if (seen.first >= seen.end) return -1;
+    const int row_tiles = interval_tiles(mask.query_length);
+    const KeyTile& keys = mask.key_tiles[seen.first / kIntervalKeys];
+    const RowTile& last = mask.row_tiles[max(1, min(keys.end / kIntervalRows, row_tiles)) - 1];
+    return max(0, last.end - seen.first);
+  }
+
+  // Adds the blocks of the piece before those at `target`, in their order; returns how many.
+  __device__ __forceinline__ int sort(RowBlock* target) {
+    const int count = shared.count;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
+      shared.documents[i] = document(shared.starts[i], shared.starts[i + 1]);
+    }
+    // Orders the lengths before they are read.
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
+      const int own = shared.documents[i];
+      int place = 0;
+#pragma unroll 8
+      for (int other = 0; other < count; ++other) {
+        const int document = shared.documents[other];
+        place += document > own || (document == own && other > i) ? 1 : 0;
+      }
+      target[place - count] = {shared.starts[i], shared.starts[i + 1] - shared.starts[i]};
+    }
+    return count;
+  }
+};
+
+// Writes the list of a call (RowBlock in host/intervals.h). A thread block for each sequence.
+template <int kSize>
+__global__ void __launch_bounds__(kRowListThreads)
+    row_list_kernel(const __grid_constant__ MhaParams params, bool cutting) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  ptx::griddepcontrol_launch_dependents();
+  const int batch = blockIdx.x;
+  const IntervalMask mask = IntervalMask::make(params, batch);
+  RowBlock* const list = row_list(params, batch);
+  if (batch == 0 && threadIdx.x == 0) *params.intervals.queue = 0;
+  RowListShared<kSize>& shared = *reinterpret_cast<RowListShared<kSize>*>(memory);
+  RowListMaker<kSize> maker = {mask, shared, cutting};
+  int total = 0;
+  int last = 0;
+  // Pieces from the first to the last row, each before the one that was there.
+#pragma unroll 1
+  for (; maker.first < params.query_length; maker.first += kRowListPiece) {
+    maker.end = min(maker.first + kRowListPiece, params.query_length);
+    maker.index_cuts(last);
+    if (threadIdx.x < kWarp) maker.walk();
+    last = shared.before[kRowListThreads];
+    // Orders blocks before they are read.
+    __syncthreads();
+    total += maker.sort(list + row_list_entries(params.query_length) - total);
+    // Orders what is read before the next piece.
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) list[0] = {0, total};
+}
+
+template <int kSize>
+cudaError_t launch_row_list(const MhaParams& params, bool cutting, cudaStream_t stream) {
+  return launch_kernel(row_list_kernel<kSize>, dim3(static_cast<unsigned>(params.batch)),
+                       kRowListThreads, sizeof(RowListShared<kSize>), stream, params, cutting);
+}
+
+// By a warp: the most blocks that a sequence has.
+__device__ __forceinline__ int most_row_blocks(const MhaParams& params) {
+  int most = 0;
+#pragma unroll 1
+  for (int batch = lane_id(); batch < params.batch; batch += kWarp) {
+    // Not by __ldg, which memory that is written while this kernel runs is not for.
+    most = max(most, row_list(params, batch)->rows);
+  }
+  return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(most)));
+}
+
+// The block with place `rank` in the order of its sequence; no rows: there are not so many.
+__device__ __forceinline__ RowBlock row_block_at(const MhaParams& params, int batch, int rank) {
+  const RowBlock* const list = row_list(params, batch);
+  const int count = list->rows;
+  if (rank >= count) return {0, 0};
+  return list[row_list_entries(params.query_length) - count + rank];
+}
+
+}  // namespace jax_flash::sm90
