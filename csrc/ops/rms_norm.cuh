@@ -10,10 +10,13 @@
 #include <cstdint>
 #include <limits>
 
+#include "host/device.h"
 #include "host/launch.h"
 #include "ops/block.cuh"
 #include "ops/params.h"
 #include "ops/vector.cuh"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
 
 namespace jax_flash::ops {
 
@@ -39,6 +42,9 @@ struct RowTeam {
   }
 };
 
+// Of dynamic shared memory: two buffers for what the warps of a row tell each other.
+inline constexpr int kPartialBytes = 2 * kWarp * sizeof(float);
+
 // The weights of a vector of columns as f32.
 template <typename T, typename W>
 __device__ __forceinline__ void load_weights(const W* weight, int first, int columns, bool wide,
@@ -53,44 +59,88 @@ __device__ __forceinline__ void load_weights(const W* weight, int first, int col
   }
 }
 
-// Of a multiprocessor, with 40 registers for each thread or 64, where no more are needed.
+// Of a multiprocessor, with as few registers for each thread, where no more are needed.
 template <typename T, typename W, int kVectors, bool kWide>
 inline constexpr int kMinBlocks = sizeof(T) < sizeof(W) || !kWide ? 1
-                                  : kVectors == 2                 ? 6
-                                                                  : 2;
+                                  : kVectors == 4                 ? 2
+                                  : sizeof(T) == 4                ? 4
+                                                                  : 5;
 
-// kWide: all rows are whole vectors of 16 bytes.
+// Whether a thread block takes more than one row: of wide rows two are too much for the registers.
+template <int kVectors>
+inline constexpr bool kLoadsAhead = kVectors == 2;
+
+// Thread blocks of a multiprocessor that share all rows: what each has in flight of its next row
+// while it adds up one, 16 KB of bf16 with a residual, is more than enough together.
+inline constexpr int kBlocksPerSm = 5;
+
+// Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, or of fours of rows
+// where each has a warp of its own. kWide: all rows are whole vectors of 16 bytes.
 template <typename T, typename W, int kVectors, bool kWide>
 __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
                                   (kMinBlocks<T, W, kVectors, kWide>))
-    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row) {
+    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, int blocks) {
   constexpr int kV = kVector<T>;
-  // No division is on the way to the loads of the usual case.
+  // Copied ahead of their use, so that no register waits for them; else loaded for each row.
+  constexpr bool kSharedWeights = kWide && sizeof(T) == sizeof(W);
+  constexpr bool kAhead = kLoadsAhead<kVectors>;
   const bool warps_alone = threads_of_row == kWarp;
   const int in_block = warps_alone ? threadIdx.x / kWarp : 0;
   const int thread = threadIdx.x - in_block * threads_of_row;
-  const int64_t row = int64_t{blockIdx.x} * (warps_alone ? RowTeam::kRowsOfWarps : 1) + in_block;
-  // Only where a row has a warp of its own, which then leaves as a whole.
-  if (row >= int64_t{params.groups} * params.rows) return;
-  const int group = params.groups == 1 ? 0 : static_cast<int>(row / params.rows);
-  const int in_group = static_cast<int>(row - int64_t{group} * params.rows);
+  const int rows_per_block = warps_alone ? RowTeam::kRowsOfWarps : 1;
   const int columns = params.columns;
+  // No division and no product of 64 bits is on the way to the loads of the usual case.
+  const int group = params.groups == 1 ? 0 : static_cast<int>(blockIdx.x) / blocks;
+  const uint32_t block = blockIdx.x - group * blocks;
+  const T* x_rows = static_cast<const T*>(params.x.data);
+  const T* residual_rows = static_cast<const T*>(params.residual.data);
+  if (group > 0) {
+    x_rows += group * params.x.group_stride;
+    residual_rows += group * params.residual.group_stride;
+  }
+  // Unsigned: the one behind the last may not fit an int.
+  const uint32_t rows = params.rows;
+  uint32_t row = block * rows_per_block + in_block;
+  // Only where a row has a warp of its own, which then leaves as a whole.
+  if (row >= rows) return;
 
+  const int begin = thread * kV;
+  const int step = threads_of_row * kV;
+  const bool has_residual = residual_rows != nullptr;
+  const int residual_columns = has_residual ? columns : 0;
   uint4 x[kVectors];
   uint4 residual[kVectors];
-  const T* const x_row = row_of<T>(params.x, group, in_group);
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    x[v] = load_vector(x_row, (v * threads_of_row + thread) * kV, columns, kWide);
-  }
-  const bool has_residual = params.residual.data != nullptr;
-  if (has_residual) {
-    const T* const residual_row = row_of<T>(params.residual, group, in_group);
+  const auto load_row = [&] {
+    const T* const x_row = x_rows + uint64_t{row} * static_cast<uint32_t>(params.x.row_stride);
+    const T* const residual_row =
+        residual_rows + uint64_t{row} * static_cast<uint32_t>(params.residual.row_stride);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      residual[v] = load_vector(residual_row, (v * threads_of_row + thread) * kV, columns, kWide);
+      x[v] = load_vector(x_row, begin + v * step, columns, kWide);
     }
-    T* const sum_row = static_cast<T*>(params.sum) + row * columns;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      residual[v] = load_vector(residual_row, begin + v * step, residual_columns, kWide);
+    }
+  };
+  load_row();
+
+  const W* const weight_row = row_of<W>(params.weight, group, 0);
+  uint4* const weights = reinterpret_cast<uint4*>(memory + kPartialBytes) + threadIdx.x;
+  if constexpr (kSharedWeights) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int first = begin + v * step;
+      if (first >= columns) continue;
+      ptx::cp_async_16(ptx::shared_address(weights + v * blockDim.x), weight_row + first, 16);
+    }
+    ptx::cp_async_commit_group();
+  }
+  const float share = 1.0f / static_cast<float>(columns);
+  int turn = 0;
+#pragma unroll 1
+  do {
+    uint4 sum[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float a[kV];
@@ -100,54 +150,47 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
 #pragma unroll
       for (int e = 0; e < kV; ++e) a[e] += b[e];
       // What is normalised is the rounded sum.
-      x[v] = pack<T>(a);
-      store_vector(sum_row, (v * threads_of_row + thread) * kV, columns, kWide, x[v]);
+      sum[v] = pack<T>(a);
     }
-  }
+    const int64_t flat = int64_t{group} * params.rows + row;
+    row += blocks * rows_per_block;
+    if (kAhead && row < rows) load_row();
 
-  // Ahead of their use, which waits for the sum.
-  constexpr int kParts = kV / kVector<W>;
-  const W* const weight_row = row_of<W>(params.weight, group, 0);
-  uint4 weight[kVectors][kParts];
+    float squares = 0.0f;
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int first = (v * threads_of_row + thread) * kV + i * kVector<W>;
-      weight[v][i] = load_vector(weight_row, first, columns, kWide);
-    }
-  }
-
-  float squares = 0.0f;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    float a[kV];
-    unpack<T>(x[v], a);
-#pragma unroll
-    for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
-  }
-  squares =
-      row_sum(squares, threads_of_row / kWarp, thread / kWarp, reinterpret_cast<float*>(memory));
-  const float scale = rsqrtf(squares / static_cast<float>(columns) + params.eps);
-  if (thread == 0) params.scale[row] = scale;
-
-  T* const y_row = static_cast<T*>(params.y) + row * columns;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int first = (v * threads_of_row + thread) * kV;
-    float a[kV];
-    unpack<T>(x[v], a);
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      float w[kVector<W>];
-      unpack<W>(weight[v][i], w);
-#pragma unroll
-      for (int e = 0; e < kVector<W>; ++e) {
-        a[i * kVector<W> + e] = a[i * kVector<W> + e] * scale * w[e];
+    for (int v = 0; v < kVectors; ++v) {
+      if (has_residual) {
+        store_vector(static_cast<T*>(params.sum) + flat * columns, begin + v * step, columns, kWide,
+                     sum[v]);
       }
+      float a[kV];
+      unpack<T>(sum[v], a);
+#pragma unroll
+      for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
     }
-    store_vector(y_row, first, columns, kWide, pack<T>(a));
-  }
+    // Two buffers in turn: the barrier in between says that nobody reads the other any more.
+    squares = row_sum(squares, threads_of_row / kWarp, thread / kWarp,
+                      reinterpret_cast<float*>(memory) + turn * kWarp);
+    turn ^= 1;
+    const float scale = rsqrtf(fmaf(squares, share, params.eps));
+    if (thread == 0) params.scale[flat] = scale;
+    if constexpr (kSharedWeights) ptx::cp_async_wait_group<0>();  // each thread reads its own
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int first = begin + v * step;
+      float a[kV];
+      float w[kV];
+      unpack<T>(sum[v], a);
+      if constexpr (kSharedWeights) {
+        unpack<W>(weights[v * blockDim.x], w);
+      } else {
+        load_weights<T, W>(weight_row, first, columns, kWide, w);
+      }
+#pragma unroll
+      for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
+      store_vector(static_cast<T*>(params.y) + flat * columns, first, columns, kWide, pack<T>(a));
+    }
+  } while (kAhead && row < rows);
 }
 
 // Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, and keeps its part of
@@ -238,12 +281,16 @@ inline bool rows_aligned(const void* data, int64_t columns, int bytes) {
 }
 
 template <typename T, typename W>
-cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& device,
+                            cudaStream_t stream) {
   const RowTeam team = RowTeam::make(params.columns, kVector<T>);
-  const int64_t rows = int64_t{params.groups} * params.rows;
-  const int64_t blocks = (rows + team.rows_per_block - 1) / team.rows_per_block;
-  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   if (team.threads > RowTeam::max_threads(4)) return cudaErrorInvalidConfiguration;
+  const int needed = (params.rows - 1) / team.rows_per_block + 1;
+  const int most = kBlocksPerSm * device.multiprocessors / params.groups;
+  const bool ahead = team.vectors == 2 ? kLoadsAhead<2> : kLoadsAhead<4>;
+  const int blocks = ahead ? std::clamp(most, 1, needed) : needed;
+  const int64_t grid = int64_t{params.groups} * blocks;
+  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   bool wide = params.columns % kVector<T> == 0;
   for (const void* data :
        {params.x.data, params.residual.data, params.weight.data, static_cast<const void*>(params.y),
@@ -253,9 +300,10 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   const auto kernel =
       team.vectors == 2 ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)
                         : (wide ? rms_norm_kernel<T, W, 4, true> : rms_norm_kernel<T, W, 4, false>);
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                       team.threads * team.rows_per_block, kWarp * sizeof(float), stream, params,
-                       team.threads);
+  const int threads = team.threads * team.rows_per_block;
+  const int weight_bytes = wide && sizeof(T) == sizeof(W) ? 16 * team.vectors * threads : 0;
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), threads,
+                       kPartialBytes + weight_bytes, stream, params, team.threads, blocks);
 }
 
 template <typename T, typename W>
@@ -272,7 +320,7 @@ cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, cudaStream_t str
   const auto kernel =
       team.vectors == 2 ? rms_norm_bwd_kernel<T, W, 2> : rms_norm_bwd_kernel<T, W, 4>;
   return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), team.threads,
-                       2 * kWarp * sizeof(float), stream, params, wide);
+                       kPartialBytes, stream, params, wide);
 }
 
 }  // namespace jax_flash::ops
