@@ -62,24 +62,25 @@ __device__ __forceinline__ void load_weights(const W* weight, int first, int col
 // Of a multiprocessor, with as few registers for each thread, where no more are needed.
 template <typename T, typename W, int kVectors, bool kWide>
 inline constexpr int kMinBlocks = sizeof(T) < sizeof(W) || !kWide ? 1
-                                  : kVectors == 4                 ? 2
-                                  : sizeof(T) == 4                ? 4
-                                                                  : 5;
+                                  : kVectors == 2                 ? 4
+                                                                  : 2;
 
 // Whether a thread block takes more than one row: of wide rows two are too much for the registers.
 template <int kVectors>
 inline constexpr bool kLoadsAhead = kVectors == 2;
 
-// Thread blocks of a multiprocessor that share all rows: what each has in flight of its next row
-// while it adds up one, 16 KB of bf16 with a residual, is more than enough together.
-inline constexpr int kBlocksPerSm = 5;
+// Thread blocks of a multiprocessor that share all rows. Each has its next row in flight while it
+// adds up one, 64 KB together where a row of bf16 with a residual has 4096 columns.
+inline constexpr int kBlocksPerSm = 4;
 
 // Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, or of fours of rows
-// where each has a warp of its own. kWide: all rows are whole vectors of 16 bytes.
+// where each has a warp of its own. kWide: all rows are whole vectors of 16 bytes. `share`: that of
+// one column.
 template <typename T, typename W, int kVectors, bool kWide>
 __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
                                   (kMinBlocks<T, W, kVectors, kWide>))
-    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, int blocks) {
+    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, int blocks,
+                    float share) {
   constexpr int kV = kVector<T>;
   // Copied ahead of their use, so that no register waits for them; else loaded for each row.
   constexpr bool kSharedWeights = kWide && sizeof(T) == sizeof(W);
@@ -87,7 +88,6 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
   const bool warps_alone = threads_of_row == kWarp;
   const int in_block = warps_alone ? threadIdx.x / kWarp : 0;
   const int thread = threadIdx.x - in_block * threads_of_row;
-  const int rows_per_block = warps_alone ? RowTeam::kRowsOfWarps : 1;
   const int columns = params.columns;
   // No division and no product of 64 bits is on the way to the loads of the usual case.
   const int group = params.groups == 1 ? 0 : static_cast<int>(blockIdx.x) / blocks;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
   }
   // Unsigned: the one behind the last may not fit an int.
   const uint32_t rows = params.rows;
-  uint32_t row = block * rows_per_block + in_block;
+  uint32_t row = block * (warps_alone ? RowTeam::kRowsOfWarps : 1) + in_block;
   // Only where a row has a warp of its own, which then leaves as a whole.
   if (row >= rows) return;
 
@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
     }
     ptx::cp_async_commit_group();
   }
-  const float share = 1.0f / static_cast<float>(columns);
   int turn = 0;
 #pragma unroll 1
   do {
@@ -152,16 +151,17 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
       // What is normalised is the rounded sum.
       sum[v] = pack<T>(a);
     }
-    const int64_t flat = int64_t{group} * params.rows + row;
-    row += blocks * rows_per_block;
+    const uint32_t now = row;
+    const auto flat = [&] { return int64_t{group} * params.rows + now; };
+    row += blocks * (warps_alone ? RowTeam::kRowsOfWarps : 1);
     if (kAhead && row < rows) load_row();
 
     float squares = 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (has_residual) {
-        store_vector(static_cast<T*>(params.sum) + flat * columns, begin + v * step, columns, kWide,
-                     sum[v]);
+        store_vector(static_cast<T*>(params.sum) + flat() * columns, begin + v * step, columns,
+                     kWide, sum[v]);
       }
       float a[kV];
       unpack<T>(sum[v], a);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
                       reinterpret_cast<float*>(memory) + turn * kWarp);
     turn ^= 1;
     const float scale = rsqrtf(fmaf(squares, share, params.eps));
-    if (thread == 0) params.scale[flat] = scale;
+    if (begin == 0) params.scale[flat()] = scale;
     if constexpr (kSharedWeights) ptx::cp_async_wait_group<0>();  // each thread reads its own
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
       }
 #pragma unroll
       for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
-      store_vector(static_cast<T*>(params.y) + flat * columns, first, columns, kWide, pack<T>(a));
+      store_vector(static_cast<T*>(params.y) + flat() * columns, first, columns, kWide, pack<T>(a));
     }
   } while (kAhead && row < rows);
 }
@@ -303,7 +303,8 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& devic
   const int threads = team.threads * team.rows_per_block;
   const int weight_bytes = wide && sizeof(T) == sizeof(W) ? 16 * team.vectors * threads : 0;
   return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), threads,
-                       kPartialBytes + weight_bytes, stream, params, team.threads, blocks);
+                       kPartialBytes + weight_bytes, stream, params, team.threads, blocks,
+                       1.0f / static_cast<float>(params.columns));
 }
 
 template <typename T, typename W>
@@ -319,8 +320,8 @@ cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, cudaStream_t str
   }
   const auto kernel =
       team.vectors == 2 ? rms_norm_bwd_kernel<T, W, 2> : rms_norm_bwd_kernel<T, W, 4>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), team.threads,
-                       kPartialBytes, stream, params, wide);
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), team.threads, kPartialBytes,
+                       stream, params, wide);
 }
 
 }  // namespace jax_flash::ops
