@@ -198,7 +198,7 @@ def test_rms_norm(ops: ctypes.CDLL, dtype: str, columns: int, residual: bool) ->
         pointer(given["x"]), int(x_shared), pointer(given.get("residual")),
         pointer(given["weight"]), int(weight_shared), pointer(y), pointer(total),
         pointer(scale), groups, rows, columns, ctypes.c_float(1e-5), int(f32_weight),
-        TYPES.index(dtype), 1,
+        TYPES.index(dtype), 1, given["weight"].nbytes if residual else 0,
     )  # fmt: skip
     assert_near(y, expected[0], dtype)
     if total is not None:

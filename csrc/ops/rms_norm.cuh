@@ -17,6 +17,7 @@
 #include "ops/vector.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace jax_flash::ops {
 
@@ -73,6 +74,22 @@ inline constexpr bool kLoadsAhead = kVectors == 2;
 // adds up one, 64 KB together where a row of bf16 with a residual has 4096 columns.
 inline constexpr int kBlocksPerSm = 4;
 
+// What comes to the L2 cache of what is read next, while little memory is read here: what it takes
+// about as long to read as a kernel of few rows takes. A thread block asks for kPrefetchPart.
+inline constexpr int64_t kPrefetchBytes = 8 << 20;
+inline constexpr int kPrefetchPart = 64 << 10;
+
+// By a thread block beyond those with rows.
+__device__ __forceinline__ void prefetch_part(const RmsNormParams& params, int part) {
+  constexpr int kBytes = 2048;
+  const int64_t at = int64_t{part} * kPrefetchPart + static_cast<int>(threadIdx.x) * kBytes;
+  const int64_t end = params.prefetch_bytes;
+  if (static_cast<int>(threadIdx.x) * kBytes >= kPrefetchPart || at >= end) return;
+  const int64_t bytes = end - at < kBytes ? end - at : kBytes;
+  ptx::bulk_prefetch_l2(static_cast<const char*>(params.prefetch) + at,
+                        static_cast<uint32_t>(bytes));
+}
+
 // Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, or of fours of rows
 // where each has a warp of its own. kWide: all rows are whole vectors of 16 bytes. `share`: that of
 // one column.
@@ -85,6 +102,10 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
   // Copied ahead of their use, so that no register waits for them; else loaded for each row.
   constexpr bool kSharedWeights = kWide && sizeof(T) == sizeof(W);
   constexpr bool kAhead = kLoadsAhead<kVectors>;
+  if (params.prefetch_bytes > 0) {
+    const int part = static_cast<int>(blockIdx.x) - params.groups * blocks;
+    if (part >= 0) return prefetch_part(params, part);
+  }
   const bool warps_alone = threads_of_row == kWarp;
   const int in_block = warps_alone ? threadIdx.x / kWarp : 0;
   const int thread = threadIdx.x - in_block * threads_of_row;
@@ -106,8 +127,7 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
 
   const int begin = thread * kV;
   const int step = threads_of_row * kV;
-  const bool has_residual = residual_rows != nullptr;
-  const int residual_columns = has_residual ? columns : 0;
+  const bool has_residual = params.residual.data != nullptr;
   uint4 x[kVectors];
   uint4 residual[kVectors];
   const auto load_row = [&] {
@@ -120,7 +140,7 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      residual[v] = load_vector(residual_row, begin + v * step, residual_columns, kWide);
+      residual[v] = load_vector(residual_row, begin + v * step, has_residual ? columns : 0, kWide);
     }
   };
   load_row();
@@ -285,11 +305,18 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& devic
                             cudaStream_t stream) {
   const RowTeam team = RowTeam::make(params.columns, kVector<T>);
   if (team.threads > RowTeam::max_threads(4)) return cudaErrorInvalidConfiguration;
+  const int64_t rows_of_call = int64_t{params.groups} * params.rows;
   const int needed = (params.rows - 1) / team.rows_per_block + 1;
   const int most = kBlocksPerSm * device.multiprocessors / params.groups;
   const bool ahead = team.vectors == 2 ? kLoadsAhead<2> : kLoadsAhead<4>;
   const int blocks = ahead ? std::clamp(most, 1, needed) : needed;
-  const int64_t grid = int64_t{params.groups} * blocks;
+  // Where rows keep the memory busy, nothing is idle.
+  const bool few = rows_of_call * params.columns * sizeof(T) <= kPrefetchBytes;
+  RmsNormParams given = params;
+  if (!few || !rows_aligned(params.prefetch, 16, 1)) given.prefetch_bytes = 0;
+  given.prefetch_bytes = std::min(given.prefetch_bytes, kPrefetchBytes) / 16 * 16;
+  const int64_t parts = (given.prefetch_bytes + kPrefetchPart - 1) / kPrefetchPart;
+  const int64_t grid = int64_t{params.groups} * blocks + parts;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   bool wide = params.columns % kVector<T> == 0;
   for (const void* data :
@@ -303,7 +330,7 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& devic
   const int threads = team.threads * team.rows_per_block;
   const int weight_bytes = wide && sizeof(T) == sizeof(W) ? 16 * team.vectors * threads : 0;
   return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), threads,
-                       kPartialBytes + weight_bytes, stream, params, team.threads, blocks,
+                       kPartialBytes + weight_bytes, stream, given, team.threads, blocks,
                        1.0f / static_cast<float>(params.columns));
 }
 
