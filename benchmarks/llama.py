@@ -134,7 +134,7 @@ def random_model(config: Config) -> Llama:
         if len(leaf.shape) == 1:
             values[path] = jnp.ones(leaf.shape, leaf.dtype)
         else:
-            # Projections are [in, out], tables [V, C].
+            # Kernels are [in, out], weights and tables [out, in].
             size = leaf.shape[0] if path[-1] == "kernel" else leaf.shape[1]
             drawn = draw(key, leaf.shape, leaf.dtype)
             values[path] = drawn * jnp.asarray(size**-0.5, leaf.dtype)
