@@ -244,7 +244,7 @@ class Projection(nnx.Module):
 
     def __init__(self, sizes: tuple[int, int], config: Config, rngs: nnx.Rngs) -> None:
         initial = nnx.initializers.normal(sizes[0] ** -0.5)
-        self.weight = nnx.Param(initial(rngs.params(), sizes, config.dtype).T)
+        self.weight = nnx.Param(initial(rngs.params(), sizes[::-1], config.dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[*B, inputs] -> [*B, outputs]."""
