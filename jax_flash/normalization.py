@@ -15,14 +15,7 @@ __all__ = ["rms_norm", "silu_mul", "split_qkv"]
 
 
 @compat.allows_rank_promotion
-def rms_norm(
-    x: Any,
-    weight: Any,
-    *,
-    residual: Any = None,
-    eps: float = 1e-6,
-    prefetch: Any = None,
-) -> Any:
+def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) -> Any:
     """RMSNorm, `x / sqrt(mean(x ** 2) + eps) * weight`, of `x + residual` if given.
 
     Computed in float32 (float64 for float64) and rounded once; with a residual the sum
@@ -34,10 +27,6 @@ def rms_norm(
       weight: floating [C]. Add 1 yourself where a model stores it without.
       residual: [*B, C], the dtype of x.
       eps: number, not negative.
-      prefetch: array of any shape and dtype that what comes next reads from its
-        beginning, such as the weights of the projection behind the norm. The result is
-        the same; on a GPU, where x is small and leaves the memory idle, the first bytes
-        of the array are on their way to the L2 cache meanwhile. None = nothing.
 
     Returns:
       y [*B, C] in the dtype of x; with a residual (y, x + residual).
@@ -67,20 +56,12 @@ def rms_norm(
             raise ValueError(
                 f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
             )
-    if prefetch is not None:
-        if not hasattr(prefetch, "shape") or not hasattr(prefetch, "dtype"):
-            raise ValueError(
-                f"prefetch must be an array or None, got {type(prefetch).__name__}: "
-                f"{prefetch!r}"
-            )
-        prefetch = jnp.asarray(prefetch)
     flat = (math.prod(x.shape[:-1]), x.shape[-1])
     outs = norm_op.rms_norm(
         x.reshape(flat),
         weight,
         None if residual is None else residual.reshape(flat),
         eps,
-        prefetch,
     )
     outs = [y.reshape(x.shape) for y in outs]
     return outs[0] if residual is None else (outs[0], outs[1])

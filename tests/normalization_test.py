@@ -193,58 +193,6 @@ def test_shard_map() -> None:
     assert_close(got, want)
 
 
-def test_prefetch_changes_nothing(kernels: None) -> None:
-    """Neither values nor derivatives, under vmap of any of the arrays or of both."""
-    x, weight, residual = inputs(True)
-    following = normal(3, 7, 5)
-
-    def f(x: Any, weight: Any, residual: Any, following: Any) -> Any:
-        return rms_norm(x, weight, residual=residual, eps=EPS, prefetch=following)
-
-    assert_close(f(x, weight, residual, following), plain(x, weight, residual))
-    got = jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(
-        x, weight, residual, following
-    )
-    want = jax.grad(functools.partial(loss, plain), (0, 1, 2))(x, weight, residual)
-    assert_close(got[:3], want)
-    assert not np.any(got[3])
-    xs = normal(3, 6, 24)
-    for axes in ((None, None, None, 0), (0, None, None, 1), (0, None, None, None)):
-        arrays = (xs if axes[0] == 0 else x, weight, residual)
-        given = following if axes[3] is None else jnp.moveaxis(following, 0, axes[3])
-        mapped = jax.vmap(plain, axes[:3], axis_size=3)(*arrays)
-        assert_close(jax.vmap(f, axes)(*arrays, given), mapped)
-    args = (x, weight, residual, following)
-    assert kernel_calls(f, *args, target=registry.RMS_NORM_TARGET) == 1
-    assert "has_prefetch = true" in cuda_text(f, *args)
-    assert "has_prefetch = false" in cuda_text(ours, x, weight, residual)
-
-
-def test_prefetch_needs_no_communication() -> None:
-    """Each device has its part of the weights of the next projection."""
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    x, weight, residual = inputs(True, 16, 24)
-    arrays = [
-        jax.device_put(a, NamedSharding(mesh, spec))
-        for a, spec in (
-            (x, P("x")),
-            (weight, P()),
-            (residual, P("x")),
-            (normal(24, 32), P(None, ("y", "x"))),
-        )
-    ]
-
-    @jax.jit
-    def f(x: Any, weight: Any, residual: Any, following: Any) -> Any:
-        return rms_norm(x, weight, residual=residual, eps=EPS, prefetch=following)
-
-    compiled = f.lower(*arrays).compile().as_text()
-    assert compiled is not None
-    for name in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
-        assert f" {name}(" not in compiled
-    assert_close(f(*arrays), plain(x, weight, residual))
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
 def test_empty(shape: tuple[int, ...]) -> None:
     x, weight = jnp.zeros(shape), jnp.ones(5)
@@ -297,10 +245,6 @@ WRONG = {
     "residual dtype": (
         lambda: rms_norm(X, W, residual=X.astype(jnp.bfloat16)),
         r"residual must have the dtype of x, float32, got bfloat16",
-    ),
-    "prefetch": (
-        lambda: rms_norm(X, W, prefetch=[1.0]),
-        r"prefetch must be an array or None, got list: \[1.0\]",
     ),
     "eps": (lambda: rms_norm(X, W, eps=-1.0), r"eps must not be negative, got -1.0"),
     "traced eps": (

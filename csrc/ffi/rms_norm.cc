@@ -1,11 +1,10 @@
 // FFI targets jax_flash_rms_norm and jax_flash_rms_norm_bwd: decode, check, fill the parameters,
 // launch.
 //
-// rms_norm: x [G, R, C], weight [G, C] in x's type or f32, then a residual like x if has_residual,
-// and any array that is read next if has_prefetch -> y [G, R, C], the sum like y if there is a
-// residual, 1 / rms f32 [G, R]. rms_norm_bwd: x, weight, 1 / rms, dy like x, then the sum's
-// gradient like x if has_sum -> dx [G, R, C], f32 [G, blocks, C] parts of the gradient of the
-// weight. G and R of an operand are full or 1.
+// rms_norm: x [G, R, C], weight [G, C] in x's type or f32, then a residual like x if has_residual
+// -> y [G, R, C], the sum like y if there is a residual, 1 / rms f32 [G, R]. rms_norm_bwd: x,
+// weight, 1 / rms, dy like x, then the sum's gradient like x if has_sum -> dx [G, R, C], f32
+// [G, blocks, C] parts of the gradient of the weight. G and R of an operand are full or 1.
 #include <cstdint>
 
 #include "ffi/check.h"
@@ -35,17 +34,16 @@ ffi::Error check_like(const char* name, const ffi::AnyBuffer& buffer, const ffi:
 
 ffi::Error rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                     ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> y,
-                    ffi::RemainingRets results, float eps, bool has_residual, bool has_prefetch) {
+                    ffi::RemainingRets results, float eps, bool has_residual) {
   JAX_FLASH_RETURN_IF_ERROR(check_types(x, weight));
   const int64_t columns = x.dimensions()[2];
   const auto dims = y->dimensions();
   JAX_FLASH_CHECK(dims.size() == 3 && is_index(dims[0]) && is_index(dims[1]) && is_index(columns),
                   "y must be [groups, rows, columns], got ", to_string(dims));
   const size_t residuals = has_residual ? 1 : 0;
-  JAX_FLASH_CHECK(
-      others.size() == residuals + (has_prefetch ? 1 : 0) && results.size() == residuals + 1,
-      "has_residual is ", has_residual, " and has_prefetch ", has_prefetch, ", but there are ",
-      others.size(), " further operands and ", results.size(), " further results");
+  JAX_FLASH_CHECK(others.size() == residuals && results.size() == residuals + 1, "has_residual is ",
+                  has_residual, ", but there are ", others.size(), " further operands and ",
+                  results.size(), " further results");
   const RowOperands operands(dims[0], dims[1]);
   ops::RmsNormParams params{};
   JAX_FLASH_RETURN_IF_ERROR(operands.decode("x", x, columns, &params.x));
@@ -60,12 +58,6 @@ ffi::Error rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight
     JAX_FLASH_RETURN_IF_ERROR(operands.decode("residual", *residual, columns, &params.residual));
     JAX_FLASH_RETURN_IF_ERROR(operands.check_result("sum", **sum, columns, x.element_type()));
     params.sum = (*sum)->untyped_data();
-  }
-  if (has_prefetch) {
-    const auto prefetch = others.get<ffi::AnyBuffer>(residuals);
-    if (!prefetch.has_value()) return prefetch.error();
-    params.prefetch = prefetch->untyped_data();
-    params.prefetch_bytes = static_cast<int64_t>(prefetch->size_bytes());
   }
   auto scale = results.get<ffi::AnyBuffer>(residuals);
   if (scale.has_error()) return scale.error();
@@ -150,8 +142,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kRmsNorm, rms_norm,
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets()
                                   .Attr<float>("eps")
-                                  .Attr<bool>("has_residual")
-                                  .Attr<bool>("has_prefetch"),
+                                  .Attr<bool>("has_residual"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kRmsNormBwd, rms_norm_bwd,

@@ -17,22 +17,16 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // The sum over `warps` warps of which this is number `warp`, in a fixed order, for each of their
-// threads. `partial`: kWarp floats of shared memory at a multiple of 16 bytes, which nobody reads
-// any more.
+// threads. `partial`: `warps` floats of shared memory, which nobody reads any more.
 __device__ __forceinline__ float row_sum(float x, int warps, int warp, float* partial) {
   x = warp_sum(x);
   if (warps == 1) return x;
-  // Up to a multiple of four, zeros.
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if (lane == 0 || (warp == warps - 1 && lane < 4)) partial[warp + lane] = lane == 0 ? x : 0.0f;
+  if (threadIdx.x % kWarp == 0) partial[warp] = x;
   // Orders the partial sums before their reads.
   __syncthreads();
   float total = 0.0f;
-#pragma unroll 2
-  for (int i = 0; i < warps; i += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(partial + i);
-    total += (four.x + four.y) + (four.z + four.w);
-  }
+#pragma unroll 1
+  for (int i = 0; i < warps; ++i) total += partial[i];
   return total;
 }
 

@@ -45,14 +45,12 @@ struct TopKParams {
 };
 
 struct RmsNormParams {
-  Rows x;                // [groups, rows, columns]
-  Rows residual;         // the same, or null
-  Rows weight;           // [groups, columns]; row_stride is 0
-  void* y;               // [groups, rows, columns], in x's type
-  void* sum;             // the same, if there is a residual
-  float* scale;          // [groups, rows]: 1 / rms
-  const void* prefetch;  // what is read next, or null
-  int64_t prefetch_bytes;
+  Rows x;         // [groups, rows, columns]
+  Rows residual;  // the same, or null
+  Rows weight;    // [groups, columns]; row_stride is 0
+  void* y;        // [groups, rows, columns], in x's type
+  void* sum;      // the same, if there is a residual
+  float* scale;   // [groups, rows]: 1 / rms
   int32_t groups;
   int32_t rows;
   int32_t columns;

@@ -17,7 +17,6 @@
 #include "ops/vector.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/prefetch.cuh"
 
 namespace jax_flash::ops {
 
@@ -43,9 +42,6 @@ struct RowTeam {
   }
 };
 
-// Of dynamic shared memory: two buffers for what the warps of a row tell each other.
-inline constexpr int kPartialBytes = 2 * kWarp * sizeof(float);
-
 // The weights of a vector of columns as f32.
 template <typename T, typename W>
 __device__ __forceinline__ void load_weights(const W* weight, int first, int columns, bool wide,
@@ -60,106 +56,44 @@ __device__ __forceinline__ void load_weights(const W* weight, int first, int col
   }
 }
 
-// Of a multiprocessor, with as few registers for each thread, where no more are needed.
+// Of a multiprocessor, with 40 registers for each thread or 64, where no more are needed.
 template <typename T, typename W, int kVectors, bool kWide>
 inline constexpr int kMinBlocks = sizeof(T) < sizeof(W) || !kWide ? 1
-                                  : kVectors == 2                 ? 4
+                                  : kVectors == 2                 ? 6
                                                                   : 2;
 
-// Whether a thread block takes more than one row: of wide rows two are too much for the registers.
-template <int kVectors>
-inline constexpr bool kLoadsAhead = kVectors == 2;
-
-// Thread blocks of a multiprocessor that share all rows. Each has its next row in flight while it
-// adds up one, 64 KB together where a row of bf16 with a residual has 4096 columns.
-inline constexpr int kBlocksPerSm = 4;
-
-// What comes to the L2 cache of what is read next, while little memory is read here: what it takes
-// about as long to read as a kernel of few rows takes. A thread block asks for kPrefetchPart.
-inline constexpr int64_t kPrefetchBytes = 8 << 20;
-inline constexpr int kPrefetchPart = 64 << 10;
-
-// By a thread block beyond those with rows.
-__device__ __forceinline__ void prefetch_part(const RmsNormParams& params, int part) {
-  constexpr int kBytes = 2048;
-  const int64_t at = int64_t{part} * kPrefetchPart + static_cast<int>(threadIdx.x) * kBytes;
-  const int64_t end = params.prefetch_bytes;
-  if (static_cast<int>(threadIdx.x) * kBytes >= kPrefetchPart || at >= end) return;
-  const int64_t bytes = end - at < kBytes ? end - at : kBytes;
-  ptx::bulk_prefetch_l2(static_cast<const char*>(params.prefetch) + at,
-                        static_cast<uint32_t>(bytes));
-}
-
-// Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, or of fours of rows
-// where each has a warp of its own. kWide: all rows are whole vectors of 16 bytes. `share`: that of
-// one column.
+// kWide: all rows are whole vectors of 16 bytes.
 template <typename T, typename W, int kVectors, bool kWide>
 __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
                                   (kMinBlocks<T, W, kVectors, kWide>))
-    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row, int blocks,
-                    float share) {
+    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row) {
   constexpr int kV = kVector<T>;
-  // Copied ahead of their use, so that no register waits for them; else loaded for each row.
-  constexpr bool kSharedWeights = kWide && sizeof(T) == sizeof(W);
-  constexpr bool kAhead = kLoadsAhead<kVectors>;
-  if (params.prefetch_bytes > 0) {
-    const int part = static_cast<int>(blockIdx.x) - params.groups * blocks;
-    if (part >= 0) return prefetch_part(params, part);
-  }
+  // No division is on the way to the loads of the usual case.
   const bool warps_alone = threads_of_row == kWarp;
   const int in_block = warps_alone ? threadIdx.x / kWarp : 0;
   const int thread = threadIdx.x - in_block * threads_of_row;
-  const int columns = params.columns;
-  // No division and no product of 64 bits is on the way to the loads of the usual case.
-  const int group = params.groups == 1 ? 0 : static_cast<int>(blockIdx.x) / blocks;
-  const uint32_t block = blockIdx.x - group * blocks;
-  const T* x_rows = static_cast<const T*>(params.x.data);
-  const T* residual_rows = static_cast<const T*>(params.residual.data);
-  if (group > 0) {
-    x_rows += group * params.x.group_stride;
-    residual_rows += group * params.residual.group_stride;
-  }
-  // Unsigned: the one behind the last may not fit an int.
-  const uint32_t rows = params.rows;
-  uint32_t row = block * (warps_alone ? RowTeam::kRowsOfWarps : 1) + in_block;
+  const int64_t row = int64_t{blockIdx.x} * (warps_alone ? RowTeam::kRowsOfWarps : 1) + in_block;
   // Only where a row has a warp of its own, which then leaves as a whole.
-  if (row >= rows) return;
+  if (row >= int64_t{params.groups} * params.rows) return;
+  const int group = params.groups == 1 ? 0 : static_cast<int>(row / params.rows);
+  const int in_group = static_cast<int>(row - int64_t{group} * params.rows);
+  const int columns = params.columns;
 
-  const int begin = thread * kV;
-  const int step = threads_of_row * kV;
-  const bool has_residual = params.residual.data != nullptr;
   uint4 x[kVectors];
   uint4 residual[kVectors];
-  const auto load_row = [&] {
-    const T* const x_row = x_rows + uint64_t{row} * static_cast<uint32_t>(params.x.row_stride);
-    const T* const residual_row =
-        residual_rows + uint64_t{row} * static_cast<uint32_t>(params.residual.row_stride);
+  const T* const x_row = row_of<T>(params.x, group, in_group);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      x[v] = load_vector(x_row, begin + v * step, columns, kWide);
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      residual[v] = load_vector(residual_row, begin + v * step, has_residual ? columns : 0, kWide);
-    }
-  };
-  load_row();
-
-  const W* const weight_row = row_of<W>(params.weight, group, 0);
-  uint4* const weights = reinterpret_cast<uint4*>(memory + kPartialBytes) + threadIdx.x;
-  if constexpr (kSharedWeights) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int first = begin + v * step;
-      if (first >= columns) continue;
-      ptx::cp_async_16(ptx::shared_address(weights + v * blockDim.x), weight_row + first, 16);
-    }
-    ptx::cp_async_commit_group();
+  for (int v = 0; v < kVectors; ++v) {
+    x[v] = load_vector(x_row, (v * threads_of_row + thread) * kV, columns, kWide);
   }
-  int turn = 0;
-#pragma unroll 1
-  do {
-    uint4 sum[kVectors];
+  const bool has_residual = params.residual.data != nullptr;
+  if (has_residual) {
+    const T* const residual_row = row_of<T>(params.residual, group, in_group);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      residual[v] = load_vector(residual_row, (v * threads_of_row + thread) * kV, columns, kWide);
+    }
+    T* const sum_row = static_cast<T*>(params.sum) + row * columns;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float a[kV];
@@ -169,48 +103,127 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
 #pragma unroll
       for (int e = 0; e < kV; ++e) a[e] += b[e];
       // What is normalised is the rounded sum.
-      sum[v] = pack<T>(a);
+      x[v] = pack<T>(a);
+      store_vector(sum_row, (v * threads_of_row + thread) * kV, columns, kWide, x[v]);
     }
-    const uint32_t now = row;
-    const auto flat = [&] { return int64_t{group} * params.rows + now; };
-    row += blocks * (warps_alone ? RowTeam::kRowsOfWarps : 1);
-    if (kAhead && row < rows) load_row();
+  }
 
-    float squares = 0.0f;
+  // Ahead of their use, which waits for the sum.
+  constexpr int kParts = kV / kVector<W>;
+  const W* const weight_row = row_of<W>(params.weight, group, 0);
+  uint4 weight[kVectors][kParts];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (has_residual) {
-        store_vector(static_cast<T*>(params.sum) + flat() * columns, begin + v * step, columns,
-                     kWide, sum[v]);
-      }
-      float a[kV];
-      unpack<T>(sum[v], a);
+  for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-      for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
+    for (int i = 0; i < kParts; ++i) {
+      const int first = (v * threads_of_row + thread) * kV + i * kVector<W>;
+      weight[v][i] = load_vector(weight_row, first, columns, kWide);
     }
-    // Two buffers in turn: the barrier in between says that nobody reads the other any more.
-    squares = row_sum(squares, threads_of_row / kWarp, thread / kWarp,
-                      reinterpret_cast<float*>(memory) + turn * kWarp);
-    turn ^= 1;
-    const float scale = rsqrtf(fmaf(squares, share, params.eps));
-    if (begin == 0) params.scale[flat()] = scale;
-    if constexpr (kSharedWeights) ptx::cp_async_wait_group<0>();  // each thread reads its own
+  }
+
+  float squares = 0.0f;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int first = begin + v * step;
-      float a[kV];
-      float w[kV];
-      unpack<T>(sum[v], a);
-      if constexpr (kSharedWeights) {
-        unpack<W>(weights[v * blockDim.x], w);
-      } else {
-        load_weights<T, W>(weight_row, first, columns, kWide, w);
+  for (int v = 0; v < kVectors; ++v) {
+    float a[kV];
+    unpack<T>(x[v], a);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
+  }
+  squares =
+      row_sum(squares, threads_of_row / kWarp, thread / kWarp, reinterpret_cast<float*>(memory));
+  const float scale = rsqrtf(squares / static_cast<float>(columns) + params.eps);
+  if (thread == 0) params.scale[row] = scale;
+
+  T* const y_row = static_cast<T*>(params.y) + row * columns;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * threads_of_row + thread) * kV;
+    float a[kV];
+    unpack<T>(x[v], a);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float w[kVector<W>];
+      unpack<W>(weight[v][i], w);
+#pragma unroll
+      for (int e = 0; e < kVector<W>; ++e) {
+        a[i * kVector<W> + e] = a[i * kVector<W> + e] * scale * w[e];
       }
-#pragma unroll
-      for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
-      store_vector(static_cast<T*>(params.y) + flat() * columns, first, columns, kWide, pack<T>(a));
     }
-  } while (kAhead && row < rows);
+    store_vector(y_row, first, columns, kWide, pack<T>(a));
+  }
+}
+
+// Few rows, which leave most of the GPU idle: their time is that of one row. Every load is on its
+// way before the first is needed; the weights go to shared memory, since the compiler would move
+// their loads into registers down to where those are free. Rows of whole vectors of 16 bytes, one
+// for each thread; weights in x's type.
+inline constexpr int kFewRowThreads = 512;
+inline constexpr int kFewRowsPerSm = 2;
+
+// The sum over all warps of the block for each thread, in a fixed order, by reads of four at a
+// time.
+__device__ __forceinline__ float sum_of_few_warps(float x, float* partial) {
+  constexpr int kMostWarps = kFewRowThreads / kWarp;
+  const int thread = threadIdx.x;
+  const int warps = blockDim.x / kWarp;
+  x = warp_sum(x);
+  if (thread % kWarp == 0) partial[thread / kWarp] = x;
+  if (thread < kMostWarps - warps) partial[warps + thread] = 0.0f;
+  // Orders the partial sums before their reads.
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostWarps / 4; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(partial)[i];
+    total += (four.x + four.y) + (four.z + four.w);
+  }
+  return total;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kFewRowThreads)
+    rms_norm_few_kernel(const __grid_constant__ RmsNormParams params) {
+  constexpr int kV = kVector<T>;
+  const int group = params.groups == 1 ? 0 : static_cast<int>(blockIdx.x) / params.rows;
+  const int in_group = static_cast<int>(blockIdx.x) - group * params.rows;
+  const int64_t row = blockIdx.x;
+  const int columns = params.columns;
+  const int thread = threadIdx.x;
+  const int first = thread * kV;
+  uint4* const weight = reinterpret_cast<uint4*>(memory + kWarp * sizeof(float)) + thread;
+  if (first < columns) {
+    ptx::cp_async_16(ptx::shared_address(weight), row_of<T>(params.weight, group, 0) + first, 16);
+  }
+  ptx::cp_async_commit_group();
+  const bool has_residual = params.residual.data != nullptr;
+  uint4 x = load_vector(row_of<T>(params.x, group, in_group), first, columns, true);
+  const uint4 residual = load_vector(row_of<T>(params.residual, group, in_group), first,
+                                     has_residual ? columns : 0, true);
+  float a[kV];
+  unpack<T>(x, a);
+  if (has_residual) {
+    float b[kV];
+    unpack<T>(residual, b);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) a[e] += b[e];
+    // What is normalised is the rounded sum.
+    x = pack<T>(a);
+    store_vector(static_cast<T*>(params.sum) + row * columns, first, columns, true, x);
+    unpack<T>(x, a);
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
+  squares = sum_of_few_warps(squares, reinterpret_cast<float*>(memory));
+  const float scale = rsqrtf(squares / static_cast<float>(columns) + params.eps);
+  if (thread == 0) params.scale[row] = scale;
+  ptx::cp_async_wait_group<0>();  // each thread reads its own
+  if (first >= columns) return;
+  float w[kV];
+  unpack<T>(*weight, w);
+#pragma unroll
+  for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
+  store_vector(static_cast<T*>(params.y) + row * columns, first, columns, true, pack<T>(a));
 }
 
 // Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, and keeps its part of
@@ -304,34 +317,31 @@ template <typename T, typename W>
 cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& device,
                             cudaStream_t stream) {
   const RowTeam team = RowTeam::make(params.columns, kVector<T>);
+  const int64_t rows = int64_t{params.groups} * params.rows;
+  const int64_t blocks = (rows + team.rows_per_block - 1) / team.rows_per_block;
+  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   if (team.threads > RowTeam::max_threads(4)) return cudaErrorInvalidConfiguration;
-  const int64_t rows_of_call = int64_t{params.groups} * params.rows;
-  const int needed = (params.rows - 1) / team.rows_per_block + 1;
-  const int most = kBlocksPerSm * device.multiprocessors / params.groups;
-  const bool ahead = team.vectors == 2 ? kLoadsAhead<2> : kLoadsAhead<4>;
-  const int blocks = ahead ? std::clamp(most, 1, needed) : needed;
-  // Where rows keep the memory busy, nothing is idle.
-  const bool few = rows_of_call * params.columns * sizeof(T) <= kPrefetchBytes;
-  RmsNormParams given = params;
-  if (!few || !rows_aligned(params.prefetch, 16, 1)) given.prefetch_bytes = 0;
-  given.prefetch_bytes = std::min(given.prefetch_bytes, kPrefetchBytes) / 16 * 16;
-  const int64_t parts = (given.prefetch_bytes + kPrefetchPart - 1) / kPrefetchPart;
-  const int64_t grid = int64_t{params.groups} * blocks + parts;
-  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   bool wide = params.columns % kVector<T> == 0;
   for (const void* data :
        {params.x.data, params.residual.data, params.weight.data, static_cast<const void*>(params.y),
         static_cast<const void*>(params.sum)}) {
     wide = wide && rows_aligned(data, params.columns, sizeof(T));
   }
+  if constexpr (sizeof(T) == sizeof(W)) {
+    // A warp's rows are short enough as they are.
+    const int threads = (params.columns / kVector<T> + kWarp - 1) / kWarp * kWarp;
+    const bool few = rows <= kFewRowsPerSm * device.multiprocessors;
+    if (wide && few && team.rows_per_block == 1 && threads <= kFewRowThreads) {
+      return launch_kernel(rms_norm_few_kernel<T>, dim3(static_cast<unsigned>(rows)), threads,
+                           kWarp * sizeof(float) + threads * sizeof(uint4), stream, params);
+    }
+  }
   const auto kernel =
       team.vectors == 2 ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)
                         : (wide ? rms_norm_kernel<T, W, 4, true> : rms_norm_kernel<T, W, 4, false>);
-  const int threads = team.threads * team.rows_per_block;
-  const int weight_bytes = wide && sizeof(T) == sizeof(W) ? 16 * team.vectors * threads : 0;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), threads,
-                       kPartialBytes + weight_bytes, stream, given, team.threads, blocks,
-                       1.0f / static_cast<float>(params.columns));
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                       team.threads * team.rows_per_block, kWarp * sizeof(float), stream, params,
+                       team.threads);
 }
 
 template <typename T, typename W>
@@ -347,8 +357,8 @@ cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, cudaStream_t str
   }
   const auto kernel =
       team.vectors == 2 ? rms_norm_bwd_kernel<T, W, 2> : rms_norm_bwd_kernel<T, W, 4>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), team.threads, kPartialBytes,
-                       stream, params, wide);
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), team.threads,
+                       2 * kWarp * sizeof(float), stream, params, wide);
 }
 
 }  // namespace jax_flash::ops

@@ -259,19 +259,13 @@ class Norm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(config.width, config.dtype))
 
     def __call__(
-        self, x: jax.Array, residual: jax.Array | None, following: nnx.Param
+        self, x: jax.Array, residual: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """`x + residual` normalised, and the sum itself: both [*B, C].
-
-        `following` are the weights that are read next.
-        """
-        norm = functools.partial(
-            jax_flash.rms_norm, eps=self.eps, prefetch=following[...]
-        )
+        """`x + residual` normalised, and the sum itself: both [*B, C]."""
         weight = self.weight[...]
         if residual is None:
-            return norm(x, weight), x
-        return norm(x, weight, residual=residual)
+            return jax_flash.rms_norm(x, weight, eps=self.eps), x
+        return jax_flash.rms_norm(x, weight, residual=residual, eps=self.eps)
 
 
 class Block(nnx.Module):
@@ -300,7 +294,7 @@ class Block(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """The two parts of the stream, each [B, T, C], behind this layer."""
-        x, residual = self.attention_norm(x, residual, self.qkv.weight)
+        x, residual = self.attention_norm(x, residual)
         kv_size = self.kv_heads * self.head_dim
         parts = jax_flash.split_qkv(self.qkv(x), self.heads * self.head_dim, kv_size)
         query, key, value = (
@@ -308,7 +302,7 @@ class Block(nnx.Module):
         )
         attended = attend(query, key, value)
         x = self.out(attended.reshape(*attended.shape[:-2], -1))
-        x, residual = self.mlp_norm(x, residual, self.gate_up.kernel)
+        x, residual = self.mlp_norm(x, residual)
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax_flash.silu_mul(gate, up)), residual
 
@@ -363,8 +357,8 @@ class Llama(nnx.Module):
 
     def logits(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         """The two parts of the stream, [*B, C] -> float32 [*B, V]."""
+        x, _ = self.norm(x, residual)
         table = self.embedding if self.config.tied else self.head
-        x, _ = self.norm(x, residual, table)
         return product(x, table[...], jnp.float32)
 
 

@@ -36,23 +36,17 @@ class NormOptions:
       perturbed: tangent: which of ("x", "weight") have a tangent.
       with_sum: forward: there is a residual, and the sum is a result; tangent: the
         tangent of x is a result; backward: the sum has a cotangent.
-      with_prefetch: forward: the last operand is what is read next.
     """
 
     eps: float
     stage: str
     with_sum: bool = False
     perturbed: tuple[str, ...] = ()
-    with_prefetch: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
         if self.stage == "forward":
-            return (
-                *("row", "group"),
-                *("row",) * self.with_sum,
-                *("aside",) * self.with_prefetch,
-            )
+            return ("row", "group", "row") if self.with_sum else ("row", "group")
         given = ("row", "group", "row")  # x, weight, 1 / rms
         if self.stage == "tangent":
             kind = {"x": "row", "weight": "group"}
@@ -189,14 +183,8 @@ def _forward_kernel(*operands: jax.Array, options: NormOptions) -> list[jax.Arra
         for r in _forward_results(*operands, options=options)
     ]
     call = jax.ffi.ffi_call(registry.RMS_NORM_TARGET, results)
-    return list(
-        call(
-            *operands,
-            eps=np.float32(options.eps),
-            has_residual=options.with_sum,
-            has_prefetch=options.with_prefetch,
-        )
-    )
+    eps = np.float32(options.eps)
+    return list(call(*operands, eps=eps, has_residual=options.with_sum))
 
 
 def _backward_kernel(*operands: jax.Array, options: NormOptions) -> list[jax.Array]:
@@ -319,23 +307,12 @@ ad.primitive_jvps[rowwise.primitive(BACKWARD)] = _backward_jvp
 
 
 def rms_norm(
-    x: jax.Array,
-    weight: jax.Array,
-    residual: jax.Array | None,
-    eps: float,
-    prefetch: jax.Array | None,
+    x: jax.Array, weight: jax.Array, residual: jax.Array | None, eps: float
 ) -> list[jax.Array]:
     """[y] or [y, x + residual] of rows [R, C] and a weight [C]."""
-    options = NormOptions(
-        eps,
-        "forward",
-        with_sum=residual is not None,
-        with_prefetch=prefetch is not None,
-    )
+    options = NormOptions(eps, "forward", residual is not None)
     operands = [x[None], weight[None]]
     if residual is not None:
         operands.append(residual[None])
-    if prefetch is not None:
-        operands.append(prefetch)
     outs = rowwise.bind(FORWARD, options, *operands)
     return [y[0] for y in outs[:-1]]

@@ -3,12 +3,11 @@
 Lives here: what `sample`, `top_k` and `rms_norm` share (abstract evaluation, batching,
 sharding, lowering). Each of them describes itself by a `RowOp`.
 
-Operands are of three kinds. One of rows is [G, R, ...]: G groups of R rows each. One of
+Operands are of two kinds. One of rows is [G, R, ...]: G groups of R rows each. One of
 groups is [G, ...], such as the weight of a norm. Either size is 1 where the operand is
 shared along it. `vmap` only makes more groups, so it copies nothing that it does not
 map, and a result of groups (the gradient of a weight) stays apart for each of its
-elements. One aside has any shape and no effect on the results: a kernel may know that
-it is read next. Each device gets the part of it that it has.
+elements.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from jax_flash._src.inner import new_primitive
 from jax_flash._src.primitives import device_hint
 
 Axes = partitioning.Axes
-LEADING = {"row": 2, "group": 1, "aside": 0}
+LEADING = {"row": 2, "group": 1}
 """How many leading dimensions, of group and row, a kind of operand has."""
 
 
@@ -79,7 +78,6 @@ def leading_sizes(options: Options, shapes: Sequence[tuple]) -> tuple[int, int]:
     pairs = [
         shape[:2] if kind == "row" else (shape[0], 1)
         for kind, shape in zip(options.kinds, shapes, strict=True)
-        if kind != "aside"
     ]
     groups, rows = jnp.broadcast_shapes(*pairs)
     return groups, rows
@@ -109,33 +107,23 @@ def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
 
 def _batch(
     primitive: Primitive, args: Any, axes: Any, *, options: Options, **params: Any
-) -> tuple[Any, list[int | None]]:
+) -> tuple[Any, list[int]]:
     """Folds the mapped axis into the groups."""
-    bind = functools.partial(primitive.bind, options=options, **params)
-    kinds = options.kinds
-    mapped = [
-        (x, a)
-        for x, a, kind in zip(args, axes, kinds, strict=True)
-        if a is not None and kind != "aside"
-    ]
-    if not mapped:
-        return bind(*args), [None] * len(options.result_kinds)
-    size = mapped[0][0].shape[mapped[0][1]]
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
     moved = [
-        x if kind == "aside" else x[None] if a is None else jnp.moveaxis(x, a, 0)
-        for x, a, kind in zip(args, axes, kinds, strict=True)
+        x[None] if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(args, axes, strict=True)
     ]
     groups, _ = leading_sizes(options, [x.shape[1:] for x in moved])
 
-    def folded(kind: str, x: jax.Array) -> jax.Array:
-        if kind == "aside":
-            return x
+    def folded(x: jax.Array) -> jax.Array:
         if x.shape[:2] == (1, 1):
             return x[0]
         x = jnp.broadcast_to(x, (size, groups, *x.shape[2:]))
         return x.reshape(size * groups, *x.shape[2:])
 
-    outs = bind(*(folded(kind, x) for kind, x in zip(kinds, moved, strict=True)))
+    operands = [folded(x) for x in moved]
+    outs = primitive.bind(*operands, options=options, **params)
     outs = [x.reshape(size, groups, *x.shape[1:]) for x in outs]
     return outs, [0] * len(outs)
 
@@ -153,8 +141,7 @@ def _sharding_rule(options: Options, mesh: Any, args: Any, results: Any):
                 dims.append("gr"[i])
             else:
                 dims.append(next(fresh))
-                if kind != "aside":
-                    whole.append(dims[-1])
+                whole.append(dims[-1])
         return " ".join(dims)
 
     left = [text(k, tuple(x.shape)) for k, x in zip(options.kinds, args, strict=True)]
@@ -203,9 +190,6 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
     ]
 
     def local(kind: str, x: Any) -> NamedSharding:
-        if kind == "aside":
-            axes = partitioning.axes_of(mesh, x)
-            return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
         spec = [
             (split[i] or None) if i < LEADING[kind] and size > 1 else None
             for i, size in enumerate(x.shape)

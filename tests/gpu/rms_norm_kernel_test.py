@@ -79,26 +79,6 @@ def test_vmap_of_the_gradient() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_prefetch_changes_nothing() -> None:
-    """Of less than a part, of more than all parts, and of what is not aligned."""
-    x = jax.random.normal(jax.random.key(0), (3, 4096), jnp.bfloat16)
-    weight = jax.random.normal(jax.random.key(1), (4096,), jnp.bfloat16)
-    following = [jnp.ones(n, jnp.bfloat16) for n in (1, 9, 100, 5 << 20)]
-
-    @jax.jit
-    def run(x: Any, weight: Any, following: Any) -> Any:
-        alone = rms_norm(x, weight, residual=x)
-        ys = [rms_norm(x, weight, residual=x, prefetch=a) for a in following]
-        few = [rms_norm(x[:, :64], weight[:64], prefetch=a) for a in following]
-        return alone, ys, rms_norm(x[:, :64], weight[:64]), few
-
-    alone, ys, short, few = run(x, weight, following)
-    for got in ys:
-        jax.tree.map(np.testing.assert_array_equal, got, alone)
-    for got in few:
-        np.testing.assert_array_equal(got, short)
-
-
 def test_repeated_calls_are_equal() -> None:
     x = jax.random.normal(jax.random.key(0), (2000, 4096), jnp.bfloat16)
     weight = jnp.ones(4096, jnp.bfloat16)
