@@ -125,7 +125,9 @@ def _written(
         beyond = jnp.int32(cache.shape[1])
         position = jnp.where(active, position, beyond)
         if alone:
-            position = jnp.concatenate([position, beyond[None, None] + 1], axis=1)
+            position = jnp.concatenate(
+                [position, jnp.full_like(position, cache.shape[1] + 1)], axis=1
+            )
 
         def write(one: jax.Array, at: jax.Array, x: jax.Array) -> jax.Array:
             return one.at[at].set(x, mode="drop", unique_indices=True)
