@@ -57,6 +57,8 @@ SAMPLING = Sampling(1.0, top_k=50, top_p=0.9)
 TOLERANCE = 0.1
 ARMS = ("jax_flash", "jax_nn", "paged")
 """In the order of their turns. Pages come last: see `run_cell`."""
+MANY = 64
+"""Sequences from which on products are not cut along what they sum over."""
 ROUNDS = 3
 SHORTEST, LONGEST = 0.02, 0.3
 """Seconds of a turn, which the budget is spread over."""
@@ -134,7 +136,7 @@ def random_model(config: Config) -> Llama:
         if len(leaf.shape) == 1:
             values[path] = jnp.ones(leaf.shape, leaf.dtype)
         else:
-            # Projections are [in, out], tables [V, C].
+            # Kernels are [in, out], weights and tables [out, in].
             size = leaf.shape[0] if path[-1] == "kernel" else leaf.shape[1]
             drawn = draw(key, leaf.shape, leaf.dtype)
             values[path] = drawn * jnp.asarray(size**-0.5, leaf.dtype)
@@ -142,19 +144,18 @@ def random_model(config: Config) -> Llama:
 
 
 def filled_caches(config: Config, cell: Cell) -> Caches:
-    """Contiguous caches of random keys and values."""
+    """Contiguous caches of random keys and values, as they are before the step."""
     shape = (cell.batch, cell.context, config.kv_heads, config.head_dim)
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(1), 2 * config.layers)
     drawn = [draw(key, shape, config.dtype) for key in keys]
-    lengths = jnp.zeros(cell.batch, jnp.int32)
+    lengths = jnp.full(cell.batch, cell.context - cell.tokens, jnp.int32)
     return Caches(drawn[: config.layers], drawn[config.layers :], lengths)
 
 
-def started(cell: Cell, caches: Caches) -> Caches:
-    """The caches as they are before the step: every step is the same one."""
-    lengths = jnp.full(cell.batch, cell.context - cell.tokens, jnp.int32)
-    return dataclasses.replace(caches, lengths=lengths)
+def again(before: Caches, after: Caches) -> Caches:
+    """What a step leaves, with the lengths before it: every step is the same one."""
+    return dataclasses.replace(after, lengths=before.lengths)
 
 
 def ours(cell: Cell) -> Program:
@@ -163,8 +164,8 @@ def ours(cell: Cell) -> Program:
     counts = np.full(cell.batch, cell.tokens, np.int32)
 
     def program(model: Llama, tokens: jax.Array, caches: Caches, key: jax.Array) -> Any:
-        logits, caches = run(model, tokens, jnp.asarray(counts), started(cell, caches))
-        return SAMPLING.draw(logits, key), logits, caches
+        logits, after = run(model, tokens, jnp.asarray(counts), caches)
+        return SAMPLING.draw(logits, key), logits, again(caches, after)
 
     return program
 
@@ -185,7 +186,9 @@ def paged(cell: Cell) -> Program:
             return x.reshape(-1, page, *shape[2:])
 
         pages = jax.tree.map(cut, dataclasses.replace(caches, lengths=()))
-        pages = dataclasses.replace(pages, page_table=jnp.asarray(table))
+        pages = dataclasses.replace(
+            pages, lengths=caches.lengths, page_table=jnp.asarray(table)
+        )
         drawn, logits, pages = ours(cell)(model, tokens, pages, key)
         k, v = ([x.reshape(shape) for x in y] for y in (pages.k, pages.v))
         return drawn, logits, Caches(k, v, pages.lengths)
@@ -197,8 +200,8 @@ def jax_nn(cell: Cell, implementation: Any) -> Program:
     """The same model with attention of `jax.nn`, and sampling by `lax.top_k`."""
 
     def program(model: Llama, tokens: jax.Array, caches: Caches, key: jax.Array) -> Any:
-        before, layers = started(cell, caches), []
-        positions = before.lengths[:, None] + jnp.arange(cell.tokens, dtype=jnp.int32)
+        layers = []
+        positions = caches.lengths[:, None] + jnp.arange(cell.tokens, dtype=jnp.int32)
         turned = functools.partial(
             jax_flash.rope, positions=positions, inv_freq=model.config.frequencies
         )
@@ -210,20 +213,20 @@ def jax_nn(cell: Cell, implementation: Any) -> Program:
             index: int, query: jax.Array, key: jax.Array, value: jax.Array
         ) -> jax.Array:
             query, key = turned(query), turned(key)
-            layers.append(before.layer(index).append(key, value))
+            layers.append(caches.layer(index).append(key, value))
             if cell.is_prefill:
                 return attend_nn(query, key, value, is_causal=True)
             return attend_nn(
                 query,
                 layers[-1].k,
                 layers[-1].v,
-                key_value_seq_lengths=before.lengths + cell.tokens,
+                key_value_seq_lengths=caches.lengths + cell.tokens,
             )
 
         x, residual = model.hidden(tokens, attend)
         logits = model.logits(x[:, -1], residual[:, -1])
         k, v = [layer.k for layer in layers], [layer.v for layer in layers]
-        after = Caches(k, v, layers[-1].lengths)
+        after = again(caches, Caches(k, v, layers[-1].lengths))
         return xla_top_k_top_p(logits, key), logits, after
 
     return program
@@ -243,6 +246,33 @@ def tokens_of(cell: Cell, config: Config) -> jax.Array:
     return jax.random.randint(jax.random.key(0), shape, 0, config.vocabulary, jnp.int32)
 
 
+def weights(model: Llama) -> list[jax.Array]:
+    """Of a model in a fixed order: a list is handed to a program in little time."""
+    return jax.tree.leaves(nnx.state(model))
+
+
+def of_weights(program: Program, model: Llama) -> Callable[..., Any]:
+    """The same program from `weights` of such a model."""
+    graph, state = nnx.split(model)
+    structure = jax.tree.structure(state)
+
+    def run(given: list[jax.Array], *others: Any) -> Any:
+        return program(nnx.merge(graph, jax.tree.unflatten(structure, given)), *others)
+
+    return run
+
+
+def options(cell: Cell) -> dict[str, Any] | None:
+    """Of the compiler, for all arms.
+
+    XLA tries kernels on operands that fit the L2 cache. For many rows it so comes to
+    sums of parts, which have to be written and read again.
+    """
+    if cell.batch < MANY or cell.is_prefill or jax.default_backend() != "gpu":
+        return None
+    return {"xla_gpu_experimental_force_split_k": 1}
+
+
 def compiled(cell: Cell, config: Config, model: Llama) -> dict[str, Any]:
     """The program of each arm, or why there is none, as text.
 
@@ -254,8 +284,11 @@ def compiled(cell: Cell, config: Config, model: Llama) -> dict[str, Any]:
     programs: dict[str, Any] = {}
     for arm in ARMS:
         try:
-            program = jax.jit(program_of(arm, cell), donate_argnums=2)
-            programs[arm] = program.lower(model, tokens, caches, key).compile()
+            program = jax.jit(
+                of_weights(program_of(arm, cell), model), donate_argnums=2
+            )
+            lowered = program.lower(weights(model), tokens, caches, key)
+            programs[arm] = lowered.compile(compiler_options=options(cell))
         except Exception as error:  # an arm may fail in any way
             programs[arm] = short(error)
     return programs
@@ -269,7 +302,7 @@ def run_cell(
     protocol: Protocol,
 ) -> tuple[dict[str, Samples], dict[str, str]]:
     """Samples of the arms, and why others did not run."""
-    held = [filled_caches(config, cell)]
+    held, given = [filled_caches(config, cell)], weights(model)
     tokens, key = tokens_of(cell, config), jax.random.key(0)
     calls, why_not = {}, {}
     expected = None
@@ -283,7 +316,7 @@ def run_cell(
         if held[0].k[0].is_deleted():
             held[0] = filled_caches(config, cell)
         try:
-            _, logits, held[0] = program(model, tokens, held[0], key)
+            _, logits, held[0] = program(given, tokens, held[0], key)
             logits = np.asarray(logits)
         except Exception as error:  # an arm may fail in any way
             why_not[name] = short(error)
@@ -296,7 +329,7 @@ def run_cell(
                 continue
 
         def run(program: Any = program) -> jax.Array:
-            drawn, _, held[0] = program(model, tokens, held[0], key)
+            drawn, _, held[0] = program(given, tokens, held[0], key)
             return drawn
 
         calls[name] = Call(run, jax.block_until_ready, lambda result: result)

@@ -254,6 +254,26 @@ def test_append(page: int | None, tokens: int) -> None:
         assert_close(again, got, 0)
 
 
+@pytest.mark.parametrize("page", [None, 4])
+def test_append_of_a_single_token(page: int | None) -> None:
+    """In one scatter, not in a kernel that reads what was there and one that writes."""
+    rng = np.random.default_rng(0)
+    k, v = normal(rng, 1, 16, 2, 3), normal(rng, 1, 16, 2, 4)
+    table = None
+    if page is not None:
+        k, v, table = paged(rng, (k, v), np.full(1, 16), page, 0)
+        table[0, 2] = -1
+    k_new, v_new = normal(rng, 1, 1, 2, 3), normal(rng, 1, 1, 2, 4)
+    append = jax.jit(append_kv)
+    for length in (0, 7, 9, 15, 16, 17, 2**31 - 1, -1):
+        lengths = np.array([length], np.int32)
+        got = append(k, v, k_new, v_new, lengths, page_table=table)
+        for x, cache, y in zip(got, (k, v), (k_new, v_new), strict=True):
+            np.testing.assert_array_equal(x, appended(cache, y, lengths, table))
+    lowered = append.lower(k, v, k_new, v_new, lengths, page_table=table)
+    assert lowered.as_text().count("tensor<1x2x2x3xf32>) -> tensor") == 1
+
+
 def test_append_of_nothing() -> None:
     _, k, v, lengths = problem()
     got = append_kv(k, v, k[:, :0], v[:, :0], lengths)

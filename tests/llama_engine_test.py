@@ -119,7 +119,7 @@ def test_arrivals_at_any_time(seed: int) -> None:
             keep = common[: rng.integers(0, 12)]
             prompt = np.concatenate([keep, own])
             counts.append(int(rng.integers(1, 48 - 24)))
-            ends = rng.integers(0, TINY.vocabulary, 12).tolist()
+            ends = rng.integers(0, TINY.vocabulary, 24).tolist()
             requests.append(e.submit(prompt, counts[-1], ends=ends))
         e.step()
         check_pages(e)

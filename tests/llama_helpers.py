@@ -95,7 +95,7 @@ def tensors(model: Llama) -> dict[tuple[str, int | None], np.ndarray]:
     if not config.tied:
         found["head", None] = model.head[...]
     for i, block in enumerate(model.blocks):
-        qkv, gate_up = block.qkv.kernel[...].T, block.gate_up.kernel[...].T
+        qkv, gate_up = block.qkv.weight[...], block.gate_up.kernel[...].T
         query, key, value = jnp.split(qkv, (q_size, q_size + kv_size))
         gate, up = jnp.split(gate_up, 2)
         found |= {
@@ -103,7 +103,7 @@ def tensors(model: Llama) -> dict[tuple[str, int | None], np.ndarray]:
             ("query", i): query,
             ("key", i): key,
             ("value", i): value,
-            ("out", i): block.out.kernel[...].T,
+            ("out", i): block.out.weight[...],
             ("mlp_norm", i): block.mlp_norm.weight[...],
             ("gate", i): gate,
             ("up", i): up,

@@ -172,10 +172,13 @@ def assert_near(actual: np.ndarray, expected: Any, dtype: str) -> None:
 COLUMNS = (1, 8, 100, 512, 520, 1000, 2048, 4096, 4100)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rms_norm(ops: ctypes.CDLL, dtype: str, columns: int, residual: bool) -> None:
+def test_rms_norm(
+    ops: ctypes.CDLL, dtype: str, columns: int, residual: bool, few: bool
+) -> None:
     number = COLUMNS.index(columns) + residual
     groups, rows = 2, 5
     f32_weight = dtype == "float32" or number % 3 == 0
@@ -197,7 +200,7 @@ def test_rms_norm(ops: ctypes.CDLL, dtype: str, columns: int, residual: bool) ->
         pointer(given["x"]), int(x_shared), pointer(given.get("residual")),
         pointer(given["weight"]), int(weight_shared), pointer(y), pointer(total),
         pointer(scale), groups, rows, columns, ctypes.c_float(1e-5), int(f32_weight),
-        TYPES.index(dtype),
+        TYPES.index(dtype), 132 if few else 1,
     )  # fmt: skip
     assert_near(y, expected[0], dtype)
     if total is not None:

@@ -72,7 +72,8 @@ ffi::Error rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight
   params.f32_weight = weight.element_type() == ffi::F32;
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
-  const cudaError_t error = ops::launch_rms_norm(params, *element_of(x.element_type()), stream);
+  const cudaError_t error =
+      ops::launch_rms_norm(params, *element_of(x.element_type()), device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_rms_norm", error);
   return ffi::Error::Success();
 }

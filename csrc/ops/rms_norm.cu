@@ -3,16 +3,18 @@
 
 namespace jax_flash::ops {
 
-cudaError_t launch_rms_norm(const RmsNormParams& params, Element type, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormParams& params, Element type, const DeviceInfo& device,
+                            cudaStream_t stream) {
   switch (type) {
     case Element::kF32:
-      return launch_rms_norm<float, float>(params, stream);
+      return launch_rms_norm<float, float>(params, device, stream);
     case Element::kBf16:
-      return params.f32_weight ? launch_rms_norm<__nv_bfloat16, float>(params, stream)
-                               : launch_rms_norm<__nv_bfloat16, __nv_bfloat16>(params, stream);
+      return params.f32_weight
+                 ? launch_rms_norm<__nv_bfloat16, float>(params, device, stream)
+                 : launch_rms_norm<__nv_bfloat16, __nv_bfloat16>(params, device, stream);
     case Element::kF16:
-      return params.f32_weight ? launch_rms_norm<__half, float>(params, stream)
-                               : launch_rms_norm<__half, __half>(params, stream);
+      return params.f32_weight ? launch_rms_norm<__half, float>(params, device, stream)
+                               : launch_rms_norm<__half, __half>(params, device, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -10,10 +10,13 @@
 #include <cstdint>
 #include <limits>
 
+#include "host/device.h"
 #include "host/launch.h"
 #include "ops/block.cuh"
 #include "ops/params.h"
 #include "ops/vector.cuh"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
 
 namespace jax_flash::ops {
 
@@ -150,6 +153,79 @@ __global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
   }
 }
 
+// Few rows, which leave most of the GPU idle: their time is that of one row. Every load is on its
+// way before the first is needed; the weights go to shared memory, since the compiler would move
+// their loads into registers down to where those are free. Rows of whole vectors of 16 bytes, one
+// for each thread; weights in x's type.
+inline constexpr int kFewRowThreads = 512;
+inline constexpr int kFewRowsPerSm = 2;
+
+// The sum over all warps of the block for each thread, in a fixed order, by reads of four at a
+// time.
+__device__ __forceinline__ float sum_of_few_warps(float x, float* partial) {
+  constexpr int kMostWarps = kFewRowThreads / kWarp;
+  const int thread = threadIdx.x;
+  const int warps = blockDim.x / kWarp;
+  x = warp_sum(x);
+  if (thread % kWarp == 0) partial[thread / kWarp] = x;
+  if (thread < kMostWarps - warps) partial[warps + thread] = 0.0f;
+  // Orders the partial sums before their reads.
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostWarps / 4; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(partial)[i];
+    total += (four.x + four.y) + (four.z + four.w);
+  }
+  return total;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kFewRowThreads)
+    rms_norm_few_kernel(const __grid_constant__ RmsNormParams params) {
+  constexpr int kV = kVector<T>;
+  const int group = params.groups == 1 ? 0 : static_cast<int>(blockIdx.x) / params.rows;
+  const int in_group = static_cast<int>(blockIdx.x) - group * params.rows;
+  const int64_t row = blockIdx.x;
+  const int columns = params.columns;
+  const int thread = threadIdx.x;
+  const int first = thread * kV;
+  uint4* const weight = reinterpret_cast<uint4*>(memory + kWarp * sizeof(float)) + thread;
+  if (first < columns) {
+    ptx::cp_async_16(ptx::shared_address(weight), row_of<T>(params.weight, group, 0) + first, 16);
+  }
+  ptx::cp_async_commit_group();
+  const bool has_residual = params.residual.data != nullptr;
+  uint4 x = load_vector(row_of<T>(params.x, group, in_group), first, columns, true);
+  const uint4 residual = load_vector(row_of<T>(params.residual, group, in_group), first,
+                                     has_residual ? columns : 0, true);
+  float a[kV];
+  unpack<T>(x, a);
+  if (has_residual) {
+    float b[kV];
+    unpack<T>(residual, b);
+#pragma unroll
+    for (int e = 0; e < kV; ++e) a[e] += b[e];
+    // What is normalised is the rounded sum.
+    x = pack<T>(a);
+    store_vector(static_cast<T*>(params.sum) + row * columns, first, columns, true, x);
+    unpack<T>(x, a);
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kV; ++e) squares = fmaf(a[e], a[e], squares);
+  squares = sum_of_few_warps(squares, reinterpret_cast<float*>(memory));
+  const float scale = rsqrtf(squares / static_cast<float>(columns) + params.eps);
+  if (thread == 0) params.scale[row] = scale;
+  ptx::cp_async_wait_group<0>();  // each thread reads its own
+  if (first >= columns) return;
+  float w[kV];
+  unpack<T>(*weight, w);
+#pragma unroll
+  for (int e = 0; e < kV; ++e) a[e] = a[e] * scale * w[e];
+  store_vector(static_cast<T*>(params.y) + row * columns, first, columns, true, pack<T>(a));
+}
+
 // Block `blockIdx.x % blocks` of a group takes every `blocks`-th of its rows, and keeps its part of
 // the gradient of the weight in registers.
 template <typename T, typename W, int kVectors>
@@ -238,7 +314,8 @@ inline bool rows_aligned(const void* data, int64_t columns, int bytes) {
 }
 
 template <typename T, typename W>
-cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& device,
+                            cudaStream_t stream) {
   const RowTeam team = RowTeam::make(params.columns, kVector<T>);
   const int64_t rows = int64_t{params.groups} * params.rows;
   const int64_t blocks = (rows + team.rows_per_block - 1) / team.rows_per_block;
@@ -249,6 +326,15 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
        {params.x.data, params.residual.data, params.weight.data, static_cast<const void*>(params.y),
         static_cast<const void*>(params.sum)}) {
     wide = wide && rows_aligned(data, params.columns, sizeof(T));
+  }
+  if constexpr (sizeof(T) == sizeof(W)) {
+    // A warp's rows are short enough as they are.
+    const int threads = (params.columns / kVector<T> + kWarp - 1) / kWarp * kWarp;
+    const bool few = rows <= kFewRowsPerSm * device.multiprocessors;
+    if (wide && few && team.rows_per_block == 1 && threads <= kFewRowThreads) {
+      return launch_kernel(rms_norm_few_kernel<T>, dim3(static_cast<unsigned>(rows)), threads,
+                           kWarp * sizeof(float) + threads * sizeof(uint4), stream, params);
+    }
   }
   const auto kernel =
       team.vectors == 2 ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)

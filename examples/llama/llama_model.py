@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -219,6 +220,37 @@ def _dense(sizes: tuple[int, int], config: Config, rngs: nnx.Rngs) -> nnx.Linear
     )
 
 
+def product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """[*B, I] by the rows of [O, I] -> [*B, O].
+
+    Of a single token XLA reads the weights faster as a sum than as a matrix product.
+    """
+
+    def of_many(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+    def of_one(x: jax.Array, weight: jax.Array) -> jax.Array:
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+        y = jnp.sum(weight * x.reshape(1, -1), axis=-1).astype(dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+    if math.prod(x.shape[:-1]) != 1:
+        return of_many(x, weight)
+    return jax.lax.platform_dependent(x, weight, cuda=of_one, default=of_many)
+
+
+class Projection(nnx.Module):
+    """A matrix product with weights [outputs, inputs], as files have them."""
+
+    def __init__(self, sizes: tuple[int, int], config: Config, rngs: nnx.Rngs) -> None:
+        initial = nnx.initializers.normal(sizes[0] ** -0.5)
+        self.weight = nnx.Param(initial(rngs.params(), sizes[::-1], config.dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[*B, inputs] -> [*B, outputs]."""
+        return product(x, self.weight[...], x.dtype)
+
+
 class Norm(nnx.Module):
     """RMSNorm over the width of the model."""
 
@@ -249,8 +281,8 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.heads, config.kv_heads))
         self.attention_norm = Norm(config)
-        self.qkv = _dense((config.width, q_size + 2 * kv_size), config, rngs)
-        self.out = _dense((q_size, config.width), config, rngs)
+        self.qkv = Projection((config.width, q_size + 2 * kv_size), config, rngs)
+        self.out = Projection((q_size, config.width), config, rngs)
         self.mlp_norm = Norm(config)
         self.gate_up = _dense((config.width, 2 * config.hidden), config, rngs)
         self.down = _dense((config.hidden, config.width), config, rngs)
@@ -327,9 +359,7 @@ class Llama(nnx.Module):
         """The two parts of the stream, [*B, C] -> float32 [*B, V]."""
         x, _ = self.norm(x, residual)
         table = self.embedding if self.config.tied else self.head
-        return jnp.einsum(
-            "...c,vc->...v", x, table[...], preferred_element_type=jnp.float32
-        )
+        return product(x, table[...], jnp.float32)
 
 
 def prefill(

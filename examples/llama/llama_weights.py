@@ -307,6 +307,9 @@ def assemble(source: Source) -> Llama:
         return jnp.asarray(x, config.dtype)
 
     def packed(*projections: np.ndarray) -> jax.Array:
+        return on_device(np.concatenate(projections))
+
+    def transposed(*projections: np.ndarray) -> jax.Array:
         return on_device(np.concatenate(projections).T)
 
     def turning(projection: np.ndarray) -> np.ndarray:
@@ -328,17 +331,17 @@ def assemble(source: Source) -> Llama:
                 ("attention_norm", "weight"): on_device(
                     read("attention_norm", i, width)
                 ),
-                ("qkv", "kernel"): packed(
+                ("qkv", "weight"): packed(
                     turning(read("query", i, q_size, width)),
                     turning(read("key", i, kv_size, width)),
                     read("value", i, kv_size, width),
                 ),
-                ("out", "kernel"): packed(read("out", i, width, q_size)),
+                ("out", "weight"): packed(read("out", i, width, q_size)),
                 ("mlp_norm", "weight"): on_device(read("mlp_norm", i, width)),
-                ("gate_up", "kernel"): packed(
+                ("gate_up", "kernel"): transposed(
                     read("gate", i, hidden, width), read("up", i, hidden, width)
                 ),
-                ("down", "kernel"): packed(read("down", i, width, hidden)),
+                ("down", "kernel"): transposed(read("down", i, width, hidden)),
             }.items()
         }
     unknown = source.names - taken - source.ignored

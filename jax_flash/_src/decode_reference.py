@@ -116,9 +116,18 @@ def _written(
 ) -> jax.Array:
     position = lengths[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)
     active = (lengths >= 0)[:, None]
+    # Of a single token XLA would make the update of a slice, and a kernel ahead of it
+    # that asks whether there is a place. So it gets company, which has none.
+    alone = position.size == 1
+    if alone:
+        new = jnp.concatenate([new, new], axis=1)
     if page_table is None:
         beyond = jnp.int32(cache.shape[1])
         position = jnp.where(active, position, beyond)
+        if alone:
+            position = jnp.concatenate(
+                [position, jnp.full_like(position, cache.shape[1] + 1)], axis=1
+            )
 
         def write(one: jax.Array, at: jax.Array, x: jax.Array) -> jax.Array:
             return one.at[at].set(x, mode="drop", unique_indices=True)
@@ -133,4 +142,7 @@ def _written(
     # A position past the largest int32 is negative.
     writes = active & (position >= 0) & (slot < slots) & (index >= 0)
     index = jnp.where(writes, index, jnp.int32(count))
+    if alone:
+        index = jnp.concatenate([index, jnp.full_like(index, count)], axis=1)
+        position = jnp.concatenate([position, position], axis=1)
     return cache.at[index, position % page].set(new, mode="drop")

@@ -48,7 +48,7 @@ extern "C" int top_k(const void* logits, void* values, int32_t* indices, int gro
 
 extern "C" int rms_norm(const void* x, int x_shared, const void* residual, const void* weight,
                         int weight_shared, void* y, void* sum, float* scale, int groups, int rows,
-                        int columns, float eps, int f32_weight, int type) {
+                        int columns, float eps, int f32_weight, int type, int multiprocessors) {
   RmsNormParams params{};
   params.x = rows_of(x, rows, columns, x_shared);
   if (residual != nullptr) params.residual = rows_of(residual, rows, columns, 0);
@@ -61,7 +61,7 @@ extern "C" int rms_norm(const void* x, int x_shared, const void* residual, const
   params.columns = columns;
   params.eps = eps;
   params.f32_weight = f32_weight != 0;
-  return launch_rms_norm(params, static_cast<Element>(type), nullptr);
+  return launch_rms_norm(params, static_cast<Element>(type), device_of(multiprocessors), nullptr);
 }
 
 extern "C" int rms_norm_bwd(const void* x, int x_shared, const void* weight, int weight_shared,
