@@ -70,5 +70,10 @@ def test_more_rows_than_a_piece_of_the_list() -> None:
     options: dict[str, Any] = {"is_causal": True, "implementation": "cuda"}
     got = jax.jit(lambda *a: mha_varlen(*a, **options))(*flat, offsets)
     expected = jax.jit(lambda *a: mha(*a, **options))(*tensors)
-    difference = got.astype(jnp.float32) - expected.reshape(got.shape)
-    assert float(jnp.abs(difference).max()) < 0.02
+    # Both round sums of the same products.
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32).reshape(shape),
+        np.asarray(expected, np.float32),
+        rtol=2.0**-7,
+        atol=2.0**-7,
+    )
