@@ -2,8 +2,8 @@
 //
 // int32 [2], the numbers of rows T and keys S; then, each if its attribute says so, int32 segment
 // ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths [sequences], and
-// offsets of packed sequences [sequences, n], of rows and of keys -> the arrays of
-// host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
+// offsets of packed sequences [sequences, n], of rows and of keys, and ranges [sequences, T, 2] of
+// keys that a boolean mask leaves to rows -> the arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
 // key_tiles [sequences, K / 64, 8].
 #include "host/intervals.h"
 
@@ -40,7 +40,8 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
                      ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> key_tiles,
                      int64_t window_left, int64_t window_right, bool bottom_right,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool has_ids,
-                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets) {
+                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets,
+                     bool has_ranges) {
   JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {2}));
   const Dims row_dims = rows->dimensions();
   const Dims key_dims = keys->dimensions();
@@ -69,7 +70,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
   struct Operand {
     const char* name;
     bool is_given;
-    int64_t tiles;  // of 64 numbers; 0: one number, -1: as many as there are
+    int64_t tiles;  // of 64 numbers (pairs of ranges); 0: one number, -1: as many as there are
     const int32_t** data;
   };
   const Operand operands[] = {
@@ -79,6 +80,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
       {"key_value_seq_lengths", has_kv_lengths, 0, &params.key_lengths},
       {"cu_seqlens_q", has_offsets, -1, &params.row_offsets},
       {"cu_seqlens_k", has_offsets, -1, &params.key_offsets},
+      {"mask_ranges", has_ranges, row_count, &params.row_ranges},
   };
   size_t next = 0;
   for (const Operand& operand : operands) {
@@ -88,7 +90,9 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
     const Dims dims = buffer->dimensions();
     JAX_FLASH_CHECK(buffer->element_type() == ffi::S32, operand.name, " must be int32, got ",
                     buffer->element_type());
-    JAX_FLASH_CHECK(dims.size() == (operand.tiles == 0 ? 1 : 2) && dims[0] == sequences,
+    const bool pairs = operand.data == &params.row_ranges;
+    const size_t rank = pairs ? 3 : operand.tiles == 0 ? 1 : 2;
+    JAX_FLASH_CHECK(dims.size() == rank && dims[0] == sequences && (!pairs || dims[2] == 2),
                     operand.name, " must be of ", sequences, " sequences, got ", to_string(dims));
     JAX_FLASH_CHECK(operand.tiles <= 0 || (dims[1] + 63) / 64 == operand.tiles, operand.name,
                     " must have ", operand.tiles, " tiles of 64, got ", to_string(dims));
@@ -145,7 +149,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kIntervals, intervals,
                                   .Attr<bool>("has_ids")
                                   .Attr<bool>("has_query_lengths")
                                   .Attr<bool>("has_kv_lengths")
-                                  .Attr<bool>("has_offsets"),
+                                  .Attr<bool>("has_offsets")
+                                  .Attr<bool>("has_ranges"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -117,7 +117,14 @@ struct IntervalSource {
       id = row < rows ? __ldg(params.row_ids + int64_t{sequence} * rows + row) : -1;
       if (id < 0) first = end = 0;
     }
-    return {min(max(start + first, 0), keys), min(max(start + end, 0), keys), id, start + position};
+    first = min(max(start + first, 0), keys);
+    end = min(max(start + end, 0), keys);
+    if (params.row_ranges != nullptr && row < rows) {
+      const int32_t* const range = params.row_ranges + 2 * (int64_t{sequence} * rows + row);
+      first = max(first, min(__ldg(range), keys));
+      end = min(end, __ldg(range + 1));
+    }
+    return {first, end, id, start + position};
   }
 };
 

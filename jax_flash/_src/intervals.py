@@ -28,6 +28,11 @@ OPERANDS = (
 )
 """The operands that masks depend on."""
 
+RANGES = "mask_ranges"
+"""What stands for a boolean mask among them: see `mask_ranges`."""
+
+_TRAILING = TRAILING | {RANGES: 2}
+
 FIELDS = (
     "window_left",
     "window_right",
@@ -59,6 +64,24 @@ def mask_bits(mask: jax.Array, keys: int) -> jax.Array:
     return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
 
 
+def mask_ranges(mask: jax.Array, rows: int, keys: int) -> jax.Array:
+    """Which keys the rows of a mask [*B, N|1, T|1, S|1] see: int32 [*B, T, 2].
+
+    From the first key that a row sees in some head to the end of the last one;
+    MAX_LENGTH and 0 if it sees none. They are read from the bits, of which the kernels
+    have use as well. `rows` is T, `keys` is S.
+    """
+    words = mask_bits(mask, keys)
+    place = 32 * jnp.arange(words.shape[-1], dtype=jnp.int32)
+    # The lowest bit that is set has as many bits below it.
+    low = jax.lax.population_count((words & (~words + 1)) - 1).astype(jnp.int32)
+    high = 32 - jax.lax.clz(words).astype(jnp.int32)
+    first = jnp.where(words == 0, MAX_LENGTH, place + low).min((-3, -1))
+    end = jnp.where(words == 0, 0, place + high).max((-3, -1))
+    ranges = jnp.stack([first, end], -1)
+    return jnp.broadcast_to(ranges, (*ranges.shape[:-2], rows, 2))
+
+
 def bias_rows(bias: jax.Array) -> jax.Array:
     """A bias [..., S] as kernels read it: of 16 or 32 bits, rows of whole eights."""
     if str(bias.dtype) not in BIAS_DTYPES:
@@ -87,7 +110,7 @@ class Intervals(NamedTuple):
 
 
 def intervals(config: AttentionConfig, o: Operands) -> Intervals:
-    """The mask of a call by segment ids, lengths, offsets and windows.
+    """The mask of a call by segment ids, lengths, offsets, windows and a mask.
 
     Args:
       config: the call.
@@ -107,6 +130,8 @@ def _called(f: Callable, config: AttentionConfig, o: Operands) -> Intervals:
     names = (QKV, QKV) if QKV in o else ("query", "key")
     sizes = tuple(o[name].shape[-TRAILING[name]] for name in names)
     whole = o[names[0]]
+    if "mask" in o:
+        given[RANGES] = mask_ranges(o["mask"], *sizes)
     # What has nothing to do with the mask should not keep equal masks apart.
     relevant = AttentionConfig(
         scale=1.0,
@@ -130,6 +155,11 @@ def _intervals(
     where = mask.locate(config, o, row, rows, keys)
     limit = jnp.asarray(keys, jnp.int32)
     first, end = (jnp.clip(x, 0, limit) for x in (where.first, where.end))
+    if RANGES in o:
+        tail = [(0, 0)] * (o[RANGES].ndim - 2) + [(0, row_count * TILE - rows), (0, 0)]
+        seen = jnp.pad(o[RANGES], tail)
+        first = jnp.minimum(jnp.maximum(first, seen[..., 0]), limit)
+        end = jnp.minimum(end, seen[..., 1])
     if "q_segment_ids" in o:
         row_ids = _padded(o["q_segment_ids"], row_count * TILE - rows)
         kv_ids = o["kv_segment_ids"]
@@ -166,13 +196,14 @@ def _by_kernel(
     o: Operands, config: AttentionConfig, sizes: tuple[int, int], batch_dims: int
 ) -> Intervals:
     """Operands with their batch in one dimension, and the results of the FFI call."""
-    given = {name: o[name] for name in OPERANDS if name in o}  # in the order of a call
-    heads = [x.shape[: x.ndim - TRAILING[name]] for name, x in given.items()]
+    order = (*OPERANDS, RANGES)
+    given = {name: o[name] for name in order if name in o}
+    heads = [x.shape[: x.ndim - _TRAILING[name]] for name, x in given.items()]
     batch = jnp.broadcast_shapes((1,) * batch_dims, *heads)
     count = math.prod(batch)
     operands = [jnp.stack([jnp.asarray(n, jnp.int32) for n in sizes])]
     for name, x in given.items():
-        trailing = x.shape[x.ndim - TRAILING[name] :]
+        trailing = x.shape[x.ndim - _TRAILING[name] :]
         full = jnp.broadcast_to(x, batch + trailing)
         operands.append(full.reshape(count, *trailing))
     row_count, key_count = (-(-n // TILE) for n in sizes)
@@ -199,6 +230,7 @@ def _by_kernel(
         has_query_lengths="query_seq_lengths" in o,
         has_kv_lengths="key_value_seq_lengths" in o,
         has_offsets="cu_seqlens_q" in o,
+        has_ranges=RANGES in o,
     )
     return Intervals(
         *(x.reshape(batch + t) for x, t in zip(made, trailing, strict=True))
