@@ -27,7 +27,8 @@ _OPERANDS = (
     ("has_kv_lengths", "key_lengths"),
     ("has_offsets", "row_offsets"),
     ("has_offsets", "key_offsets"),
-    ("has_ranges", "row_ranges"),
+    ("has_mask", "row_ranges"),
+    ("has_mask", "row_hidden"),
 )
 _RESULTS = ("rows", "row_tiles", "keys", "key_tiles")
 

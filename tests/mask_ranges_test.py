@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from intervals_test import CAUSAL, Dense, config_of, ids, segments
 from helpers import call_of, cuda_text
+from interval_arrays import hidden
+from interval_cases import mask_of_blocks
+from intervals_test import CAUSAL, Dense, config_of, ids, segments
 from options_kernel_test import ROWS, flash, tensors
 
 from jax_flash._src import intervals, registry
@@ -31,7 +33,6 @@ def mask_of(kind: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(seen[kind], shape)
 
 
-KINDS = ("blocks", "band", "keys", "row", "none")
 SIZES = 200, 260
 
 
@@ -42,9 +43,10 @@ def operands(mask: np.ndarray, given: dict[str, np.ndarray]) -> dict[str, jax.Ar
 def test_ranges() -> None:
     """Of every shape of a mask; heads see what one of them sees."""
     full = 2, 3, 40, 170
-    for shape in (full, (1, 1, 40, 170), (2, 3, 1, 170), (2, 1, 40, 1), (1, 3, 1, 1)):
+    for shape in (full, (2, 3, 1, 170), (2, 1, 40, 1)):
         mask = mask_of("random", shape)
-        got = np.asarray(intervals.mask_ranges(jnp.asarray(mask), 40, 170))
+        words = intervals.seen_by_heads(jnp.asarray(mask), 170)
+        got = np.asarray(intervals.mask_ranges(words, 40))
         assert (got.shape, got.dtype) == ((shape[0], 40, 2), np.int32)
         seen = np.broadcast_to(mask, (shape[0], *full[1:])).any(1)
         for b, row in np.ndindex(shape[0], 40):
@@ -54,8 +56,28 @@ def test_ranges() -> None:
             np.testing.assert_array_equal(got[b, row], expected)
 
 
-@pytest.mark.parametrize("fields", [{}, CAUSAL])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 170), (40, 4096), (150, 4097)])
+def test_hidden(rows: int, keys: int) -> None:
+    """By tile of rows and part of the keys, which are larger where keys are many."""
+    blocks = mask_of_blocks((2, 1, rows, keys), 0.2)
+    for mask in (blocks, blocks[:1, :, -1:], blocks[:, :, :, :1]):
+        words = intervals.seen_by_heads(jnp.asarray(mask), keys)
+        got = intervals.mask_hidden(words, rows, keys)
+        spread = np.broadcast_to(mask, (*mask.shape[:3], keys))
+        np.testing.assert_array_equal(got, hidden(spread, rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("blocks", {}),
+        ("blocks", CAUSAL),
+        ("band", CAUSAL),
+        ("keys", {}),
+        ("row", {}),
+        ("none", {}),
+    ],
+)
 def test_a_mask_of_intervals_is_as_one_of_numbers(
     kind: str, fields: dict[str, Any]
 ) -> None:
@@ -64,10 +86,14 @@ def test_a_mask_of_intervals_is_as_one_of_numbers(
     config = config_of(o, fields)
     made = intervals.intervals(config, o)
     dense = Dense(config, o, SIZES)
+    hides = hidden(np.asarray(o["mask"]), SIZES[0])
     for b in range(2):
         one = [np.asarray(x[b]) for x in made]
         intervals_test.check_rows(one[0], one[2], dense, b)
-        intervals_test.check_row_tiles(one[1], one[0], dense.padded(b))
+        tiles = one[1].copy()
+        np.testing.assert_array_equal(tiles[:, 6:], hides[b])
+        tiles[:, 6:] = 0
+        intervals_test.check_row_tiles(tiles, one[0], dense.padded(b))
         intervals_test.check_key_tiles(one[3], one[1], one[2], dense.padded(b))
 
 
@@ -103,6 +129,7 @@ def test_kernels_are_given_ranges(heads: int) -> None:
     with registry.assume_kernels():
         text = cuda_text(jax.grad(total), *tensors())
     line = call_of(registry.INTERVALS_TARGET, text)
-    assert "has_ranges = true" in line
+    assert "has_mask = true" in line
     assert f"tensor<1x{ROWS}x2xi32>" in line
+    assert f"tensor<1x{-(-ROWS // TILE)}x2xi32>" in line
     assert text.count(f"@{registry.INTERVALS_TARGET}(") == 1

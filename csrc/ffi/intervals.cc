@@ -2,8 +2,9 @@
 //
 // int32 [2], the numbers of rows T and keys S; then, each if its attribute says so, int32 segment
 // ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths [sequences], and
-// offsets of packed sequences [sequences, n], of rows and of keys, and ranges [sequences, T, 2] of
-// keys that a boolean mask leaves to rows -> the arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
+// offsets of packed sequences [sequences, n], of rows and of keys, and of a boolean mask the ranges
+// [sequences, T, 2] of keys that it leaves to rows and what it hides, [sequences, R / 64, 2] -> the
+// arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
 // key_tiles [sequences, K / 64, 8].
 #include "host/intervals.h"
 
@@ -41,7 +42,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
                      int64_t window_left, int64_t window_right, bool bottom_right,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool has_ids,
                      bool has_query_lengths, bool has_kv_lengths, bool has_offsets,
-                     bool has_ranges) {
+                     bool has_mask) {
   JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {2}));
   const Dims row_dims = rows->dimensions();
   const Dims key_dims = keys->dimensions();
@@ -70,7 +71,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
   struct Operand {
     const char* name;
     bool is_given;
-    int64_t tiles;  // of 64 numbers (pairs of ranges); 0: one number, -1: as many as there are
+    int64_t tiles;  // of 64 numbers; 0: one number, -1: as many as there are
     const int32_t** data;
   };
   const Operand operands[] = {
@@ -80,7 +81,6 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
       {"key_value_seq_lengths", has_kv_lengths, 0, &params.key_lengths},
       {"cu_seqlens_q", has_offsets, -1, &params.row_offsets},
       {"cu_seqlens_k", has_offsets, -1, &params.key_offsets},
-      {"mask_ranges", has_ranges, row_count, &params.row_ranges},
   };
   size_t next = 0;
   for (const Operand& operand : operands) {
@@ -90,9 +90,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
     const Dims dims = buffer->dimensions();
     JAX_FLASH_CHECK(buffer->element_type() == ffi::S32, operand.name, " must be int32, got ",
                     buffer->element_type());
-    const bool pairs = operand.data == &params.row_ranges;
-    const size_t rank = pairs ? 3 : operand.tiles == 0 ? 1 : 2;
-    JAX_FLASH_CHECK(dims.size() == rank && dims[0] == sequences && (!pairs || dims[2] == 2),
+    JAX_FLASH_CHECK(dims.size() == (operand.tiles == 0 ? 1 : 2) && dims[0] == sequences,
                     operand.name, " must be of ", sequences, " sequences, got ", to_string(dims));
     JAX_FLASH_CHECK(operand.tiles <= 0 || (dims[1] + 63) / 64 == operand.tiles, operand.name,
                     " must have ", operand.tiles, " tiles of 64, got ", to_string(dims));
@@ -103,6 +101,20 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
       params.offsets = static_cast<int32_t>(dims[1]);
     }
     *operand.data = static_cast<const int32_t*>(buffer->untyped_data());
+  }
+  if (has_mask) {
+    const auto ranges = others.get<ffi::AnyBuffer>(next++);
+    if (ranges.has_error()) return ranges.error();
+    const auto hidden = others.get<ffi::AnyBuffer>(next++);
+    if (hidden.has_error()) return hidden.error();
+    const Dims dims = ranges->dimensions();
+    JAX_FLASH_CHECK(dims.size() == 3 && (dims[1] + 63) / 64 == row_count,
+                    "mask_ranges must be of ", row_count, " tiles of 64 rows, got ",
+                    to_string(dims));
+    JAX_FLASH_RETURN_IF_ERROR(check_array("mask_ranges", *ranges, {sequences, dims[1], 2}));
+    JAX_FLASH_RETURN_IF_ERROR(check_array("mask_hidden", *hidden, {sequences, row_count, 2}));
+    params.row_ranges = static_cast<const int32_t*>(ranges->untyped_data());
+    params.row_hidden = static_cast<const int32_t*>(hidden->untyped_data());
   }
   JAX_FLASH_CHECK(others.size() == next, "expected ", next, " operands after sizes, got ",
                   others.size());
@@ -150,7 +162,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kIntervals, intervals,
                                   .Attr<bool>("has_query_lengths")
                                   .Attr<bool>("has_kv_lengths")
                                   .Attr<bool>("has_offsets")
-                                  .Attr<bool>("has_ranges"),
+                                  .Attr<bool>("has_mask"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -326,6 +326,11 @@ __global__ void __launch_bounds__(kRowThreads)
   if (sum.end == 0) sum.first = 0;
   // Where ids count, a row need not see what lies in its interval.
   if (sum.mixed != 0) sum.core_first = sum.core_end = 0;
+  if (params.row_hidden != nullptr) {
+    for (int i = 0; i < 2; ++i) {
+      sum.hidden[i] = static_cast<uint32_t>(__ldg(params.row_hidden + 2 * tile + i));
+    }
+  }
   if (thread == 0) params.row_tiles[tile] = sum;
 }
 

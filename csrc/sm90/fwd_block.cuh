@@ -58,6 +58,8 @@ struct FwdDenseBlock {
   Dropout dropout;
   const unsigned char* bias;  // of the head's row 0, or null
   const uint32_t* bits;       // the same of the mask
+  uint64_t hidden;            // RowTile::hidden of all its rows
+  int hidden_shift;           // log2 of the key tiles that one of its bits is about
 
   __device__ __forceinline__ void begin(const MhaFwdParams& params, int batch, int head) {
     ptx::forget_memory();  // the planner has few registers
@@ -78,7 +80,7 @@ struct FwdBlock
     : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, NoIntervals>,
       std::conditional_t<Config::kDense, FwdDenseBlock, NothingDense> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
-  int last_tile;   // number of the tile that is visited first
+  int last_tile;   // number of the tile that is visited first; what is hidden between is not
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
   int first_row;   // packed; negative in a block that starts with padding
   int rows;        // of which exist in the sequence; the others are padding
@@ -102,6 +104,16 @@ struct FwdBlock
   float* lse;  // of position 0 of the first query head
   typename Config::Out* out;
 };
+
+// The tile that is visited after `tile`, which is not `lowest`, the last of all.
+__device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest, int tile) {
+  --tile;
+  const int part = tile >> shift;
+  if ((hidden >> part & 1) == 0) return tile;
+  const uint64_t seen = ~hidden & ((uint64_t{1} << part) - 1);
+  if (seen == 0) return lowest;
+  return max(lowest, ((64 - __clzll(static_cast<long long>(seen))) << shift) - 1);
+}
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
 // padded.
@@ -149,6 +161,11 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   const KeyInterval keys =
       block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
+  if constexpr (Config::kDense) {
+    static_assert(Config::kKeys == kIntervalKeys);
+    block.hidden = block.mask.hidden(max(hull_row, 0), hull_end);
+    block.hidden_shift = hidden_shift(params.key_length) - 6;
+  }
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
   if (plan.splits > 1) {
@@ -197,8 +214,15 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     }
     block.start[w] = start;
     block.clean_end[w] = min(end, start);
+    int lowest = padding ? start : first_tile;
+    if constexpr (Config::kDense) {
+      // Tiles that are passed over are counted by their numbers.
+      if (block.hidden != 0) {
+        block.start[w] = block.last_tile;
+        lowest = first_tile;
+      }
+    }
     // With one stage of queries, the last tile must not need them after its product.
-    const int lowest = padding ? start : first_tile;
     block.lowest[w] = lowest;
     block.passed[w] = lowest - first_tile;
     block.clean_first[w] = lowest + (Config::kQueryStages == 1 ? 1 : 0);

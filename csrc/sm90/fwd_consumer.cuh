@@ -540,7 +540,12 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      --tile;
+      if constexpr (Config::kDense) {
+        if (tile == block.lowest[warpgroup]) break;
+        tile = next_seen(block.hidden, block.hidden_shift, block.lowest[warpgroup], tile);
+      } else {
+        --tile;
+      }
     }
     // By a warpgroup without rows: the product that is still to come may use any values.
 #pragma unroll 1
