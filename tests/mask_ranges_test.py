@@ -123,8 +123,8 @@ def test_kernels_are_given_ranges(heads: int) -> None:
     mask = jnp.tri(ROWS, tensors()[1].shape[1], dtype=bool)[None, None]
     mask = jnp.broadcast_to(mask, (1, heads, *mask.shape[2:]))
 
-    def total(*args: Any) -> Any:
-        return flash(*args, None, mask=mask)[0].astype(jnp.float32).sum()
+    def total(query: Any, key: Any, value: Any) -> Any:
+        return flash(query, key, value, None, mask=mask)[0].astype(jnp.float32).sum()
 
     with registry.assume_kernels():
         text = cuda_text(jax.grad(total), *tensors())

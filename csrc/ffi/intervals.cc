@@ -4,8 +4,8 @@
 // ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths [sequences], and
 // offsets of packed sequences [sequences, n], of rows and of keys, and of a boolean mask the ranges
 // [sequences, T, 2] of keys that it leaves to rows and what it hides, [sequences, R / 64, 2] -> the
-// arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
-// key_tiles [sequences, K / 64, 8].
+// arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys
+// [sequences, K], key_tiles [sequences, K / 64, 8].
 #include "host/intervals.h"
 
 #include <algorithm>
@@ -41,8 +41,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
                      ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> key_tiles,
                      int64_t window_left, int64_t window_right, bool bottom_right,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool has_ids,
-                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets,
-                     bool has_mask) {
+                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets, bool has_mask) {
   JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {2}));
   const Dims row_dims = rows->dimensions();
   const Dims key_dims = keys->dimensions();
@@ -108,9 +107,8 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
     const auto hidden = others.get<ffi::AnyBuffer>(next++);
     if (hidden.has_error()) return hidden.error();
     const Dims dims = ranges->dimensions();
-    JAX_FLASH_CHECK(dims.size() == 3 && (dims[1] + 63) / 64 == row_count,
-                    "mask_ranges must be of ", row_count, " tiles of 64 rows, got ",
-                    to_string(dims));
+    JAX_FLASH_CHECK(dims.size() == 3 && (dims[1] + 63) / 64 == row_count, "mask_ranges must be of ",
+                    row_count, " tiles of 64 rows, got ", to_string(dims));
     JAX_FLASH_RETURN_IF_ERROR(check_array("mask_ranges", *ranges, {sequences, dims[1], 2}));
     JAX_FLASH_RETURN_IF_ERROR(check_array("mask_hidden", *hidden, {sequences, row_count, 2}));
     params.row_ranges = static_cast<const int32_t*>(ranges->untyped_data());

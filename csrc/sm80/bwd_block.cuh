@@ -48,7 +48,7 @@ struct BwdBlock {
   int batch;        // with intervals
   int padded_rows;  // these two with what is dense: of a head, in row_lse
   bool hides;       // whether rows that have keys may see none
-  bool skips;       // tiles that a mask hides; with an order of sums every tile of a hull has a turn
+  bool skips;  // tiles that a mask hides; with an order of sums every tile of a hull has a turn
 };
 
 // A tile of queries of one head of the group.

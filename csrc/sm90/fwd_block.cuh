@@ -115,6 +115,16 @@ __device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest,
   return max(lowest, ((64 - __clzll(static_cast<long long>(seen))) << shift) - 1);
 }
 
+// The same for a warpgroup.
+template <typename Config>
+__device__ __forceinline__ int next_tile(const FwdBlock<Config>& block, int warpgroup, int tile) {
+  if constexpr (Config::kDense) {
+    return next_seen(block.hidden, block.hidden_shift, block.lowest[warpgroup], tile);
+  } else {
+    return tile - 1;
+  }
+}
+
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
 // padded.
 template <typename Config>

@@ -540,12 +540,8 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      if constexpr (Config::kDense) {
-        if (tile == block.lowest[warpgroup]) break;
-        tile = next_seen(block.hidden, block.hidden_shift, block.lowest[warpgroup], tile);
-      } else {
-        --tile;
-      }
+      if (Config::kDense && tile == block.lowest[warpgroup]) break;
+      tile = next_tile(block, warpgroup, tile);
     }
     // By a warpgroup without rows: the product that is still to come may use any values.
 #pragma unroll 1

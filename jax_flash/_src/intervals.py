@@ -220,7 +220,7 @@ def _intervals(
     hidden = o.get(HIDDEN, jnp.zeros((1, 2), jnp.int32))
     hidden = jnp.broadcast_to(hidden, (*batch, row_count, 2))
     tiles = _row_tiles(
-        *(x.reshape(by_tile) for x in (*columns[:2], live, mixed)), hidden
+        *(x.reshape(by_tile) for x in (*columns[:2], live, mixed)), hidden=hidden
     )
     dead_keys = (key_ids < 0).reshape(*batch, key_count, TILE).any(-1)
     return Intervals(
