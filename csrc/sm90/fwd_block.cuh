@@ -58,8 +58,8 @@ struct FwdDenseBlock {
   Dropout dropout;
   const unsigned char* bias;  // of the head's row 0, or null
   const uint32_t* bits;       // the same of the mask
-  uint64_t hidden;            // RowTile::hidden of all its rows
-  int hidden_shift;           // log2 of the key tiles that one of its bits is about
+  uint64_t hidden;   // RowTile::hidden of all its rows; of tiles of two parts, both or none
+  int hidden_shift;  // see hidden_shift()
 
   __device__ __forceinline__ void begin(const MhaFwdParams& params, int batch, int head) {
     ptx::forget_memory();  // the planner has few registers
@@ -105,21 +105,24 @@ struct FwdBlock
   typename Config::Out* out;
 };
 
-// The tile that is visited after `tile`, which is not `lowest`, the last of all.
+// The tile that is visited after `tile`; lowest - 1 after `lowest`, the last of all.
+template <int kKeys>
 __device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest, int tile) {
-  --tile;
-  const int part = tile >> shift;
+  if (tile-- == lowest) return tile;
+  const int part = tile * kKeys >> shift;
   if ((hidden >> part & 1) == 0) return tile;
   const uint64_t seen = ~hidden & ((uint64_t{1} << part) - 1);
   if (seen == 0) return lowest;
-  return max(lowest, ((64 - __clzll(static_cast<long long>(seen))) << shift) - 1);
+  const int end = (64 - __clzll(static_cast<long long>(seen))) << shift;
+  return max(lowest, (end - 1) / kKeys);
 }
 
 // The same for a warpgroup.
 template <typename Config>
 __device__ __forceinline__ int next_tile(const FwdBlock<Config>& block, int warpgroup, int tile) {
   if constexpr (Config::kDense) {
-    return next_seen(block.hidden, block.hidden_shift, block.lowest[warpgroup], tile);
+    const int lowest = block.lowest[warpgroup];
+    return next_seen<Config::kKeys>(block.hidden, block.hidden_shift, lowest, tile);
   } else {
     return tile - 1;
   }
@@ -172,9 +175,17 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
       block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
   if constexpr (Config::kDense) {
-    static_assert(Config::kKeys == kIntervalKeys);
-    block.hidden = block.mask.hidden(max(hull_row, 0), hull_end);
-    block.hidden_shift = hidden_shift(params.key_length) - 6;
+    static_assert(!Config::kPaired, "both of a pair visit the same tiles");
+    static_assert(Config::kKeys == 64 || Config::kKeys == 128);
+    const int shift = hidden_shift(params.key_length);
+    uint64_t hidden =
+        block.mask.hidden(block.first_row, block.first_row + min(Config::kRows, block.rows));
+    if (1 << shift < Config::kKeys) {
+      constexpr uint64_t kEven = 0x5555555555555555u;
+      hidden &= (hidden >> 1 & kEven) | (hidden & kEven) << 1;
+    }
+    block.hidden = hidden;
+    block.hidden_shift = shift;
   }
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;

@@ -540,7 +540,6 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      if (Config::kDense && tile == block.lowest[warpgroup]) break;
       tile = next_tile(block, warpgroup, tile);
     }
     // By a warpgroup without rows: the product that is still to come may use any values.

@@ -233,7 +233,7 @@ struct FwdProducer {
         if (tile == lowest) break;
         const int before = tile;
         if constexpr (Config::kDense) {
-          tile = next_seen(hidden, hidden_shift, lowest, tile);
+          tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, tile);
         } else {
           --tile;
         }
@@ -255,7 +255,7 @@ struct FwdProducer {
         early_tile = tile;
 #pragma unroll 1
         for (int i = 0; i < kTilesBefore && early_tile > lowest; ++i) {
-          early_tile = next_seen(hidden, hidden_shift, lowest, early_tile);
+          early_tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, early_tile);
         }
       }
       head = next_head;

@@ -99,31 +99,6 @@ struct IntervalMask {
     return rows.first < rows.end ? rows : RowInterval{0, 0};
   }
 
-  // RowTile::hidden of all rows of [row_begin, row_end) together.
-  __device__ __forceinline__ uint64_t hidden(int row_begin, int row_end) const {
-    uint64_t all = ~uint64_t{0};
-    for (int i = row_begin / kIntervalRows; i * kIntervalRows < min_int(row_end, query_length);
-         ++i) {
-      all &= hidden_of(row_tiles[i]);
-    }
-    return all;
-  }
-  static __device__ __forceinline__ uint64_t hidden_of(const RowTile& tile) {
-    return uint64_t{tile.hidden[1]} << 32 | tile.hidden[0];
-  }
-
-  // Whether a boolean mask is known to hide keys [begin, end), some of which exist, from all rows
-  // of `tile`.
-  __device__ __forceinline__ bool hides(const RowTile& tile, int begin, int end) const {
-    const uint64_t hidden = hidden_of(tile);
-    if (hidden == 0) return false;
-    const int shift = hidden_shift(key_length);
-    const int last = min_int(end, key_length) - 1;
-    const uint64_t parts =
-        ~uint64_t{0} << (begin >> shift) & ~uint64_t{0} >> (63 - (last >> shift));
-    return (hidden & parts) == parts;
-  }
-
   // Whether some row (key) of the tiles that hold [begin, end) is dead.
   __device__ __forceinline__ bool dead_rows(int begin, int end) const {
     for (int i = begin / kIntervalRows; i * kIntervalRows < min_int(end, query_length); ++i) {
@@ -159,6 +134,31 @@ struct IntervalMask {
       if (row_tiles[i].mixed != 0) return true;
     }
     return false;
+  }
+
+  // RowTile::hidden of all rows of [row_begin, row_end) together.
+  __device__ __forceinline__ uint64_t hidden(int row_begin, int row_end) const {
+    uint64_t all = ~uint64_t{0};
+    for (int i = row_begin / kIntervalRows; i * kIntervalRows < min_int(row_end, query_length);
+         ++i) {
+      all &= hidden_of(row_tiles[i]);
+    }
+    return all;
+  }
+  static __device__ __forceinline__ uint64_t hidden_of(const RowTile& tile) {
+    return uint64_t{tile.hidden[1]} << 32 | tile.hidden[0];
+  }
+
+  // Whether a boolean mask is known to hide keys [begin, end), some of which exist, from all rows
+  // of `tile`.
+  __device__ __forceinline__ bool hides(const RowTile& tile, int begin, int end) const {
+    const uint64_t hidden = hidden_of(tile);
+    if (hidden == 0) return false;
+    const int shift = hidden_shift(key_length);
+    const int last = min_int(end, key_length) - 1;
+    const uint64_t parts =
+        ~uint64_t{0} << (begin >> shift) & ~uint64_t{0} >> (63 - (last >> shift));
+    return (hidden & parts) == parts;
   }
 };
 
