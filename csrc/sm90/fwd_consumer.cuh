@@ -551,7 +551,7 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      --tile;
+      tile = next_tile(block, warpgroup, tile);
     }
     // By a warpgroup without rows: the product that is still to come may use any values.
 #pragma unroll 1

@@ -258,6 +258,8 @@ struct FwdProducer {
     int head = 0;
     int batch = 0;
     int first_key = 0;
+    [[maybe_unused]] uint64_t hidden = 0;
+    [[maybe_unused]] int hidden_shift = 0;
     const FwdBlock<Config>* next = nullptr;
     while (true) {
 #pragma unroll 1
@@ -267,9 +269,14 @@ struct FwdProducer {
           if (kEarly) copy_queries(*next);
         }
         if (tile == lowest) break;
-        --tile;
+        const int before = tile;
+        if constexpr (Config::kDense) {
+          tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, tile);
+        } else {
+          --tile;
+        }
         copy_keys(first_key, tile, head, batch);
-        copy_values(first_key, tile + 1, head, batch);
+        copy_values(first_key, before, head, batch);
       }
       const int next_head = params.group_divisor.divide(next->head);
       if (next->tiles > 0) copy_keys(next->key_of(0), next->last_tile, next_head, next->batch);
@@ -280,6 +287,15 @@ struct FwdProducer {
       tile = next->last_tile;
       lowest = pending ? tile - next->tiles + 1 : tile;
       early_tile = max(lowest, tile - kTilesBefore);
+      if constexpr (Config::kDense) {
+        hidden = next->hidden;
+        hidden_shift = next->hidden_shift;
+        early_tile = tile;
+#pragma unroll 1
+        for (int i = 0; i < kTilesBefore && early_tile > lowest; ++i) {
+          early_tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, early_tile);
+        }
+      }
       head = next_head;
       batch = next->batch;
       first_key = next->key_of(0);
