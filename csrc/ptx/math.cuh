@@ -15,6 +15,13 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
   return y;
 }
 
+// x * y + z, rounded once, no further than to [0, 1]; NaN becomes 0.
+__device__ __forceinline__ float fma_rn_sat(float x, float y, float z) {
+  float r;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
+  return r;
+}
+
 // 1 / x to 1 ulp, subnormal numbers taken for zeros.
 __device__ __forceinline__ float rcp_approx_ftz(float x) {
   float y;

@@ -19,13 +19,17 @@ struct FwdTiles {
   int query_stages;
   int key_stages;
   int value_stages;
+  // Of every eight exponentials of a tile without mask and maximum, how many are polynomials on the
+  // FMA pipe (fwd_exp2.cuh); at width 64 the unit that makes the others limits as much as the tensor
+  // cores do. With 0 there is no code for them.
+  int polynomials = 0;
 };
 
 // Chosen by measurement: docs/design/fwd_sm90.md has the table.
 template <int kHeadDim, int kHeadDimV>
 inline constexpr FwdTiles kFwdTiles{};
 template <>
-inline constexpr FwdTiles kFwdTiles<64, 64>{3, 128, 2, 4, 4};
+inline constexpr FwdTiles kFwdTiles<64, 64>{3, 128, 2, 4, 4, 0};
 template <>
 inline constexpr FwdTiles kFwdTiles<96, 96>{2, 128, 2, 2, 2};
 template <>
@@ -110,6 +114,7 @@ struct FwdConfig {
   static constexpr int kQueryStages = kTiles.query_stages;
   static constexpr int kKeyStages = kTiles.key_stages;
   static constexpr int kValueStages = kTiles.value_stages;
+  static constexpr int kPolynomials = kTiles.polynomials;
   static constexpr int kRows = 64 * kWarpgroups;  // queries of a thread block
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
@@ -161,6 +166,8 @@ struct FwdConfig {
   static_assert(kIntervals || !kDense, "what is dense has intervals, too");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(!kSplit || (kHeadDim % 64 == 0 && kHeadDimV % 64 == 0), "parts are whole slabs");
+  static_assert(kPolynomials == 0 || (kHeadDim == 64 && !kSplit),
+                "elsewhere the unit for exponentials has time, or probabilities have more bits");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
 };
 

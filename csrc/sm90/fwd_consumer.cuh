@@ -209,6 +209,9 @@ struct FwdConsumer {
                                    tile_sum, outside);
       }
     }
+    if constexpr (Config::kPolynomials > 0) {
+      if (!careful) return softmax.mixed_exponentials(s, params.scale, tile_sum);
+    }
     return softmax.exponentials(s, params.scale, tile_sum);
   }
 

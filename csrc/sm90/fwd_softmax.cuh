@@ -16,6 +16,7 @@
 #include "host/params.h"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
+#include "sm90/fwd_exp2.cuh"
 #include "tile/fragment.cuh"
 #include "tile/score_options.cuh"
 #include "tile/softmax.cuh"
@@ -85,6 +86,31 @@ struct RowSoftmax {
     for (int i = 0; i < kScores; ++i) {
       s[i] = ptx::ex2_approx_ftz(fmaf(s[i], scale.log2, -shift[i / 2 % 2]));
       tile_sum[i / 2 % 2] += s[i];
+    }
+    return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
+  }
+
+  // The same with some of the exponentials made by Exp2Polynomial, spread evenly over both rows.
+  __device__ __forceinline__ bool mixed_exponentials(float (&s)[kScores], const SoftmaxScale& scale,
+                                                     float (&tile_sum)[2]) const {
+    using Polynomial = Exp2Polynomial<Element>;
+    const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
+                            fmaxf(reference[1] * scale.log2, kLowest)};
+    Polynomial polynomial[2] = {Polynomial::of_row(reference[0], scale.log2),
+                                Polynomial::of_row(reference[1], scale.log2)};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int h = i / 2 % 2;
+      if (i % 8 == 0 && i > 0) {
+        // Adds 0 to one of them, or NaN where this row has left the range: so ptxas does not compute
+        // all polynomials first and all other exponentials then, each with one pipe idle.
+        Polynomial& later = polynomial[i / 8 % 2];
+        later.first = fmaf(s[i - 7 + i / 8 % 2], 0.0f, later.first);
+      }
+      s[i] = is_polynomial(i) ? polynomial[h](s[i])
+                              : ptx::ex2_approx_ftz(fmaf(s[i], scale.log2, -shift[h]));
+      tile_sum[h] += s[i];
     }
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
@@ -195,6 +221,12 @@ struct RowSoftmax {
   }
 
  private:
+  // Config::kPolynomials of eight neighbours, in turn of either row.
+  static constexpr __device__ bool is_polynomial(int i) {
+    constexpr int kTurns[8] = {0, 4, 6, 2, 7, 3, 1, 5};
+    return kTurns[i % 8 ^ i / 8 % 2 * 6] < Config::kPolynomials;
+  }
+
   // Of logits, in base 2.
   __device__ __forceinline__ float shift_of(int h) const {
     return fmaxf(reference[h] * SoftmaxScale::kLog2e, kLowest);

@@ -10,6 +10,9 @@
 namespace jax_flash::ptx {
 
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
+inline float fma_rn_sat(float x, float y, float z) {
+  return std::fmin(std::fmax(std::fma(x, y, z), 0.0f), 1.0f);
+}
 inline float rcp_approx_ftz(float x) { return 1.0f / x; }
 
 inline float round_tf32(float x) {
