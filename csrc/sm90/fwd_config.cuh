@@ -20,8 +20,8 @@ struct FwdTiles {
   int key_stages;
   int value_stages;
   // Of every eight exponentials of a tile without mask and maximum, how many are polynomials on the
-  // FMA pipe (fwd_exp2.cuh); at width 64 the unit that makes the others limits as much as the tensor
-  // cores do. With 0 there is no code for them.
+  // FMA pipe (fwd_exp2.cuh); at width 64 the unit that makes the others limits as much as the
+  // tensor cores do. With 0 there is no code for them.
   int polynomials = 0;
 };
 
@@ -166,7 +166,7 @@ struct FwdConfig {
   static_assert(kIntervals || !kDense, "what is dense has intervals, too");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(!kSplit || (kHeadDim % 64 == 0 && kHeadDimV % 64 == 0), "parts are whole slabs");
-  static_assert(kPolynomials == 0 || (kHeadDim == 64 && !kSplit),
+  static_assert(kPolynomials == 0 || (kPolynomials <= 4 && kHeadDim == 64 && !kSplit),
                 "elsewhere the unit for exponentials has time, or probabilities have more bits");
   static_assert(kHeadDimV % 32 == 0, "outputs are stored 32 columns at a time");
 };

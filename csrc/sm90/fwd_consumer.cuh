@@ -209,10 +209,8 @@ struct FwdConsumer {
                                    tile_sum, outside);
       }
     }
-    if constexpr (Config::kPolynomials > 0) {
-      if (!careful) return softmax.mixed_exponentials(s, params.scale, tile_sum);
-    }
-    return softmax.exponentials(s, params.scale, tile_sum);
+    return careful ? softmax.exponentials(s, params.scale, tile_sum)
+                   : softmax.clean_exponentials(s, params.scale, tile_sum);
   }
 
   // Lets the keys of a tile pass.
@@ -357,7 +355,8 @@ struct FwdConsumer {
         logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
-      if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
+      // Those that the rows which are not watched would get without their neighbours.
+      if (softmax.clean_exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
     if (left == Left::kRange || left == Left::kInvalid) {
       const auto logit = [&](float score, int h, float column) {

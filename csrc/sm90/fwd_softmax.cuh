@@ -90,22 +90,23 @@ struct RowSoftmax {
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
   }
 
-  // The same with some of the exponentials made by Exp2Polynomial, spread evenly over both rows.
-  __device__ __forceinline__ bool mixed_exponentials(float (&s)[kScores], const SoftmaxScale& scale,
+  // The same of a tile without mask and maximum, where some may be made by Exp2Polynomial, spread
+  // evenly over both rows.
+  __device__ __forceinline__ bool clean_exponentials(float (&s)[kScores], const SoftmaxScale& scale,
                                                      float (&tile_sum)[2]) const {
-    using Polynomial = Exp2Polynomial<Element>;
+    if constexpr (Config::kPolynomials == 0) return exponentials(s, scale, tile_sum);
     const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
                             fmaxf(reference[1] * scale.log2, kLowest)};
-    Polynomial polynomial[2] = {Polynomial::of_row(reference[0], scale.log2),
-                                Polynomial::of_row(reference[1], scale.log2)};
+    Exp2Polynomial polynomial[2] = {Exp2Polynomial::of_row(reference[0], scale.log2),
+                                    Exp2Polynomial::of_row(reference[1], scale.log2)};
     tile_sum[0] = tile_sum[1] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const int h = i / 2 % 2;
       if (i % 8 == 0 && i > 0) {
-        // Adds 0 to one of them, or NaN where this row has left the range: so ptxas does not compute
-        // all polynomials first and all other exponentials then, each with one pipe idle.
-        Polynomial& later = polynomial[i / 8 % 2];
+        // Adds 0 to one of them, or NaN where this row has left the range: so ptxas does not
+        // compute all polynomials first and all other exponentials then, each with one pipe idle.
+        Exp2Polynomial& later = polynomial[i / 8 % 2];
         later.first = fmaf(s[i - 7 + i / 8 % 2], 0.0f, later.first);
       }
       s[i] = is_polynomial(i) ? polynomial[h](s[i])
