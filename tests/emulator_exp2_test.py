@@ -1,4 +1,4 @@
-"""Exponentials on the FMA pipe, which the sm_90 forward can use, as in emulator_test.py."""
+"""Exponentials on the FMA pipe, of the sm_90 forward, as in emulator_test.py."""
 
 import ctypes
 import shutil

@@ -13,8 +13,8 @@ namespace jax_flash::sm90 {
 // range.
 //
 // The relative error of the polynomial is at most 2.9e-6 (mean 3e-7), and x is off by up to 2^-16 +
-// 2^-23 |x|, 1.1e-5 of a result near 1: far less than what rounding to bf16 (2.0e-3) or f16 (4.9e-4)
-// adds.
+// 2^-23 |x|, 1.1e-5 of a result near 1: far less than what rounding to bf16 (2.0e-3) or f16
+// (4.9e-4) adds.
 struct Exp2Polynomial {
   // With x = score * log2 - reference * log2, y is score * rate + first.
   float rate;
