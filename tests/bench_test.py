@@ -27,6 +27,7 @@ from benchmarks import (
     decode,
     float32,
     gradients,
+    growing,
     memory,
     options,
     timing,
@@ -398,6 +399,33 @@ def test_options_smoke(
         rows["mask of the documents"].operands[0][0, 0],
         np.equal.outer(document, document),
     )
+
+
+@pytest.mark.parametrize("name", [name for name in growing.ROWS if name != "ordinary"])
+def test_logits_grow_from_the_last_tile(name: str) -> None:
+    growth = growing.ROWS[name]
+    assert growth is not None
+    cell = Cell(1, 128, 1024, 1, 1, 256, is_causal=False)
+    query, key, _ = growing.grown(cell.inputs(), growth)
+    first = (x[0, :, 0, 0].astype(jnp.float32) for x in (query, key))
+    logits = np.multiply.outer(*map(np.asarray, first)) / 16
+    # The last 64 keys come first.
+    rows, tiles = logits[:: growth.spacing], logits[:, ::-64]
+    np.testing.assert_allclose(rows, np.repeat(rows[:, ::64], 64, axis=1))
+    steps = np.diff(tiles[:: growth.spacing], axis=1)
+    expected = [growth.step * (i % growth.tiles == 0) for i in range(1, 16)]
+    np.testing.assert_allclose(steps, np.broadcast_to(expected, steps.shape))
+    assert np.count_nonzero(logits.any(axis=1)) == 128 / growth.spacing
+
+
+def test_growing_smoke(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["growing", "--smoke"])
+    assert growing.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert len(re.findall(r" \d+\.\d+", lines[-1])) == len(growing.ROWS)
 
 
 @pytest.fixture
