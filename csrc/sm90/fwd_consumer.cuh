@@ -46,6 +46,7 @@ struct FwdConsumer {
   int warpgroup;
   RingIndex<Config::kKeyStages> key_ring;
   RingIndex<Config::kValueStages> value_ring;
+  RingIndex<1> bias_ring;  // with kDense
   int blocks = 0;  // before the one at work: the position in the rings of blocks and queries
 
   float s[kScores];
@@ -186,11 +187,13 @@ struct FwdConsumer {
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
     if constexpr (Config::kDense) {
-      if (ScoreOptions::any<true>(params)) {
+      const bool optional = ScoreOptions::any(params);
+      if (optional) [[unlikely]] {
         begin_logits(block);  // not kept: registers are few
         logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
-      dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
+      add_bias(block, tile, optional ? 1.0f : plan.logit_scale);
+      dense.hide(s, params, block, head_row(block), tile * Config::kKeys);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
       logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
@@ -199,11 +202,28 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
+  // With kDense. Scores become logits by `factor` and the bias, if there is one.
+  __device__ __forceinline__ void add_bias(const FwdBlock<Config>& block, int tile, float factor) {
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data == nullptr) return;
+    if (bias.type == BiasType::kF32) [[unlikely]] {
+      Dense::add_f32_bias(s, factor, params, block, head_row(block), tile * Config::kKeys);
+      return;
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), bias_ring.parity());
+    Dense::add_staged_bias(s, factor, bias.type,
+                           tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
+                               warp_row() * Config::kBiasRowBytes);
+    __syncwarp();
+    warp_arrive(shared.bias_empty[warpgroup]);
+    bias_ring.next();
+  }
+
   // Exponentials of a tile. careful: as for `step`; its scores are logits.
   __device__ __forceinline__ bool exponentials(const FwdBlock<Config>& block, int tile,
                                                bool careful, float (&tile_sum)[2],
                                                uint32_t& outside) {
-    if constexpr (Config::kOptions) {
+    if constexpr (Config::kOptions && !Config::kDense) {
       if (!careful) {
         return logits.exponentials(s, softmax, params, plan, block.slope, tile * Config::kKeys,
                                    tile_sum, outside);
@@ -259,7 +279,7 @@ struct FwdConsumer {
     dense.load(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
-    if constexpr (Config::kOptions) {
+    if constexpr (Config::kOptions && !Config::kDense) {
       watching = watching || (!careful && logits.is_special(block.slope, tile * Config::kKeys));
     }
     if constexpr (Config::kOverlaps) {
@@ -276,6 +296,8 @@ struct FwdConsumer {
       moved = prepare(block, tile, loads, dense, factor);
     } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
+    } else if constexpr (Config::kDense) {
+      dense.hide(s, params, block, head_row(block), tile * Config::kKeys);
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
@@ -283,7 +305,7 @@ struct FwdConsumer {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kOptions) {
+      if constexpr (Config::kOptions && !Config::kDense) {
         const bool is_outside = (outside & TanhPolynomial::kOutside) != 0;
         if (__any_sync(0xffffffffu, is_outside)) left = Left::kInvalid;
       }
@@ -347,10 +369,12 @@ struct FwdConsumer {
                                               float (&tile_sum)[2]) {
     MaskLoads loads{};  // once more
     if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
+    Dense dense;
+    dense.load(params, block, head_row(block), tile * Config::kKeys);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
-      if constexpr (Config::kOptions) {
+      if constexpr (Config::kOptions && !Config::kDense) {
         logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
@@ -361,6 +385,10 @@ struct FwdConsumer {
         if constexpr (Config::kMasksClean) {
           const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
           return seen ? score : kMinusInfinity;
+        } else if constexpr (Config::kDense) {
+          const int key = tile * Config::kKeys + fragment_column() + static_cast<int>(column);
+          const bool seen = Dense::sees(params, block, head_row(block) + 8 * h, key);
+          return seen ? score : kMinusInfinity;
         } else if constexpr (Config::kOptions) {
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, block.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
@@ -370,7 +398,7 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if constexpr (Config::kOptions) {
+      if constexpr (Config::kOptions && !Config::kDense) {
         logits.caps_exactly = logits.caps_exactly || left == Left::kInvalid;
       }
       moved = true;
@@ -378,6 +406,7 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
+    dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kMasksClean) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     }
@@ -513,13 +542,9 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= (Config::kDense ? block.lowest[warpgroup] : lowest)) {
+    while (tile >= lowest) {
       Left left = Left::kNothing;
-      if constexpr (Config::kDense) {
-        step(block, tile, std::true_type(), first, fresh, tile_sum);
-        fresh = first;
-        first = false;
-      } else if constexpr (Config::kOneBody) {
+      if constexpr (Config::kOneBody) {
         left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
         fresh = first;
         first = false;
