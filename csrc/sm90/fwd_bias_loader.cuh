@@ -1,13 +1,12 @@
-// The last warp of the producer warpgroup: copies biases of 16 bits.
+// The last warp of the producer warpgroup: copies biases.
 #pragma once
 
 #include <cstdint>
 
 #include "host/params.h"
 #include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/prefetch.cuh"
-#include "ptx/tma.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_shared.cuh"
@@ -16,63 +15,76 @@
 
 namespace jax_flash::sm90 {
 
-// Row by row: any dim may be shared by all heads or rows, which a tensor map cannot say. Each
-// warpgroup has one tile, which is free again as soon as its scores have the biases.
+// By cp.async, since any dim may be shared by all heads or rows, which a tensor map cannot say, and
+// copies of single rows by TMA would be issued lane by lane. Each warpgroup has one tile, which is
+// free again as soon as its scores have the biases. Those of f32 come in two halves.
 template <typename Config>
 struct FwdBiasLoader {
   using Shared = FwdShared<Config>;
-  static constexpr int kElement = 2;
-  static constexpr int kLine = 128;
+  static constexpr int kBytes = 2 * Config::kKeys;  // of a row
+  static constexpr int kChunks = kBytes / 16;
 
   const MhaFwdParams& params;
   Shared& shared;
   uint32_t tiles;  // shared address of the first query stage
 
   static __device__ __forceinline__ bool is_needed(const MhaFwdParams& params) {
-    const BiasView& bias = params.intervals.bias;
-    return bias.data != nullptr && bias.type != BiasType::kF32;
+    return params.intervals.bias.data != nullptr;
   }
 
-  // For warpgroup `w`, and asks for the next tile to come to the L2. Rows past the last one are
-  // read as the last one; columns past the last one hold anything, and are masked.
-  __device__ __forceinline__ void copy(const FwdBlock<Config>& block, int w, int tile) const {
-    const int first_key = tile * Config::kKeys;
-    const int keys = min(Config::kKeys, (params.key_length - first_key + 7) / 8 * 8);
-    const uint32_t bytes = keys * kElement;
-    const uint32_t target = tiles + Config::kBiasOffset + w * Config::kBiasTileBytes;
+  // Those of warpgroup `w`, a part of the tile that begins with `tile_key`, zeros past the last
+  // key. Rows past the last one, whose results are dropped, are read as some other.
+  __device__ __forceinline__ void copy(const FwdBlock<Config>& block, int w, int tile_key,
+                                       int part) const {
+    constexpr int kStep = 32 / kChunks;  // rows that the warp copies at once
     const uint32_t barrier = ptx::shared_address(&shared.bias_full[w]);
-    if (lane_id() == 0) ptx::mbarrier_arrive_expect_tx(barrier, 64 * bytes);
-    __syncwarp();
-#pragma unroll 1
-    for (int r = lane_id(); r < 64; r += 32) {
-      const int row = min(max(block.first_row + 64 * w + r, 0), params.query_length - 1);
-      const unsigned char* const source =
-          block.bias + (row * params.intervals.bias.row_stride + first_key) * kElement;
-      ptx::bulk_load(target + r * Config::kBiasRowBytes, source, bytes, barrier);
-      if (tile == block.lowest[w]) continue;
-#pragma unroll
-      for (int i = 0; i < kElement * Config::kKeys; i += kLine) {
-        ptx::prefetch_l2(source - kElement * Config::kKeys + i);
-      }
+    const int tile = tile_key / Config::kKeys;
+    if (tile > block.start[w] || tile < block.lowest[w]) {  // the warpgroup passes over it
+      ptx::mbarrier_arrive(barrier);
+      return;
     }
+    const int width = 2 * parts_of(params.intervals.bias);
+    const int64_t stride = params.intervals.bias.row_stride * width;
+    const int last = params.query_length - 1 - block.first_row - 64 * w;
+    int r = lane_id() / kChunks;
+    const int chunk = 16 * (lane_id() % kChunks);
+    const int offset = width * tile_key + part * kBytes + chunk;  // in a row
+    const int bytes = min(max(width * ((params.key_length + 7) / 8 * 8) - offset, 0), 16);
+    const unsigned char* source = block.bias +
+                                  (block.first_row + 64 * w + min(r, last)) * stride +
+                                  (bytes > 0 ? offset : 0);
+    uint32_t target = tiles + Config::kBiasOffset + w * Config::kBiasTileBytes +
+                      r * Config::kBiasRowBytes + chunk;
+#pragma unroll 2
+    for (int i = 0; i < 64 / kStep; ++i) {
+      ptx::cp_async_16(target, source, bytes);
+      target += kStep * Config::kBiasRowBytes;
+      r += kStep;
+      if (r <= last) source += kStep * stride;
+    }
+    ptx::cp_async_mbarrier_arrive(barrier);
   }
 
   __device__ __forceinline__ void run() {
     RingIndex<Shared::kBlockSlots> block_ring;
-    uint32_t parities = 0;  // bit w: of the next wait for the tile of warpgroup w
+    uint32_t parity = 1;  // of the next wait, for either warpgroup
     while (true) {
       const int slot = block_ring.stage();
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_ring.parity());
       const FwdBlock<Config>& block = shared.blocks[slot];
       if (block.tiles < 0) break;
+      int first_key = (block.last_tile + 1) * Config::kKeys;
 #pragma unroll 1
-      for (int tile = block.last_tile; tile > block.last_tile - block.tiles; --tile) {
+      for (int tile = block.tiles; tile > 0; --tile) {
+        first_key -= Config::kKeys;
 #pragma unroll 1
-        for (int w = 0; w < Config::kWarpgroups; ++w) {
-          if (tile > block.start[w] || tile < block.lowest[w]) continue;
-          ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[w]), (parities >> w & 1) ^ 1);
-          parities ^= 1u << w;
-          copy(block, w, tile);
+        for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
+#pragma unroll 1
+          for (int w = 0; w < Config::kWarpgroups; ++w) {
+            ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[w]), parity);
+            copy(block, w, first_key, part);
+          }
+          parity ^= 1;
         }
       }
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));

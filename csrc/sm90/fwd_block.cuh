@@ -48,9 +48,10 @@ struct FwdPlan {
 // What a block with intervals has beside the others.
 template <int kWarpgroups>
 struct FwdBlockIntervals {
-  float slope;              // with kOptions
-  bool mixed[kWarpgroups];  // per warpgroup: ids have to be compared
-  bool dead[kWarpgroups];   // per warpgroup: some of its rows are dead
+  float slope;  // with kOptions
+  // Of int, so that addresses are those of other arrays: registers are few.
+  int mixed[kWarpgroups];  // per warpgroup: ids have to be compared
+  int dead[kWarpgroups];   // per warpgroup: some of its rows are dead
 };
 
 // And one with biases, a mask of bits or dropout.

@@ -115,8 +115,8 @@ struct FwdConfig {
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDense ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kDense ? 240 : 232;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
@@ -155,8 +155,8 @@ struct FwdConfig {
   static constexpr int kOutOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
   static constexpr int kBiasOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
 
-  // With kDense, biases of 16 bits, a tile for each warpgroup: rows of kKeys, 16 bytes further
-  // apart, so that eight of them lie in different banks.
+  // With kDense, biases, a tile for each warpgroup: rows of kKeys of 16 bits, or half as many of
+  // f32, 16 bytes further apart, so that eight of them lie in different banks.
   static constexpr int kBiasRowBytes = 2 * kKeys + 16;
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);

@@ -46,7 +46,6 @@ struct FwdConsumer {
   int warpgroup;
   RingIndex<Config::kKeyStages> key_ring;
   RingIndex<Config::kValueStages> value_ring;
-  RingIndex<1> bias_ring;  // with kDense
   int blocks = 0;  // before the one at work: the position in the rings of blocks and queries
 
   float s[kScores];
@@ -192,8 +191,8 @@ struct FwdConsumer {
         begin_logits(block);  // not kept: registers are few
         logits.template apply<false>(s, params, plan, block.slope, tile * Config::kKeys);
       }
-      add_bias(block, tile, optional ? 1.0f : plan.logit_scale);
-      dense.hide(s, params, block, head_row(block), tile * Config::kKeys);
+      add_bias(optional ? 1.0f : plan.logit_scale);
+      dense.template hide<false>(s, params, block, head_row(block), tile * Config::kKeys);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
       logits.template apply<true>(s, params, plan, block.slope, tile * Config::kKeys);
@@ -202,21 +201,30 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // With kDense. Scores become logits by `factor` and the bias, if there is one.
-  __device__ __forceinline__ void add_bias(const FwdBlock<Config>& block, int tile, float factor) {
-    const BiasView& bias = params.intervals.bias;
-    if (bias.data == nullptr) return;
-    if (bias.type == BiasType::kF32) [[unlikely]] {
-      Dense::add_f32_bias(s, factor, params, block, head_row(block), tile * Config::kKeys);
-      return;
-    }
-    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), bias_ring.parity());
-    Dense::add_staged_bias(s, factor, bias.type,
-                           tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
-                               warp_row() * Config::kBiasRowBytes);
+  // With kDense: calls add() for each part of the tile's biases that arrives.
+  template <typename Add>
+  __device__ __forceinline__ void take_bias(int part, Add add) {
+    // The tiles so far, of one part or of two.
+    const bool two = params.intervals.bias.type == BiasType::kF32;
+    const uint32_t parity = two ? part : key_ring.count() % 2;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), parity);
+    add();
     __syncwarp();
     warp_arrive(shared.bias_empty[warpgroup]);
-    bias_ring.next();
+  }
+
+  // With kDense. Scores become logits by `factor` and the bias, if there is one.
+  __device__ __forceinline__ void add_bias(float factor) {
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data == nullptr) return;
+    const uint32_t row = tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
+                         warp_row() * Config::kBiasRowBytes;
+    if (bias.type == BiasType::kF32) {
+      take_bias(0, [&] { Dense::template add_f32_bias<0>(s, factor, row); });
+      take_bias(1, [&] { Dense::template add_f32_bias<1>(s, factor, row); });
+    } else {
+      take_bias(0, [&] { Dense::add_bias(s, factor, bias.type, row); });
+    }
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits.
@@ -232,8 +240,12 @@ struct FwdConsumer {
     return softmax.exponentials(s, params.scale, tile_sum);
   }
 
-  // Lets the keys of a tile pass.
+  // Lets the keys of a tile pass, and the biases.
   __device__ __forceinline__ void skip_keys() {
+    if constexpr (Config::kDense) {
+      const BiasView& bias = params.intervals.bias;
+      for (int i = 0; bias.data != nullptr && i < parts_of(bias); ++i) take_bias(i, [] {});
+    }
     take_turn();
     pass_turn();
     // What was there before was released by all.
@@ -275,8 +287,9 @@ struct FwdConsumer {
     if ((careful && Dense::kEarly) || (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
+    constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
     Dense dense;
-    dense.load(params, block, head_row(block), tile * Config::kKeys);
+    dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
     bool watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOptions && !Config::kDense) {
@@ -297,7 +310,7 @@ struct FwdConsumer {
     } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
     } else if constexpr (Config::kDense) {
-      dense.hide(s, params, block, head_row(block), tile * Config::kKeys);
+      dense.template hide<kClean>(s, params, block, head_row(block), tile * Config::kKeys);
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
@@ -330,7 +343,7 @@ struct FwdConsumer {
       scale_out(factor);
     }
     if constexpr (!Config::kDense) finish_step(tile_sum);
-    dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
+    dense.template drop<kClean>(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kIntervals) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     } else {
@@ -369,8 +382,6 @@ struct FwdConsumer {
                                               float (&tile_sum)[2]) {
     MaskLoads loads{};  // once more
     if constexpr (Config::kMasksClean) loads = load_mask<false>(block, tile);
-    Dense dense;
-    dense.load(params, block, head_row(block), tile * Config::kKeys);
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
@@ -406,7 +417,7 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
-    dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
+    Dense().template drop<false>(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kMasksClean) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     }
@@ -439,6 +450,7 @@ struct FwdConsumer {
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
   // needs.
   __device__ __forceinline__ void finish_rows(int number) {
+    if constexpr (Config::kDense) number = static_cast<int>(ptx::fresh_address(number));
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
     const int row = 64 * warpgroup + warp_row() + fragment_row();
     ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
@@ -465,6 +477,8 @@ struct FwdConsumer {
   // Outputs of block `number`: through shared memory, from where the storer warp takes them, or
   // straight to global memory.
   __device__ __forceinline__ void store_out(int number) {
+    // Not computed early and kept: registers are few.
+    if constexpr (Config::kDense) number = static_cast<int>(ptx::fresh_address(number));
     const int slot = number % Shared::kBlockSlots;
     if constexpr (Config::kDense) {
       // Computed again rather than kept beside a tile's softmax: registers are few.
@@ -533,7 +547,6 @@ struct FwdConsumer {
   // All key tiles of a block, from the last to the first.
   __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
     int tile = block.last_tile;
-    const int lowest = block.lowest[warpgroup];
     if constexpr (Config::kSkips) {
 #pragma unroll 1
       for (const int start = block.start[warpgroup]; tile > start; --tile) skip_keys();
@@ -542,7 +555,9 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= lowest) {
+    const int kept_lowest = block.lowest[warpgroup];
+    const auto lowest = [&] { return Config::kDense ? block.lowest[warpgroup] : kept_lowest; };
+    while (tile >= lowest()) {
       Left left = Left::kNothing;
       if constexpr (Config::kOneBody) {
         left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
@@ -557,7 +572,7 @@ struct FwdConsumer {
             break;
         }
         if (left == Left::kNothing) {
-          if (tile < lowest) break;
+          if (tile < lowest()) break;
           step(block, tile, std::true_type(), first, fresh, tile_sum);
           fresh = first;
           first = false;

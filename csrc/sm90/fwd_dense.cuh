@@ -8,6 +8,7 @@
 #include "ptx/address.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_shared.cuh"
@@ -18,31 +19,25 @@
 
 namespace jax_flash::sm90 {
 
-// Of one thread, for one key tile. Where registers allow (kEarly), bits of the mask are asked for
-// and dropout is drawn before the wait for the scores, and otherwise where they are used. Biases of
-// 16 bits come to shared memory (FwdBiasLoader); those of f32 are asked for where they are used.
+// Of one thread, for one key tile. Where registers allow (kEarly, tiles without a maximum), bits of
+// the mask are asked for, and dropout is drawn, before the wait for the scores, and otherwise where
+// they are used. Biases come to shared memory (FwdBiasLoader).
 template <typename Config, bool kDense>
 struct FwdDense {
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr int kGroups = Config::kKeys / 32;  // of 32 columns
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
 
-  uint32_t bits[kEarly ? 2 * kGroups : 1];
+  uint32_t bits[kEarly ? 8 : 1];  // four words of each row
   uint32_t kept[kEarly ? kGroups : 1][2][2];  // of dropout: see Dropout::draw
 
-  // row: this lane's first, of the head.
+  // row: this lane's first, of the head. kClean: the tile takes no maximum.
+  template <bool kClean>
   __device__ __forceinline__ void load(const MhaFwdParams& params, const FwdDenseBlock& block,
                                        int row, int first_key) {
-    if constexpr (kEarly) {
+    if constexpr (kEarly && kClean) {
+      static_assert(kGroups == 4, "a tile's words of a row are one load");
       const IntervalsView& view = params.intervals;
-      if (view.mask.data != nullptr) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint32_t* const source = bit_row(params, block, row + 8 * h) + first_key / 32;
-#pragma unroll
-          for (int i = 0; i < kGroups; ++i) bits[h * kGroups + i] = __ldg(source + i);
-        }
-      }
       if (view.dropout != 0) {
         const Dropout dropout = block.dropout;
 #pragma unroll
@@ -50,12 +45,23 @@ struct FwdDense {
           dropout.template draw<false>(kept[i], row, first_key + 32 * i);
         }
       }
+      if (view.mask.data != nullptr) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint4 words = __ldg(reinterpret_cast<const uint4*>(
+              bit_row(params, block, row + 8 * h) + first_key / 32));
+          bits[4 * h] = words.x;
+          bits[4 * h + 1] = words.y;
+          bits[4 * h + 2] = words.z;
+          bits[4 * h + 3] = words.w;
+        }
+      }
     }
   }
 
-  // Logits: scores times `factor`, and the bias of 16 bits that is in shared memory from `row` on,
-  // the warp's first.
-  static __device__ __forceinline__ void add_staged_bias(float (&s)[kScores], float factor,
+  // Logits: scores times `factor`, and the bias that is in shared memory from `row` on, the warp's
+  // first: of 16 bits.
+  static __device__ __forceinline__ void add_bias(float (&s)[kScores], float factor,
                                                          BiasType type, uint32_t row) {
     const uint32_t source = row + lane_id() % 16 * Config::kBiasRowBytes + lane_id() / 16 * 16;
     if (type == BiasType::kBf16) {
@@ -65,42 +71,29 @@ struct FwdDense {
     }
   }
 
-  // The same of a bias of f32, in global memory.
+  // The same of a bias of f32 for the first or second half of the tile's keys.
+  template <int kHalf>
   static __device__ __forceinline__ void add_f32_bias(float (&s)[kScores], float factor,
-                                                      const MhaFwdParams& params,
-                                                      const FwdDenseBlock& block, int row,
-                                                      int first_key) {
-    constexpr int kPart = kEarly ? 8 : 4;  // of two columns each, asked for together
+                                                      uint32_t row) {
+    const uint32_t source = row + fragment_row() * Config::kBiasRowBytes + 4 * fragment_column();
 #pragma unroll
-    for (int i = 0; i < 8 * kGroups / kPart; ++i) {
-      ptx::forget_memory();  // one after the other: registers are few
+    for (int i = 0; i < kScores / 4; ++i) {
       const int h = i % 2;
-      const float* const source = reinterpret_cast<const float*>(
-          block.bias + place(params, row + 8 * h) * params.intervals.bias.row_stride * 4 +
-          4 * (first_key + fragment_column()));
-      float2 pairs[kPart];
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) {
-        const int column = 8 * (i / 2 * kPart + j);
-        pairs[j] = make_float2(0.0f, 0.0f);
-        if (first_key + column < params.key_length) {
-          pairs[j] = __ldg(reinterpret_cast<const float2*>(source + column));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) {
-        float* const target = s + 4 * (i / 2 * kPart + j) + 2 * h;
-        target[0] = fmaf(target[0], factor, pairs[j].x);
-        target[1] = fmaf(target[1], factor, pairs[j].y);
-      }
+      const float2 pair =
+          ptx::ld_shared_v2(source + 8 * h * Config::kBiasRowBytes + i / 2 * 8 * 4);
+      float* const target = s + kHalf * kScores / 2 + 4 * (i / 2) + 2 * h;
+      target[0] = fmaf(target[0], factor, pair.x);
+      target[1] = fmaf(target[1], factor, pair.y);
     }
   }
 
-  // Scores of -inf where the mask has no bit.
+  // Scores of -inf where the mask has no bit. kClean: as for `load`.
+  template <bool kClean>
   __device__ __forceinline__ void hide(float (&s)[kScores], const MhaFwdParams& params,
                                        const FwdDenseBlock& block, int row, int first_key) const {
     if (params.intervals.mask.data == nullptr) return;
-    if constexpr (kEarly) {
+    constexpr bool kLoaded = kEarly && kClean;
+    if constexpr (kLoaded) {
       uint32_t all = bits[0];
 #pragma unroll
       for (int i = 1; i < 2 * kGroups; ++i) all &= bits[i];
@@ -108,11 +101,11 @@ struct FwdDense {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if constexpr (!kEarly) ptx::forget_memory();
+      if constexpr (!kLoaded) ptx::forget_memory();
       const uint32_t* const source = bit_row(params, block, row + 8 * h) + first_key / 32;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        const uint32_t all = kEarly ? bits[h * kGroups + i] : __ldg(source + i);
+        const uint32_t all = kLoaded ? bits[4 * h + i] : __ldg(source + i);
         const uint32_t word = all >> fragment_column();
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -131,14 +124,15 @@ struct FwdDense {
     return (__ldg(bit_row(params, block, row) + key / 32) >> key % 32 & 1) != 0;
   }
 
-  // Zeros in place of the packed probabilities that dropout drops.
+  // Zeros in place of the packed probabilities that dropout drops. kClean: as for `load`.
+  template <bool kClean>
   __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], const MhaFwdParams& params,
                                        const FwdDenseBlock& block, int row, int first_key) const {
     if (params.intervals.dropout == 0) return;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       uint32_t words[2][2];
-      if constexpr (kEarly) {
+      if constexpr (kEarly && kClean) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) words[j / 2][j % 2] = kept[i][j / 2][j % 2];
       } else {
@@ -192,9 +186,12 @@ struct FwdDense<Config, false> {
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr int kWords = Config::kParts * kScores / 2;
   using Block = FwdBlock<Config>;
+  template <bool>
   __device__ __forceinline__ void load(const MhaFwdParams&, const Block&, int, int) const {}
+  template <bool>
   __device__ __forceinline__ void hide(float (&)[kScores], const MhaFwdParams&, const Block&, int,
                                        int) const {}
+  template <bool>
   __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&, const Block&, int,
                                        int) const {}
 };

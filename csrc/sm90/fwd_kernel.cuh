@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.block_full, 1);
     int arrivals = Config::kConsumerWarps + 32 + 32;  // and the lanes of two warps
     if constexpr (Config::kDense) {
-      init(shared.bias_full, 1);
+      init(shared.bias_full, 32);
       init(shared.bias_empty, 4);
       if (FwdBiasLoader<Config>::is_needed(params)) arrivals += 32;
     }

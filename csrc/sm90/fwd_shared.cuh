@@ -19,6 +19,11 @@ struct FwdDenseShared {
 };
 struct NoDenseBarriers {};
 
+// In how many parts the biases of a tile come: those of f32 in two halves.
+__device__ __forceinline__ int parts_of(const BiasView& bias) {
+  return bias.type == BiasType::kF32 ? 2 : 1;
+}
+
 // What follows the tiles in shared memory. "full" barriers: bytes have arrived. "empty": all
 // consumers are done.
 template <typename Config>
