@@ -10,7 +10,6 @@
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_shared.cuh"
-#include "sm90/ring.cuh"
 #include "tile/copy.cuh"
 
 namespace jax_flash::sm90 {
@@ -66,11 +65,11 @@ struct FwdBiasLoader {
   }
 
   __device__ __forceinline__ void run() {
-    RingIndex<Shared::kBlockSlots> block_ring;
-    uint32_t parity = 1;  // of the next wait, for either warpgroup
+    int slot = 0;  // of blocks
+    // Bit 0: the parity of the next wait for room, with either warpgroup. Bit 1: for a block.
+    uint32_t parities = 1;
     while (true) {
-      const int slot = block_ring.stage();
-      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_ring.parity());
+      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), parities / 2);
       const FwdBlock<Config>& block = shared.blocks[slot];
       if (block.tiles < 0) break;
       int first_key = (block.last_tile + 1) * Config::kKeys;
@@ -81,14 +80,17 @@ struct FwdBiasLoader {
         for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
           for (int w = 0; w < Config::kWarpgroups; ++w) {
-            ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[w]), parity);
+            ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[w]), parities % 2);
             copy(block, w, first_key, part);
           }
-          parity ^= 1;
+          parities ^= 1;
         }
       }
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
-      block_ring.next();
+      if (++slot == Shared::kBlockSlots) {
+        slot = 0;
+        parities ^= 2;
+      }
     }
   }
 };

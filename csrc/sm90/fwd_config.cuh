@@ -115,8 +115,9 @@ struct FwdConfig {
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDense ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kDense ? 240 : 232;
+  static constexpr bool kManyRegisters = kDense && kHeadDimV <= 128;  // for consumers
+  static constexpr int kProducerRegisters = kWarpgroups == 3 || kManyRegisters ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kManyRegisters ? 240 : 232;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
