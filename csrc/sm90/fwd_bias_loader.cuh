@@ -49,9 +49,8 @@ struct FwdBiasLoader {
     const int chunk = 16 * (lane_id() % kChunks);
     const int offset = width * tile_key + part * kBytes + chunk;  // in a row
     const int bytes = min(max(width * ((params.key_length + 7) / 8 * 8) - offset, 0), 16);
-    const unsigned char* source = block.bias +
-                                  (block.first_row + 64 * w + min(r, last)) * stride +
-                                  (bytes > 0 ? offset : 0);
+    const unsigned char* source =
+        block.bias + (block.first_row + 64 * w + min(r, last)) * stride + (bytes > 0 ? offset : 0);
     uint32_t target = tiles + Config::kBiasOffset + w * Config::kBiasTileBytes +
                       r * Config::kBiasRowBytes + chunk;
 #pragma unroll 2

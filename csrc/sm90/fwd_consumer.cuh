@@ -24,8 +24,8 @@
 #include "sm90/fwd_products.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
+#include "sm90/fwd_store.cuh"
 #include "tile/copy.cuh"
-#include "tile/quad.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -493,55 +493,19 @@ struct FwdConsumer {
     if constexpr (Config::kSplit) {
       const int row = 64 * warpgroup + warp_row() + fragment_row();
       store_floats(params, plan, shared.blocks[slot], row, out, inverse);
-    } else if constexpr (Config::kStaged) {
-      stage_out();
     } else {
-      store_direct(shared.blocks[slot]);
+      const auto word = [&](int i) { return out_word(i); };
+      if constexpr (Config::kStaged) {
+        const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
+        stage_out<Config>(tile, warp_row() + lane_id() % 16, word);
+      } else {
+        const FwdBlock<Config>& block = shared.blocks[slot];
+        store_direct<Config>(params, plan, block, head_row(block), word);
+      }
     }
     ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[warpgroup]));
     __syncwarp();
     warp_arrive(shared.block_empty[slot]);
-  }
-
-  __device__ __forceinline__ void stage_out() const {
-    using Layout = typename Config::OutLayout;
-    const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Layout::kBytes;
-    const int row = warp_row() + lane_id() % 16;
-#pragma unroll
-    for (int j = 0; j < Config::kHeadDimV / 8; j += 2) {
-      const uint32_t words[4] = {out_word(4 * j), out_word(4 * j + 2), out_word(4 * j + 4),
-                                 out_word(4 * j + 6)};
-      ptx::stmatrix_x4(tile + Layout::offset(row, j + lane_id() / 16), words);
-    }
-    ptx::fence_proxy_async_shared();
-  }
-
-  // Straight from the accumulators: four lanes that share a row exchange words so that each holds
-  // eight neighbouring columns, 16 bytes, of every 32.
-  __device__ __forceinline__ void store_direct(const FwdBlock<Config>& block) const {
-    const int lane = lane_id() % 4;
-    const int row = head_row(block);
-    const int heads = (1 << plan.pack_shift) - 1;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int position = (row + 8 * h) >> plan.pack_shift;
-      Element16* const target =
-          block.out +
-          (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
-          8 * lane;
-      const bool exists = position >= 0 && position < params.query_length;
-#pragma unroll
-      for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) words[j] = out_word(16 * group + 4 * j + 2 * h);
-        transpose_quad(words, lane);
-        if (exists && 32 * group + 8 * lane < params.head_dim_v) {
-          *reinterpret_cast<uint4*>(target + 32 * group) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
   }
 
   // All key tiles of a block, from the last to the first.

@@ -28,7 +28,7 @@ struct FwdDense {
   static constexpr int kGroups = Config::kKeys / 32;  // of 32 columns
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
 
-  uint32_t bits[kEarly ? 8 : 1];  // four words of each row
+  uint32_t bits[kEarly ? 8 : 1];              // four words of each row
   uint32_t kept[kEarly ? kGroups : 1][2][2];  // of dropout: see Dropout::draw
 
   // row: this lane's first, of the head. kClean: the tile takes no maximum.
@@ -48,8 +48,8 @@ struct FwdDense {
       if (view.mask.data != nullptr) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint4 words = __ldg(reinterpret_cast<const uint4*>(
-              bit_row(params, block, row + 8 * h) + first_key / 32));
+          const uint4 words = __ldg(
+              reinterpret_cast<const uint4*>(bit_row(params, block, row + 8 * h) + first_key / 32));
           bits[4 * h] = words.x;
           bits[4 * h + 1] = words.y;
           bits[4 * h + 2] = words.z;
@@ -61,8 +61,8 @@ struct FwdDense {
 
   // Logits: scores times `factor`, and the bias that is in shared memory from `row` on, the warp's
   // first: of 16 bits.
-  static __device__ __forceinline__ void add_bias(float (&s)[kScores], float factor,
-                                                         BiasType type, uint32_t row) {
+  static __device__ __forceinline__ void add_bias(float (&s)[kScores], float factor, BiasType type,
+                                                  uint32_t row) {
     const uint32_t source = row + lane_id() % 16 * Config::kBiasRowBytes + lane_id() / 16 * 16;
     if (type == BiasType::kBf16) {
       add_matrices<__nv_bfloat16>(s, factor, source);
@@ -79,8 +79,7 @@ struct FwdDense {
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
       const int h = i % 2;
-      const float2 pair =
-          ptx::ld_shared_v2(source + 8 * h * Config::kBiasRowBytes + i / 2 * 8 * 4);
+      const float2 pair = ptx::ld_shared_v2(source + 8 * h * Config::kBiasRowBytes + i / 2 * 8 * 4);
       float* const target = s + kHalf * kScores / 2 + 4 * (i / 2) + 2 * h;
       target[0] = fmaf(target[0], factor, pair.x);
       target[1] = fmaf(target[1], factor, pair.y);

@@ -1,12 +1,12 @@
 // FlashAttention forward for Hopper (sm_90a): TMA, wgmma, warp specialisation.
 //
 // Thread blocks stay and work off blocks of queries (fwd_block.cuh). Of the producer warpgroup, one
-// warp plans, one copies queries, keys and values, one stores, one copies biases; each consumer warpgroup owns 64
-// queries. A consumer's step issues S(i) = Q K(i)^T and O += P(i-1) V(i-1) together and computes
-// the softmax of S(i) while the second product runs; consumers take turns at issuing. Steps of one
-// block of work follow those of the block before without a gap: the last product of a block is
-// issued with the first scores of the next. docs/design/fwd_sm90.md has limits, barriers and
-// measurements.
+// warp plans, one copies queries, keys and values, one stores, one copies biases; each consumer
+// warpgroup owns 64 queries. A consumer's step issues S(i) = Q K(i)^T and O += P(i-1) V(i-1)
+// together and computes the softmax of S(i) while the second product runs; consumers take turns at
+// issuing. Steps of one block of work follow those of the block before without a gap: the last
+// product of a block is issued with the first scores of the next. docs/design/fwd_sm90.md has
+// limits, barriers and measurements.
 #pragma once
 
 #include <cstdint>
