@@ -202,10 +202,13 @@ struct BwdConsumer {
   __device__ __forceinline__ void clear_dead_rows(const BwdBlock<Config>& block,
                                                   int first_row) const {
     if constexpr (Config::kIntervals) {
-      const bool hides = Config::kDense && ScoreOptions::hides(params);
-      if (!hides && !shared.steps[stage()].dead()) return;
       const RowRecord* const records = shared.records[stage()];
       const float* const lse = shared.row_lse[stage()];
+      if (!shared.steps[stage()].dead()) {
+        if (!Config::kDense || !ScoreOptions::hides(params)) return;
+        const float largest = fmaxf(lse[lane_id()], lse[lane_id() + 32]);
+        if (!__any_sync(0xffffffffu, largest == __builtin_huge_valf())) return;
+      }
       const auto is_dead = [&](int row) {
         if (Config::kDense && lse[row] == __builtin_huge_valf()) return true;
         return records[row].first >= records[row].end;
@@ -243,13 +246,14 @@ struct BwdConsumer {
   }
 
   __device__ __forceinline__ BwdDense<Config> dense(const BwdBlock<Config>& block) const {
-    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
+    const BwdStep& step = shared.steps[stage()];
     return {params,
             block,
-            shared.steps[stage()],
+            step,
             shared.dense_steps[stage()],
             shared.records[stage()],
-            block.first_key + Config::kKeyStep * warpgroup + 16 * warp};
+            step.clean(warpgroup),
+            tiles};
   }
 
   __device__ __forceinline__ OptionScores<Config> option_scores(const BwdBlock<Config>& block,
@@ -259,9 +263,11 @@ struct BwdConsumer {
   }
 
   // Which of this lane's scores of this step are seen, by the intervals of the queries: bits, found
-  // while the scores are computed. Unless the tile is clean, or BwdDense looks at them.
+  // while the scores are computed. Unless the tile is clean, or BwdDense looks at them: then what
+  // dropout keeps.
   template <bool kClean>
   __device__ __forceinline__ uint32_t find_seen(const BwdBlock<Config>& block) const {
+    if constexpr (Config::kDense) return dense(block).draw();
     if constexpr (Config::kIntervals && !kClean && !Config::kDense) {
       const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
       const int key = block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
@@ -282,7 +288,7 @@ struct BwdConsumer {
                                                      const BwdBlock<Config>& block, int first_row,
                                                      uint32_t seen) const {
     if constexpr (Config::kDense) {
-      dense(block).take(p, weights, s, early, lse_columns());
+      dense(block).take(p, weights, s, early, lse_columns(), seen);
     } else if constexpr (kOptions) {
       option_scores(block, stage())
           .template take<kClean>(p, weights, s, early, lse_columns(), seen);
@@ -469,6 +475,9 @@ struct BwdConsumer {
     wait(shared.query_full[stage], at / Config::kStages % 2);
     const BwdStep step = shared.steps[stage];
     clean = step.clean(warpgroup);
+    if constexpr (Config::kStagesDense) {
+      BwdDense<Config>::request(params, block, shared.dense_steps[stage], tiles);
+    }
     if constexpr (kOptions) {
       if (clean) clean = option_scores(block, stage).on_one_side();
     }

@@ -6,9 +6,12 @@
 
 #include "host/intervals.h"
 #include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/reduction.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_block.cuh"
 #include "tile/dropout.cuh"
@@ -36,17 +39,30 @@ struct BwdDense {
   const BwdStep& step;
   const BwdDenseStep& place;
   const RowRecord* records;  // of the step's queries
-  int warp_key;              // the warp's first
+  bool clean;                // the intervals hide nothing of the tile
+  uint32_t tiles;            // shared address of the keys
+  int warp_key = first_key_of_warp(block);
 
   // P = 2^(S - lse), less what dropout drops, and P times the derivatives of the logits, for
   // `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has the
-  // first.
+  // first. kept: see `draw`.
   template <int kEarly>
   __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
                                        float (&s)[kScores], const float2 (&early)[kEarly],
-                                       const float* lse) const {
+                                       const float* lse, uint32_t kept) const {
     const BiasView& bias = params.intervals.bias;
-    if (bias.data != nullptr && bias.type == BiasType::kF32) {
+    if constexpr (Config::kStagesDense) {
+      ptx::cp_async_wait_group<0>();
+      __syncwarp();
+    }
+    const bool plain =
+        clean && step.slope == 0.0f && params.intervals.softcap == 0.0f &&
+        (bias.data == nullptr ? params.scale.first == 1.0f : bias.type != BiasType::kF32);
+    if (plain && bias.data == nullptr) {
+      take_clean<Bias::kNone>(p, weights, s, early, lse);
+    } else if (plain) {
+      take_clean<Bias::k16>(p, weights, s, early, lse);
+    } else if (bias.data != nullptr && bias.type == BiasType::kF32) {
       take_exponentials<true, Bias::k32>(p, weights, s, early, lse);
     } else if (ScoreOptions::any<true>(params)) {
       take_exponentials<true, Bias::k16>(p, weights, s, early, lse);
@@ -54,7 +70,59 @@ struct BwdDense {
       take_exponentials<false, Bias::kNone>(p, weights, s, early, lse);
     }
     if (params.intervals.mask.data != nullptr) hide(p, weights);
-    if (params.intervals.dropout != 0) drop(p, weights);
+    if (params.intervals.dropout != 0) drop(p, weights, kept);
+  }
+
+  // Asks for the biases of 16 bits and the words of the mask of a step to come to shared
+  // memory, for this warp. Rows past the last one are read as the last one.
+  static __device__ __forceinline__ void request(const MhaBwdParams& params,
+                                                 const BwdBlock<Config>& block,
+                                                 const BwdDenseStep& place, uint32_t tiles) {
+    const int warp_key = first_key_of_warp(block);
+    const uint32_t target = staged(tiles);
+    const IntervalsView& view = params.intervals;
+    const int last = params.query_length - 1;
+    const int lane = lane_id();
+    __syncwarp();  // all lanes have read what was there
+    if (view.bias.data != nullptr && view.bias.type != BiasType::kF32) {
+      const int chunk = lane % 2;
+      const bool exists = warp_key + 8 * chunk < params.key_length;
+      const unsigned char* const source = block.bias + 2 * (place.head * view.bias.head_stride +
+                                                            (exists ? warp_key + 8 * chunk : 0));
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) {
+        const int row = lane / 2 + 16 * i;
+        ptx::cp_async_16(target + bias_offset(row, chunk),
+                         source + 2 * (min(place.row + row, last) * view.bias.row_stride),
+                         exists ? 16 : 0);
+      }
+    }
+    if (view.mask.data != nullptr) {
+      const uint32_t* const source = block.bits + place.head * view.mask.head_stride +
+                                     min(warp_key / 32, mask_words(params.key_length) - 1);
+#pragma unroll
+      for (int row = lane; row < kRows; row += 32) {
+        ptx::cp_async_4(target + Config::kBiasBytes + 4 * row,
+                        source + min(place.row + row, last) * view.mask.row_stride, 4);
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // What dropout keeps of this lane's scores, drawn while they are computed: of the eight words
+  // that draws give, the highest bits of the bytes, those of word i shifted down by i.
+  __device__ __forceinline__ uint32_t draw() const {
+    if (params.intervals.dropout == 0) return 0;
+    const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      uint32_t words[2][2];
+      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) kept |= (words[j / 2][j % 2] & 0x80808080u) >> (4 * i + j);
+    }
+    return kept;
   }
 
   // dS = P (kept_scale * dP - delta), or -P delta where dropout drops, with P times the derivatives
@@ -66,6 +134,19 @@ struct BwdDense {
                                                  const float2 (&early)[kEarly],
                                                  const float* delta) const {
     if (params.dbias.data != nullptr) add_bias_gradients(weights, dp, early, delta);
+    if (params.intervals.dropout == 0) {
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+        const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 weight = ptx::unpack_x2<Element>(weights[2 * j + h]);
+          ds[2 * j + h] = ptx::cvt_rn_x2<Element>(weight.x * (dp[4 * j + 2 * h] - x.x),
+                                                  weight.y * (dp[4 * j + 2 * h + 1] - x.y));
+        }
+      }
+      return;
+    }
     const float kept_scale = params.intervals.kept_scale;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -83,6 +164,52 @@ struct BwdDense {
   }
 
  private:
+  static __device__ __forceinline__ int first_key_of_warp(const BwdBlock<Config>& block) {
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
+    return block.first_key + Config::kKeyStep * (warp / 4) + 16 * (warp % 4);
+  }
+  // What is staged for this warp.
+  static __device__ __forceinline__ uint32_t staged(uint32_t tiles) {
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
+    return tiles + Config::kDenseOffset + warp * Config::kDenseBytes;
+  }
+
+  // Of a clean tile without options but for a bias.
+  template <Bias kBias, int kEarly>
+  __device__ __forceinline__ void take_clean(uint32_t (&p)[kScores / 2],
+                                             uint32_t (&weights)[kScores / 2], float (&s)[kScores],
+                                             const float2 (&early)[kEarly],
+                                             const float* lse) const {
+    constexpr bool kBiased = kBias != Bias::kNone;
+    constexpr float kLog2e = SoftmaxScale::kLog2e;
+    const float log2 =
+        kBiased ? params.scale.first * params.scale.second * kLog2e : params.scale.log2;
+    uint32_t biases[kBiasTiles];
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      if (kBiased && 2 * j % kBiasTiles == 0) load_biases(biases, 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float2 rest = make_float2(-x.x, -x.y);
+        if constexpr (kBiased) {
+          const float2 bias =
+              unpack_bias(params.intervals.bias.type, biases[(2 * j + h) % kBiasTiles]);
+          rest = make_float2(fmaf(bias.x, kLog2e, rest.x), fmaf(bias.y, kLog2e, rest.y));
+        }
+        const float* const score = s + 4 * j + 2 * h;
+        p[2 * j + h] = weights[2 * j + h] =
+            ptx::cvt_rn_x2<Element>(ptx::ex2_approx_ftz(fmaf(score[0], log2, rest.x)),
+                                    ptx::ex2_approx_ftz(fmaf(score[1], log2, rest.y)));
+      }
+    }
+  }
+
+  // Of a row of staged biases, half `chunk`: eight rows lie in different banks.
+  static __device__ __forceinline__ uint32_t bias_offset(int row, int chunk) {
+    return 32 * row + 16 * (chunk ^ (row / 4 & 1));
+  }
+
   // kOptions: whether scores have options.
   template <bool kOptions, Bias kBias, int kEarly>
   __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2],
@@ -162,6 +289,23 @@ struct BwdDense {
 
   // Of queries from `row` on, as p lies: rows of the bias are columns of the fragment.
   __device__ __forceinline__ void load_biases(uint32_t (&biases)[kBiasTiles], int row) const {
+    if constexpr (Config::kStagesDense) {
+      const int lane = lane_id();
+      const uint32_t source =
+          staged(tiles) + bias_offset(row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+      for (int i = 0; i < kBiasTiles; i += 4) {
+        uint32_t words[4];  // of two eights of rows, both halves of the keys of either
+        ptx::ldmatrix_x4_trans(words, source + 32 * 4 * i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) biases[i + k] = block.bias == nullptr ? 0 : words[k];
+      }
+    } else {
+      fetch_biases(biases, row);
+    }
+  }
+  // The same from global memory.
+  __device__ __forceinline__ void fetch_biases(uint32_t (&biases)[kBiasTiles], int row) const {
 #pragma unroll
     for (uint32_t& pair : biases) pair = 0;
     if (block.bias == nullptr) return;
@@ -196,31 +340,55 @@ struct BwdDense {
     }
   }
 
-  // Zeros where the mask has no bit. The 16 keys of a warp lie in one word; a lane loads those of
-  // two queries for all.
+  // Zeros where the mask has no bit. The 16 keys of a warp lie in one word of a query.
   __device__ __forceinline__ void hide(uint32_t (&p)[kScores / 2],
                                        uint32_t (&weights)[kScores / 2]) const {
-    ptx::forget_memory();
-    const MaskView& view = params.intervals.mask;
-    uint32_t words[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = min(place.row + 32 * half + lane_id(), params.query_length - 1);
-      const uint32_t* const source =
-          block.bits + place.head * view.head_stride + row * view.row_stride;
-      words[half] = __ldg(source + min(warp_key / 32, mask_words(params.key_length) - 1));
+    uint32_t words[2];  // of two queries, if they are not staged
+    load_words(words);
+    const int first = warp_key % 32;
+    if (!__any_sync(0xffffffffu, (words[0] & words[1] & 0xffffu << first) != 0xffffu << first)) {
+      return;
     }
+    // The bits of a lane's keys to the highest of the first two bytes.
+    const int turn = (first + fragment_row() - 7) & 31;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const int source = 8 * j % 32 + fragment_column();
-      const int shift = warp_key % 32 + fragment_row();
-      const uint32_t left = __shfl_sync(0xffffffffu, words[j / 4], source) >> shift;
-      const uint32_t right = __shfl_sync(0xffffffffu, words[j / 4], source + 1) >> shift;
+      uint32_t left;
+      uint32_t right;
+      if constexpr (Config::kStagesDense) {
+        const float2 two =
+            ptx::ld_shared_v2(staged(tiles) + Config::kBiasBytes + 4 * (8 * j + fragment_column()));
+        left = __float_as_uint(two.x);
+        right = __float_as_uint(two.y);
+      } else {
+        const int source = 8 * j % 32 + fragment_column();
+        left = __shfl_sync(0xffffffffu, words[j / 4], source);
+        right = __shfl_sync(0xffffffffu, words[j / 4], source + 1);
+      }
+      left = __funnelshift_r(left, left, turn);
+      right = __funnelshift_r(right, right, turn);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t seen = (left >> 8 * h & 1) * 0xffffu + (right >> 8 * h & 1) * 0xffff0000u;
+        const uint32_t seen = ptx::prmt(left, right, h == 0 ? 0xcc88 : 0xdd99);
         p[2 * j + h] &= seen;
         weights[2 * j + h] &= seen;
+      }
+    }
+  }
+  // Of queries `lane` and `lane` + 32.
+  __device__ __forceinline__ void load_words(uint32_t (&words)[2]) const {
+    const MaskView& view = params.intervals.mask;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = 32 * half + lane_id();
+      if constexpr (Config::kStagesDense) {
+        words[half] =
+            __float_as_uint(ptx::ld_shared_f32(staged(tiles) + Config::kBiasBytes + 4 * own));
+      } else {
+        const int row = min(place.row + own, params.query_length - 1);
+        const uint32_t* const source =
+            block.bits + place.head * view.head_stride + row * view.row_stride;
+        words[half] = __ldg(source + min(warp_key / 32, mask_words(params.key_length) - 1));
       }
     }
   }
@@ -273,20 +441,16 @@ struct BwdDense {
   }
 
   // Dropout: zeros in p, and a sign in weights, which have none, for what is dropped.
-  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
-                                       uint32_t (&weights)[kScores / 2]) const {
+  static __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
+                                              uint32_t (&weights)[kScores / 2], uint32_t kept) {
 #pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-      ptx::forget_memory();  // one draw after the other
-      const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
-      uint32_t words[2][2];
-      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+    for (int i = 0; i < kScores / 8; ++i) {
+      const uint32_t words[2] = {kept << 2 * i, kept << (2 * i + 1)};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int byte = Dropout::byte_of<true>(j % 2, j / 2 % 2);
-        const uint32_t kept = Dropout::pair_mask(words[j / 4], byte);
-        p[8 * i + j] &= kept;
-        weights[8 * i + j] |= ~kept & 0x80008000u;
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<true>(j % 2, j / 2 % 2));
+        p[4 * i + j] &= mask;
+        weights[4 * i + j] |= ~mask & 0x80008000u;
       }
     }
   }
