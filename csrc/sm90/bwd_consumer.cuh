@@ -246,14 +246,9 @@ struct BwdConsumer {
   }
 
   __device__ __forceinline__ BwdDense<Config> dense(const BwdBlock<Config>& block) const {
-    const BwdStep& step = shared.steps[stage()];
-    return {params,
-            block,
-            step,
-            shared.dense_steps[stage()],
-            shared.records[stage()],
-            step.clean(warpgroup),
-            tiles};
+    const int i = stage();
+    return {params,    block, shared.steps[i], shared.dense_steps[i], shared.records[i],
+            warpgroup, tiles};
   }
 
   __device__ __forceinline__ OptionScores<Config> option_scores(const BwdBlock<Config>& block,
@@ -263,32 +258,33 @@ struct BwdConsumer {
   }
 
   // Which of this lane's scores of this step are seen, by the intervals of the queries: bits, found
-  // while the scores are computed. Unless the tile is clean, or BwdDense looks at them: then what
-  // dropout keeps.
+  // while the scores are computed. Unless the tile is clean. With kDense, what BwdDense finds.
   template <bool kClean>
-  __device__ __forceinline__ uint32_t find_seen(const BwdBlock<Config>& block) const {
-    if constexpr (Config::kDense) return dense(block).draw();
-    if constexpr (Config::kIntervals && !kClean && !Config::kDense) {
+  __device__ __forceinline__ auto find_seen(const BwdBlock<Config>& block) const {
+    if constexpr (Config::kDense) {
+      return dense(block).find_bits();
+    } else if constexpr (Config::kIntervals && !kClean) {
       const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
       const int key = block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
       const RowRecord* const rows = shared.records[stage()] + fragment_column();
       if (!shared.steps[stage()].mixed()) return seen_scores<kScores, false>(rows, key, {0, 0});
       return seen_scores<kScores, true>(rows, key, {block.mask.id(key), block.mask.id(key + 8)});
+    } else {
+      return uint32_t{0};
     }
-    return 0;
   }
 
   // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
   // P unless scores have options (kOptions). seen: see find_seen. s is used up.
-  template <bool kClean, bool kOptions>
+  template <bool kClean, bool kOptions, typename Seen>
   __device__ __forceinline__ void take_probabilities(uint32_t (&p)[kScores / 2],
                                                      uint32_t (&weights)[kScores / 2],
                                                      float (&s)[kScores],
                                                      const float2 (&early)[kEarlyLoads],
                                                      const BwdBlock<Config>& block, int first_row,
-                                                     uint32_t seen) const {
+                                                     Seen seen) const {
     if constexpr (Config::kDense) {
-      dense(block).take(p, weights, s, early, lse_columns(), seen);
+      dense(block).template take<kClean>(p, weights, s, early, lse_columns(), seen);
     } else if constexpr (kOptions) {
       option_scores(block, stage())
           .template take<kClean>(p, weights, s, early, lse_columns(), seen);
@@ -365,7 +361,7 @@ struct BwdConsumer {
     const int first_row = tile * kRows;
     if constexpr (!Config::kIntervals) wait(shared.query_full[stage()], parity());
     wait(shared.dout_full[dout_stage()], dout_parity());
-    if constexpr (!kClean) clear_dead_rows(block, first_row);
+    if constexpr (!kClean || Config::kDense) clear_dead_rows(block, first_row);
     const int own = Config::kKeyStep * warpgroup;  // first key
     float s[kScores];
     float dp[kScores];
@@ -377,14 +373,14 @@ struct BwdConsumer {
     const auto issue_value_scores = [&] {
       issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
     };
-    // What is dense takes the registers that dP beside S and P would need.
-    constexpr bool kOneByOne = Config::kDense && Config::kHeadDim > 64;
+    // Options beside what is dense take the registers that dP beside S and P would need.
+    constexpr bool kOneByOne = Config::kDense && !kClean && Config::kHeadDim > 64;
     if constexpr (!kOneByOne) issue_value_scores();
     pass_turn(warpgroup == 1 || !first);
 
     float2 early[kEarlyLoads];
     load_early(early, lse_columns());
-    const uint32_t seen = find_seen<kClean>(block);
+    const auto seen = find_seen<kClean>(block);
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row, seen);
     ptx::wgmma_fence();
@@ -429,7 +425,7 @@ struct BwdConsumer {
   // dS^T to shared memory as dS, a row for each query.
   __device__ __forceinline__ void store_scores(const uint32_t (&ds)[kScores / 2]) const {
     const int lane = lane_id();
-    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x) / 32 % 4);
     const uint32_t target =
         score_tile(steps) +
         ScoreLayout::offset(lane / 16 * 8 + lane % 8,
@@ -476,6 +472,7 @@ struct BwdConsumer {
     const BwdStep step = shared.steps[stage];
     clean = step.clean(warpgroup);
     if constexpr (Config::kStagesDense) {
+      clean = BwdDense<Config>::is_clean(params, step, warpgroup);
       BwdDense<Config>::request(params, block, shared.dense_steps[stage], tiles);
     }
     if constexpr (kOptions) {
@@ -492,7 +489,7 @@ struct BwdConsumer {
     const auto run_step = [&]<bool kClean>() {
       step.template operator()<kClean, kOptions>(0, left == block.steps, left == 1);
     };
-    if constexpr (Config::kDense) {
+    if constexpr (Config::kDense && !Config::kStagesDense) {
 #pragma unroll 1
       for (; left > 0; --left) run_step.template operator()<false>();
     } else {

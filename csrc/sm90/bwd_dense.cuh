@@ -14,6 +14,7 @@
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_block.cuh"
+#include "sm90/bwd_option_scores.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 #include "tile/score_arrays.cuh"
@@ -31,46 +32,63 @@ struct BwdDense {
   using Element = typename Config::Element;
   static constexpr int kRows = Config::kRows;
   static constexpr int kScores = kRows / 2;
-  static constexpr int kBiasTiles = kScores / 4;  // of 8 by 8 biases, loaded together
+  // Of 8 by 8 biases, loaded together.
+  static constexpr int kBiasTiles = Config::kStagesDense ? 4 : kScores / 4;
   static_assert(kRows == 64, "two rows for each lane of a warp");
+
+  struct Bits {
+    uint32_t seen;  // by the intervals: see seen_scores
+    // By dropout: of the eight words that draws give, the highest bits of the bytes, those of word
+    // i shifted down by i.
+    uint32_t kept;
+  };
 
   const MhaBwdParams& params;
   const BwdBlock<Config>& block;
   const BwdStep& step;
   const BwdDenseStep& place;
   const RowRecord* records;  // of the step's queries
-  bool clean;                // the intervals hide nothing of the tile
-  uint32_t tiles;            // shared address of the keys
+  int warpgroup;
+  uint32_t tiles;  // shared address of the keys
+  bool clean = is_clean(params, step, warpgroup);
   int warp_key = first_key_of_warp(block);
+
+  // Whether the intervals hide nothing of a warpgroup's part of a tile, and scores have no options
+  // but a bias of 16 bits.
+  static __device__ __forceinline__ bool is_clean(const MhaBwdParams& params, const BwdStep& step,
+                                                  int warpgroup) {
+    const BiasView& bias = params.intervals.bias;
+    return step.clean(warpgroup) && step.slope == 0.0f && params.intervals.softcap == 0.0f &&
+           (bias.data == nullptr || bias.type != BiasType::kF32);
+  }
 
   // P = 2^(S - lse), less what dropout drops, and P times the derivatives of the logits, for
   // `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has the
-  // first. kept: see `draw`.
-  template <int kEarly>
+  // first. kClean: as is_clean says, where it is known at compile time (kStagesDense).
+  template <bool kClean, int kEarly>
   __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
                                        float (&s)[kScores], const float2 (&early)[kEarly],
-                                       const float* lse, uint32_t kept) const {
+                                       const float* lse, Bits bits) const {
     const BiasView& bias = params.intervals.bias;
     if constexpr (Config::kStagesDense) {
       ptx::cp_async_wait_group<0>();
       __syncwarp();
     }
-    const bool plain =
-        clean && step.slope == 0.0f && params.intervals.softcap == 0.0f &&
-        (bias.data == nullptr ? params.scale.first == 1.0f : bias.type != BiasType::kF32);
-    if (plain && bias.data == nullptr) {
-      take_clean<Bias::kNone>(p, weights, s, early, lse);
-    } else if (plain) {
-      take_clean<Bias::k16>(p, weights, s, early, lse);
+    if (kClean || (!Config::kStagesDense && clean)) {
+      if (bias.data == nullptr) {
+        take_clean<Bias::kNone>(p, weights, s, early, lse);
+      } else {
+        take_clean<Bias::k16>(p, weights, s, early, lse);
+      }
     } else if (bias.data != nullptr && bias.type == BiasType::kF32) {
-      take_exponentials<true, Bias::k32>(p, weights, s, early, lse);
+      take_exponentials<true, Bias::k32>(p, weights, s, early, lse, bits.seen);
     } else if (ScoreOptions::any<true>(params)) {
-      take_exponentials<true, Bias::k16>(p, weights, s, early, lse);
+      take_exponentials<true, Bias::k16>(p, weights, s, early, lse, bits.seen);
     } else {
-      take_exponentials<false, Bias::kNone>(p, weights, s, early, lse);
+      take_exponentials<false, Bias::kNone>(p, weights, s, early, lse, bits.seen);
     }
     if (params.intervals.mask.data != nullptr) hide(p, weights);
-    if (params.intervals.dropout != 0) drop(p, weights, kept);
+    if (params.intervals.dropout != 0) drop(p, weights, bits.kept);
   }
 
   // Asks for the biases of 16 bits and the words of the mask of a step to come to shared
@@ -109,21 +127,8 @@ struct BwdDense {
     ptx::cp_async_commit_group();
   }
 
-  // What dropout keeps of this lane's scores, drawn while they are computed: of the eight words
-  // that draws give, the highest bits of the bytes, those of word i shifted down by i.
-  __device__ __forceinline__ uint32_t draw() const {
-    if (params.intervals.dropout == 0) return 0;
-    const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
-    uint32_t kept = 0;
-#pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-      uint32_t words[2][2];
-      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) kept |= (words[j / 2][j % 2] & 0x80808080u) >> (4 * i + j);
-    }
-    return kept;
-  }
+  // Of this lane's scores, while they are computed.
+  __device__ __forceinline__ Bits find_bits() const { return {find_seen(), draw()}; }
 
   // dS = P (kept_scale * dP - delta), or -P delta where dropout drops, with P times the derivatives
   // of the logits; also to where the gradient of the bias is added up. delta: as lse above.
@@ -165,13 +170,35 @@ struct BwdDense {
 
  private:
   static __device__ __forceinline__ int first_key_of_warp(const BwdBlock<Config>& block) {
-    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
-    return block.first_key + Config::kKeyStep * (warp / 4) + 16 * (warp % 4);
+    const uint32_t warp = ptx::fresh_address(threadIdx.x) / 32;
+    return block.first_key + static_cast<int>(Config::kKeyStep * (warp / 4) + 16 * (warp % 4));
   }
   // What is staged for this warp.
   static __device__ __forceinline__ uint32_t staged(uint32_t tiles) {
-    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
+    const uint32_t warp = ptx::fresh_address(threadIdx.x) / 32;
     return tiles + Config::kDenseOffset + warp * Config::kDenseBytes;
+  }
+
+  __device__ __forceinline__ uint32_t find_seen() const {
+    if (clean) return ~0u;
+    const int key = warp_key + fragment_row();
+    const RowRecord* const rows = records + fragment_column();
+    if (!step.mixed()) return seen_scores<kScores, false>(rows, key, {0, 0});
+    return seen_scores<kScores, true>(rows, key, {block.mask.id(key), block.mask.id(key + 8)});
+  }
+
+  __device__ __forceinline__ uint32_t draw() const {
+    if (params.intervals.dropout == 0) return 0;
+    const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      uint32_t words[2][2];
+      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) kept |= (words[j / 2][j % 2] & 0x80808080u) >> (4 * i + j);
+    }
+    return kept;
   }
 
   // Of a clean tile without options but for a bias.
@@ -215,16 +242,13 @@ struct BwdDense {
   __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2],
                                                     uint32_t (&weights)[kScores / 2],
                                                     float (&s)[kScores],
-                                                    const float2 (&early)[kEarly],
-                                                    const float* lse) const {
+                                                    const float2 (&early)[kEarly], const float* lse,
+                                                    uint32_t seen) const {
     const ScoreOptions options = {params.scale.first * params.scale.second,
                                   params.intervals.softcap, step.slope};
     const float inverse = options.inverse();
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
-    const bool mixed = step.mixed();
     const int first_key = warp_key + fragment_row();
-    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
-                        mixed ? block.mask.id(first_key + 8) : 0};
     const RowRecord* const rows = records + fragment_column();
     uint32_t biases[kBiasTiles];
 #pragma unroll
@@ -250,20 +274,18 @@ struct BwdDense {
       float weight[2][2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const RowRecord row = rows[8 * j + e];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int key = first_key + 8 * h;
           float score = s[4 * j + 2 * h + e];
           float derivative = 1.0f;
           if constexpr (kOptions) {
             derivative = options.derivative(score, inverse);
-            score = options.biased(score, static_cast<float>(row.position - key));
+            const int distance = rows[8 * j + e].position - first_key - 8 * h;
+            score = options.biased(score, static_cast<float>(distance));
             score += e == 0 ? bias[h].x : bias[h].y;
           }
           const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
-          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
-          probability[h][e] = seen ? power : 0.0f;
+          probability[h][e] = (seen & 1u << (4 * j + 2 * h + e)) != 0 ? power : 0.0f;
           weight[h][e] = probability[h][e] * derivative;
         }
       }
@@ -326,17 +348,20 @@ struct BwdDense {
     for (uint32_t& pair : biases) pair = ptx::movmatrix_trans(pair);
   }
 
-  // Of f32, of two queries from `row` on and the two keys of this lane.
+  // Of f32, of two queries from `row` on and the two keys of this lane. Queries past the last one
+  // are read as the last one: they see no keys.
   __device__ __forceinline__ void load_f32(float2 (&bias)[2], int row) const {
     ptx::forget_memory();
-    const float* const first =
-        reinterpret_cast<const float*>(bias_row(row)) + warp_key + fragment_row();
-    const float* const second = first + params.intervals.bias.row_stride;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (warp_key + 8 * h >= params.key_length) break;
-      if (exists(row)) bias[h].x = __ldg(first + 8 * h);
-      if (exists(row + 1)) bias[h].y = __ldg(second + 8 * h);
+    for (int e = 0; e < 2; ++e) {
+      const int own = min(row + e, params.query_length - 1 - place.row);
+      const float* const source =
+          reinterpret_cast<const float*>(bias_row(own)) + warp_key + fragment_row();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (warp_key + 8 * h >= params.key_length) break;
+        (e == 0 ? bias[h].x : bias[h].y) = __ldg(source + 8 * h);
+      }
     }
   }
 

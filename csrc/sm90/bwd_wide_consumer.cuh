@@ -119,7 +119,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
-    const uint32_t seen = this->template find_seen<kClean>(block);
+    const auto seen = this->template find_seen<kClean>(block);
     beside();
     ptx::wgmma_wait_group<0>();
     this->template take_probabilities<kClean, kOptions>(p, weights, s, early, block, first_row,
