@@ -49,6 +49,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft cap": {"options": {"softcap": 600.0}},
     "slopes": {"slopes": np.array([[0.05]])},
     "both": {"options": {"softcap": 600.0}, "slopes": np.array([[0.05]])},
+    "mask": {
+        "mask": interval_cases.striped_mask((1, 1, 170, 600)),
+        "dropout_rate": 0.3,
+    },
 }
 
 
