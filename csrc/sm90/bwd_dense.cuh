@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/intervals.h"
 #include "host/params.h"
@@ -76,9 +77,11 @@ struct BwdDense {
     }
     if (kClean || (!Config::kStagesDense && clean)) {
       if (bias.data == nullptr) {
-        take_clean<Bias::kNone>(p, weights, s, early, lse);
+        take_clean<void>(p, weights, s, early, lse);
+      } else if (bias.type == BiasType::kBf16) {
+        take_clean<__nv_bfloat16>(p, weights, s, early, lse);
       } else {
-        take_clean<Bias::k16>(p, weights, s, early, lse);
+        take_clean<__half>(p, weights, s, early, lse);
       }
     } else if (bias.data != nullptr && bias.type == BiasType::kF32) {
       take_exponentials<true, Bias::k32>(p, weights, s, early, lse, bits.seen);
@@ -119,7 +122,8 @@ struct BwdDense {
       const uint32_t* const source = block.bits + place.head * view.mask.head_stride +
                                      min(warp_key / 32, mask_words(params.key_length) - 1);
 #pragma unroll
-      for (int row = lane; row < kRows; row += 32) {
+      for (int half = 0; half < 2; ++half) {
+        const int row = 32 * half + lane;
         ptx::cp_async_4(target + Config::kBiasBytes + 4 * row,
                         source + min(place.row + row, last) * view.mask.row_stride, 4);
       }
@@ -201,13 +205,13 @@ struct BwdDense {
     return kept;
   }
 
-  // Of a clean tile without options but for a bias.
-  template <Bias kBias, int kEarly>
+  // Of a clean tile without options but for a bias of type T, unless that is void.
+  template <typename T, int kEarly>
   __device__ __forceinline__ void take_clean(uint32_t (&p)[kScores / 2],
                                              uint32_t (&weights)[kScores / 2], float (&s)[kScores],
                                              const float2 (&early)[kEarly],
                                              const float* lse) const {
-    constexpr bool kBiased = kBias != Bias::kNone;
+    constexpr bool kBiased = !std::is_void_v<T>;
     constexpr float kLog2e = SoftmaxScale::kLog2e;
     const float log2 =
         kBiased ? params.scale.first * params.scale.second * kLog2e : params.scale.log2;
@@ -220,8 +224,7 @@ struct BwdDense {
       for (int h = 0; h < 2; ++h) {
         float2 rest = make_float2(-x.x, -x.y);
         if constexpr (kBiased) {
-          const float2 bias =
-              unpack_bias(params.intervals.bias.type, biases[(2 * j + h) % kBiasTiles]);
+          const float2 bias = ptx::unpack_x2<T>(biases[(2 * j + h) % kBiasTiles]);
           rest = make_float2(fmaf(bias.x, kLog2e, rest.x), fmaf(bias.y, kLog2e, rest.y));
         }
         const float* const score = s + 4 * j + 2 * h;
@@ -266,6 +269,7 @@ struct BwdDense {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           bias[h] = unpack_bias(params.intervals.bias.type, biases[(2 * j + h) % kBiasTiles]);
+          if (Config::kStagesDense && block.bias == nullptr) bias[h] = make_float2(0.0f, 0.0f);
         }
       } else if constexpr (kBias == Bias::k32) {
         load_f32(bias, fragment_column() + 8 * j);
@@ -320,7 +324,7 @@ struct BwdDense {
         uint32_t words[4];  // of two eights of rows, both halves of the keys of either
         ptx::ldmatrix_x4_trans(words, source + 32 * 4 * i);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) biases[i + k] = block.bias == nullptr ? 0 : words[k];
+        for (int k = 0; k < 4; ++k) biases[i + k] = words[k];
       }
     } else {
       fetch_biases(biases, row);
