@@ -328,15 +328,17 @@ struct BwdConsumer {
     }
   }
 
-  // dS = P (dP - delta), with P times the derivatives of the logits.
+  // dS = P (dP - delta), with P times the derivatives of the logits: weights. p: see BwdDense.
+  template <bool kClean>
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
+                                                       const uint32_t (&weights)[kScores / 2],
                                                        const uint32_t (&p)[kScores / 2],
                                                        const float (&dp)[kScores],
                                                        const float2 (&early)[kEarlyLoads],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kDense) {
-      dense(block).take_gradients(ds, p, dp, early, delta);
+      dense(block).template take_gradients<kClean>(ds, weights, p, dp, early, delta);
     } else {
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
@@ -344,7 +346,7 @@ struct BwdConsumer {
             j < kEarlyLoads ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float2 probability = ptx::unpack_x2<Element>(p[2 * j + h]);
+          const float2 probability = ptx::unpack_x2<Element>(weights[2 * j + h]);
           ds[2 * j + h] = ptx::cvt_rn_x2<Element>(probability.x * (dp[4 * j + 2 * h] - x.x),
                                                   probability.y * (dp[4 * j + 2 * h + 1] - x.y));
         }
@@ -392,7 +394,7 @@ struct BwdConsumer {
     if constexpr (Config::kIntervals) {
       if (last) warp_arrive(shared.value_empty[blocks % Config::kKeyStages]);
     }
-    take_score_gradients(ds, weights, dp, early, block);
+    take_score_gradients<kClean>(ds, weights, p, dp, early, block);
     share_scores(ds);
 
     take_turn();

@@ -63,9 +63,9 @@ struct BwdDense {
            (bias.data == nullptr || bias.type != BiasType::kF32);
   }
 
-  // P = 2^(S - lse), less what dropout drops, and P times the derivatives of the logits, for
-  // `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has the
-  // first. kClean: as is_clean says, where it is known at compile time (kStagesDense).
+  // p: P = 2^(S - lse), less what dropout drops; weights: P times the derivatives of the logits,
+  // for `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has
+  // the first. kClean: as is_clean says, where it is known at compile time (kStagesDense).
   template <bool kClean, int kEarly>
   __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
                                        float (&s)[kScores], const float2 (&early)[kEarly],
@@ -91,7 +91,7 @@ struct BwdDense {
       take_exponentials<false, Bias::kNone>(p, weights, s, early, lse, bits.seen);
     }
     if (params.intervals.mask.data != nullptr) hide(p, weights);
-    if (params.intervals.dropout != 0) drop(p, weights, bits.kept);
+    if (params.intervals.dropout != 0) drop<kClean>(p, weights, bits.kept);
   }
 
   // Asks for the biases of 16 bits and the words of the mask of a step to come to shared
@@ -135,44 +135,65 @@ struct BwdDense {
   __device__ __forceinline__ Bits find_bits() const { return {find_seen(), draw()}; }
 
   // dS = P (kept_scale * dP - delta), or -P delta where dropout drops, with P times the derivatives
-  // of the logits; also to where the gradient of the bias is added up. delta: as lse above.
-  template <int kEarly>
+  // of the logits; also to where the gradient of the bias is added up. weights, p, kClean: as for
+  // `take`; p is not looked at if the signs of weights say what is dropped. delta: as lse above.
+  template <bool kClean, int kEarly>
   __device__ __forceinline__ void take_gradients(uint32_t (&ds)[kScores / 2],
                                                  const uint32_t (&weights)[kScores / 2],
+                                                 const uint32_t (&p)[kScores / 2],
                                                  const float (&dp)[kScores],
                                                  const float2 (&early)[kEarly],
                                                  const float* delta) const {
-    if (params.dbias.data != nullptr) add_bias_gradients(weights, dp, early, delta);
-    if (params.intervals.dropout == 0) {
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j) {
-        const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 weight = ptx::unpack_x2<Element>(weights[2 * j + h]);
-          ds[2 * j + h] = ptx::cvt_rn_x2<Element>(weight.x * (dp[4 * j + 2 * h] - x.x),
-                                                  weight.y * (dp[4 * j + 2 * h + 1] - x.y));
-        }
-      }
-      return;
+    if (params.dbias.data != nullptr) add_bias_gradients<kClean>(weights, p, dp, early, delta);
+    const bool drops = params.intervals.dropout != 0;
+    if (drops) {
+      each_gradient<kClean, true>(ds, weights, p, dp, early, delta);
+    } else {
+      each_gradient<kClean, false>(ds, weights, p, dp, early, delta);
     }
-    const float kept_scale = params.intervals.kept_scale;
+  }
+
+ private:
+  template <bool kClean, bool kDrops, int kEarly>
+  __device__ __forceinline__ void each_gradient(uint32_t (&ds)[kScores / 2],
+                                                const uint32_t (&weights)[kScores / 2],
+                                                const uint32_t (&p)[kScores / 2],
+                                                const float (&dp)[kScores],
+                                                const float2 (&early)[kEarly],
+                                                const float* delta) const {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t word = weights[2 * j + h];
-        const float2 weight = ptx::unpack_x2<Element>(word & 0x7fff7fffu);
-        const float left = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h];
-        const float right = word & 0x80000000u ? 0.0f : dp[4 * j + 2 * h + 1];
-        ds[2 * j + h] = ptx::cvt_rn_x2<Element>(weight.x * fmaf(left, kept_scale, -x.x),
-                                                weight.y * fmaf(right, kept_scale, -x.y));
+        const int i = 2 * j + h;
+        const float2 pair = gradient<kClean, kDrops>(weights[i], p[i], dp + 2 * i, x);
+        ds[i] = ptx::cvt_rn_x2<Element>(pair.x, pair.y);
       }
     }
   }
+  // Of two neighbouring queries.
+  template <bool kClean, bool kDrops>
+  __device__ __forceinline__ float2 gradient(uint32_t weights, uint32_t p, const float* dp,
+                                             float2 delta) const {
+    const float kept_scale = params.intervals.kept_scale;
+    if constexpr (!kDrops) {
+      const float2 weight = ptx::unpack_x2<Element>(weights);
+      return make_float2(weight.x * (dp[0] - delta.x), weight.y * (dp[1] - delta.y));
+    } else if constexpr (kClean) {
+      const float2 weight = ptx::unpack_x2<Element>(weights);
+      const float2 kept = ptx::unpack_x2<Element>(p);
+      return make_float2(fmaf(kept.x, kept_scale * dp[0], -weight.x * delta.x),
+                         fmaf(kept.y, kept_scale * dp[1], -weight.y * delta.y));
+    } else {
+      const float2 weight = ptx::unpack_x2<Element>(weights & 0x7fff7fffu);
+      const float left = weights & 0x8000u ? 0.0f : dp[0];
+      const float right = weights & 0x80000000u ? 0.0f : dp[1];
+      return make_float2(weight.x * fmaf(left, kept_scale, -delta.x),
+                         weight.y * fmaf(right, kept_scale, -delta.y));
+    }
+  }
 
- private:
   static __device__ __forceinline__ int first_key_of_warp(const BwdBlock<Config>& block) {
     const uint32_t warp = ptx::fresh_address(threadIdx.x) / 32;
     return block.first_key + static_cast<int>(Config::kKeyStep * (warp / 4) + 16 * (warp % 4));
@@ -422,8 +443,9 @@ struct BwdDense {
     }
   }
 
-  template <int kEarly>
+  template <bool kClean, int kEarly>
   __device__ __forceinline__ void add_bias_gradients(const uint32_t (&weights)[kScores / 2],
+                                                     const uint32_t (&p)[kScores / 2],
                                                      const float (&dp)[kScores],
                                                      const float2 (&early)[kEarly],
                                                      const float* delta) const {
@@ -436,20 +458,17 @@ struct BwdDense {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+      float* const target = head + (row + 8 * j) * view.row_stride;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float* const target = head + (row + 8 * j + e) * view.row_stride;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint32_t word = weights[2 * j + h] >> 16 * e;
-          const float2 weight = ptx::unpack_x2<Element>(word & 0x7fffu);
-          const float kept = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h + e];
-          const float ds = weight.x * fmaf(kept, params.intervals.kept_scale, e == 0 ? -x.x : -x.y);
-          if (view.row_stride == 0) {
-            sums[h] += ds;
-          } else if (row + 8 * j + e < params.query_length && key + 8 * h < params.key_length) {
-            add(target + 8 * h, ds);
-          }
+      for (int h = 0; h < 2; ++h) {
+        const int i = 2 * j + h;
+        const float2 pair = gradient<kClean, true>(weights[i], p[i], dp + 2 * i, x);
+        if (view.row_stride == 0) {
+          sums[h] += pair.x + pair.y;
+        } else if (key + 8 * h < params.key_length) {
+          const int left = params.query_length - row - 8 * j;
+          if (left > 0) add(target + 8 * h, pair.x);
+          if (left > 1) add(target + view.row_stride + 8 * h, pair.y);
         }
       }
     }
@@ -469,7 +488,8 @@ struct BwdDense {
     }
   }
 
-  // Dropout: zeros in p, and a sign in weights, which have none, for what is dropped.
+  // Dropout: zeros in p for what is dropped and, unless kClean, a sign in weights, which have none.
+  template <bool kClean>
   static __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
                                               uint32_t (&weights)[kScores / 2], uint32_t kept) {
 #pragma unroll
@@ -479,7 +499,7 @@ struct BwdDense {
       for (int j = 0; j < 4; ++j) {
         const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<true>(j % 2, j / 2 % 2));
         p[4 * i + j] &= mask;
-        weights[4 * i + j] |= ~mask & 0x80008000u;
+        if constexpr (!kClean) weights[4 * i + j] |= ~mask & 0x80008000u;
       }
     }
   }

@@ -191,7 +191,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->delta_columns());
     ptx::wgmma_wait_group<0>();
-    this->take_score_gradients(ds, p, dp, early, block);
+    this->template take_score_gradients<kClean>(ds, p, p, dp, early, block);
     this->release_douts();
     ptx::bar_sync(3 + warpgroup, 128);  // all have read P
     this->store_scores(ds);
