@@ -111,6 +111,16 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     slopes = jnp.asarray(np.exp2(powers), jnp.float32)
     sinks = jnp.ones(problem.heads, jnp.float32)
     square = (1, 1, problem.length, problem.length)
+    # As large as a part of the keys that kernels know to be hidden.
+    size = max(1, problem.length // 64)
+    count = -(-problem.length // size)
+    drawn = np.random.default_rng(1).random((count, count)) < 1 / 4
+    drawn |= np.eye(count, dtype=bool)
+    blocks = jnp.asarray(drawn).repeat(size, 0).repeat(size, 1)
+    blocks = blocks[None, None, : problem.length, : problem.length]
+    in_blocks = float(
+        np.tril(drawn, -1).sum() * size**2 + count * size * (size + 1) / 2
+    )
     bias = jax.random.normal(jax.random.key(1), square, jnp.bfloat16)
 
     def mha(query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
@@ -154,6 +164,10 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
         "dropout": Row(dropout, (jnp.asarray([1, 2], jnp.uint32),), dense),
         "bias, one for all heads": Row(biased, (bias,), dense),
         "mask, one for all heads": Row(masked, (bias < 1,), dense),
+        "mask of the documents": Row(
+            masked, ((ids[:, :, None] == ids[:, None])[:, None],), packed
+        ),
+        "mask of a quarter of the blocks": Row(masked, (blocks,), in_blocks),
         "segments + window + sinks + softcap": Row(all_of_them, (ids, sinks), within),
     }
 

@@ -377,7 +377,7 @@ def test_options_smoke(
     monkeypatch.setattr(sys, "argv", ["options", "--smoke"])
     assert options.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * (1 + 6 + 8)
+    assert len(lines) == 1 + 2 * (1 + 11 + 8)
     assert "Error" not in "".join(lines)
     assert sum("needs an NVIDIA GPU" in line for line in lines) == 2 * 6
     for name in ("dense by xla", "segments by xla, a mask"):
@@ -387,9 +387,17 @@ def test_options_smoke(
     document = np.repeat(np.arange(options.DOCUMENTS), np.diff(problem.offsets))
     distance = np.subtract.outer(np.arange(96), np.arange(96))
     seen = np.equal.outer(document, document) & (distance >= 0)
-    pairs = [row.pairs for row in options.rows(problem, "xla").values()]
+    rows = options.rows(problem, "xla")
     dense, packed, within = 96 * 97 / 2, seen.sum(), (seen & (distance <= 6)).sum()
-    assert pairs == [dense, packed, packed, dense, dense, within]
+    blocks = np.asarray(rows["mask of a quarter of the blocks"].operands[0])[0, 0]
+    in_blocks = (blocks & (distance >= 0)).sum()
+    masks = [dense, packed, in_blocks]
+    pairs = [dense, packed, packed, dense, dense, dense, dense, *masks, within]
+    assert [row.pairs for row in rows.values()] == pairs
+    np.testing.assert_array_equal(
+        rows["mask of the documents"].operands[0][0, 0],
+        np.equal.outer(document, document),
+    )
 
 
 @pytest.fixture

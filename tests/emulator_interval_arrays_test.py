@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator_test import aligned, build
-from intervals_test import CASES, CAUSAL, LARGER, ids
+from intervals_test import CASES, CAUSAL, LARGER, ids, segments
+from mask_ranges_test import mask_of
 
 from jax_flash._src import intervals, registry
 
@@ -26,6 +27,8 @@ _OPERANDS = (
     ("has_kv_lengths", "key_lengths"),
     ("has_offsets", "row_offsets"),
     ("has_offsets", "key_offsets"),
+    ("has_mask", "row_ranges"),
+    ("has_mask", "row_hidden"),
 )
 _RESULTS = ("rows", "row_tiles", "keys", "key_tiles")
 
@@ -117,6 +120,25 @@ def test_kernels_compute_the_same(library: ctypes.CDLL, name: str) -> None:
         made = intervals.by_kernel(config, o)
     for name, x, y in zip(_RESULTS, made, expected, strict=True):
         np.testing.assert_array_equal(x, y, name)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "band", "row", "none", "random"])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_masks(library: ctypes.CDLL, kind: str, with_ids: bool) -> None:
+    """Ranges of a boolean mask, of more sequences than the ids are of."""
+    sizes = 200, 330
+    given = segments(ids(1, 200, 3, 0.1), ids(1, 330, 3, 0.1)) if with_ids else {}
+    o = intervals_test.operands_of(sizes, given, 2)
+    o["mask"] = jnp.asarray(mask_of(kind, (2, 1, *sizes)))
+    config = intervals_test.config_of(o, CAUSAL)
+    expected = intervals.intervals(config, o)
+    with (
+        jax.disable_jit(),
+        mock.patch.object(jax.ffi, "ffi_call", calls_of(library)),
+    ):
+        made = intervals.by_kernel(config, o)
+    for x, y in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_batch_dimensions(library: ctypes.CDLL) -> None:

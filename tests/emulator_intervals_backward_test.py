@@ -75,6 +75,22 @@ def check_backward(
     assert not results["query"][dead_rows].any()
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_backward_sm90_skips_what_a_mask_hides(
+    backward: ctypes.CDLL, width: int
+) -> None:
+    """Tiles that are hidden are not read, unless sums have an order."""
+    results, expected = interval_cases.run_backward(
+        backward.mha_bwd_intervals_sm90,
+        interval_cases.with_a_hole(),
+        (width, width),
+        "bfloat16",
+        width,
+        multiprocessors=2,
+    )
+    interval_cases.check_gradients(results, expected, "bfloat16")
+
+
 @pytest.mark.parametrize("name", ["negative ids, window, wide", "packed, causal"])
 @pytest.mark.parametrize("width", [64, 256])
 def test_sums_have_one_order(backward: ctypes.CDLL, width: int, name: str) -> None:

@@ -44,6 +44,14 @@ def check_forward(library: ctypes.CDLL, widths: tuple[int, int], name: str) -> N
     )
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_forward_sm90_skips_what_a_mask_hides(forward: ctypes.CDLL, width: int) -> None:
+    """Tiles that all rows of a block do not see are not read: NaN is there."""
+    case = interval_cases.with_a_hole()
+    arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
+    interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 2)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "soft cap": {"options": {"softcap": 600.0}},

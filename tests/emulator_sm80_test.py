@@ -60,6 +60,22 @@ def test_forward_with_intervals(
     interval_cases.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
 
 
+def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
+    """NaN is there, with which nothing is multiplied."""
+    case = interval_cases.with_a_hole()
+    arrays = interval_cases.operands(case.shape, (128, 128), "float16")
+    interval_cases.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
+    results, expected = interval_cases.run_backward(
+        library.mha_bwd_intervals_sm80,
+        case,
+        (128, 128),
+        "float16",
+        128,
+        multiprocessors=1,
+    )
+    interval_cases.check_gradients(results, expected, "float16")
+
+
 @pytest.mark.parametrize("name", interval_cases.CASES)
 def test_backward_with_intervals(library: ctypes.CDLL, name: str) -> None:
     number = list(interval_cases.CASES).index(name)

@@ -91,6 +91,26 @@ def _sequence(
     }
 
 
+def hidden(mask: np.ndarray, rows: int) -> np.ndarray:
+    """The last two fields of `row_tiles`, int32 [B, tiles of rows, 2].
+
+    Args:
+      mask: bool [B, 1 or N, 1 or T, S].
+      rows: T.
+    """
+    batch, heads, _, keys = mask.shape
+    mask = np.broadcast_to(mask, (batch, heads, rows, keys)).any(1)
+    part = TILE
+    while part * 64 < keys:
+        part *= 2
+    words = np.full((batch, -(-rows // TILE), 2), 0, np.uint32)
+    for b, tile, bit in np.ndindex(batch, words.shape[1], 64):
+        some_rows = slice(tile * TILE, (tile + 1) * TILE)
+        if not mask[b, some_rows, bit * part : (bit + 1) * part].any():
+            words[b, tile, bit // 32] |= np.uint32(1 << bit % 32)
+    return words.view(np.int32)
+
+
 def _interval(
     seen: np.ndarray, row_id: int, key_ids: np.ndarray, wide: bool
 ) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from emulator_test import aligned, call
-from interval_arrays import interval_arrays
+from interval_arrays import hidden, interval_arrays
 
 from jax_flash._src import dropout, intervals, plan
 
@@ -35,6 +35,7 @@ class Case:
       dropout_rate: by DROPOUT_KEY.
       bias: bf16, f16 or f32 [1 or B, 1 or N, 1 or T, S], or none.
       mask: bool of such a shape, or none.
+      unread: keys that are hidden so that nobody may read them.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -48,6 +49,7 @@ class Case:
     dropout_rate: float = 0.0
     bias: np.ndarray | None = None
     mask: np.ndarray | None = None
+    unread: slice = slice(0, 0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Operands beside those of attention."""
@@ -65,6 +67,12 @@ class Case:
         if self.mask is not None:
             bits = intervals.mask_bits(jnp.asarray(self.mask), self.shape[2])
             result["mask"] = np.asarray(bits)
+            tiles = result["row_tiles"]
+            found = hidden(self.mask, self.shape[1])
+            # What no sequence that shares the record sees.
+            if len(tiles) == 1:
+                found = np.bitwise_and.reduce(found, 0, keepdims=True)
+            tiles[:, :, 6:] = found
         return result
 
     def numbers(self) -> dict[str, float]:
@@ -152,6 +160,23 @@ def striped_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
     mask[..., 128:400] = True
     mask[:, :, ::3, 330:] = False
     return mask
+
+
+def mask_of_blocks(shape: tuple[int, int, int, int], share: float) -> np.ndarray:
+    """Blocks of 64 rows and 64 keys, most of them hidden, at odd ends seen in part."""
+    rng = np.random.default_rng(5)
+    batch, heads, rows, keys = shape
+    drawn = rng.random((batch, heads, -(-rows // 64), -(-keys // 64))) < share
+    mask = drawn.repeat(64, -1).repeat(64, -2)[..., :rows, :keys]
+    return mask & (rng.random(shape) < 0.9)
+
+
+def with_a_hole() -> Case:
+    """Tiles amid those that rows see, and those of a whole block of keys."""
+    mask = np.ones((1, 1, 200, 520), bool)
+    mask[..., 128:384] = mask[:, :, :130, 448:512] = False
+    rest = {"mask": mask, "unread": slice(128, 384)}
+    return of_options((1, 200, 520, 2, 1), rest=rest)
 
 
 def random_bias(shape: tuple[int, int, int, int], dtype: str) -> np.ndarray:
@@ -291,6 +316,14 @@ def _cases() -> dict[str, Callable[[], Case]]:
         "mask": lambda: of_options(
             (2, 150, 333, 2, 1), rest={"mask": random_mask((1, 2, 150, 333))}
         ),
+        "mask of blocks": lambda: of_options(
+            (2, 130, 600, 2, 1), rest={"mask": mask_of_blocks((2, 1, 130, 600), 0.3)}
+        ),
+        "mask of blocks, causal": lambda: of_options(
+            (1, 300, 300, 2, 2),
+            is_causal=True,
+            rest={"mask": mask_of_blocks((1, 2, 300, 300), 0.2)},
+        ),
         "mask of keys, dead rows": lambda: of_options(
             (2, 170, 300, 2, 1),
             scattered[:170],
@@ -363,10 +396,11 @@ def operands(
 
 
 def spoil(arrays: dict[str, np.ndarray], case: Case, dead_rows: np.ndarray) -> None:
-    """NaN in everything that belongs to dead keys and to dead rows [B, T]."""
+    """NaN in all that belongs to dead or unread keys and to dead rows [B, T]."""
     dead_keys = np.broadcast_to(case.kv_ids < 0, arrays["key"].shape[:2])
     for name in ("key", "value"):
         arrays[name][dead_keys] = np.nan
+        arrays[name][:, case.unread] = np.nan
     for name in ("query", "out", "dout"):
         if name in arrays:
             arrays[name][dead_rows] = np.nan

@@ -92,7 +92,7 @@ def test_operands_and_attributes() -> None:
             bias,
             *tensors(),
         )
-    expected = [*intervals_of(1), "2x1x1x8xui32", "1x4x70x136xbf16"]
+    expected = [*intervals_of(2), "2x1x1x8xui32", "1x4x70x136xbf16"]
     assert operand_types(registry.FORWARD_TARGET, text)[3:] == expected
     for target, program in (
         (registry.FORWARD_TARGET, text),

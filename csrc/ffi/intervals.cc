@@ -2,9 +2,10 @@
 //
 // int32 [2], the numbers of rows T and keys S; then, each if its attribute says so, int32 segment
 // ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths [sequences], and
-// offsets of packed sequences [sequences, n], of rows and of keys -> the arrays of
-// host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys [sequences, K],
-// key_tiles [sequences, K / 64, 8].
+// offsets of packed sequences [sequences, n], of rows and of keys, and of a boolean mask the ranges
+// [sequences, T, 2] of keys that it leaves to rows and what it hides, [sequences, R / 64, 2] -> the
+// arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys
+// [sequences, K], key_tiles [sequences, K / 64, 8].
 #include "host/intervals.h"
 
 #include <algorithm>
@@ -40,7 +41,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
                      ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> key_tiles,
                      int64_t window_left, int64_t window_right, bool bottom_right,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool has_ids,
-                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets) {
+                     bool has_query_lengths, bool has_kv_lengths, bool has_offsets, bool has_mask) {
   JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {2}));
   const Dims row_dims = rows->dimensions();
   const Dims key_dims = keys->dimensions();
@@ -100,6 +101,19 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
     }
     *operand.data = static_cast<const int32_t*>(buffer->untyped_data());
   }
+  if (has_mask) {
+    const auto ranges = others.get<ffi::AnyBuffer>(next++);
+    if (ranges.has_error()) return ranges.error();
+    const auto hidden = others.get<ffi::AnyBuffer>(next++);
+    if (hidden.has_error()) return hidden.error();
+    const Dims dims = ranges->dimensions();
+    JAX_FLASH_CHECK(dims.size() == 3 && (dims[1] + 63) / 64 == row_count, "mask_ranges must be of ",
+                    row_count, " tiles of 64 rows, got ", to_string(dims));
+    JAX_FLASH_RETURN_IF_ERROR(check_array("mask_ranges", *ranges, {sequences, dims[1], 2}));
+    JAX_FLASH_RETURN_IF_ERROR(check_array("mask_hidden", *hidden, {sequences, row_count, 2}));
+    params.row_ranges = static_cast<const int32_t*>(ranges->untyped_data());
+    params.row_hidden = static_cast<const int32_t*>(hidden->untyped_data());
+  }
   JAX_FLASH_CHECK(others.size() == next, "expected ", next, " operands after sizes, got ",
                   others.size());
   if (sequences * row_count * key_count == 0) return ffi::Error::Success();
@@ -145,7 +159,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kIntervals, intervals,
                                   .Attr<bool>("has_ids")
                                   .Attr<bool>("has_query_lengths")
                                   .Attr<bool>("has_kv_lengths")
-                                  .Attr<bool>("has_offsets"),
+                                  .Attr<bool>("has_offsets")
+                                  .Attr<bool>("has_mask"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

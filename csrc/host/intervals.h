@@ -33,8 +33,16 @@ struct alignas(16) RowTile {
   int32_t core_end;
   int32_t dead;   // whether there are dead rows; those past the last row are
   int32_t mixed;  // whether the interval of some row holds keys with another id than its own
-  int32_t unused[2];
+  // Of 64 parts of all keys, 1 << hidden_shift each, the lowest bit first: whether a boolean mask
+  // hides them from all the rows, for every head. 0: nothing is known.
+  uint32_t hidden[2];
 };
+
+constexpr int hidden_shift(int key_length) {
+  int shift = 6;  // kIntervalKeys
+  while ((key_length - 1) >> shift >= 64) ++shift;
+  return shift;
+}
 
 // kIntervalKeys keys.
 struct alignas(16) KeyTile {

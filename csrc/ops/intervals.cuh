@@ -117,7 +117,14 @@ struct IntervalSource {
       id = row < rows ? __ldg(params.row_ids + int64_t{sequence} * rows + row) : -1;
       if (id < 0) first = end = 0;
     }
-    return {min(max(start + first, 0), keys), min(max(start + end, 0), keys), id, start + position};
+    first = min(max(start + first, 0), keys);
+    end = min(max(start + end, 0), keys);
+    if (params.row_ranges != nullptr && row < rows) {
+      const int32_t* const range = params.row_ranges + 2 * (int64_t{sequence} * rows + row);
+      first = max(first, min(__ldg(range), keys));
+      end = min(end, __ldg(range + 1));
+    }
+    return {first, end, id, start + position};
   }
 };
 
@@ -319,6 +326,11 @@ __global__ void __launch_bounds__(kRowThreads)
   if (sum.end == 0) sum.first = 0;
   // Where ids count, a row need not see what lies in its interval.
   if (sum.mixed != 0) sum.core_first = sum.core_end = 0;
+  if (params.row_hidden != nullptr) {
+    for (int i = 0; i < 2; ++i) {
+      sum.hidden[i] = static_cast<uint32_t>(__ldg(params.row_hidden + 2 * tile + i));
+    }
+  }
   if (thread == 0) params.row_tiles[tile] = sum;
 }
 

@@ -19,6 +19,8 @@ struct IntervalsParams {
   const int32_t* key_lengths;    // [sequences]
   const int32_t* row_offsets;    // [sequences, offsets], never falling; both or neither
   const int32_t* key_offsets;    // [sequences, offsets]
+  const int32_t* row_ranges;     // [sequences, T, 2]: keys first and end that a boolean mask leaves
+  const int32_t* row_hidden;  // [sequences, row_count, 2]: RowTile::hidden of it; both or neither
   int32_t offsets;
   int32_t window_left;   // up to kMaxLength; -1: unbounded
   int32_t window_right;  // the same

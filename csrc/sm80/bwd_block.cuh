@@ -48,6 +48,7 @@ struct BwdBlock {
   int batch;        // with intervals
   int padded_rows;  // these two with what is dense: of a head, in row_lse
   bool hides;       // whether rows that have keys may see none
+  bool skips;  // tiles that a mask hides; with an order of sums every tile of a hull has a turn
 };
 
 // A tile of queries of one head of the group.
@@ -67,7 +68,13 @@ template <typename Config>
 __device__ __forceinline__ bool reaches(const BwdBlock<Config>& block, int row) {
   const KeyInterval keys = block.mask.hull(row, row + Config::kRows);
   const int first_key = block.key_block * Config::kKeys;
-  return keys.first < first_key + Config::kKeys && keys.end > first_key;
+  if (keys.first >= first_key + Config::kKeys || keys.end <= first_key) return false;
+  if constexpr (Config::kDense) {
+    static_assert(kIntervalRows % Config::kRows == 0, "a tile is of one record");
+    const RowTile& tile = block.mask.row_tiles[row / kIntervalRows];
+    if (block.skips) return !block.mask.hides(tile, first_key, first_key + Config::kKeys);
+  }
+  return true;
 }
 
 // False if there is no work.
@@ -89,6 +96,9 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
   block.rows = block.mask.rows(first_key, first_key + Config::kKeys);
   block.key_block = key_block;
   if constexpr (Config::kIntervals) {
+    if constexpr (Config::kDense) {
+      block.skips = params.intervals.mask.data != nullptr && !params.deterministic;
+    }
     while (block.rows.first < block.rows.end && !reaches(block, block.rows.first)) {
       block.rows.first += Config::kRows;
     }

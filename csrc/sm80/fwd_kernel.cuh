@@ -446,7 +446,13 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
     ptx::cp_async_commit_group();
 
     const WarpKeys warp_keys = state.warp_keys[warp_id];
-    const bool active = key < warp_keys.seen.end && key + Config::kKeys > warp_keys.seen.first;
+    bool active = key < warp_keys.seen.end && key + Config::kKeys > warp_keys.seen.first;
+    if constexpr (Config::kDense) {
+      static_assert(kIntervalRows % Config::kWarpRows == 0, "a warp's rows are of one record");
+      const int row = state.at.row_block * Config::kRows + warp_id * Config::kWarpRows;
+      active = active && !state.mask.hides(state.mask.row_tiles[row / kIntervalRows], key,
+                                           key + Config::kKeys);
+    }
     float scores[Warp::kBlocks][Warp::kScoreTiles][4];
     if (active) warp.multiply_keys(scores, stage_of(key));
     if constexpr (kStages == 1) {

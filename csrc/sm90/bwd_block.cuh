@@ -80,6 +80,7 @@ struct BwdDenseBlock {
   const uint32_t* bits;
   const uint32_t* seeds;
   float* dbias;
+  bool skips;  // tiles that a mask hides; with an order of sums every tile of a hull has its turn
 
   __device__ __forceinline__ void begin(const MhaBwdParams& params, int batch) {
     ptx::forget_memory();  // the producer has few registers
@@ -92,6 +93,7 @@ struct BwdDenseBlock {
     ptx::forget_memory();
     dbias = BiasGradient::make(params, batch, 0).data;
     ptx::forget_memory();
+    skips = params.intervals.mask.data != nullptr && !params.deterministic;
   }
 };
 struct NothingDense {};
@@ -124,7 +126,11 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   // With intervals: whether this block adds to the gradient of a tile of queries.
   __device__ __forceinline__ bool meets(int tile) const {
     const RowTile& keys = mask.row_tiles[tile];
-    return keys.first < first_key + Config::kKeys && first_key < keys.end;
+    bool meets = keys.first < first_key + Config::kKeys && first_key < keys.end;
+    if constexpr (Config::kDense) {
+      if (meets && this->skips) meets = !mask.hides(keys, first_key, first_key + Config::kKeys);
+    }
+    return meets;
   }
 };
 

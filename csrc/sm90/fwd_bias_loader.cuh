@@ -31,13 +31,12 @@ struct FwdBiasLoader {
     return params.intervals.bias.data != nullptr;
   }
 
-  // Those of warpgroup `w`, a part of the tile that begins with `tile_key`, zeros past the last
-  // key. Rows past the last one, whose results are dropped, are read as some other.
-  __device__ __forceinline__ void copy(const FwdBlock<Config>& block, int w, int tile_key,
+  // Those of warpgroup `w`, a part of tile `tile`, zeros past the last key. Rows past the last one,
+  // whose results are dropped, are read as some other.
+  __device__ __forceinline__ void copy(const FwdBlock<Config>& block, int w, int tile,
                                        int part) const {
     constexpr int kStep = 32 / kChunks;  // rows that the warp copies at once
     const uint32_t barrier = ptx::shared_address(&shared.bias_full[w]);
-    const int tile = tile_key / Config::kKeys;
     if (tile > block.start[w] || tile < block.lowest[w]) {  // the warpgroup passes over it
       ptx::mbarrier_arrive(barrier);
       return;
@@ -47,7 +46,7 @@ struct FwdBiasLoader {
     const int last = params.query_length - 1 - block.first_row - 64 * w;
     int r = lane_id() / kChunks;
     const int chunk = 16 * (lane_id() % kChunks);
-    const int offset = width * tile_key + part * kBytes + chunk;  // in a row
+    const int offset = width * Config::kKeys * tile + part * kBytes + chunk;  // in a row
     const int bytes = min(max(width * ((params.key_length + 7) / 8 * 8) - offset, 0), 16);
     const unsigned char* source =
         block.bias + (block.first_row + 64 * w + min(r, last)) * stride + (bytes > 0 ? offset : 0);
@@ -71,19 +70,20 @@ struct FwdBiasLoader {
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), parities / 2);
       const FwdBlock<Config>& block = shared.blocks[slot];
       if (block.tiles < 0) break;
-      int first_key = (block.last_tile + 1) * Config::kKeys;
+      int tile = block.last_tile;
 #pragma unroll 1
-      for (int tile = block.tiles; tile > 0; --tile) {
-        first_key -= Config::kKeys;
+      while (block.last_tile - tile < block.tiles) {
 #pragma unroll 1
         for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
           for (int w = 0; w < Config::kWarpgroups; ++w) {
             ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[w]), parities % 2);
-            copy(block, w, first_key, part);
+            copy(block, w, tile, part);
           }
           parities ^= 1;
         }
+        tile = next_seen<Config::kKeys>(block.hidden, block.hidden_shift,
+                                        block.last_tile - block.tiles + 1, tile);
       }
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
       if (++slot == Shared::kBlockSlots) {

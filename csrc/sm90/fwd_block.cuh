@@ -59,6 +59,8 @@ struct FwdDenseBlock {
   Dropout dropout;
   const unsigned char* bias;  // of the head's row 0, or null
   const uint32_t* bits;       // the same of the mask
+  uint64_t hidden;   // RowTile::hidden of all its rows; of tiles of two parts, both or none
+  int hidden_shift;  // see hidden_shift()
 
   __device__ __forceinline__ void begin(const MhaFwdParams& params, int batch, int head) {
     ptx::forget_memory();  // the planner has few registers
@@ -79,7 +81,7 @@ struct FwdBlock
     : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, NoIntervals>,
       std::conditional_t<Config::kDense, FwdDenseBlock, NothingDense> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
-  int last_tile;   // number of the tile that is visited first
+  int last_tile;   // number of the tile that is visited first; what is hidden between is not
   int value_rows;  // rows of that tile whose values exist; the others may hold anything
   int first_row;   // packed; negative in a block that starts with padding
   int rows;        // of which exist in the sequence; the others are padding
@@ -103,6 +105,29 @@ struct FwdBlock
   float* lse;  // of position 0 of the first query head
   typename Config::Out* out;
 };
+
+// The tile that is visited after `tile`; lowest - 1 after `lowest`, the last of all.
+template <int kKeys>
+__device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest, int tile) {
+  if (tile-- == lowest) return tile;
+  const int part = tile * kKeys >> shift;
+  if ((hidden >> part & 1) == 0) return tile;
+  const uint64_t seen = ~hidden & ((uint64_t{1} << part) - 1);
+  if (seen == 0) return lowest;
+  const int end = (64 - __clzll(static_cast<long long>(seen))) << shift;
+  return max(lowest, (end - 1) / kKeys);
+}
+
+// The same for a warpgroup.
+template <typename Config>
+__device__ __forceinline__ int next_tile(const FwdBlock<Config>& block, int warpgroup, int tile) {
+  if constexpr (Config::kDense) {
+    const int lowest = block.lowest[warpgroup];
+    return next_seen<Config::kKeys>(block.hidden, block.hidden_shift, lowest, tile);
+  } else {
+    return tile - 1;
+  }
+}
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
 // padded.
@@ -150,6 +175,19 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   const KeyInterval keys =
       block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
   const bool any = keys.first < keys.end;
+  if constexpr (Config::kDense) {
+    static_assert(!Config::kPaired, "both of a pair visit the same tiles");
+    static_assert(Config::kKeys == 64 || Config::kKeys == 128);
+    const int shift = hidden_shift(params.key_length);
+    uint64_t hidden =
+        block.mask.hidden(block.first_row, block.first_row + min(Config::kRows, block.rows));
+    if (1 << shift < Config::kKeys) {
+      constexpr uint64_t kEven = 0x5555555555555555u;
+      hidden &= (hidden >> 1 & kEven) | (hidden & kEven) << 1;
+    }
+    block.hidden = hidden;
+    block.hidden_shift = shift;
+  }
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
   if (plan.splits > 1) {
@@ -200,8 +238,15 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     }
     block.start[w] = start;
     block.clean_end[w] = min(end, start);
+    int lowest = padding ? start : first_tile;
+    if constexpr (Config::kDense) {
+      // Tiles that are passed over are counted by their numbers.
+      if (block.hidden != 0) {
+        block.start[w] = block.last_tile;
+        lowest = first_tile;
+      }
+    }
     // With one stage of queries, the last tile must not need them after its product.
-    const int lowest = padding ? start : first_tile;
     block.lowest[w] = lowest;
     block.passed[w] = lowest - first_tile;
     block.clean_first[w] = lowest + (Config::kQueryStages == 1 ? 1 : 0);

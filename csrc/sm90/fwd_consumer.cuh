@@ -529,7 +529,7 @@ struct FwdConsumer {
         first = false;
       } else {
 #pragma unroll 1
-        for (; tile < clean_end && tile >= clean_first; --tile) {
+        for (; tile < clean_end && tile >= clean_first; tile = next_tile(block, warpgroup, tile)) {
           left = step(block, tile, std::false_type(), false, fresh, tile_sum);
           fresh = false;
           if (left != Left::kNothing) [[unlikely]]
@@ -544,7 +544,7 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      --tile;
+      tile = next_tile(block, warpgroup, tile);
     }
     // By a warpgroup without rows: the product that is still to come may use any values.
 #pragma unroll 1

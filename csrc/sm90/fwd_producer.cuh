@@ -220,6 +220,8 @@ struct FwdProducer {
     int lowest = 0;
     int head = 0;
     int batch = 0;
+    [[maybe_unused]] uint64_t hidden = 0;
+    [[maybe_unused]] int hidden_shift = 0;
     const FwdBlock<Config>* next = nullptr;
     while (true) {
 #pragma unroll 1
@@ -229,9 +231,14 @@ struct FwdProducer {
           if (kEarly) copy_queries(*next);
         }
         if (tile == lowest) break;
-        --tile;
+        const int before = tile;
+        if constexpr (Config::kDense) {
+          tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, tile);
+        } else {
+          --tile;
+        }
         copy_keys(tile, head, batch);
-        copy_values(tile + 1, head, batch);
+        copy_values(before, head, batch);
       }
       const int next_head = params.group_divisor.divide(next->head);
       if (next->tiles > 0) copy_keys(next->last_tile, next_head, next->batch);
@@ -242,6 +249,15 @@ struct FwdProducer {
       tile = next->last_tile;
       lowest = pending ? tile - next->tiles + 1 : tile;
       early_tile = max(lowest, tile - kTilesBefore);
+      if constexpr (Config::kDense) {
+        hidden = next->hidden;
+        hidden_shift = next->hidden_shift;
+        early_tile = tile;
+#pragma unroll 1
+        for (int i = 0; i < kTilesBefore && early_tile > lowest; ++i) {
+          early_tile = next_seen<Config::kKeys>(hidden, hidden_shift, lowest, early_tile);
+        }
+      }
       head = next_head;
       batch = next->batch;
       // By all lanes, which have all read it: what racecheck understands.

@@ -135,6 +135,31 @@ struct IntervalMask {
     }
     return false;
   }
+
+  // RowTile::hidden of all rows of [row_begin, row_end) together.
+  __device__ __forceinline__ uint64_t hidden(int row_begin, int row_end) const {
+    uint64_t all = ~uint64_t{0};
+    for (int i = row_begin / kIntervalRows; i * kIntervalRows < min_int(row_end, query_length);
+         ++i) {
+      all &= hidden_of(row_tiles[i]);
+    }
+    return all;
+  }
+  static __device__ __forceinline__ uint64_t hidden_of(const RowTile& tile) {
+    return uint64_t{tile.hidden[1]} << 32 | tile.hidden[0];
+  }
+
+  // Whether a boolean mask is known to hide keys [begin, end), some of which exist, from all rows
+  // of `tile`.
+  __device__ __forceinline__ bool hides(const RowTile& tile, int begin, int end) const {
+    const uint64_t hidden = hidden_of(tile);
+    if (hidden == 0) return false;
+    const int shift = hidden_shift(key_length);
+    const int last = min_int(end, key_length) - 1;
+    const uint64_t parts =
+        ~uint64_t{0} << (begin >> shift) & ~uint64_t{0} >> (63 - (last >> shift));
+    return (hidden & parts) == parts;
+  }
 };
 
 // The mask of a sequence, of the kind that a kernel has.

@@ -143,7 +143,8 @@ def _batches(call: Call) -> list[tuple[int, ...]]:
         return tuple(getattr(call, name).shape[: len(call.batch)])
 
     batches = [of(name) for name in OPERANDS[:3]]
-    masks = [of(name) for name in intervals.OPERANDS if name in call.present]
+    names = (*intervals.OPERANDS, "mask")
+    masks = [of(name) for name in names if name in call.present]
     if plan.needs_intervals(options_of(call)):
         masks = [np.broadcast_shapes((1,) * len(call.batch), *masks)]
     names = ("bias", "mask", "alibi_slopes", "dropout_seeds")

@@ -28,6 +28,11 @@ OPERANDS = (
 )
 """The operands that masks depend on."""
 
+RANGES, HIDDEN = "mask_ranges", "mask_hidden"
+"""What stands for a boolean mask among them: see `mask_ranges` and `mask_hidden`."""
+
+_TRAILING = TRAILING | {RANGES: 2, HIDDEN: 2}
+
 FIELDS = (
     "window_left",
     "window_right",
@@ -59,6 +64,56 @@ def mask_bits(mask: jax.Array, keys: int) -> jax.Array:
     return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
 
 
+def seen_by_heads(mask: jax.Array, keys: int) -> jax.Array:
+    """Bits [*B, T|1, words] of what a mask [*B, N|1, T|1, S|1] shows to some head.
+
+    Made of the bits that the kernels read, so that its bytes are read once.
+    """
+    words = mask_bits(mask, keys)
+    return jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (words.ndim - 3,))
+
+
+def mask_ranges(words: jax.Array, rows: int) -> jax.Array:
+    """Which keys rows see, int32 [*B, T, 2], by `seen_by_heads`.
+
+    From the first key that a row sees to the end of the last one; MAX_LENGTH and 0 if
+    it sees none. `rows` is T.
+    """
+    place = 32 * jnp.arange(words.shape[-1], dtype=jnp.int32)
+    # The lowest bit that is set has as many bits below it.
+    low = jax.lax.population_count((words & (~words + 1)) - 1).astype(jnp.int32)
+    high = 32 - jax.lax.clz(words).astype(jnp.int32)
+    first = jnp.where(words == 0, MAX_LENGTH, place + low).min(-1)
+    end = jnp.where(words == 0, 0, place + high).max(-1)
+    ranges = jnp.stack([first, end], -1)
+    return jnp.broadcast_to(ranges, (*ranges.shape[:-2], rows, 2))
+
+
+def mask_hidden(words: jax.Array, rows: int, keys: int) -> jax.Array:
+    """Which of 64 parts of all keys tiles of rows see nothing of, by `seen_by_heads`.
+
+    Returns:
+      int32 [*B, tiles of rows, 2], the lowest bit first. A part has 64 keys, or the
+      next power of two with which there are at most 64 parts. Zeros, that nothing is
+      known, while T or S (`rows`, `keys`) is a symbol.
+    """
+    count = -(-rows // TILE)
+    if not (isinstance(rows, int) and isinstance(keys, int)):
+        return jnp.zeros((*words.shape[:-2], count, 2), jnp.int32)
+    size = max(TILE, 1 << (-(-keys // 64) - 1).bit_length()) // 32
+    pad = [(0, 0)] * (words.ndim - 2)
+    own = words.shape[-2]
+    pad += [(0, -own % TILE if own > 1 else 0), (0, 64 * size - words.shape[-1])]
+    words = jnp.pad(words, pad)
+    by_part = (words.reshape(*words.shape[:-1], 64, size) != 0).any(-1)
+    lead = by_part.shape[:-2]
+    by_tile = by_part.reshape(*lead, -1, TILE if own > 1 else 1, 64).any(-2)
+    hidden = ~by_tile.reshape(*lead, -1, 2, 32)
+    bits = hidden.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    packed = jax.lax.bitcast_convert_type(bits.sum(-1, dtype=jnp.uint32), jnp.int32)
+    return jnp.broadcast_to(packed, (*lead, count, 2))
+
+
 def bias_rows(bias: jax.Array) -> jax.Array:
     """A bias [..., S] as kernels read it: of 16 or 32 bits, rows of whole eights."""
     if str(bias.dtype) not in BIAS_DTYPES:
@@ -74,7 +129,7 @@ class Intervals(NamedTuple):
       rows: [*B, R, 4], first key, end, id and aligned position of each row; R is T in
         whole tiles.
       row_tiles: [*B, R / TILE, 8], hull and core of the keys of the rows of a tile (two
-        numbers each), whether some are dead, whether ids count, and two zeros.
+        numbers each), whether some are dead, whether ids count, and `mask_hidden`.
       keys: [*B, S'], the id of each key, -1 if it is dead; S' is S in whole tiles.
       key_tiles: [*B, S' / TILE, 8], rows that may see some key of a tile and rows that
         all see all of them (two numbers each), whether some are dead, and three zeros.
@@ -87,7 +142,7 @@ class Intervals(NamedTuple):
 
 
 def intervals(config: AttentionConfig, o: Operands) -> Intervals:
-    """The mask of a call by segment ids, lengths, offsets and windows.
+    """The mask of a call by segment ids, lengths, offsets, windows and a mask.
 
     Args:
       config: the call.
@@ -107,6 +162,10 @@ def _called(f: Callable, config: AttentionConfig, o: Operands) -> Intervals:
     names = (QKV, QKV) if QKV in o else ("query", "key")
     sizes = tuple(o[name].shape[-TRAILING[name]] for name in names)
     whole = o[names[0]]
+    if "mask" in o:
+        words = seen_by_heads(o["mask"], sizes[1])
+        given[RANGES] = mask_ranges(words, sizes[0])
+        given[HIDDEN] = mask_hidden(words, *sizes)
     # What has nothing to do with the mask should not keep equal masks apart.
     relevant = AttentionConfig(
         scale=1.0,
@@ -130,6 +189,11 @@ def _intervals(
     where = mask.locate(config, o, row, rows, keys)
     limit = jnp.asarray(keys, jnp.int32)
     first, end = (jnp.clip(x, 0, limit) for x in (where.first, where.end))
+    if RANGES in o:
+        tail = [(0, 0)] * (o[RANGES].ndim - 2) + [(0, row_count * TILE - rows), (0, 0)]
+        seen = jnp.pad(o[RANGES], tail)
+        first = jnp.minimum(jnp.maximum(first, seen[..., 0]), limit)
+        end = jnp.minimum(end, seen[..., 1])
     if "q_segment_ids" in o:
         row_ids = _padded(o["q_segment_ids"], row_count * TILE - rows)
         kv_ids = o["kv_segment_ids"]
@@ -153,7 +217,11 @@ def _intervals(
         for x in (live, mixed, key_ids, *columns)
     )
     by_tile = (*batch, row_count, TILE)
-    tiles = _row_tiles(*(x.reshape(by_tile) for x in (*columns[:2], live, mixed)))
+    hidden = o.get(HIDDEN, jnp.zeros((1, 2), jnp.int32))
+    hidden = jnp.broadcast_to(hidden, (*batch, row_count, 2))
+    tiles = _row_tiles(
+        *(x.reshape(by_tile) for x in (*columns[:2], live, mixed)), hidden=hidden
+    )
     dead_keys = (key_ids < 0).reshape(*batch, key_count, TILE).any(-1)
     return Intervals(
         jnp.stack(columns, -1), tiles, key_ids, _key_tiles(tiles, dead_keys)
@@ -166,13 +234,14 @@ def _by_kernel(
     o: Operands, config: AttentionConfig, sizes: tuple[int, int], batch_dims: int
 ) -> Intervals:
     """Operands with their batch in one dimension, and the results of the FFI call."""
-    given = {name: o[name] for name in OPERANDS if name in o}  # in the order of a call
-    heads = [x.shape[: x.ndim - TRAILING[name]] for name, x in given.items()]
+    order = (*OPERANDS, RANGES, HIDDEN)
+    given = {name: o[name] for name in order if name in o}
+    heads = [x.shape[: x.ndim - _TRAILING[name]] for name, x in given.items()]
     batch = jnp.broadcast_shapes((1,) * batch_dims, *heads)
     count = math.prod(batch)
     operands = [jnp.stack([jnp.asarray(n, jnp.int32) for n in sizes])]
     for name, x in given.items():
-        trailing = x.shape[x.ndim - TRAILING[name] :]
+        trailing = x.shape[x.ndim - _TRAILING[name] :]
         full = jnp.broadcast_to(x, batch + trailing)
         operands.append(full.reshape(count, *trailing))
     row_count, key_count = (-(-n // TILE) for n in sizes)
@@ -199,6 +268,7 @@ def _by_kernel(
         has_query_lengths="query_seq_lengths" in o,
         has_kv_lengths="key_value_seq_lengths" in o,
         has_offsets="cu_seqlens_q" in o,
+        has_mask=RANGES in o,
     )
     return Intervals(
         *(x.reshape(batch + t) for x, t in zip(made, trailing, strict=True))
@@ -268,9 +338,13 @@ def _narrowed(
 
 
 def _row_tiles(
-    first: jax.Array, end: jax.Array, live: jax.Array, mixed: jax.Array
+    first: jax.Array,
+    end: jax.Array,
+    live: jax.Array,
+    mixed: jax.Array,
+    hidden: jax.Array,
 ) -> jax.Array:
-    """Records of tiles of rows from their rows [*B, tiles, TILE]."""
+    """Records of tiles of rows from their rows [*B, tiles, TILE], and `mask_hidden`."""
     some = live.any(-1)
     ids_count = mixed.any(-1)
     hull_first = jnp.where(some, jnp.where(live, first, MAX_LENGTH).min(-1), 0)
@@ -285,6 +359,8 @@ def _row_tiles(
         core_end,
         ~live.all(-1),
         ids_count,
+        hidden[..., 0],
+        hidden[..., 1],
     )
     return _records(fields)
 

@@ -57,10 +57,23 @@ def options_of(spec: Spec, seed: int, kinds: str) -> dict[str, Any]:
         given["bias"] = bias_of(rng, shape_of(PATTERNS[seed % 6], full), seed)
     if "m" in kinds:
         mask = rng.random(shape_of(PATTERNS[(seed + 3) % 6], full)) < 0.6
+    if "t" in kinds:
+        mask = mask_of_tiles(rng, shape_of(PATTERNS[(seed + 2) % 5], full))
+    if {"m", "t"} & {*kinds}:
         if mask.shape[2] > 1:
             mask[:, :, ::11] = False
         given["mask"] = mask
     return given
+
+
+def mask_of_tiles(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Most tiles are hidden, some are seen in part; documents where rows have masks."""
+    rows, keys = shape[2:]
+    count = -(-rows // 64), -(-keys // 64)
+    tiles = rng.random((*shape[:2], *count)) < 0.2
+    mask = tiles.repeat(64, -1).repeat(64, -2)[..., :rows, :keys]
+    mask |= np.arange(rows)[:, None] // 200 == np.arange(keys) // 200
+    return mask & (rng.random(shape) < 0.9)
 
 
 def shape_of(pattern: str, full: tuple[int, ...]) -> tuple[int, ...]:
@@ -92,6 +105,12 @@ def cases(dtype: str) -> list[tuple[Spec, str]]:
         (Spec(1, 900, 1111, 4, 2, 128, dtype=dtype), "bm"),
         (Spec(1, 900, 900, 2, 2, 64, dtype=dtype, is_causal=True), "b"),
         (Spec(1, 777, 1300, 2, 1, 256, dtype=dtype), "m"),
+        (Spec(1, 900, 900, 4, 2, 64, dtype=dtype, is_causal=True), "t"),
+        (Spec(2, 777, 1300, 4, 2, 128, dtype=dtype), "t"),
+        (Spec(1, 640, 5000, 2, 2, 128, dtype=dtype), "tbp"),
+        (Spec(1, 777, 1300, 2, 1, 256, dtype=dtype), "td"),
+        (Spec(2, 300, 1000, 4, 4, 40, dtype=dtype, window_size=(600, 90)), "tc"),
+        (Spec(1, 600, 600, 2, 2, 33, dtype=dtype), "t"),
     ]
     return found
 
@@ -191,3 +210,39 @@ def test_rows_of_minus_infinity(width: int) -> None:
         assert np.isfinite(gradient.astype(np.float32)).all()
     assert not gradients[0][:, 70:90, 1].astype(np.float32).any()
     assert not gradients[3][:, 1, 70:90].any()
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_hidden_tiles_are_not_read(width: int, heads: int) -> None:
+    """NaN among keys that a mask hides from all rows, forward and backward."""
+    query, key, value = Spec(1, 333, 1024, 2, 2, width).arrays()
+    hidden = slice(256, 640)
+    mask = np.ones((1, heads, 333, 1024), bool)
+    mask[..., hidden] = mask[:, :, :200, 704:768] = mask[:, :, 70:80] = False
+
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        def f(*arrays: Any) -> Any:
+            return mha(*arrays, mask=mask, return_lse=True, implementation="cuda")
+
+        results, vjp = jax.vjp(f, *arrays)
+        return results, vjp(jax.tree.map(jnp.ones_like, results))
+
+    expected = jax.tree.map(np.asarray, run(query, key, value))
+    key, value = key.copy(), value.copy()
+    key[:, hidden] = value[:, hidden] = np.nan
+    got = jax.tree.map(np.asarray, run(query, key, value))
+    leaves = (jax.tree.leaves(tree) for tree in (got, expected))
+    for x, y in zip(*leaves, strict=True):
+        finite = np.isfinite(y.astype(np.float32))
+        assert (np.isfinite(x.astype(np.float32)) == finite).all()
+        close = np.isclose(
+            x[finite].astype(np.float32),
+            y[finite].astype(np.float32),
+            rtol=0.02,
+            atol=1e-3,
+        )
+        assert close.all()
+    for gradient in got[1][1:]:
+        assert not gradient[:, hidden].astype(np.float32).any()
