@@ -209,8 +209,8 @@ struct FwdConsumer {
     const uint32_t parity = two ? part : key_ring.count() % 2;
     ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), parity);
     add();
-    __syncwarp();
-    warp_arrive(shared.bias_empty[warpgroup]);
+    // By all lanes, which have all read it: what racecheck understands.
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[warpgroup]));
   }
 
   // With kDense. Scores become logits by `factor` and the bias, if there is one.

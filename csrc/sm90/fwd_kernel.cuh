@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     int arrivals = Config::kConsumerWarps + 32 + 32;  // and the lanes of two warps
     if constexpr (Config::kDense) {
       init(shared.bias_full, 32);
-      init(shared.bias_empty, 4);
+      init(shared.bias_empty, 128);
       if (FwdBiasLoader<Config>::is_needed(params)) arrivals += 32;
     }
     init(shared.block_empty, arrivals);
