@@ -40,6 +40,7 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "mask",
         "bias",
         "bias in f32, shared by rows",
+        "bias, mask and dropout",
     ],
 )
 @pytest.mark.parametrize(

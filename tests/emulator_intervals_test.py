@@ -58,6 +58,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slopes": {"slopes": np.array([[0.05]])},
     "both": {"options": {"softcap": 600.0}, "slopes": np.array([[0.05]])},
     "tight cap": {"options": {"softcap": 60.0}},
+    "mask": {
+        "mask": interval_cases.striped_mask((1, 1, 170, 600)),
+        "dropout_rate": 0.3,
+    },
 }
 
 

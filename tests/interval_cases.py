@@ -154,6 +154,14 @@ def random_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
     return mask
 
 
+def striped_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """As `random_mask`, but for runs of keys that all rows see, or two of three do."""
+    mask = random_mask(shape)
+    mask[..., 128:400] = True
+    mask[:, :, ::3, 330:] = False
+    return mask
+
+
 def mask_of_blocks(shape: tuple[int, int, int, int], share: float) -> np.ndarray:
     """Blocks of 64 rows and 64 keys, most of them hidden, at odd ends seen in part."""
     rng = np.random.default_rng(5)
@@ -372,6 +380,20 @@ def _cases() -> dict[str, Callable[[], Case]]:
                 "mask": random_mask((2, 1, 130, 200)),
                 "slopes": np.array([[0.1, 0.02, 0.2, 0.0]]),
             },
+        ),
+        # Whole tiles that the mask hides, from some rows or from none.
+        "mask and dropout, many keys": lambda: of_options(
+            (1, 150, 900, 2, 1),
+            rest={"mask": striped_mask((1, 2, 150, 900)), "dropout_rate": 0.3},
+        ),
+        "bias, mask and dropout": lambda: of_options(
+            (2, 200, 520, 2, 1),
+            rest={
+                "bias": random_bias((1, 2, 200, 520), "bfloat16"),
+                "mask": striped_mask((2, 1, 200, 520)),
+                "dropout_rate": 0.3,
+            },
+            is_causal=True,
         ),
         # Sums of the gradient of queries that start from zeros, and others.
         "packed, many keys and few": lambda: packed(

@@ -273,9 +273,9 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
         if (match := SM90_FORWARD.search(name)) is None:
             continue
         head_dim, head_dim_v = int(match["head_dim"]), int(match["head_dim_v"])
-        # FwdConfig::kOneBody (or kDense) and kOverlaps; after the steps comes the last
+        # FwdConfig::kOneBody and kOverlaps; after the steps comes the last
         # product.
-        bodies = 1 if head_dim_v > 192 or match["dense"] == "1" else 2
+        bodies = 1 if head_dim_v > 192 else 2
         waits = 2 if match["warpgroups"] == "2" else 1
         dtype = TYPES[int(match["type"])]
         steps = bodies * head_dim // 16 + (bodies + 1) * int(match["keys"]) // 16

@@ -24,6 +24,12 @@ __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// An arrival, one of those that the barrier counts, as soon as this thread's copies so far are
+// done.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits until at most kPending of this thread's newest groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_group() {

@@ -59,10 +59,10 @@ struct BwdIntervalBlock {
 };
 
 // Whether a warpgroup has steps of its own for tiles that see none of its keys. Without intervals
-// the producer has no registers left at width 64 to find them.
+// the producer has no registers left at width 64 to find them; with what is dense, the consumers.
 template <typename Config>
 inline constexpr bool kBwdPassesUnseen =
-    Config::kKeyStep > 0 && (Config::kHeadDim > 64 || Config::kIntervals);
+    Config::kKeyStep > 0 && !Config::kDense && (Config::kHeadDim > 64 || Config::kIntervals);
 
 // Without. Per warpgroup: where kBwdPassesUnseen, tiles [first, end) some of whose queries see some
 // of its keys; tiles whose queries, those that exist, see all of its keys, and whose rows are all

@@ -80,7 +80,12 @@ struct BwdConfig {
   static constexpr int kDoutOffset = kQueryOffset + kStages * QueryLayout::kBytes;
   static constexpr int kScoreOffset = kDoutOffset + kDoutStages * DoutLayout::kBytes;
   static constexpr int kSumOffset = kScoreOffset + 2 * ScoreLayout::kBytes;
-  static constexpr int kStateOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
+  // With kDense, of each consumer warp: biases of 16 bits, rows of 16 keys, and words of the mask.
+  static constexpr bool kStagesDense = kDense;
+  static constexpr int kDenseOffset = kSumOffset + 4 * kWarpgroups * kSumFloats;
+  static constexpr int kBiasBytes = 32 * kRows;
+  static constexpr int kDenseBytes = kBiasBytes + 4 * kRows;
+  static constexpr int kStateOffset = kDenseOffset + (kDense ? kConsumerWarps * kDenseBytes : 0);
 
   static_assert(kSumWidth == 64 * (kSplitsColumns ? kWarpgroups : 1),
                 "one product for dQ for each warpgroup");

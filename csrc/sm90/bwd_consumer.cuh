@@ -208,10 +208,13 @@ struct BwdConsumer {
   __device__ __forceinline__ void clear_dead_rows(const BwdBlock<Config>& block,
                                                   int first_row) const {
     if constexpr (Config::kIntervals) {
-      const bool hides = Config::kDense && ScoreOptions::hides(params);
-      if (!hides && !shared.steps[stage()].dead()) return;
       const RowRecord* const records = shared.records[stage()];
       const float* const lse = shared.row_lse[stage()];
+      if (!shared.steps[stage()].dead()) {
+        if (!Config::kDense || !ScoreOptions::hides(params)) return;
+        const float largest = fmaxf(lse[lane_id()], lse[lane_id() + 32]);
+        if (!__any_sync(0xffffffffu, largest == __builtin_huge_valf())) return;
+      }
       const auto is_dead = [&](int row) {
         if (Config::kDense && lse[row] == __builtin_huge_valf()) return true;
         return records[row].first >= records[row].end;
@@ -249,13 +252,9 @@ struct BwdConsumer {
   }
 
   __device__ __forceinline__ BwdDense<Config> dense(const BwdBlock<Config>& block) const {
-    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
-    return {params,
-            block,
-            shared.steps[stage()],
-            shared.dense_steps[stage()],
-            shared.records[stage()],
-            block.first_key + Config::kKeyStep * warpgroup + 16 * warp};
+    const int i = stage();
+    return {params,    block, shared.steps[i], shared.dense_steps[i], shared.records[i],
+            warpgroup, tiles};
   }
 
   __device__ __forceinline__ OptionScores<Config> option_scores(const BwdBlock<Config>& block,
@@ -264,31 +263,34 @@ struct BwdConsumer {
   }
 
   // Which of this lane's scores of this step are seen, by the intervals of the queries: bits, found
-  // while the scores are computed. Unless the tile is clean, or BwdDense looks at them.
+  // while the scores are computed. Unless the tile is clean. With kDense, what BwdDense finds.
   template <bool kClean>
-  __device__ __forceinline__ uint32_t find_seen(const BwdBlock<Config>& block) const {
-    if constexpr (Config::kIntervals && !kClean && !Config::kDense) {
+  __device__ __forceinline__ auto find_seen(const BwdBlock<Config>& block) const {
+    if constexpr (Config::kDense) {
+      return dense(block).find_bits();
+    } else if constexpr (Config::kIntervals && !kClean) {
       const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32 % 4;
       const int key = block.first_key + Config::kKeyStep * warpgroup + 16 * warp + fragment_row();
       const RowRecord* const rows = shared.records[stage()] + fragment_column();
       if (!shared.steps[stage()].mixed()) return seen_scores<kScores, false>(rows, key, {0, 0});
       return seen_scores<kScores, true>(rows, key, {block.mask.id(key), block.mask.id(key + 8)});
+    } else {
+      return uint32_t{0};
     }
-    return 0;
   }
 
   // P = 2^(S - lse) of this step's queries, from `first_row` on. weights: what dS is a multiple of,
   // P unless scores have options (kOptions), where s has them, too; else s is used up. seen: see
   // find_seen. bias: in a clean tile.
-  template <bool kClean, bool kOptions, int kEarly>
+  template <bool kClean, bool kOptions, int kEarly, typename Seen>
   __device__ __forceinline__ void take_probabilities(uint32_t (&p)[kScores / 2],
                                                      uint32_t (&weights)[kScores / 2],
                                                      float (&s)[kScores],
                                                      const float2 (&early)[kEarly],
                                                      const BwdBlock<Config>& block, int first_row,
-                                                     uint32_t seen, const BwdBias& bias) const {
+                                                     Seen seen, const BwdBias& bias) const {
     if constexpr (Config::kDense) {
-      dense(block).take(p, weights, s, early, lse_columns());
+      dense(block).template take<kClean>(p, weights, s, early, lse_columns(), seen);
     } else if constexpr (kOptions) {
       option_scores(block, stage())
           .template take<kClean>(p, weights, s, early, lse_columns(), seen, bias);
@@ -300,17 +302,20 @@ struct BwdConsumer {
     }
   }
 
-  // dS = P (dP - delta), with P times the derivatives of the logits, in f32 or packed.
-  template <typename Weights, int kEarly>
+  // dS = P (dP - delta), with P times the derivatives of the logits: weights, in f32 or packed. p:
+  // see BwdDense.
+  template <bool kClean, typename Weights, int kEarly>
   __device__ __forceinline__ void take_score_gradients(uint32_t (&ds)[kScores / 2],
-                                                       const Weights& p, const float (&dp)[kScores],
+                                                       const Weights& weights,
+                                                       const uint32_t (&p)[kScores / 2],
+                                                       const float (&dp)[kScores],
                                                        const float2 (&early)[kEarly],
                                                        const BwdBlock<Config>& block) const {
     const float* const delta = delta_columns();
     if constexpr (Config::kDense) {
-      dense(block).take_gradients(ds, p, dp, early, delta);
+      dense(block).template take_gradients<kClean>(ds, weights, p, dp, early, delta);
     } else {
-      score_gradients<Config>(ds, p, dp, early, delta);
+      score_gradients<Config>(ds, weights, dp, early, delta);
     }
   }
 
@@ -323,7 +328,7 @@ struct BwdConsumer {
     const int first_row = tile * kRows;
     if constexpr (!Config::kIntervals) wait(shared.query_full[stage()], parity());
     wait(shared.dout_full[dout_stage()], dout_parity());
-    if constexpr (!kClean) clear_dead_rows(block, first_row);
+    if constexpr (!kClean || Config::kDense) clear_dead_rows(block, first_row);
     const int own = Config::kKeyStep * warpgroup;  // first key
     float s[kScores];
     float dp[kScores];
@@ -345,13 +350,13 @@ struct BwdConsumer {
     const auto issue_value_scores = [&] {
       issue_scores(dp, fresh_key_tile() + Config::kValueOffset + own * 128, dout_tile());
     };
-    // What is dense takes the registers that dP beside S and P would need.
-    constexpr bool kOneByOne = Config::kDense && Config::kHeadDim > 64;
+    // Options beside what is dense take the registers that dP beside S and P would need.
+    constexpr bool kOneByOne = Config::kDense && !kClean && Config::kHeadDim > 64;
     if constexpr (!kOneByOne) issue_value_scores();
     pass_turn(warpgroup == 1 || !first);
 
     if constexpr (!kLoadsFirst) load_early(early_lse, lse_columns());
-    const uint32_t seen = find_seen<kClean>(block);
+    const auto seen = find_seen<kClean>(block);
     ptx::wgmma_wait_group<kOneByOne ? 0 : 1>();
     take_probabilities<kClean, kOptions>(p, weights, s, early_lse, block, first_row, seen, bias);
     float2 early[kLoadsFirst ? kRows / 8 : kEarlyLoads];
@@ -366,9 +371,9 @@ struct BwdConsumer {
       if (last) release_values();
     }
     if constexpr (kKeepsWeights) {
-      take_score_gradients(ds, s, dp, early, block);
+      take_score_gradients<kClean>(ds, s, p, dp, early, block);
     } else {
-      take_score_gradients(ds, weights, dp, early, block);
+      take_score_gradients<kClean>(ds, weights, p, dp, early, block);
     }
     share_scores(ds);
 
@@ -402,7 +407,7 @@ struct BwdConsumer {
   // dS^T to shared memory as dS, a row for each query.
   __device__ __forceinline__ void store_scores(const uint32_t (&ds)[kScores / 2]) const {
     const int lane = lane_id();
-    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const int warp = static_cast<int>(ptx::fresh_address(threadIdx.x) / 32 % 4);
     const uint32_t target =
         score_tile(steps) +
         ScoreLayout::offset(lane / 16 * 8 + lane % 8,
@@ -449,6 +454,10 @@ struct BwdConsumer {
     const BwdStep step = shared.steps[stage];
     clean = step.clean(warpgroup);
     if constexpr (kPassesUnseen) unseen = step.unseen(warpgroup);
+    if constexpr (Config::kStagesDense) {
+      clean = BwdDense<Config>::is_clean(params, step, warpgroup);
+      BwdDense<Config>::request(params, block, shared.dense_steps[stage], tiles);
+    }
     if constexpr (kOptions) {
       if (clean && params.intervals.slopes != nullptr) {
         clean = option_scores(block, stage).on_one_side();

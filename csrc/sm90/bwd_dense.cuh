@@ -3,14 +3,19 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/intervals.h"
 #include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/reduction.cuh"
+#include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_block.cuh"
+#include "sm90/bwd_option_scores.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 #include "tile/score_arrays.cuh"
@@ -28,76 +33,246 @@ struct BwdDense {
   using Element = typename Config::Element;
   static constexpr int kRows = Config::kRows;
   static constexpr int kScores = kRows / 2;
-  static constexpr int kBiasTiles = kScores / 4;  // of 8 by 8 biases, loaded together
+  // Of 8 by 8 biases, loaded together.
+  static constexpr int kBiasTiles = Config::kStagesDense ? 4 : kScores / 4;
   static_assert(kRows == 64, "two rows for each lane of a warp");
+
+  struct Bits {
+    uint32_t seen;  // by the intervals: see seen_scores
+    // By dropout: of the eight words that draws give, the highest bits of the bytes, those of word
+    // i shifted down by i.
+    uint32_t kept;
+  };
 
   const MhaBwdParams& params;
   const BwdBlock<Config>& block;
   const BwdStep& step;
   const BwdDenseStep& place;
   const RowRecord* records;  // of the step's queries
-  int warp_key;              // the warp's first
+  int warpgroup;
+  uint32_t tiles;  // shared address of the keys
+  bool clean = is_clean(params, step, warpgroup);
+  int warp_key = first_key_of_warp(block);
 
-  // P = 2^(S - lse), less what dropout drops, and P times the derivatives of the logits, for
-  // `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has the
-  // first.
-  template <int kEarly>
-  __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
-                                       float (&s)[kScores], const float2 (&early)[kEarly],
-                                       const float* lse) const {
+  // Whether the intervals hide nothing of a warpgroup's part of a tile, and scores have no options
+  // but a bias of 16 bits.
+  static __device__ __forceinline__ bool is_clean(const MhaBwdParams& params, const BwdStep& step,
+                                                  int warpgroup) {
     const BiasView& bias = params.intervals.bias;
-    if (bias.data != nullptr && bias.type == BiasType::kF32) {
-      take_exponentials<true, Bias::k32>(p, weights, s, early, lse);
-    } else if (ScoreOptions::any<true>(params)) {
-      take_exponentials<true, Bias::k16>(p, weights, s, early, lse);
-    } else {
-      take_exponentials<false, Bias::kNone>(p, weights, s, early, lse);
-    }
-    if (params.intervals.mask.data != nullptr) hide(p, weights);
-    if (params.intervals.dropout != 0) drop(p, weights);
+    return step.clean(warpgroup) && step.slope == 0.0f && params.intervals.softcap == 0.0f &&
+           (bias.data == nullptr || bias.type != BiasType::kF32);
   }
 
+  // p: P = 2^(S - lse), less what dropout drops; weights: P times the derivatives of the logits,
+  // for `take_gradients`. s is used up. lse: from this lane's first column on, of which `early` has
+  // the first. kClean: as is_clean says, where it is known at compile time (kStagesDense).
+  template <bool kClean, int kEarly>
+  __device__ __forceinline__ void take(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
+                                       float (&s)[kScores], const float2 (&early)[kEarly],
+                                       const float* lse, Bits bits) const {
+    const BiasView& bias = params.intervals.bias;
+    if constexpr (Config::kStagesDense) {
+      ptx::cp_async_wait_group<0>();
+      __syncwarp();
+    }
+    if (kClean || (!Config::kStagesDense && clean)) {
+      if (bias.data == nullptr) {
+        take_clean<void>(p, weights, s, early, lse);
+      } else if (bias.type == BiasType::kBf16) {
+        take_clean<__nv_bfloat16>(p, weights, s, early, lse);
+      } else {
+        take_clean<__half>(p, weights, s, early, lse);
+      }
+    } else if (bias.data != nullptr && bias.type == BiasType::kF32) {
+      take_exponentials<true, Bias::k32>(p, weights, s, early, lse, bits.seen);
+    } else if (ScoreOptions::any<true>(params)) {
+      take_exponentials<true, Bias::k16>(p, weights, s, early, lse, bits.seen);
+    } else {
+      take_exponentials<false, Bias::kNone>(p, weights, s, early, lse, bits.seen);
+    }
+    if (params.intervals.mask.data != nullptr) hide(p, weights);
+    if (params.intervals.dropout != 0) drop<kClean>(p, weights, bits.kept);
+  }
+
+  // Asks for the biases of 16 bits and the words of the mask of a step to come to shared
+  // memory, for this warp. Rows past the last one are read as the last one.
+  static __device__ __forceinline__ void request(const MhaBwdParams& params,
+                                                 const BwdBlock<Config>& block,
+                                                 const BwdDenseStep& place, uint32_t tiles) {
+    const int warp_key = first_key_of_warp(block);
+    const uint32_t target = staged(tiles);
+    const IntervalsView& view = params.intervals;
+    const int last = params.query_length - 1;
+    const int lane = lane_id();
+    __syncwarp();  // all lanes have read what was there
+    if (view.bias.data != nullptr && view.bias.type != BiasType::kF32) {
+      const int chunk = lane % 2;
+      const bool exists = warp_key + 8 * chunk < params.key_length;
+      const unsigned char* const source = block.bias + 2 * (place.head * view.bias.head_stride +
+                                                            (exists ? warp_key + 8 * chunk : 0));
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) {
+        const int row = lane / 2 + 16 * i;
+        ptx::cp_async_16(target + bias_offset(row, chunk),
+                         source + 2 * (min(place.row + row, last) * view.bias.row_stride),
+                         exists ? 16 : 0);
+      }
+    }
+    if (view.mask.data != nullptr) {
+      const uint32_t* const source = block.bits + place.head * view.mask.head_stride +
+                                     min(warp_key / 32, mask_words(params.key_length) - 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 32 * half + lane;
+        ptx::cp_async_4(target + Config::kBiasBytes + 4 * row,
+                        source + min(place.row + row, last) * view.mask.row_stride, 4);
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // Of this lane's scores, while they are computed.
+  __device__ __forceinline__ Bits find_bits() const { return {find_seen(), draw()}; }
+
   // dS = P (kept_scale * dP - delta), or -P delta where dropout drops, with P times the derivatives
-  // of the logits; also to where the gradient of the bias is added up. delta: as lse above.
-  template <int kEarly>
+  // of the logits; also to where the gradient of the bias is added up. weights, p, kClean: as for
+  // `take`; p is not looked at if the signs of weights say what is dropped. delta: as lse above.
+  template <bool kClean, int kEarly>
   __device__ __forceinline__ void take_gradients(uint32_t (&ds)[kScores / 2],
                                                  const uint32_t (&weights)[kScores / 2],
+                                                 const uint32_t (&p)[kScores / 2],
                                                  const float (&dp)[kScores],
                                                  const float2 (&early)[kEarly],
                                                  const float* delta) const {
-    if (params.dbias.data != nullptr) add_bias_gradients(weights, dp, early, delta);
-    const float kept_scale = params.intervals.kept_scale;
+    if (params.dbias.data != nullptr) add_bias_gradients<kClean>(weights, p, dp, early, delta);
+    const bool drops = params.intervals.dropout != 0;
+    if (drops) {
+      each_gradient<kClean, true>(ds, weights, p, dp, early, delta);
+    } else {
+      each_gradient<kClean, false>(ds, weights, p, dp, early, delta);
+    }
+  }
+
+ private:
+  template <bool kClean, bool kDrops, int kEarly>
+  __device__ __forceinline__ void each_gradient(uint32_t (&ds)[kScores / 2],
+                                                const uint32_t (&weights)[kScores / 2],
+                                                const uint32_t (&p)[kScores / 2],
+                                                const float (&dp)[kScores],
+                                                const float2 (&early)[kEarly],
+                                                const float* delta) const {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t word = weights[2 * j + h];
-        const float2 weight = ptx::unpack_x2<Element>(word & 0x7fff7fffu);
-        const float left = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h];
-        const float right = word & 0x80000000u ? 0.0f : dp[4 * j + 2 * h + 1];
-        ds[2 * j + h] = ptx::cvt_rn_x2<Element>(weight.x * fmaf(left, kept_scale, -x.x),
-                                                weight.y * fmaf(right, kept_scale, -x.y));
+        const int i = 2 * j + h;
+        const float2 pair = gradient<kClean, kDrops>(weights[i], p[i], dp + 2 * i, x);
+        ds[i] = ptx::cvt_rn_x2<Element>(pair.x, pair.y);
+      }
+    }
+  }
+  // Of two neighbouring queries.
+  template <bool kClean, bool kDrops>
+  __device__ __forceinline__ float2 gradient(uint32_t weights, uint32_t p, const float* dp,
+                                             float2 delta) const {
+    const float kept_scale = params.intervals.kept_scale;
+    if constexpr (!kDrops) {
+      const float2 weight = ptx::unpack_x2<Element>(weights);
+      return make_float2(weight.x * (dp[0] - delta.x), weight.y * (dp[1] - delta.y));
+    } else if constexpr (kClean) {
+      const float2 weight = ptx::unpack_x2<Element>(weights);
+      const float2 kept = ptx::unpack_x2<Element>(p);
+      return make_float2(fmaf(kept.x, kept_scale * dp[0], -weight.x * delta.x),
+                         fmaf(kept.y, kept_scale * dp[1], -weight.y * delta.y));
+    } else {
+      const float2 weight = ptx::unpack_x2<Element>(weights & 0x7fff7fffu);
+      const float left = weights & 0x8000u ? 0.0f : dp[0];
+      const float right = weights & 0x80000000u ? 0.0f : dp[1];
+      return make_float2(weight.x * fmaf(left, kept_scale, -delta.x),
+                         weight.y * fmaf(right, kept_scale, -delta.y));
+    }
+  }
+
+  static __device__ __forceinline__ int first_key_of_warp(const BwdBlock<Config>& block) {
+    const uint32_t warp = ptx::fresh_address(threadIdx.x) / 32;
+    return block.first_key + static_cast<int>(Config::kKeyStep * (warp / 4) + 16 * (warp % 4));
+  }
+  // What is staged for this warp.
+  static __device__ __forceinline__ uint32_t staged(uint32_t tiles) {
+    const uint32_t warp = ptx::fresh_address(threadIdx.x) / 32;
+    return tiles + Config::kDenseOffset + warp * Config::kDenseBytes;
+  }
+
+  __device__ __forceinline__ uint32_t find_seen() const {
+    if (clean) return ~0u;
+    const int key = warp_key + fragment_row();
+    const RowRecord* const rows = records + fragment_column();
+    if (!step.mixed()) return seen_scores<kScores, false>(rows, key, {0, 0});
+    return seen_scores<kScores, true>(rows, key, {block.mask.id(key), block.mask.id(key + 8)});
+  }
+
+  __device__ __forceinline__ uint32_t draw() const {
+    if (params.intervals.dropout == 0) return 0;
+    const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      uint32_t words[2][2];
+      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) kept |= (words[j / 2][j % 2] & 0x80808080u) >> (4 * i + j);
+    }
+    return kept;
+  }
+
+  // Of a clean tile without options but for a bias of type T, unless that is void.
+  template <typename T, int kEarly>
+  __device__ __forceinline__ void take_clean(uint32_t (&p)[kScores / 2],
+                                             uint32_t (&weights)[kScores / 2], float (&s)[kScores],
+                                             const float2 (&early)[kEarly],
+                                             const float* lse) const {
+    constexpr bool kBiased = !std::is_void_v<T>;
+    constexpr float kLog2e = SoftmaxScale::kLog2e;
+    const float log2 =
+        kBiased ? params.scale.first * params.scale.second * kLog2e : params.scale.log2;
+    uint32_t biases[kBiasTiles];
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(lse + 8 * j);
+      if (kBiased && 2 * j % kBiasTiles == 0) load_biases(biases, 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float2 rest = make_float2(-x.x, -x.y);
+        if constexpr (kBiased) {
+          const float2 bias = ptx::unpack_x2<T>(biases[(2 * j + h) % kBiasTiles]);
+          rest = make_float2(fmaf(bias.x, kLog2e, rest.x), fmaf(bias.y, kLog2e, rest.y));
+        }
+        const float* const score = s + 4 * j + 2 * h;
+        p[2 * j + h] = weights[2 * j + h] =
+            ptx::cvt_rn_x2<Element>(ptx::ex2_approx_ftz(fmaf(score[0], log2, rest.x)),
+                                    ptx::ex2_approx_ftz(fmaf(score[1], log2, rest.y)));
       }
     }
   }
 
- private:
+  // Of a row of staged biases, half `chunk`: eight rows lie in different banks.
+  static __device__ __forceinline__ uint32_t bias_offset(int row, int chunk) {
+    return 32 * row + 16 * (chunk ^ (row / 4 & 1));
+  }
+
   // kOptions: whether scores have options.
   template <bool kOptions, Bias kBias, int kEarly>
   __device__ __forceinline__ void take_exponentials(uint32_t (&p)[kScores / 2],
                                                     uint32_t (&weights)[kScores / 2],
                                                     float (&s)[kScores],
-                                                    const float2 (&early)[kEarly],
-                                                    const float* lse) const {
+                                                    const float2 (&early)[kEarly], const float* lse,
+                                                    uint32_t seen) const {
     const ScoreOptions options = {params.scale.first * params.scale.second,
                                   params.intervals.softcap, step.slope};
     const float inverse = options.inverse();
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
-    const bool mixed = step.mixed();
     const int first_key = warp_key + fragment_row();
-    const int ids[2] = {mixed ? block.mask.id(first_key) : 0,
-                        mixed ? block.mask.id(first_key + 8) : 0};
     const RowRecord* const rows = records + fragment_column();
     uint32_t biases[kBiasTiles];
 #pragma unroll
@@ -115,6 +290,7 @@ struct BwdDense {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           bias[h] = unpack_bias(params.intervals.bias.type, biases[(2 * j + h) % kBiasTiles]);
+          if (Config::kStagesDense && block.bias == nullptr) bias[h] = make_float2(0.0f, 0.0f);
         }
       } else if constexpr (kBias == Bias::k32) {
         load_f32(bias, fragment_column() + 8 * j);
@@ -123,20 +299,18 @@ struct BwdDense {
       float weight[2][2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const RowRecord row = rows[8 * j + e];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int key = first_key + 8 * h;
           float score = s[4 * j + 2 * h + e];
           float derivative = 1.0f;
           if constexpr (kOptions) {
             derivative = options.derivative(score, inverse);
-            score = options.biased(score, static_cast<float>(row.position - key));
+            const int distance = rows[8 * j + e].position - first_key - 8 * h;
+            score = options.biased(score, static_cast<float>(distance));
             score += e == 0 ? bias[h].x : bias[h].y;
           }
           const float power = ptx::ex2_approx_ftz(fmaf(score, log2, e == 0 ? -x.x : -x.y));
-          const bool seen = key >= row.first && key < row.end && ids[h] == (mixed ? row.id : 0);
-          probability[h][e] = seen ? power : 0.0f;
+          probability[h][e] = (seen & 1u << (4 * j + 2 * h + e)) != 0 ? power : 0.0f;
           weight[h][e] = probability[h][e] * derivative;
         }
       }
@@ -162,6 +336,23 @@ struct BwdDense {
 
   // Of queries from `row` on, as p lies: rows of the bias are columns of the fragment.
   __device__ __forceinline__ void load_biases(uint32_t (&biases)[kBiasTiles], int row) const {
+    if constexpr (Config::kStagesDense) {
+      const int lane = lane_id();
+      const uint32_t source =
+          staged(tiles) + bias_offset(row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+      for (int i = 0; i < kBiasTiles; i += 4) {
+        uint32_t words[4];  // of two eights of rows, both halves of the keys of either
+        ptx::ldmatrix_x4_trans(words, source + 32 * 4 * i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) biases[i + k] = words[k];
+      }
+    } else {
+      fetch_biases(biases, row);
+    }
+  }
+  // The same from global memory.
+  __device__ __forceinline__ void fetch_biases(uint32_t (&biases)[kBiasTiles], int row) const {
 #pragma unroll
     for (uint32_t& pair : biases) pair = 0;
     if (block.bias == nullptr) return;
@@ -182,51 +373,79 @@ struct BwdDense {
     for (uint32_t& pair : biases) pair = ptx::movmatrix_trans(pair);
   }
 
-  // Of f32, of two queries from `row` on and the two keys of this lane.
+  // Of f32, of two queries from `row` on and the two keys of this lane. Queries past the last one
+  // are read as the last one: they see no keys.
   __device__ __forceinline__ void load_f32(float2 (&bias)[2], int row) const {
     ptx::forget_memory();
-    const float* const first =
-        reinterpret_cast<const float*>(bias_row(row)) + warp_key + fragment_row();
-    const float* const second = first + params.intervals.bias.row_stride;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (warp_key + 8 * h >= params.key_length) break;
-      if (exists(row)) bias[h].x = __ldg(first + 8 * h);
-      if (exists(row + 1)) bias[h].y = __ldg(second + 8 * h);
+    for (int e = 0; e < 2; ++e) {
+      const int own = min(row + e, params.query_length - 1 - place.row);
+      const float* const source =
+          reinterpret_cast<const float*>(bias_row(own)) + warp_key + fragment_row();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (warp_key + 8 * h >= params.key_length) break;
+        (e == 0 ? bias[h].x : bias[h].y) = __ldg(source + 8 * h);
+      }
     }
   }
 
-  // Zeros where the mask has no bit. The 16 keys of a warp lie in one word; a lane loads those of
-  // two queries for all.
+  // Zeros where the mask has no bit. The 16 keys of a warp lie in one word of a query.
   __device__ __forceinline__ void hide(uint32_t (&p)[kScores / 2],
                                        uint32_t (&weights)[kScores / 2]) const {
-    ptx::forget_memory();
-    const MaskView& view = params.intervals.mask;
-    uint32_t words[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = min(place.row + 32 * half + lane_id(), params.query_length - 1);
-      const uint32_t* const source =
-          block.bits + place.head * view.head_stride + row * view.row_stride;
-      words[half] = __ldg(source + min(warp_key / 32, mask_words(params.key_length) - 1));
+    uint32_t words[2];  // of two queries, if they are not staged
+    load_words(words);
+    const int first = warp_key % 32;
+    if (!__any_sync(0xffffffffu, (words[0] & words[1] & 0xffffu << first) != 0xffffu << first)) {
+      return;
     }
+    // The bits of a lane's keys to the highest of the first two bytes.
+    const int turn = (first + fragment_row() - 7) & 31;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const int source = 8 * j % 32 + fragment_column();
-      const int shift = warp_key % 32 + fragment_row();
-      const uint32_t left = __shfl_sync(0xffffffffu, words[j / 4], source) >> shift;
-      const uint32_t right = __shfl_sync(0xffffffffu, words[j / 4], source + 1) >> shift;
+      uint32_t left;
+      uint32_t right;
+      if constexpr (Config::kStagesDense) {
+        const float2 two =
+            ptx::ld_shared_v2(staged(tiles) + Config::kBiasBytes + 4 * (8 * j + fragment_column()));
+        left = __float_as_uint(two.x);
+        right = __float_as_uint(two.y);
+      } else {
+        const int source = 8 * j % 32 + fragment_column();
+        left = __shfl_sync(0xffffffffu, words[j / 4], source);
+        right = __shfl_sync(0xffffffffu, words[j / 4], source + 1);
+      }
+      left = __funnelshift_r(left, left, turn);
+      right = __funnelshift_r(right, right, turn);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t seen = (left >> 8 * h & 1) * 0xffffu + (right >> 8 * h & 1) * 0xffff0000u;
+        const uint32_t seen = ptx::prmt(left, right, h == 0 ? 0xcc88 : 0xdd99);
         p[2 * j + h] &= seen;
         weights[2 * j + h] &= seen;
       }
     }
   }
+  // Of queries `lane` and `lane` + 32.
+  __device__ __forceinline__ void load_words(uint32_t (&words)[2]) const {
+    const MaskView& view = params.intervals.mask;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = 32 * half + lane_id();
+      if constexpr (Config::kStagesDense) {
+        words[half] =
+            __float_as_uint(ptx::ld_shared_f32(staged(tiles) + Config::kBiasBytes + 4 * own));
+      } else {
+        const int row = min(place.row + own, params.query_length - 1);
+        const uint32_t* const source =
+            block.bits + place.head * view.head_stride + row * view.row_stride;
+        words[half] = __ldg(source + min(warp_key / 32, mask_words(params.key_length) - 1));
+      }
+    }
+  }
 
-  template <int kEarly>
+  template <bool kClean, int kEarly>
   __device__ __forceinline__ void add_bias_gradients(const uint32_t (&weights)[kScores / 2],
+                                                     const uint32_t (&p)[kScores / 2],
                                                      const float (&dp)[kScores],
                                                      const float2 (&early)[kEarly],
                                                      const float* delta) const {
@@ -239,20 +458,17 @@ struct BwdDense {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+      float* const target = head + (row + 8 * j) * view.row_stride;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float* const target = head + (row + 8 * j + e) * view.row_stride;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint32_t word = weights[2 * j + h] >> 16 * e;
-          const float2 weight = ptx::unpack_x2<Element>(word & 0x7fffu);
-          const float kept = word & 0x8000u ? 0.0f : dp[4 * j + 2 * h + e];
-          const float ds = weight.x * fmaf(kept, params.intervals.kept_scale, e == 0 ? -x.x : -x.y);
-          if (view.row_stride == 0) {
-            sums[h] += ds;
-          } else if (row + 8 * j + e < params.query_length && key + 8 * h < params.key_length) {
-            add(target + 8 * h, ds);
-          }
+      for (int h = 0; h < 2; ++h) {
+        const int i = 2 * j + h;
+        const float2 pair = gradient<kClean, true>(weights[i], p[i], dp + 2 * i, x);
+        if (view.row_stride == 0) {
+          sums[h] += pair.x + pair.y;
+        } else if (key + 8 * h < params.key_length) {
+          const int left = params.query_length - row - 8 * j;
+          if (left > 0) add(target + 8 * h, pair.x);
+          if (left > 1) add(target + view.row_stride + 8 * h, pair.y);
         }
       }
     }
@@ -272,21 +488,18 @@ struct BwdDense {
     }
   }
 
-  // Dropout: zeros in p, and a sign in weights, which have none, for what is dropped.
-  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
-                                       uint32_t (&weights)[kScores / 2]) const {
+  // Dropout: zeros in p for what is dropped and, unless kClean, a sign in weights, which have none.
+  template <bool kClean>
+  static __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
+                                              uint32_t (&weights)[kScores / 2], uint32_t kept) {
 #pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-      ptx::forget_memory();  // one draw after the other
-      const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
-      uint32_t words[2][2];
-      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
+    for (int i = 0; i < kScores / 8; ++i) {
+      const uint32_t words[2] = {kept << 2 * i, kept << (2 * i + 1)};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int byte = Dropout::byte_of<true>(j % 2, j / 2 % 2);
-        const uint32_t kept = Dropout::pair_mask(words[j / 4], byte);
-        p[8 * i + j] &= kept;
-        weights[8 * i + j] |= ~kept & 0x80008000u;
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<true>(j % 2, j / 2 % 2));
+        p[4 * i + j] &= mask;
+        if constexpr (!kClean) weights[4 * i + j] |= ~mask & 0x80008000u;
       }
     }
   }

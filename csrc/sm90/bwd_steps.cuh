@@ -24,7 +24,7 @@ __device__ __forceinline__ void for_interval_steps(Consumer& consumer,
                     [&] { consumer.template look_ahead<kOptions>(block); });
       }
     }
-    if constexpr (!Config::kDense) {
+    if constexpr (!Config::kDense || Config::kStagesDense) {
 #pragma unroll 1
       for (; left > 0 && consumer.clean; --left) run_step.template operator()<true>();
     }

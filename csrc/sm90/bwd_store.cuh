@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_key_gradient(const float (&grad)[kCount], 
   using Element = typename Config::Element;
   const int lane = lane_id() % 4;
   const int first = block.first_key + Config::kKeyStep * warpgroup +
-                    static_cast<int>(threadIdx.x) / 32 % 4 * 16 + fragment_row();
+                    static_cast<int>(threadIdx.x / 32 % 4) * 16 + fragment_row();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int key = first + 8 * h;

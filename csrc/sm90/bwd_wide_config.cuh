@@ -21,6 +21,7 @@ struct BwdWideConfig {
   using Mask = MaskArg;
   static constexpr bool kIntervals = std::is_same_v<Mask, IntervalMask>;
   static constexpr bool kDense = kDenseArg;  // with intervals: biases, masks of bits or dropout
+  static constexpr bool kStagesDense = false;
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;

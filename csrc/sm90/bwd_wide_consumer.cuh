@@ -119,7 +119,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     issue_scores<KeyLayout, QueryLayout>(s, this->fresh_key_tile(), this->query_tile());
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->lse_columns());
-    const uint32_t seen = this->template find_seen<kClean>(block);
+    const auto seen = this->template find_seen<kClean>(block);
     BwdBias bias{};
     if constexpr (kClean && kOptions) bias = this->option_scores(block, this->stage()).bias();
     beside();
@@ -193,7 +193,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
     float2 early[Base::kEarlyLoads];
     Base::load_early(early, this->delta_columns());
     ptx::wgmma_wait_group<0>();
-    this->take_score_gradients(ds, p, dp, early, block);
+    this->template take_score_gradients<kClean>(ds, p, p, dp, early, block);
     this->release_douts();
     ptx::bar_sync(3 + warpgroup, 128);  // all have read P
     this->store_scores(ds);

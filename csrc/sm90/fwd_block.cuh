@@ -55,8 +55,9 @@ struct FwdBlockIntervals {
   // Of the rows of each warpgroup: hull and core of their keys, as in RowTile.
   KeyInterval hull[kWarpgroups];
   KeyInterval core[kWarpgroups];
-  bool mixed[kWarpgroups];  // ids have to be compared
-  bool dead[kWarpgroups];   // some of its rows are dead
+  // Of int, so that addresses are those of other arrays: registers are few.
+  int mixed[kWarpgroups];  // ids have to be compared
+  int dead[kWarpgroups];   // some of its rows are dead
 };
 
 // And one with biases, a mask of bits or dropout.
@@ -309,6 +310,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
     bool none = params.scale.first != 1.0f;
+    // So do options and biases where other tiles may have neither.
+    if constexpr (Config::kDense) none = none || ScoreOptions::any<true>(params);
     // Where documents meet, no key is seen by all, but the last key of each row is none before the
     // first end. Where ids count, that is 0.
     if constexpr (!Config::kIntervals) none = none || core.first >= core.end;

@@ -10,8 +10,24 @@
 
 namespace jax_flash::sm90 {
 
-// Zeroes the rows of dead keys, anywhere in a tile of values that begins with `first_key`, by the
-// 128 threads of a warpgroup, which meet at `barrier`.
+// Zeroes the rows of a tile of values from `rows` on, by the 128 threads of a warpgroup, which meet
+// at `barrier`.
+template <typename Config>
+__device__ __forceinline__ void clear_last_rows(uint32_t tile, int rows, int barrier) {
+  using Layout = typename Config::ValueLayout;
+  const uint32_t zeros[4] = {0, 0, 0, 0};
+  const int thread = threadIdx.x % 128;
+  for (int i = thread; i < (Config::kKeys - rows) * 8; i += 128) {
+#pragma unroll
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+      ptx::st_shared_v4(tile + slab * Layout::kSlabBytes + rows * 128 + 16 * i, zeros);
+    }
+  }
+  ptx::fence_proxy_async_shared();
+  ptx::bar_sync(barrier, 128);
+}
+
+// Zeroes the rows of dead keys, anywhere in a tile that begins with `first_key`, likewise.
 template <typename Config>
 __device__ __forceinline__ void clear_dead_rows(uint32_t tile, const FwdBlock<Config>& block,
                                                 int first_key, int barrier) {

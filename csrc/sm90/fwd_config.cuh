@@ -44,13 +44,13 @@ inline constexpr FwdTiles kFwdIntervalTiles = kFwdTiles<kHeadDim, kHeadDimV>;
 template <>
 inline constexpr FwdTiles kFwdIntervalTiles<64, 64>{2, 128, 2, 4, 4};
 
-// The same with biases, masks of bits or dropout, which take registers.
+// The same with biases, masks of bits or dropout: there is room for a tile of biases, too.
 template <int kHeadDim, int kHeadDimV>
 inline constexpr FwdTiles kFwdDenseTiles = kFwdIntervalTiles<kHeadDim, kHeadDimV>;
 template <>
-inline constexpr FwdTiles kFwdDenseTiles<64, 64>{2, 64, 2, 6, 6};
+inline constexpr FwdTiles kFwdDenseTiles<128, 128>{2, 128, 1, 2, 2};
 template <>
-inline constexpr FwdTiles kFwdDenseTiles<128, 128>{2, 64, 2, 3, 3};
+inline constexpr FwdTiles kFwdDenseTiles<256, 256>{2, 64, 1, 2, 2};
 
 // A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
 // bytes, 16-byte chunks of a row XORed with the row's low three bits.
@@ -91,7 +91,7 @@ struct FwdConfig {
   static constexpr __host__ __device__ int right_part(int i) { return i == 2 ? 1 : 0; }
 
   static constexpr bool kIntervals = kIntervalsArg;
-  // Of calls with intervals: biases, masks of bits or dropout. All tiles take a maximum.
+  // Of calls with intervals: biases, masks of bits or dropout.
   static constexpr bool kDense = kDenseArg;
   // Scores may have options (ScoreOptions). With kDense, which has a kernel for all of them, the
   // parameters say whether they do.
@@ -115,8 +115,9 @@ struct FwdConfig {
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr bool kManyRegisters = kDense && kHeadDimV <= 128;  // for consumers
+  static constexpr int kProducerRegisters = kWarpgroups == 3 || kManyRegisters ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kManyRegisters ? 240 : 232;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
@@ -147,12 +148,19 @@ struct FwdConfig {
   using ValueLayout = SlabLayout<kKeys, kParts * kHeadDimV>;
   using OutLayout = SlabLayout<64, kHeadDimV>;  // of one warpgroup
 
-  // Shared memory in bytes from the start: queries, keys, values, outputs, then FwdShared.
+  // Shared memory in bytes from the start: queries, keys, values, outputs, biases, then
+  // FwdShared.
   static constexpr int kQueryStageBytes = kWarpgroups * QueryLayout::kBytes;
   static constexpr int kKeyOffset = kQueryStages * kQueryStageBytes;
   static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyLayout::kBytes;
   static constexpr int kOutOffset = kValueOffset + kValueStages * ValueLayout::kBytes;
-  static constexpr int kStateOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
+  static constexpr int kBiasOffset = kOutOffset + (kStaged ? kWarpgroups * OutLayout::kBytes : 0);
+
+  // With kDense, biases, a tile for each warpgroup: rows of kKeys of 16 bits, or half as many of
+  // f32, 16 bytes further apart, so that eight of them lie in different banks.
+  static constexpr int kBiasRowBytes = 2 * kKeys + 16;
+  static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
+  static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
   static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");

@@ -24,8 +24,8 @@
 #include "sm90/fwd_products.cuh"
 #include "sm90/fwd_shared.cuh"
 #include "sm90/fwd_softmax.cuh"
+#include "sm90/fwd_store.cuh"
 #include "tile/copy.cuh"
-#include "tile/quad.cuh"
 #include "tile/score_options.cuh"
 
 namespace jax_flash::sm90 {
@@ -37,6 +37,8 @@ struct FwdConsumer {
   using Shared = FwdShared<Config>;
   using Dense = FwdDense<Config, Config::kDense>;
   static constexpr int kScores = Config::kKeys / 2;
+  // Clean tiles may have options, too.
+  static constexpr bool kLogits = Config::kOptions && !Config::kDense;
   static constexpr int kOuts = Config::kHeadDimV / 2;
   // Of rows that are dropped: with intervals, where they may be those of another block, more than
   // any score.
@@ -196,11 +198,13 @@ struct FwdConsumer {
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
     }
     if constexpr (Config::kDense) {
-      if (ScoreOptions::any<true>(params)) {
+      const bool optional = ScoreOptions::any(params);
+      if (optional) [[unlikely]] {
         begin_logits(block);  // not kept: registers are few
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
-      dense.apply(s, params, block, head_row(block), tile * Config::kKeys);
+      add_bias(optional ? 1.0f : plan.logit_scale);
+      dense.template hide<false>(s, params, block, head_row(block), tile * Config::kKeys);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
       logits.template apply<true>(s, params, plan, tile * Config::kKeys);
@@ -209,11 +213,37 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
+  // With kDense: calls add() for each part of the tile's biases that arrives.
+  template <typename Add>
+  __device__ __forceinline__ void take_bias(int part, Add add) {
+    // The tiles so far, of one part or of two.
+    const bool two = params.intervals.bias.type == BiasType::kF32;
+    const uint32_t parity = two ? part : key_ring.count() % 2;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), parity);
+    add();
+    // By all lanes, which have all read it: what racecheck understands.
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[warpgroup]));
+  }
+
+  // With kDense. Scores become logits by `factor` and the bias, if there is one.
+  __device__ __forceinline__ void add_bias(float factor) {
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data == nullptr) return;
+    const uint32_t row = tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
+                         warp_row() * Config::kBiasRowBytes;
+    if (bias.type == BiasType::kF32) {
+      take_bias(0, [&] { Dense::template add_f32_bias<0>(s, factor, row); });
+      take_bias(1, [&] { Dense::template add_f32_bias<1>(s, factor, row); });
+    } else {
+      take_bias(0, [&] { Dense::add_bias(s, factor, bias.type, row); });
+    }
+  }
+
   // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
   // FwdLogits.
   __device__ __forceinline__ bool exponentials(int tile, bool careful, float (&tile_sum)[2],
                                                bool& is_inside) {
-    if constexpr (Config::kOptions) {
+    if constexpr (kLogits) {
       if (!careful) {
         return logits.exponentials(s, softmax, params, plan, tile * Config::kKeys, tile_sum,
                                    is_inside);
@@ -222,8 +252,12 @@ struct FwdConsumer {
     return softmax.exponentials(s, params.scale, tile_sum);
   }
 
-  // Lets the keys of a tile pass.
+  // Lets the keys of a tile pass, and the biases.
   __device__ __forceinline__ void skip_keys() {
+    if constexpr (Config::kDense) {
+      const BiasView& bias = params.intervals.bias;
+      for (int i = 0; bias.data != nullptr && i < parts_of(bias); ++i) take_bias(i, [] {});
+    }
     take_turn();
     pass_turn();
     // What was there before was released by all.
@@ -257,23 +291,24 @@ struct FwdConsumer {
     const bool previous = !first || blocks > 0;
     bool watching = false;
     issue(previous, fresh, [&] {
-      if constexpr (Config::kOptions) {
+      if constexpr (kLogits) {
         if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
       }
     });
     if (first) {
       if (previous) finish_rows(blocks - 1);
       softmax.init();
-      if constexpr (Config::kOptions && !Config::kDense) begin_logits(block);
+      if constexpr (kLogits) begin_logits(block);
     }
     MaskLoads loads{};
     if ((careful && Dense::kEarly) || (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
+    constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
     Dense dense;
-    dense.load(params, block, head_row(block), tile * Config::kKeys);
+    dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
-    if (!Config::kOptions) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
+    if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {
       ptx::wgmma_wait_group<1>();
     } else {
@@ -288,6 +323,8 @@ struct FwdConsumer {
       moved = prepare(block, tile, loads, dense, factor);
     } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
+    } else if constexpr (Config::kDense) {
+      dense.template hide<kClean>(s, params, block, head_row(block), tile * Config::kKeys);
     }
     if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
@@ -295,7 +332,7 @@ struct FwdConsumer {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
       // where they begin.
       left = Left::kRange;
-      if constexpr (Config::kOptions) logits.is_inside = is_inside;
+      if constexpr (kLogits) logits.is_inside = is_inside;
       __syncwarp();
     } else if (Config::kMasksClean && !careful && loads.dead_keys != 0) [[unlikely]] {
       left = Left::kDeadKeys;
@@ -317,7 +354,7 @@ struct FwdConsumer {
       scale_out(factor);
     }
     if constexpr (!Config::kDense) finish_step(tile_sum);
-    dense.drop(p, params, block, head_row(block), tile * Config::kKeys);
+    dense.template drop<kClean>(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kIntervals) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     } else {
@@ -354,7 +391,7 @@ struct FwdConsumer {
   // warps with dead keys.
   __device__ __forceinline__ void finish_rare(const FwdBlock<Config>& block, int tile, Left left,
                                               float (&tile_sum)[2]) {
-    if (Config::kOptions && left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) {
+    if (kLogits && left == Left::kRange && __any_sync(0xffffffffu, !logits.is_inside)) {
       left = Left::kInvalid;
     }
     MaskLoads loads{};  // once more
@@ -362,7 +399,7 @@ struct FwdConsumer {
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     if (left == Left::kWatchedRows) {
-      if constexpr (Config::kOptions) {
+      if constexpr (kLogits) {
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
@@ -373,6 +410,10 @@ struct FwdConsumer {
         if constexpr (Config::kMasksClean) {
           const bool seen = !loads.masked || loads.mask.sees(h, static_cast<int>(column));
           return seen ? score : kMinusInfinity;
+        } else if constexpr (Config::kDense) {
+          const int key = tile * Config::kKeys + fragment_column() + static_cast<int>(column);
+          const bool seen = Dense::sees(params, block, head_row(block) + 8 * h, key);
+          return seen ? score : kMinusInfinity;
         } else if constexpr (Config::kOptions) {
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, logits.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);
@@ -382,12 +423,13 @@ struct FwdConsumer {
       };
       softmax.recover(s, tile_sum, factor, query_tile(), key_tile(), warp_row(), params.scale,
                       left == Left::kInvalid, logit);
-      if (Config::kOptions && left == Left::kInvalid) logits.leave_polynomial();
+      if (kLogits && left == Left::kInvalid) logits.leave_polynomial();
       moved = true;
     }
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
+    Dense().template drop<false>(p, params, block, head_row(block), tile * Config::kKeys);
     if constexpr (Config::kMasksClean) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     }
@@ -395,19 +437,9 @@ struct FwdConsumer {
 
   // Zeroes the rows of the values from `rows` on: 0 * NaN would reach the output.
   __device__ __forceinline__ void clear_values(int rows) {
-    using Layout = typename Config::ValueLayout;
     ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                        value_ring.parity());
-    const uint32_t zeros[4] = {0, 0, 0, 0};
-    const int thread = threadIdx.x % 128;
-    for (int i = thread; i < (Config::kKeys - rows) * 8; i += 128) {
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::st_shared_v4(value_tile() + slab * Layout::kSlabBytes + rows * 128 + 16 * i, zeros);
-      }
-    }
-    ptx::fence_proxy_async_shared();
-    ptx::bar_sync(5 + warpgroup, 128);
+    clear_last_rows<Config>(value_tile(), rows, 5 + warpgroup);
   }
 
   // The same for those of dead keys, anywhere in a tile.
@@ -420,6 +452,7 @@ struct FwdConsumer {
   // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
   // needs.
   __device__ __forceinline__ void finish_rows(int number) {
+    if constexpr (Config::kDense) number = static_cast<int>(ptx::fresh_address(number));
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
     const int row = 64 * warpgroup + warp_row() + fragment_row();
     ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
@@ -446,6 +479,8 @@ struct FwdConsumer {
   // Outputs of block `number`: through shared memory, from where the storer warp takes them, or
   // straight to global memory.
   __device__ __forceinline__ void store_out(int number) {
+    // Not computed early and kept: registers are few.
+    if constexpr (Config::kDense) number = static_cast<int>(ptx::fresh_address(number));
     const int slot = number % Shared::kBlockSlots;
     if constexpr (Config::kDense) {
       // Computed again rather than kept beside a tile's softmax: registers are few.
@@ -460,62 +495,24 @@ struct FwdConsumer {
     if constexpr (Config::kSplit) {
       const int row = 64 * warpgroup + warp_row() + fragment_row();
       store_floats(params, plan, shared.blocks[slot], row, out, inverse);
-    } else if constexpr (Config::kStaged) {
-      stage_out();
     } else {
-      store_direct(shared.blocks[slot]);
+      const auto word = [&](int i) { return out_word(i); };
+      if constexpr (Config::kStaged) {
+        const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
+        stage_out<Config>(tile, warp_row() + lane_id() % 16, word);
+      } else {
+        const FwdBlock<Config>& block = shared.blocks[slot];
+        store_direct<Config>(params, plan, block, head_row(block), word);
+      }
     }
     ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[warpgroup]));
     __syncwarp();
     warp_arrive(shared.block_empty[slot]);
   }
 
-  __device__ __forceinline__ void stage_out() const {
-    using Layout = typename Config::OutLayout;
-    const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Layout::kBytes;
-    const int row = warp_row() + lane_id() % 16;
-#pragma unroll
-    for (int j = 0; j < Config::kHeadDimV / 8; j += 2) {
-      const uint32_t words[4] = {out_word(4 * j), out_word(4 * j + 2), out_word(4 * j + 4),
-                                 out_word(4 * j + 6)};
-      ptx::stmatrix_x4(tile + Layout::offset(row, j + lane_id() / 16), words);
-    }
-    ptx::fence_proxy_async_shared();
-  }
-
-  // Straight from the accumulators: four lanes that share a row exchange words so that each holds
-  // eight neighbouring columns, 16 bytes, of every 32.
-  __device__ __forceinline__ void store_direct(const FwdBlock<Config>& block) const {
-    const int lane = lane_id() % 4;
-    const int row = head_row(block);
-    const int heads = (1 << plan.pack_shift) - 1;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int position = (row + 8 * h) >> plan.pack_shift;
-      Element16* const target =
-          block.out +
-          (int64_t{position} * params.heads + ((row + 8 * h) & heads)) * params.head_dim_v +
-          8 * lane;
-      bool exists = position >= 0 && position < params.query_length;
-      if (Config::kIntervals) exists = row + 8 * h < block.first_row + block.rows;
-#pragma unroll
-      for (int group = 0; group < Config::kHeadDimV / 32; ++group) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) words[j] = out_word(16 * group + 4 * j + 2 * h);
-        transpose_quad(words, lane);
-        if (exists && 32 * group + 8 * lane < params.head_dim_v) {
-          *reinterpret_cast<uint4*>(target + 32 * group) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
-  }
-
   // All key tiles of a block, from the last to the first.
   __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
     int tile = block.last_tile;
-    const int lowest = block.lowest[warpgroup];
     if constexpr (Config::kSkips) {
 #pragma unroll 1
       for (const int start = block.start[warpgroup]; tile > start; --tile) skip_keys();
@@ -524,26 +521,24 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
-    while (tile >= (Config::kDense ? block.lowest[warpgroup] : lowest)) {
+    const int kept_lowest = block.lowest[warpgroup];
+    const auto lowest = [&] { return Config::kDense ? block.lowest[warpgroup] : kept_lowest; };
+    while (tile >= lowest()) {
       Left left = Left::kNothing;
-      if constexpr (Config::kDense) {
-        step(block, tile, std::true_type(), first, fresh, tile_sum);
-        fresh = first;
-        first = false;
-      } else if constexpr (Config::kOneBody) {
+      if constexpr (Config::kOneBody) {
         left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
         fresh = first;
         first = false;
       } else {
 #pragma unroll 1
-        for (; tile < clean_end && tile >= clean_first; --tile) {
+        for (; tile < clean_end && tile >= clean_first; tile = next_tile(block, warpgroup, tile)) {
           left = step(block, tile, std::false_type(), false, fresh, tile_sum);
           fresh = false;
           if (left != Left::kNothing) [[unlikely]]
             break;
         }
         if (left == Left::kNothing) {
-          if (tile < lowest) break;
+          if (tile < lowest()) break;
           step(block, tile, std::true_type(), first, fresh, tile_sum);
           fresh = first;
           first = false;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/params.h"
 #include "sm90/fwd_block.cuh"
@@ -10,10 +11,23 @@
 
 namespace jax_flash::sm90 {
 
+// Of the tiles of biases.
+template <typename Config>
+struct FwdDenseShared {
+  uint64_t bias_full[Config::kWarpgroups];
+  uint64_t bias_empty[Config::kWarpgroups];
+};
+struct NoDenseBarriers {};
+
+// In how many parts the biases of a tile come: those of f32 in two halves.
+__device__ __forceinline__ int parts_of(const BiasView& bias) {
+  return bias.type == BiasType::kF32 ? 2 : 1;
+}
+
 // What follows the tiles in shared memory. "full" barriers: bytes have arrived. "empty": all
 // consumers are done.
 template <typename Config>
-struct FwdShared {
+struct FwdShared : std::conditional_t<Config::kDense, FwdDenseShared<Config>, NoDenseBarriers> {
   // A block is read until its outputs are stored, when the next one is already at work and the one
   // after that may be asked for. With a queue no block is taken sooner than it has to be.
   static constexpr int kBlockSlots = Config::kIntervals ? 3 : 4;
@@ -34,6 +48,10 @@ struct FwdShared {
 };
 
 template <typename Config>
-inline constexpr int kFwdSharedBytes = Config::kStateOffset + sizeof(FwdShared<Config>);
+inline constexpr int kFwdSharedBytes = [] {
+  constexpr int kBytes = Config::kStateOffset + sizeof(FwdShared<Config>);
+  static_assert(kBytes <= 227 * 1024, "what a thread block may have");
+  return kBytes;
+}();
 
 }  // namespace jax_flash::sm90

@@ -166,6 +166,9 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline int __clzll(long long bits) { return bits == 0 ? 64 : __builtin_clzll(bits); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 inline bool __any_sync(unsigned, bool value) {
   const uint64_t bits = value;
   auto& all = emulator::exchange(&bits, 1);

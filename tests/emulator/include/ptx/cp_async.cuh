@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "emulator.h"
+#include "ptx/mbarrier.cuh"
 
 namespace jax_flash::ptx {
 
@@ -38,6 +39,13 @@ void cp_async_wait_group() {
     for (const emulator::AsyncCopy& copy : copies.front()) copy_zero_filled(copy);
     copies.pop_front();
   }
+}
+inline void cp_async_mbarrier_arrive(uint32_t barrier) {
+  for (auto& group : emulator::current->copies) {
+    for (const emulator::AsyncCopy& copy : group) copy_zero_filled(copy);
+    group.clear();
+  }
+  mbarrier_arrive(barrier);
 }
 
 }  // namespace jax_flash::ptx

@@ -18,6 +18,12 @@ inline void st_shared_v4(uint32_t address, const uint32_t (&values)[4]) {
   if (address % 16 != 0) emulator::fail("a store of 16 bytes is not aligned", address);
   std::memcpy(emulator::shared_pointer(address), values, 16);
 }
+inline float2 ld_shared_v2(uint32_t address) {
+  if (address % 8 != 0) emulator::fail("a load of 8 bytes is not aligned", address);
+  float2 value;
+  std::memcpy(&value, emulator::shared_pointer(address), 8);
+  return value;
+}
 inline float ld_shared_f32(uint32_t address) {
   float value;
   std::memcpy(&value, emulator::shared_pointer(address), 4);
