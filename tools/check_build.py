@@ -48,7 +48,7 @@ COLLECTIVE = re.compile(r"(@!?U?P\w+\s+)?\b(HGMMA|WARPGROUP\.(?:ARRIVE|DEPBAR))\
 SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
-    r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])E(?:Lb[01]E){2}Lb(?P<dense>[01])E)?"
+    r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])E(?:Lb[01]E){3})?"
 )
 # sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic, mask>> and, over
 # width 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, mask>>.

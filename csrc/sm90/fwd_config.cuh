@@ -115,9 +115,8 @@ struct FwdConfig {
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr bool kManyRegisters = kDense && kHeadDimV <= 128;  // for consumers
-  static constexpr int kProducerRegisters = kWarpgroups == 3 || kManyRegisters ? 32 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kManyRegisters ? 240 : 232;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
@@ -162,6 +161,9 @@ struct FwdConfig {
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                    65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
+                "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
   static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),

@@ -221,6 +221,7 @@ struct FwdConsumer {
     const uint32_t parity = two ? part : key_ring.count() % 2;
     ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), parity);
     add();
+    __syncwarp();
     // By all lanes, which have all read it: what racecheck understands.
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[warpgroup]));
   }
