@@ -6,8 +6,8 @@
 // attribute says so, or with intervals the arrays of host/intervals.h and, if there are any,
 // slopes, seeds, bits of a mask and a bias
 // -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and scratch: with intervals
-// int32 [row_list_size], without them, for operands of f32, bf16 [split_elements] if products may be
-// those of split operands. Batch dims of an operand are full or 1 (shared).
+// int32 [row_list_size], without them, for operands of f32, bf16 [split_elements] if products may
+// be those of split operands. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
 #include <cstdint>
 
