@@ -337,7 +337,9 @@ struct BwdConsumer {
     uint32_t ds[kScores / 2];
     // Both products want all that shared memory can give: what is asked for beside them comes when
     // they are done.
-    constexpr bool kLoadsFirst = kClean && !Config::kDense;
+    // Not where registers are too few for it.
+    constexpr bool kLoadsFirst =
+        kClean && !Config::kDense && (Config::kHeadDim > 64 || Config::kIntervals);
     constexpr bool kKeepsWeights = kLoadsFirst && kOptions;
     float2 early_lse[kLoadsFirst ? kRows / 8 : kEarlyLoads];
     BwdBias bias{};
