@@ -97,7 +97,7 @@ struct BwdDenseBlock {
     ptx::forget_memory();
     dbias = BiasGradient::make(params, batch, 0).data;
     ptx::forget_memory();
-    skips = params.intervals.mask.data != nullptr && !params.deterministic;
+    skips = bits != nullptr && !params.deterministic;
   }
 };
 struct NothingDense {};
