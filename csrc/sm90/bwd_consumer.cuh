@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host/params.h"
 #include "ptx/address.cuh"
@@ -337,9 +338,10 @@ struct BwdConsumer {
     uint32_t ds[kScores / 2];
     // Both products want all that shared memory can give: what is asked for beside them comes when
     // they are done.
-    // Not where registers are too few for it.
-    constexpr bool kLoadsFirst =
-        kClean && !Config::kDense && (Config::kHeadDim > 64 || Config::kIntervals);
+    // At width 64 without intervals ptxas spills one type with this, the other without it.
+    constexpr bool kFits =
+        Config::kHeadDim > 64 || Config::kIntervals || std::is_same_v<Element, __half>;
+    constexpr bool kLoadsFirst = kClean && !Config::kDense && kFits;
     constexpr bool kKeepsWeights = kLoadsFirst && kOptions;
     float2 early_lse[kLoadsFirst ? kRows / 8 : kEarlyLoads];
     BwdBias bias{};
