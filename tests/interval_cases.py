@@ -179,6 +179,14 @@ def with_a_hole() -> Case:
     return of_options((1, 200, 520, 2, 1), rest=rest)
 
 
+def biased_with_holes(dtype: str) -> Case:
+    """A bias, and tiles that the mask hides from all rows, or from some blocks."""
+    mask = np.random.default_rng(6).random((2, 1, 300, 900)) < 0.9
+    mask[..., 128:512] = mask[1, :, :140, 640:768] = mask[0, ..., 768:] = False
+    rest = {"bias": random_bias((1, 2, 300, 900), dtype), "mask": mask}
+    return of_options((2, 300, 900, 2, 1), rest=rest)
+
+
 def random_bias(shape: tuple[int, int, int, int], dtype: str) -> np.ndarray:
     """Random normal, with -inf here and there, and all over every ninth row."""
     rng = np.random.default_rng(4)
@@ -396,6 +404,8 @@ def _cases() -> dict[str, Callable[[], Case]]:
             is_causal=True,
         ),
         # Sums of the gradient of queries that start from zeros, and others.
+        "bias, tiles hidden": lambda: biased_with_holes("bfloat16"),
+        "bias in f32, tiles hidden": lambda: biased_with_holes("float32"),
         "packed, many keys and few": lambda: packed(
             (1, 270, 2600, 1, 1), [(100, 2300), (90, 200), (60, 40)], False
         ),
