@@ -49,7 +49,7 @@ class Case:
     dropout_rate: float = 0.0
     bias: np.ndarray | None = None
     mask: np.ndarray | None = None
-    unread: slice = slice(0, 0)
+    unread: slice = dataclasses.field(default_factory=lambda: slice(0, 0))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Operands beside those of attention."""
