@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -125,9 +124,7 @@ def measure(cell: Cell, protocol: timing.Protocol, implementation: str) -> bool:
     samples = timing.measure(calls, protocol)
     failed |= {name: one.errors[0] for name, one in samples.items() if one.errors}
     times = {
-        name: statistics.median(one.kernel_us or one.wall_us)
-        for name, one in samples.items()
-        if name not in failed
+        name: one.median_us() for name, one in samples.items() if name not in failed
     }
     print(f"{cell!s:44} {'us':>10} {'TFLOP/s':>8} {'differs':>8} over XLA", flush=True)
     for name in arms(cell, implementation):

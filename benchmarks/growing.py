@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import statistics
 import sys
 
 import jax
@@ -109,9 +108,7 @@ def measure(cell: Cell, arm: baselines.Arm, protocol: timing.Protocol) -> bool:
     samples = timing.measure(calls, protocol)
     wrong |= {name: one.errors[0] for name, one in samples.items() if one.errors}
     times = {
-        name: statistics.median(one.kernel_us or one.wall_us)
-        for name, one in samples.items()
-        if name not in wrong
+        name: one.median_us() for name, one in samples.items() if name not in wrong
     }
     line = f"{cell.name:20}"
     for name in ROWS:

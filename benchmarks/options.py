@@ -360,7 +360,7 @@ def measure(problem: Problem, protocol: timing.Protocol, implementation: str) ->
                 print(f"  {name:38} {skipped[name]}")
                 continue
             sample = samples[name]
-            us = times[name] = statistics.median(sample.kernel_us or sample.wall_us)
+            us = times[name] = sample.median_us()
             rate = f"{'-':>7}"
             if first in times:
                 speed = table[first].pairs / times[first]

@@ -153,6 +153,10 @@ class Samples:
     kernels: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
 
+    def median_us(self) -> float:
+        """Of kernel times, or of wall times where there is no CUPTI."""
+        return statistics.median(self.kernel_us or self.wall_us)
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:

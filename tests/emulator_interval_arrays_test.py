@@ -105,6 +105,19 @@ def calls_of(library: ctypes.CDLL) -> Callable:
     return ffi_call
 
 
+def assert_made(
+    library: ctypes.CDLL, config: Any, operands: dict[str, Any], expected: Any
+) -> None:
+    """What the emulated kernels make is what is expected, to the bit."""
+    with (
+        jax.disable_jit(),
+        mock.patch.object(jax.ffi, "ffi_call", calls_of(library)),
+    ):
+        made = intervals.by_kernel(config, operands)
+    for name, x, y in zip(_RESULTS, made, expected, strict=True):
+        np.testing.assert_array_equal(x, y, name)
+
+
 @pytest.mark.parametrize("name", [*CASES, *LARGER])
 def test_kernels_compute_the_same(library: ctypes.CDLL, name: str) -> None:
     sizes, given, fields = (CASES | LARGER)[name]
@@ -113,13 +126,7 @@ def test_kernels_compute_the_same(library: ctypes.CDLL, name: str) -> None:
     wide = {"window_left", "window_right"} & set(fields)
     bounded = {n: min(fields[n], intervals.MAX_LENGTH // 2) for n in wide}
     expected = intervals.intervals(intervals_test.config_of(o, fields | bounded), o)
-    with (
-        jax.disable_jit(),
-        mock.patch.object(jax.ffi, "ffi_call", calls_of(library)),
-    ):
-        made = intervals.by_kernel(config, o)
-    for name, x, y in zip(_RESULTS, made, expected, strict=True):
-        np.testing.assert_array_equal(x, y, name)
+    assert_made(library, config, o, expected)
 
 
 @pytest.mark.parametrize("kind", ["blocks", "band", "row", "none", "random"])
@@ -132,13 +139,7 @@ def test_masks(library: ctypes.CDLL, kind: str, with_ids: bool) -> None:
     o["mask"] = jnp.asarray(mask_of(kind, (2, 1, *sizes)))
     config = intervals_test.config_of(o, CAUSAL)
     expected = intervals.intervals(config, o)
-    with (
-        jax.disable_jit(),
-        mock.patch.object(jax.ffi, "ffi_call", calls_of(library)),
-    ):
-        made = intervals.by_kernel(config, o)
-    for x, y in zip(made, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_made(library, config, o, expected)
 
 
 def test_batch_dimensions(library: ctypes.CDLL) -> None:
@@ -152,10 +153,4 @@ def test_batch_dimensions(library: ctypes.CDLL) -> None:
     }
     config = intervals_test.config_of(o, CAUSAL)
     expected = intervals.intervals(config, o)
-    with (
-        jax.disable_jit(),
-        mock.patch.object(jax.ffi, "ffi_call", calls_of(library)),
-    ):
-        made = intervals.by_kernel(config, o)
-    for x, y in zip(made, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_made(library, config, o, expected)
