@@ -71,10 +71,6 @@ def forward_calls() -> Iterator[Call]:
         yield (query, key, value), {}
         # More blocks than thread blocks.
         yield arrays(dtype, (9, 140, 16), (150, 4), *widths), {"is_causal": True}
-    for width, causal in ((128, False), (256, False), (256, True)):
-        # Pairs of thread blocks.
-        problem = arrays(dtype, (1, 2048, 1), (2048, 1), width)
-        yield problem, {"is_causal": causal}
     yield from float32_calls("mha_fwd")
 
 
