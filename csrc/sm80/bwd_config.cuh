@@ -68,9 +68,9 @@ inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
 template <int kHeadDim, int kHeadDimV>
 inline constexpr BwdTiles kBwdSplitTiles{};
 template <>
-inline constexpr BwdTiles kBwdSplitTiles<64, 64>{64, 64, 4, 1, 2, 2, 2};
+inline constexpr BwdTiles kBwdSplitTiles<64, 64>{32, 128, 4, 1, 1, 4, 1};
 template <>
-inline constexpr BwdTiles kBwdSplitTiles<128, 128>{64, 64, 8, 1, 4, 2, 2};
+inline constexpr BwdTiles kBwdSplitTiles<128, 128>{32, 64, 4, 1, 2, 2, 1};
 
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.
