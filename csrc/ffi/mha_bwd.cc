@@ -93,10 +93,10 @@ ffi::Error launch(MhaBwdParams* params, ElementType type, bool may_split,
                 dense_row_alignment(type, params->dquery, params->head_dim),
                 dense_row_alignment(type, params->dkey, params->head_dim),
                 dense_row_alignment(type, params->dvalue, params->head_dim_v)});
-  const MhaBwdKernel* const kernel = choose_mha_bwd_kernel(
-      {type, params->head_dim, params->head_dim_v, params->key_length, params->batch_dims,
-       alignment, device.compute_capability, force_sm80(), params->intervals.rows != nullptr,
-       may_split});
+  const MhaBwdKernel* const kernel =
+      choose_mha_bwd_kernel({type, params->head_dim, params->head_dim_v, params->key_length,
+                             params->batch_dims, alignment, device.compute_capability, force_sm80(),
+                             params->intervals.rows != nullptr, may_split});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params->head_dim, " and ",
                   params->head_dim_v);
   JAX_FLASH_RETURN_IF_ERROR(divide_workspace(workspace, bwd_sum_width(kernel->head_dim), params));

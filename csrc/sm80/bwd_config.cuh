@@ -64,7 +64,7 @@ inline constexpr BwdTiles kBwdF32Tiles<64, 64>{64, 64, 4, 1, 2, 2, 2};
 template <>
 inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
 
-// For f32 as sums of two bf16, on GPUs with 163 KB: of width 64 two thread blocks fit an SM.
+// For f32 as sums of two bf16, on Hopper: two thread blocks fit an SM.
 template <int kHeadDim, int kHeadDimV>
 inline constexpr BwdTiles kBwdSplitTiles{};
 template <>
@@ -82,7 +82,7 @@ struct BwdConfig {
   static constexpr bool kSplit = kType == ElementType::kSplit;
   static constexpr bool kF32 = kFloats && !kSplit;
   using Element = typename ElementOf<kSplit ? ElementType::kBf16 : kType>::Type;
-  static constexpr int kParts = kSplit ? 2 : 1;  // elements of a number
+  static constexpr int kParts = kSplit ? 2 : 1;                         // elements of a number
   static constexpr int kProducts = kType == ElementType::kF32 ? 3 : 1;  // of tf32, for one of f32
   static constexpr int kUnits = element_bytes(kType) / 2;  // of 16 bits, in which rows are copied
   static constexpr int kColumns = kHeadDimArg;             // widths after padding

@@ -131,6 +131,9 @@ __device__ __forceinline__ void add_product(float (&d)[kBlocks][kTiles][4], cons
 // the high parts of eight columns and their low parts. All threads call it.
 template <typename Config, int kRows, int kWidth>
 __device__ __forceinline__ void split_tile(uint32_t tile) {
+  static_assert(ChunkLanes<kWidth, Config::kThreads>::kLanes >= 2 &&
+                    kRows % ChunkLanes<kWidth, Config::kThreads>::kRowsPerPass == 0,
+                "neighbours share a row, and whole warps have rows");
   const bool odd = lane_id() % 2 != 0;  // the lane has the second half of eight columns
   TileCopy<kRows, kWidth, Config::kThreads, Config::kWide>::transform_chunks(tile, [&](uint4& x) {
     const float first = __uint_as_float(x.x);
