@@ -84,6 +84,48 @@ def test_gradients(precision: str | None) -> None:
     )
 
 
+@pytest.mark.usefixtures("kernels")
+def test_gradients_under_vmap_with_lengths() -> None:
+    """Keys are shared: their gradients have the full batch, XLA adds them up."""
+    queries, keys, values = inputs()
+    lengths = jnp.array([64, 30])
+
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        out, lse = attend(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            return_lse=True,
+        )
+        return out.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    def total(*arrays: Any) -> Any:
+        return jax.vmap(loss, (0, None, None))(*arrays).sum()
+
+    stacked = jnp.stack([queries] * 3)
+    text = cuda_text(jax.grad(total, (0, 1, 2)), stacked, keys, values)
+    assert text.count("stablehlo.custom_call") == 2
+    line = call_of(registry.BACKWARD_TARGET, text)
+    for attribute in (
+        "may_split = true",
+        "has_dlse = true",
+        "has_query_lengths = true",
+    ):
+        assert attribute in line
+    results = line[line.rindex("-> (") :]
+    assert results.startswith(
+        "-> (tensor<3x2x64x4x16xf32>, tensor<3x2x48x2x16xf32>, tensor<3x2x48x2x8xf32>"
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+def test_only_float32_may_be_split() -> None:
+    text = cuda_text(jax.grad(lambda *a: attend(*a).sum()), *inputs("bfloat16"))
+    assert "may_split = false" in call_of(registry.BACKWARD_TARGET, text)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("precision", [None, "highest", "tf32"])
 def test_products_of_jnp(precision: str | None, dtype: str) -> None:

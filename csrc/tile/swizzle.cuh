@@ -31,8 +31,8 @@ struct TileLayout {
 
   // offset(row, chunk + step) from offset(row, chunk), where chunk and step have no bit in common
   // (chunk < 2 and step is even, say): the low bits of step toggle address bits (the phase is
-  // already in them), the rest is added. With a compile-time step this is one XOR or nothing, and an
-  // immediate.
+  // already in them), the rest is added. With a compile-time step this is one XOR or nothing, and
+  // an immediate.
   static __device__ __forceinline__ uint32_t advance(uint32_t address, uint32_t step) {
     return (address ^ ((step & kMask) << 4)) + ((step & ~kMask) << 4);
   }
