@@ -87,7 +87,8 @@ def mha(
         one compilation (`jax.jit(compiler_options=...)`) are not seen. The jnp path has
         one way to compute gradients, as reproducible as XLA's matrix products.
       precision: None, "highest" for float32-faithful products, or "tf32" for products
-        of float32 whose factors may be rounded to TF32. None is "highest" for float32.
+        of float32 whose factors may be rounded to TF32. None is exact to about 2^-16 or
+        better for float32 (docs/numerics.md).
       return_lse: also return the log-sum-exp of the logits.
       implementation: None for the first backend that supports the call on the platform
         it is lowered for (`jax_flash.explain` tells), a name, or a tuple of names.

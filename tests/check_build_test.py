@@ -239,6 +239,21 @@ def test_every_file_must_be_in_the_code() -> None:
     assert faults == [f"{path.stem}: no sm_90a code of it" for path in sorted(files)]
 
 
+def test_a_backward_of_split_operands_has_products_of_warps() -> None:
+    name = (
+        "_ZN9jax_flash4sm8014mha_bwd_kernelINS0_9BwdConfigILNS_11ElementTypeE4ELi64E"
+        "Li64ELb1EXtlNS0_8BwdTilesELi64EEELb0EEEEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
+    )
+    assert split_is_missing({})
+    assert not split_is_missing({name: set()})
+    assert any(name in x for x in check_build.judge_hgmma({name: {"HGMMA.64x64x16"}}))
+
+
+def split_is_missing(instructions: dict[str, set[str]]) -> bool:
+    faults = check_build.judge_hgmma(instructions)
+    return "bwd_split_64x64: no sm_90a code of it" in faults
+
+
 def test_without_cuobjdump(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_build.shutil, "which", lambda *_, **__: None)
     with pytest.raises(FileNotFoundError, match="nvidia-cuda-cuobjdump"):

@@ -86,6 +86,9 @@ def test_nan_and_huge_numbers_reach_the_output(
     assert np.isfinite(others).all()
 
 
+SPLIT_TOLERANCE = 2.0**-15
+"""Of the backward by products of split bfloat16: see docs/numerics.md."""
+
 BACKWARD_WIDTHS = [(64, 64), (128, 128), (33, 17), (40, 56), (72, 127)]
 
 
@@ -102,9 +105,41 @@ def test_backward(
         64 if max(widths) <= 64 else 128,
         tf32_products=products,
     )
+    assert_near(results, expected, TOLERANCES[products])
+
+
+SPLIT_WIDTHS = [(64, 64), (128, 128), (40, 56), (120, 72)]
+
+
+@pytest.mark.parametrize(
+    ("case", "widths"),
+    [
+        (case, SPLIT_WIDTHS[(i + shift) % 4])
+        for i, case in enumerate(emulator_test.CASES)
+        for shift in (0, 1)
+    ],
+)
+def test_split_backward(
+    library: ctypes.CDLL, case: str, widths: tuple[int, int]
+) -> None:
+    results, expected = emulator_test.run_backward(
+        library.mha_bwd_split,
+        widths,
+        case,
+        list(emulator_test.CASES).index(case),
+        "float32",
+        64 if max(widths) <= 64 else 128,
+        tf32_products=3,
+    )
+    assert_near(results, expected, SPLIT_TOLERANCE)
+
+
+def assert_near(
+    results: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float
+) -> None:
     for name, exact in expected.items():
         result = results[f"d{name}"].astype(np.float64)
         assert np.isfinite(result).all(), name
         error = np.linalg.norm(result - exact)
         # Differences of large numbers may be small, or 0 for a single key.
-        assert error <= TOLERANCES[products] * max(3, np.linalg.norm(exact)), name
+        assert error <= tolerance * max(3, np.linalg.norm(exact)), name

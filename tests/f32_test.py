@@ -58,14 +58,16 @@ def test_explain() -> None:
         other = "sm80 64x64"
         hopper = "sm90 64x64 of split bfloat16 on compute capability 9.0"
         forward = other if precision == "highest" else f"{hopper}, {other} on others"
-        assert details == f"{forward}; gradients by {other}"
+        split = precision is None
+        backward = f"{hopper}, {other} on others" if split else other
+        assert details == f"{forward}; gradients by {backward}"
     wide = [jnp.concatenate([x] * 9, -1) for x in inputs()]
     reason = jax_flash.explain(*wide).reasons["cuda"]
     assert str(reason).endswith("the kernels take widths of at most 128")
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("precision", [None, "tf32"])
+@pytest.mark.parametrize("precision", [None, "tf32", "highest"])
 def test_gradients(precision: str | None) -> None:
     def loss(*arrays: Any, **options: Any) -> Any:
         return attend(*arrays, precision=precision, **options).sum()
@@ -75,10 +77,53 @@ def test_gradients(precision: str | None) -> None:
     assert text.count("stablehlo.custom_call") == 2
     line = call_of(registry.BACKWARD_TARGET, text)
     assert f"tf32 = {str(precision == 'tf32').lower()}" in line
+    assert f"may_split = {str(precision is None).lower()}" in line
     results = line[line.rindex("-> (") :]
     assert results.startswith(
         "-> (tensor<2x64x4x16xf32>, tensor<2x48x2x16xf32>, tensor<2x48x2x8xf32>"
     )
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_under_vmap_with_lengths() -> None:
+    """Keys are shared: their gradients have the full batch, XLA adds them up."""
+    queries, keys, values = inputs()
+    lengths = jnp.array([64, 30])
+
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        out, lse = attend(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            return_lse=True,
+        )
+        return out.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    def total(*arrays: Any) -> Any:
+        return jax.vmap(loss, (0, None, None))(*arrays).sum()
+
+    stacked = jnp.stack([queries] * 3)
+    text = cuda_text(jax.grad(total, (0, 1, 2)), stacked, keys, values)
+    assert text.count("stablehlo.custom_call") == 2
+    line = call_of(registry.BACKWARD_TARGET, text)
+    for attribute in (
+        "may_split = true",
+        "has_dlse = true",
+        "has_query_lengths = true",
+    ):
+        assert attribute in line
+    results = line[line.rindex("-> (") :]
+    assert results.startswith(
+        "-> (tensor<3x2x64x4x16xf32>, tensor<3x2x48x2x16xf32>, tensor<3x2x48x2x8xf32>"
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+def test_only_float32_may_be_split() -> None:
+    text = cuda_text(jax.grad(lambda *a: attend(*a).sum()), *inputs("bfloat16"))
+    assert "may_split = false" in call_of(registry.BACKWARD_TARGET, text)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -61,6 +61,10 @@ WIDE_BACKWARD_TILE = 64
 """Queries, and keys, of a tile of the backward over width 128."""
 TYPES = ("bf16", "f16", "f32", "tf32", "split")
 """Names of the values of ElementType, as files have them."""
+SPLIT_BACKWARD = re.compile(
+    r"4sm80\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE4ELi(\d+)ELi(\d+)E"
+)
+"""Whose matrix instructions are those of warps."""
 SPLIT_PRODUCTS = 3
 """Products of bfloat16 for one of "split"."""
 MINIMUM_KEYS = 64
@@ -226,6 +230,8 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
             continue
         match = SM90_FORWARD.search(name)
         if match is None:
+            if split := SPLIT_BACKWARD.search(name):
+                seen.add(f"bwd_split_{split[1]}x{split[2]}")
             if got:
                 faults.append(f"{name}: {sorted(got)} in a kernel with unknown tiles")
             continue

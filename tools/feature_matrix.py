@@ -17,7 +17,7 @@ an option that its kernel lacks runs in jnp, or raises `NotImplementedError` wit
 `implementation="cuda"`. jnp runs everything, on every platform.
 
 The table is that of bfloat16 and float16. float32 has kernels of the family sm80, which
-all GPUs run, and a forward of the family sm90, for widths up to 128 and the options
+all GPUs run, and some of the family sm90, for widths up to 128 and the options
 that take no kernels with intervals (not `softcap`, `bias`, `alibi_slopes`, `mask`,
 dropout, segment ids and offsets).
 

@@ -4,7 +4,7 @@
 // [*batch, N, T], then dlse like lse if its attribute says so, and the lengths or intervals -> the
 // gradients of query, key and value, each with the full batch and in query's type or f32, and a
 // workspace f32 [floats], of which plan.py in jax_flash/_src says the size, and that of a bias if
-// has_dbias, see operands.h.
+// has_dbias, see operands.h. may_split: products of f32 operands may be those of split bf16.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -82,8 +82,8 @@ ffi::Error divide_workspace(const ffi::AnyBuffer& workspace, int width, MhaBwdPa
 }
 
 // Enqueues the kernels that suit the operands and the current device.
-ffi::Error launch(MhaBwdParams* params, ElementType type, const ffi::AnyBuffer& workspace,
-                  cudaStream_t stream) {
+ffi::Error launch(MhaBwdParams* params, ElementType type, bool may_split,
+                  const ffi::AnyBuffer& workspace, cudaStream_t stream) {
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
   const int32_t alignment =
@@ -93,9 +93,10 @@ ffi::Error launch(MhaBwdParams* params, ElementType type, const ffi::AnyBuffer& 
                 dense_row_alignment(type, params->dquery, params->head_dim),
                 dense_row_alignment(type, params->dkey, params->head_dim),
                 dense_row_alignment(type, params->dvalue, params->head_dim_v)});
-  const MhaBwdKernel* const kernel = choose_mha_bwd_kernel(
-      {type, params->head_dim, params->head_dim_v, params->key_length, params->batch_dims,
-       alignment, device.compute_capability, force_sm80(), params->intervals.rows != nullptr});
+  const MhaBwdKernel* const kernel =
+      choose_mha_bwd_kernel({type, params->head_dim, params->head_dim_v, params->key_length,
+                             params->batch_dims, alignment, device.compute_capability, force_sm80(),
+                             params->intervals.rows != nullptr, may_split});
   JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params->head_dim, " and ",
                   params->head_dim_v);
   JAX_FLASH_RETURN_IF_ERROR(divide_workspace(workspace, bwd_sum_width(kernel->head_dim), params));
@@ -110,11 +111,11 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    ffi::Result<ffi::AnyBuffer> dquery, ffi::Result<ffi::AnyBuffer> dkey,
                    ffi::Result<ffi::AnyBuffer> dvalue, ffi::Result<ffi::AnyBuffer> workspace,
                    ffi::RemainingRets more, bool has_dlse, bool has_dbias, bool deterministic,
-                   float scale, int64_t window_left, int64_t window_right, bool bottom_right,
-                   bool has_query_lengths, bool has_kv_lengths, bool has_intervals, bool has_slopes,
-                   float softcap, bool tf32, int64_t dropout, bool has_mask, bool has_bias,
-                   int64_t packed_heads, int64_t packed_kv_heads, Dims query_order, Dims key_order,
-                   Dims value_order) {
+                   bool may_split, float scale, int64_t window_left, int64_t window_right,
+                   bool bottom_right, bool has_query_lengths, bool has_kv_lengths,
+                   bool has_intervals, bool has_slopes, float softcap, bool tf32, int64_t dropout,
+                   bool has_mask, bool has_bias, int64_t packed_heads, int64_t packed_kv_heads,
+                   Dims query_order, Dims key_order, Dims value_order) {
   MhaBwdParams params{};
   MhaOperands operands(
       {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
@@ -179,7 +180,9 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.factor = scale;
   params.deterministic = deterministic;
-  return launch(&params, operands.type(), *workspace, stream);
+  JAX_FLASH_CHECK(!may_split || operands.data_type() == ffi::F32,
+                  "may_split is for query of f32, got ", operands.data_type());
+  return launch(&params, operands.type(), may_split, *workspace, stream);
 }
 
 }  // namespace
@@ -201,7 +204,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kMhaBwd, mha_bwd,
                                                       .RemainingRets()
                                                       .Attr<bool>("has_dlse")
                                                       .Attr<bool>("has_dbias")
-                                                      .Attr<bool>("deterministic")),
+                                                      .Attr<bool>("deterministic")
+                                                      .Attr<bool>("may_split")),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -53,6 +53,13 @@ constexpr MhaBwdKernel sm90_bwd() {
           sm90::launch_mha_bwd<kType, kHeadDim, kHeadDimV>};
 }
 
+// Products of mma.sync, for Hopper, where the forward splits, too.
+template <int kHeadDim, int kHeadDimV>
+constexpr MhaBwdKernel sm90_bwd_split() {
+  return {Family::kSm90, ElementType::kSplit, kHeadDim, kHeadDimV,
+          sm80::launch_mha_bwd_split<kHeadDim, kHeadDimV>};
+}
+
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr MhaBwdKernel sm90_bwd_intervals() {
   return {Family::kSm90, kType, kHeadDim, kHeadDimV,
@@ -92,6 +99,7 @@ constexpr MhaBwdKernel kMhaBwdKernels[] = {
     sm90_bwd<kBf16, 192, 128>(), sm90_bwd<kF16, 192, 128>(),  //
     sm90_bwd<kBf16, 192, 192>(), sm90_bwd<kF16, 192, 192>(),  //
     sm90_bwd<kBf16, 256, 256>(), sm90_bwd<kF16, 256, 256>(),  //
+    sm90_bwd_split<64, 64>(),    sm90_bwd_split<128, 128>(),  //
     sm80_bwd<kBf16, 64, 64>(),   sm80_bwd<kF16, 64, 64>(),    //
     sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
     sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //

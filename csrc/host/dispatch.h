@@ -49,7 +49,7 @@ struct MhaFacts {
   int compute_capability;  // 10 * major + minor
   bool force_sm80;
   bool intervals;          // whether the call has intervals, which other kernels read
-  bool may_split = false;  // whether f32 operands may be split, for which there is room
+  bool may_split = false;  // whether f32 operands may be split; in the forward, if there is room
 };
 
 // The first kernel that can run the call, or null.

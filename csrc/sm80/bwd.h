@@ -13,6 +13,12 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream);
 
+// The same of f32 as sums of two bf16, whose rows all start at multiples of 16 bytes, on GPUs with
+// 163 KB of shared memory for a thread block. Built for Hopper: see sm90/inst.
+template <int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd_split(const MhaBwdParams& params, const DeviceInfo& device,
+                                 cudaStream_t stream);
+
 // The same with intervals: lengths, windows and alignment are not looked at.
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,

@@ -64,13 +64,25 @@ inline constexpr BwdTiles kBwdF32Tiles<64, 64>{64, 64, 4, 1, 2, 2, 2};
 template <>
 inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
 
+// For f32 as sums of two bf16, on Hopper: two thread blocks fit an SM.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr BwdTiles kBwdSplitTiles{};
+template <>
+inline constexpr BwdTiles kBwdSplitTiles<64, 64>{32, 128, 4, 1, 1, 4, 1};
+template <>
+inline constexpr BwdTiles kBwdSplitTiles<128, 128>{32, 64, 4, 1, 2, 2, 1};
+
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.
 template <ElementType kType, int kHeadDimArg, int kHeadDimVArg, bool kWideArg, BwdTiles kTiles,
           bool kIntervalsArg = false, bool kDenseArg = false>
 struct BwdConfig {
-  using Element = typename ElementOf<kType>::Type;
-  static constexpr bool kF32 = element_bytes(kType) == 4;
+  // Operands are f32: multiplied as such, or as sums of two bf16, which shared memory holds.
+  static constexpr bool kFloats = element_bytes(kType) == 4;
+  static constexpr bool kSplit = kType == ElementType::kSplit;
+  static constexpr bool kF32 = kFloats && !kSplit;
+  using Element = typename ElementOf<kSplit ? ElementType::kBf16 : kType>::Type;
+  static constexpr int kParts = kSplit ? 2 : 1;                         // elements of a number
   static constexpr int kProducts = kType == ElementType::kF32 ? 3 : 1;  // of tf32, for one of f32
   static constexpr int kUnits = element_bytes(kType) / 2;  // of 16 bits, in which rows are copied
   static constexpr int kColumns = kHeadDimArg;             // widths after padding

@@ -77,6 +77,16 @@ __device__ __forceinline__ float* head_sum(const MhaBwdParams& params,
          (block.flat_head + step.head) * bwd_padded_rows(params.query_length) * Config::kColumns;
 }
 
+// What this thread has copied of a tile of f32 becomes what products take.
+template <typename Config, int kRows, int kWidth>
+__device__ __forceinline__ void prepare_tile(uint32_t tile) {
+  if constexpr (Config::kSplit) {
+    split_tile<Config, kRows, kWidth>(tile);
+  } else {
+    f32::round_tile<Config, kRows, kWidth>(tile);
+  }
+}
+
 // Walks over the tiles of queries. Keys and the first queries, then values and, with two stages,
 // the first output gradients are on their way, as two groups of copies.
 template <typename Config>
@@ -92,10 +102,10 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
   bool first = true;
   do {
     ptx::cp_async_wait_group<kStages == 1 ? 1 : 0>();
-    if constexpr (Config::kF32) {
+    if constexpr (Config::kFloats) {
       static_assert(kStages == 1);
-      if (first) f32::round_tile<Config, Config::kKeys, Config::kHeadDim>(key_tile);
-      f32::round_tile<Config, Config::kRows, Config::kHeadDim>(tiles + Config::kStageOffset);
+      if (first) prepare_tile<Config, Config::kKeys, Config::kHeadDim>(key_tile);
+      prepare_tile<Config, Config::kRows, Config::kHeadDim>(tiles + Config::kStageOffset);
     }
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile, probabilities and score gradients before what overwrites them.
@@ -133,11 +143,11 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     }
     if constexpr (kStages == 1) {
       ptx::cp_async_wait_group<0>();
-      if constexpr (Config::kF32) {
+      if constexpr (Config::kFloats) {
         if (first)
-          f32::round_tile<Config, Config::kKeys, Config::kHeadDimV>(tiles + Config::kValueOffset);
+          prepare_tile<Config, Config::kKeys, Config::kHeadDimV>(tiles + Config::kValueOffset);
         first = false;
-        f32::round_tile<Config, Config::kRows, Config::kHeadDimV>(dout_tile);
+        prepare_tile<Config, Config::kRows, Config::kHeadDimV>(dout_tile);
       }
       __syncthreads();  // the output gradients' copies before their reads
     }
@@ -202,12 +212,12 @@ __device__ __forceinline__ void store_gradient(
   const int first_key = block.key_block * Config::kKeys;
   const int rows = params.key_length - first_key;
   const int valid_rows = block.mask.key_length - first_key;
-  if (Config::kF32 || f32) {
+  if (Config::kFloats || f32) {
     BwdWarp<Config>::store_gradient(static_cast<float*>(target) + offset, row_stride, gradient,
                                     factor, valid_rows, rows, width);
     return;
   }
-  if constexpr (!Config::kF32) {
+  if constexpr (!Config::kFloats) {
     BwdWarp<Config>::template stage_gradient<Layout>(tile, gradient, factor);
     __syncthreads();  // all warps' parts before whole rows are read
     // At least eight rows, after which the swizzle repeats.

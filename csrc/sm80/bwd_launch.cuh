@@ -39,7 +39,7 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int l2_bytes) {
 template <typename Config>
 cudaError_t launch_main(MhaBwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   static_assert(Config::kSharedBytes <= 163 * 1024);
-  if constexpr (Config::kF32) count_16_bits(&params);
+  if constexpr (Config::kFloats) count_16_bits(&params);
   const auto kernel = mha_bwd_kernel<Config>;
   const int64_t all = int64_t{params.batch} * params.kv_heads;
   const int64_t key_blocks = (params.key_length + int64_t{Config::kKeys} - 1) / Config::kKeys;
@@ -117,6 +117,18 @@ cudaError_t launch_f32(const MhaBwdParams& params, const DeviceInfo& device, cud
                : launch_main<Narrow>(params, device, stream);
   if (error != cudaSuccess) return error;
   return launch_bwd_finish<float, DqueryF32Sum<kHeadDim>>(params, stream);
+}
+
+template <int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_bwd_split(const MhaBwdParams& params, const DeviceInfo& device,
+                                 cudaStream_t stream) {
+  using Config = BwdConfig<ElementType::kSplit, kHeadDim, kHeadDimV, true,
+                           kBwdSplitTiles<kHeadDim, kHeadDimV>>;
+  cudaError_t error = launch_bwd_prepare<float>(params, kHeadDim, stream);
+  if (error != cudaSuccess) return error;
+  error = launch_main<Config>(params, device, stream);
+  if (error != cudaSuccess) return error;
+  return launch_bwd_finish<float, DquerySum<kHeadDim>>(params, stream);
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

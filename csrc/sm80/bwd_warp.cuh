@@ -69,9 +69,8 @@ struct BwdWarp {
           b_operand_address<Layout>(key_tile, score_key()));
     } else {
       clear(scores);
-      multiply<Element, Config::kHeadDim / 16>(
-          scores, RowBlocks<Layout>{a_operand_address<Layout>(query_tile, score_row())},
-          RowBlocks<Layout>{b_operand_address<Layout>(key_tile, score_key())});
+      multiply<Element, Config::kColumns / 16>(scores, a_rows<Layout>(query_tile, score_row()),
+                                               b_rows<Layout>(key_tile, score_key()));
     }
   }
 
@@ -101,9 +100,8 @@ struct BwdWarp {
       }
     }
     if constexpr (!Config::kF32) {
-      multiply<Element, Config::kHeadDimV / 16>(
-          dscores, RowBlocks<Layout>{a_operand_address<Layout>(dout_tile, score_row())},
-          RowBlocks<Layout>{b_operand_address<Layout>(value_tile, score_key())});
+      multiply<Element, Config::kColumnsV / 16>(dscores, a_rows<Layout>(dout_tile, score_row()),
+                                                b_rows<Layout>(value_tile, score_key()));
     }
   }
 
@@ -274,12 +272,14 @@ struct BwdWarp {
     }
   }
 
-  // dvalue += P^T dO. Of 16 bits after(step) follows each of kSteps k-steps.
+  // dvalue += P^T dO. Of operands of 16 bits after(step) follows each of kSteps k-steps.
   template <typename F>
   __device__ __forceinline__ void add_dvalue(uint32_t probability_tile, uint32_t dout_tile,
                                              F after) {
     if constexpr (Config::kF32) {
       add_columns<typename Config::DoutLayout>(dvalue, probability_tile, dout_tile);
+    } else if constexpr (Config::kSplit) {
+      add_product<Element, kSteps>(dvalue, key_rows(probability_tile), dout_columns(dout_tile));
     } else {
       multiply<Element, kSteps>(dvalue, key_rows(probability_tile), dout_columns(dout_tile), after);
     }
@@ -290,11 +290,10 @@ struct BwdWarp {
   __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile, F after) {
     if constexpr (Config::kF32) {
       add_columns<typename Config::QueryLayout>(dkey, dscore_tile, query_tile);
+    } else if constexpr (Config::kSplit) {
+      add_product<Element, kSteps>(dkey, key_rows(dscore_tile), query_columns(query_tile));
     } else {
-      multiply<Element, kSteps>(dkey, key_rows(dscore_tile),
-                                b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps>(
-                                    query_tile, column_warp()),
-                                after);
+      multiply<Element, kSteps>(dkey, key_rows(dscore_tile), query_columns(query_tile), after);
     }
   }
   __device__ __forceinline__ void add_dkey(uint32_t dscore_tile, uint32_t query_tile) {
@@ -349,7 +348,7 @@ struct BwdWarp {
   __device__ __forceinline__ void add_dquery_dvalue(float* sum, int row, uint32_t dscore_tile,
                                                     uint32_t key_tile, uint32_t probability_tile,
                                                     uint32_t dout_tile) {
-    if constexpr (Config::kF32) {
+    if constexpr (Config::kFloats) {
       Dquery dquery;
       multiply_dscores(dquery, dscore_tile, key_tile);
       add_to_sum(sum, row, dquery);
@@ -362,7 +361,7 @@ struct BwdWarp {
       for (int step = 0; step < kKeySteps; ++step) {
 #pragma unroll
         for (int i = 0; i < kDqueryBlocks; ++i) {
-          dquery_rows(dscore_tile).load(dscores[step][i], i, step);
+          dquery_rows(dscore_tile).load(dscores[step][i], i, step, 0);
         }
       }
 #pragma unroll
@@ -372,7 +371,7 @@ struct BwdWarp {
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
           uint32_t key[4];
-          key_columns(key_tile).load(key, part, step);
+          key_columns(key_tile).load(key, part, step, 0);
 #pragma unroll
           for (int i = 0; i < kDqueryBlocks; ++i) {
             ptx::mma_m16n8k16<Element>(dquery[i][0], dscores[step][i], key[0], key[1]);
@@ -436,18 +435,32 @@ struct BwdWarp {
  private:
   // What products take from a tile for this warp: of scores [row][key] keys as rows, or queries; of
   // others columns.
+  static constexpr int kParts = Config::kParts;
+  template <typename Layout>
+  static __device__ __forceinline__ auto a_rows(uint32_t tile, int row) {
+    return RowBlocks<Layout, kParts>{a_operand_address<Layout, kParts>(tile, row)};
+  }
+  template <typename Layout>
+  static __device__ __forceinline__ auto b_rows(uint32_t tile, int row) {
+    return RowBlocks<Layout, kParts>{b_operand_address<Layout, kParts>(tile, row)};
+  }
   static __device__ __forceinline__ auto key_rows(uint32_t tile) {
-    return a_columns<ScoreLayout, Config::kKeyWarps>(tile, key_warp());
+    return a_columns<ScoreLayout, Config::kKeyWarps, kParts>(tile, key_warp());
   }
   static __device__ __forceinline__ auto dquery_rows(uint32_t tile) {
-    return RowBlocks<ScoreLayout>{a_operand_address<ScoreLayout>(tile, dquery_row())};
+    return a_rows<ScoreLayout>(tile, dquery_row());
+  }
+  static __device__ __forceinline__ auto query_columns(uint32_t tile) {
+    return b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps, kParts>(tile,
+                                                                                    column_warp());
   }
   static __device__ __forceinline__ auto dout_columns(uint32_t tile) {
-    return b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps>(tile, column_warp());
+    return b_columns<typename Config::DoutLayout, Config::kKeyColumnWarps, kParts>(tile,
+                                                                                   column_warp());
   }
   static __device__ __forceinline__ auto key_columns(uint32_t tile) {
-    return b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps>(tile,
-                                                                             dquery_column_warp());
+    return b_columns<typename Config::KeyLayout, Config::kDqueryColumnWarps, kParts>(
+        tile, dquery_column_warp());
   }
 
   // Adds this lane's part of one tile of the gradient of queries.
@@ -514,7 +527,7 @@ struct BwdWarp {
       const int pair = lane_id() % 4;  // two of them are a chunk
       return tile + ScoreLayout::offset(row, score_key() / 4 + pair / 2) + 8 * (pair % 2);
     } else {
-      return tile + ScoreLayout::offset(row, score_key() / 8) + 2 * fragment_column();
+      return tile + ScoreLayout::offset(row, kParts * (score_key() / 8)) + 2 * fragment_column();
     }
   }
   // The bits of j are zero in the warp's first chunk.
@@ -525,7 +538,9 @@ struct BwdWarp {
       ptx::st_shared_v2(address, f32::stored<Config::kProducts>(left),
                         f32::stored<Config::kProducts>(right));
     } else {
-      ptx::st_shared(address, ptx::cvt_rn_x2<Element>(left, right));
+      const uint32_t high = ptx::cvt_rn_x2<Element>(left, right);
+      ptx::st_shared(address, high);
+      if constexpr (Config::kSplit) ptx::st_shared(address ^ 16, low_parts(left, right, high));
     }
   }
 

@@ -7,7 +7,7 @@
 #include "ptx/math.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/fwd_config.cuh"
-#include "sm90/split_parts.cuh"
+#include "tile/split_parts.cuh"
 
 namespace jax_flash::sm90 {
 

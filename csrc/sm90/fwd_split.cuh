@@ -10,7 +10,7 @@
 #include "host/launch.h"
 #include "host/params.h"
 #include "host/split.h"
-#include "sm90/split_parts.cuh"
+#include "tile/split_parts.cuh"
 
 namespace jax_flash::sm90 {
 

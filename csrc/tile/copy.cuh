@@ -59,14 +59,21 @@ class TileCopy {
   // Applies f to each 32-bit word that this thread copied to a tile, once its copies are done.
   template <typename F>
   static __device__ __forceinline__ void transform(uint32_t tile, F f) {
+    transform_chunks(tile, [&](uint4& x) { x = make_uint4(f(x.x), f(x.y), f(x.z), f(x.w)); });
+  }
+
+  // The same with chunks: of two neighbouring lanes those of a pair.
+  template <typename F>
+  static __device__ __forceinline__ void transform_chunks(uint32_t tile, F f) {
     if (kRows < kRowsPerPass && row0() >= kRows) return;
 #pragma unroll 4
     for (int pass = 0; pass < kRows; pass += kRowsPerPass) {
 #pragma unroll
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kLanes) {
         const uint32_t address = tile + Layout::offset(row0() + pass, chunk0() + chunk);
-        const uint4 data = ptx::ld_shared_v4(address);
-        const uint32_t words[4] = {f(data.x), f(data.y), f(data.z), f(data.w)};
+        uint4 data = ptx::ld_shared_v4(address);
+        f(data);
+        const uint32_t words[4] = {data.x, data.y, data.z, data.w};
         ptx::st_shared_v4(address, words);
       }
     }

@@ -23,18 +23,19 @@ __device__ __forceinline__ int fragment_column() { return lane_id() % 4 * 2; }
 
 // Lane address of ldmatrix.x4 for a 16x16 A block at rows row0.. of a tile, first k-step.
 // Matrices in order: rows 0-7, rows 8-15, then the same rows at the second chunk.
-template <typename Layout>
+// kParts: 2 where every other chunk has the low parts of the chunk before (tile/split_parts.cuh).
+template <typename Layout, int kParts = 1>
 __device__ __forceinline__ uint32_t a_operand_address(uint32_t tile, int row0) {
   const int lane = lane_id();
-  return tile + Layout::offset(row0 + lane % 16, lane / 16);
+  return tile + Layout::offset(row0 + lane % 16, kParts * (lane / 16));
 }
 
 // The same for B where the tile is [n][k] (K in Q K^T): matrices n 0-7 k 0-7, n 0-7 k 8-15, then
 // n 8-15; registers {0, 1} are the fragment of the first 8 columns, {2, 3} of the next.
-template <typename Layout>
+template <typename Layout, int kParts = 1>
 __device__ __forceinline__ uint32_t b_operand_address(uint32_t tile, int row0) {
   const int lane = lane_id();
-  return tile + Layout::offset(row0 + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  return tile + Layout::offset(row0 + lane % 8 + lane / 16 * 8, kParts * (lane / 8 % 2));
 }
 
 // The same for B where the tile is [k][n] (V in P V), read transposed: matrices k 0-7 n 0-7,

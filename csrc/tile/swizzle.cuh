@@ -29,9 +29,10 @@ struct TileLayout {
     return row * kPitch + ((chunk ^ phase(row)) << 4);
   }
 
-  // offset(row, chunk + step) from offset(row, chunk), where chunk < 2 and step is even: the low
-  // bits of step toggle address bits (the phase is already in them), the rest is added. With a
-  // compile-time step this is one XOR or nothing, and an immediate.
+  // offset(row, chunk + step) from offset(row, chunk), where chunk and step have no bit in common
+  // (chunk < 2 and step is even, say): the low bits of step toggle address bits (the phase is
+  // already in them), the rest is added. With a compile-time step this is one XOR or nothing, and
+  // an immediate.
   static __device__ __forceinline__ uint32_t advance(uint32_t address, uint32_t step) {
     return (address ^ ((step & kMask) << 4)) + ((step & ~kMask) << 4);
   }

@@ -369,6 +369,7 @@ def _run_backward(
         has_dlse=backward.has_dlse,
         has_dbias="bias" in shared,
         deterministic=config.deterministic or compat.deterministic_ops(),
+        may_split=plan.may_split("mha_bwd", dtype, config.precision),
     )
     if config.qkv_heads is None:
         by_name = dict(zip(TENSORS, gradients, strict=False))

@@ -78,11 +78,21 @@ There are two of each: "f32", as precise as float32, and "tf32", whose products 
 factors rounded to TF32.
 """
 
-SPLIT_HEAD_DIMS = {"mha_fwd": ((64, 64), (128, 128))}
+SPLIT_HEAD_DIMS = {
+    "mha_fwd": ((64, 64), (128, 128)),
+    "mha_bwd": ((64, 64), (128, 128)),
+}
 """The same of kernels "split" of the family "sm90".
 
 They take float32 as sums of two bfloat16, to 2^-16 or better, and come before those of
-`F32_HEAD_DIMS` unless precision is "highest".
+`F32_HEAD_DIMS` where precision is one of `SPLIT_PRECISIONS`.
+"""
+
+SPLIT_PRECISIONS = {"mha_fwd": (None, "tf32"), "mha_bwd": (None,)}
+"""Operation -> precisions with which operands may be split.
+
+The backward has less work with one product of TF32 than with three of bfloat16, the
+forward with warpgroup instructions does not.
 """
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
@@ -101,8 +111,7 @@ def kernel_type(dtype: Any, precision: str | None) -> str | None:
 
 def may_split(op: str, dtype: Any, precision: str | None) -> bool:
     """Whether kernels "split" may run a call; see `SPLIT_HEAD_DIMS`."""
-    is_float32 = str(dtype) == "float32"
-    return op in SPLIT_HEAD_DIMS and is_float32 and precision != "highest"
+    return str(dtype) == "float32" and precision in SPLIT_PRECISIONS.get(op, ())
 
 
 @dataclasses.dataclass(frozen=True)

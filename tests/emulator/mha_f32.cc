@@ -42,6 +42,14 @@ extern "C" int mha_fwd_f32(const jax_flash::Arguments* arguments) {
                                        : launch_forward<ElementType::kTf32>(params, device);
 }
 
+extern "C" int mha_bwd_split(const jax_flash::Arguments* arguments) {
+  const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
+  return std::max(arguments->head_dim, arguments->head_dim_v) <= 64
+             ? sm80::launch_mha_bwd_split<64, 64>(backward_params(*arguments, 64), device, nullptr)
+             : sm80::launch_mha_bwd_split<128, 128>(backward_params(*arguments, 128), device,
+                                                    nullptr);
+}
+
 extern "C" int mha_bwd_f32(const jax_flash::Arguments* arguments) {
   const DeviceInfo device{80, 40 << 20, arguments->multiprocessors};
   return arguments->tf32_products == 3 ? launch_backward<ElementType::kF32>(*arguments, device)

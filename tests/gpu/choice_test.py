@@ -114,3 +114,33 @@ def test_the_planned_backward_runs_after_the_forward(widths: tuple[int, int]) ->
     assert len(names) == 4, names
     (name,) = (name for name in names if "mha_bwd_kernel" in name)
     assert planned.family in name
+
+
+@pytest.mark.parametrize("precision", [None, "highest", "tf32"])
+@pytest.mark.parametrize("width", [64, 40, 128, 36])
+def test_the_planned_backward_of_float32_runs(
+    width: int, precision: str | None
+) -> None:
+    """Kernels of float32 and of split bfloat16 leave sums in orders of their own."""
+    query = jnp.ones((2, 200, 4, width), jnp.float32)
+    key, value = (jnp.ones((2, 300, 2, width), jnp.float32) for _ in range(2))
+    planned = plan.backward_kernel(
+        "float32",
+        width,
+        width,
+        int(jax.devices()[0].compute_capability.replace(".", "")),
+        precision=precision,
+        force_sm80=registry.extension().force_sm80,
+    )
+    assert planned is not None
+
+    def gradients(*arrays: jax.Array) -> Any:
+        out, vjp = jax.vjp(
+            lambda *x: mha(*x, precision=precision, implementation="cuda"), *arrays
+        )
+        return vjp(out)
+
+    names = kernels(gradients, query, key, value)
+    assert sum("mha_bwd_kernel" in name for name in names) == 1
+    (finish,) = (name for name in names if "bwd_finish_kernel" in name)
+    assert ("DqueryF32Sum" in finish) == (planned.dtype != "split")

@@ -115,11 +115,15 @@ def test_gradients_of_other_precisions(precision: str | None) -> None:
             assert_near(got, expected[name], tolerance, (case, name))
 
 
-def test_deterministic_gradients_are_bitwise_reproducible() -> None:
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_deterministic_gradients_are_bitwise_reproducible(
+    precision: str | None,
+) -> None:
     cases = [spec(1, 700, 900, 4, 2, width, is_causal=True) for width in (64, 128)]
     problems = [gradient_helpers.problem_of(case) for case in cases]
+    ways = {"precision": precision, "deterministic": True}
     first, *others = (
-        gradient_helpers.run_gradients(problems, deterministic=True) for _ in range(3)
+        gradient_helpers.run_gradients(problems, **ways) for _ in range(3)
     )
     for other in others:
         chex.assert_trees_all_equal(first, other)
@@ -155,6 +159,18 @@ def test_sums_over_many_keys(width: int) -> None:
     out, _ = gpu_helpers.run_kernel(*arrays)
     expected = oracle.attention(*arrays).out
     assert np.abs(out / expected - 1).max() < 2.0**-13
+
+
+def test_gradients_that_add_up_over_many_rows() -> None:
+    """The same in the backward, of keys and values: all their parts have one sign."""
+    case = spec(1, 8192, 128, 1, 1, 64)
+    problem = gradient_helpers.problem_of(case)
+    problem.dout[...] = np.abs(problem.dout)
+    query, key, value = problem.arrays
+    expected = oracle.gradients(query, key, value, problem.dout, None)
+    for precision in (None, "highest"):
+        ((_, _, got),) = gradient_helpers.run_gradients([problem], precision=precision)
+        assert np.abs(got / expected["value"] - 1).max() < 2.0**-14
 
 
 @pytest.mark.parametrize("width", [64, 128])

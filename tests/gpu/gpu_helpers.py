@@ -22,8 +22,8 @@ F32_ERRORS = {None: 2.0**-15, "tf32": 2e-3}
 
 Relative to the largest; gradients twice that.
 
-On Hopper both are those of split bfloat16 where TMA reads operands, else None is
-"highest", and "tf32" rounds to TF32.
+On Hopper both are those of split bfloat16 where TMA reads operands (in the backward
+only None), else None is "highest", and "tf32" rounds to TF32.
 """
 
 # Query, key and value, and the other arguments of `mha`.

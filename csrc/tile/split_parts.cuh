@@ -8,7 +8,7 @@
 
 #include "ptx/math.cuh"
 
-namespace jax_flash::sm90 {
+namespace jax_flash {
 
 // The low parts of `first` and `second`, whose high ones are the halves of `high`.
 __device__ __forceinline__ uint32_t low_parts(float first, float second, uint32_t high) {
@@ -16,4 +16,4 @@ __device__ __forceinline__ uint32_t low_parts(float first, float second, uint32_
                                        second - __uint_as_float(high & 0xffff0000u));
 }
 
-}  // namespace jax_flash::sm90
+}  // namespace jax_flash
