@@ -25,9 +25,6 @@ WIDTHS = (
     (192, 128),
 )
 
-VARLEN_DROPOUT = 0.5
-"""The only rate of dropout that goes with "varlen", which no kernel takes with it."""
-
 F32_FACTORS: Factors = {
     "kernels": ("by device", "sm80"),
     "form": ("mha", "packed"),
@@ -74,7 +71,6 @@ ALL_FACTORS: Factors = {
     "dtype": ("bfloat16", "float16", "float32"),
     "precision": F32_FACTORS["precision"],
     "sizes": ((60, 60), (50, 90)),
-    "dropout": (0.0, 0.25, VARLEN_DROPOUT),
 }
 """All of it in any combination, and what jnp runs."""
 
@@ -89,8 +85,6 @@ def _allows(a: tuple[str, Any], b: tuple[str, Any]) -> bool:
     other, value = b
     match a:
         case ("form", "varlen"):  # has no batch
-            if other == "dropout":
-                return value in (0.0, VARLEN_DROPOUT)
             return value == "none" or (
                 other != "lengths"
                 and b not in (("sinks", "batch"), ("bias", "slopes of batch"))

@@ -423,6 +423,12 @@ def _cases() -> dict[str, Callable[[], Case]]:
             rest={"dropout_rate": 0.3},
             window_size=(100, 100),
         ),
+        "packed, dropout": lambda: packed(
+            (1, 230, 300, 2, 1),
+            [(3, 40), (100, 130), (1, 50), (96, 60)],
+            True,
+            dropout_rate=0.3,
+        ),
     }
 
 

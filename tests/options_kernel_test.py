@@ -359,8 +359,12 @@ OFFSETS = (
 
 @pytest.mark.parametrize(
     "options",
-    [{"is_causal": True}, {"window_size": (9, 9), "softcap": 2.0, "max_seqlen_k": 40}],
-    ids=["causal", "bounds"],
+    [
+        {"is_causal": True},
+        {"window_size": (9, 9), "softcap": 2.0, "max_seqlen_k": 40},
+        {"is_causal": True, **DROPOUT},
+    ],
+    ids=["causal", "bounds", "dropout"],
 )
 def test_varlen(options: dict[str, Any]) -> None:
     """Packed sequences, one of them empty, one without keys; NaN outside."""

@@ -94,8 +94,6 @@ def cuda_supports(call: Call) -> str | None:
     for name, text in options_of(call).items():
         if not plan.supported(name):
             return f"{text} is not supported by the kernels yet"
-    if clash := plan.clash(options_of(call)):
-        return f"{clash} is not supported by the kernels yet"
     if call.bias is not None and call.bias.shape[-1] != call.key_length:
         clash = plan.bias_of_all_keys(call.bias.shape)
         return f"{clash} is not supported by the kernels yet"

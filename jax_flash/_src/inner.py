@@ -96,7 +96,7 @@ def _runs_kernel(
         return False
     batch_dims = query.ndim - TRAILING[config.present[0]]
     op = plan.operation(op, _options(config))
-    if clash := plan.clash(_options(config)) or _clash_of_arrays(ctx, config, backward):
+    if clash := _clash_of_arrays(ctx, config, backward):
         reason = f"has no kernel for {clash}"
     elif batch_dims > plan.MAX_BATCH_DIMS:
         reason = (

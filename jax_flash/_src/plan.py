@@ -161,18 +161,6 @@ def needs_intervals(options: Iterable[str]) -> bool:
     return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
 
 
-def clash(options: Iterable[str]) -> str | None:
-    """Options of a call that no kernel takes together, in words, if there are any.
-
-    Kernels do not know where the sequences of packed arrays begin, from where dropout
-    counts rows and keys.
-    """
-    given = set(options)
-    if "dropout_rate" in given and "cu_seqlens_q" in given:
-        return "dropout_rate together with cu_seqlens_q"
-    return None
-
-
 def bias_of_all_keys(shape: Iterable[Any]) -> str:
     """What no kernel takes: a bias of this shape, one number for all keys."""
     return f"bias (of shape {tuple(shape)}) that keys share"

@@ -64,61 +64,11 @@ class Call:
         names = {*self.static, *self.operands, *self.wanted}
         if not all(plan.supported(n) for n in names if n in plan.OPTIONS):
             return False
-        if plan.clash(names):
-            return False
         slopes = {"alibi_slopes"} if "slopes" in names else set()
         wide = max(self.case["widths"]) > 128
         return self.case["dtype"] != "float32" or not (
             wide or plan.needs_intervals(names | slopes)
         )
-
-
-def _philox(counter: list[Any], key: list[Any]) -> list[Any]:
-    """Philox4x32-7 of arrays of 64 bits that hold 32."""
-    x, k = [np.uint64(c) for c in counter], [np.uint64(c) for c in key]
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for _ in range(7):
-        first, second = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
-        x = [
-            second >> half ^ x[1] ^ k[0],
-            second & low,
-            first >> half ^ x[3] ^ k[1],
-            first & low,
-        ]
-        steps = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-        k = [(word + step) & low for word, step in zip(k, steps, strict=True)]
-    return x
-
-
-def dropout_factors(
-    shape: tuple[int, ...], rate: float, where: dict[str, np.ndarray] | None = None
-) -> np.ndarray:
-    """What weights [B, N, T, S] are multiplied by, from docs/design/dropout.md.
-
-    Args:
-      shape: of the weights.
-      rate: of what is dropped.
-      where: of packed sequences, "sequence" and "row" [T], and "start" [T], the first
-        key of a row's sequence.
-    """
-    batch, heads, rows, keys = shape
-    index = np.arange(heads)[None, :], np.arange(batch)[:, None]
-    seed = [x[..., None, None] for x in _philox([*index, 0, 0], [*DROPOUT_WORDS])[:2]]
-    if where is None:
-        zeros = np.zeros(rows, int)
-        where = {"sequence": zeros, "row": np.arange(rows), "start": zeros}
-    i = np.maximum(where["row"], 0)[:, None].astype(np.uint64)
-    # Keys before a sequence, and rows before the first one, are not seen.
-    j = np.maximum(np.arange(keys) - where["start"][:, None], 0).astype(np.uint64)
-    two, four, eight, sixteen = (np.uint64(n) for n in (2, 4, 8, 16))
-    groups = [four * (x // sixteen) + x // two % four for x in (j, i)]
-    words = _philox([*groups, where["sequence"][:, None], 0], seed)
-    even = np.where(j % two == 0, words[0], words[1])
-    odd = np.where(j % two == 0, words[2], words[3])
-    word = np.where(i % two == 0, even, odd)
-    byte = word >> eight * (two * (i // eight % two) + j // eight % two)
-    least = round(256 * rate)
-    return np.where(byte % np.uint64(256) >= least, 256 / (256 - least), 0.0)
 
 
 def _lengths(case: Case, rows: int, keys: int) -> dict[str, np.ndarray]:
@@ -161,8 +111,7 @@ def _packed_sequences(
 
     Returns:
       "q_ids" and "kv_ids", the sequence or -1; "seen" [T, S], by position; of each row
-      its "sequence", "row" in it, the "start" of its keys, and the key it is "aligned"
-      with.
+      the key it is "aligned" with.
     """
     q_ids, kv_ids = (np.full(length, -1) for length in shape)
     seen, aligned = np.zeros(shape, bool), np.zeros(shape[0], int)
@@ -174,16 +123,7 @@ def _packed_sequences(
         seen[rows, keys] = oracle.visible(*size, *size, **PLACES[place])
         shift = 0 if "top left" in place else size[1] - size[0]
         aligned[rows] = keys.start + np.arange(size[0]) + shift
-    sequence = np.maximum(q_ids, 0)
-    return {
-        "q_ids": q_ids,
-        "kv_ids": kv_ids,
-        "seen": seen,
-        "sequence": sequence,
-        "row": np.arange(shape[0]) - offsets[0][sequence],
-        "start": offsets[1][sequence],
-        "aligned": aligned,
-    }
+    return {"q_ids": q_ids, "kv_ids": kv_ids, "seen": seen, "aligned": aligned}
 
 
 def call_of(number: int, case: Case) -> Call:
@@ -229,7 +169,6 @@ def call_of(number: int, case: Case) -> Call:
     given = {**static, **operands, **wanted}
     if "slopes" in operands:
         given["bias"] = alibi(given.pop("slopes"))
-    where = None
     if varlen:
         offsets = _offsets(rows, keys)
         operands |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
@@ -250,8 +189,7 @@ def call_of(number: int, case: Case) -> Call:
     if case.get("dropout"):
         static["dropout_rate"] = case["dropout"]
         operands["dropout_key"] = np.array(DROPOUT_WORDS, np.uint32)
-        shape = (batch, heads, rows, keys)
-        given["dropout_factors"] = dropout_factors(shape, case["dropout"], where)
+        given |= {"dropout_rate": case["dropout"], "dropout_key": DROPOUT_WORDS}
     problem = Problem(arrays, given, dout, dlse)
     return Call(case, problem.poisoned(), static, operands, wanted)
 
