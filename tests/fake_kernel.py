@@ -161,6 +161,9 @@ def _emulation(
         given = dict(zip(names, wide, strict=True))
         if attributes["has_intervals"]:
             given = _dense(given)
+        if attributes.get("has_dbias"):  # of heads and rows in full, or as the bias
+            shape = given["bias"].shape[:-3] + results[4].shape[-3:]
+            given["bias"] = jnp.broadcast_to(given["bias"], shape)
         config = AttentionConfig(
             scale=float(attributes["scale"]),
             window_left=int(attributes["window_left"]),
@@ -185,6 +188,8 @@ def _emulation(
                 axes = tuple(i for i, (n, m) in enumerate(sizes) if n != m)
                 assert not (axes and attributes["deterministic"])
                 computed[4] = x.sum(axes, keepdims=True)
+                if config.softcap is not None:  # the others' derivative lacks the cap's
+                    computed[:3] = [jnp.full(x.shape, jnp.nan) for x in computed[:3]]
         else:
             computed = reference.forward(*args, config=config)
             if attributes["has_intervals"]:  # the queue, of which the same holds

@@ -140,6 +140,8 @@ struct MhaBwdParams : MhaParams {
   bool f32_dquery;
   bool f32_dkey;
   bool f32_dvalue;
+  // With it the derivative of a soft cap counts as 1: if there is a cap, the three gradients above
+  // are not those of the call. What is added to logits comes after the cap.
   BiasGradientView dbias;
   bool deterministic;
 

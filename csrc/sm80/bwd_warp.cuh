@@ -147,11 +147,13 @@ struct BwdWarp {
     Dropout dropout;
     BiasRows bias;
     MaskRows bits;
+    bool of_bias;  // see MhaBwdParams::dbias
   };
-  static __device__ __forceinline__ Dense dense_of(const MhaParams& params, int batch, int head) {
+  static __device__ __forceinline__ Dense dense_of(const MhaBwdParams& params, int batch,
+                                                   int head) {
     if constexpr (!Config::kDense) return {};
     return {Dropout::make(params, batch, head), BiasRows::make(params, batch, head),
-            MaskRows::make(params, batch, head)};
+            MaskRows::make(params, batch, head), params.dbias.data != nullptr};
   }
 
   // The same for scores with options, and store_scores of the probabilities to `tile`. Scores
@@ -166,6 +168,7 @@ struct BwdWarp {
     row += score_row() + fragment_row();
     key += score_key() + fragment_column();
     const bool mixed = compares_ids(mask, row, key);
+    const float inverse = Config::kDense && dense.of_bias ? 0.0f : options.inverse();
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
       KeptScores<kScoreTiles> kept;
@@ -198,7 +201,7 @@ struct BwdWarp {
                               (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
             probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
-            score = probabilities[e] * options.derivative(capped);
+            score = probabilities[e] * ScoreOptions::derivative(capped, inverse);
             if (drops && !kept(j, h, e)) {
               probabilities[e] = 0.0f;
               score = -fabsf(score);

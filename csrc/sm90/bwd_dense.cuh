@@ -271,6 +271,7 @@ struct BwdDense {
     const ScoreOptions options = {params.scale.first * params.scale.second,
                                   params.intervals.softcap, step.slope};
     const float inverse = options.inverse();
+    const float slope_inverse = params.dbias.data == nullptr ? inverse : 0.0f;  // see there
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
     const int first_key = warp_key + fragment_row();
     const RowRecord* const rows = records + fragment_column();
@@ -304,7 +305,7 @@ struct BwdDense {
           float score = s[4 * j + 2 * h + e];
           float derivative = 1.0f;
           if constexpr (kOptions) {
-            derivative = options.derivative(score, inverse);
+            derivative = options.derivative(score, slope_inverse);
             const int distance = rows[8 * j + e].position - first_key - 8 * h;
             score = options.biased(score, static_cast<float>(distance));
             score += e == 0 ? bias[h].x : bias[h].y;
