@@ -60,7 +60,15 @@ KERNEL_FACTORS: Factors = {
     "widths": WIDTHS,
     "segments": ("none", "sorted", "in any order"),
     "softcap": (None, 1.5),
-    "bias": ("none", "slopes", "slopes of batch", "full", "keys"),
+    "bias": (
+        "none",
+        "slopes",
+        "slopes of batch",
+        "slopes with gradient",
+        "full",
+        "keys",
+        "rows",
+    ),
     "mask": ("none", "full", "rows"),
     "dropout": (0.0, 0.25),
 }

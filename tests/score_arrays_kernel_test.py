@@ -226,7 +226,8 @@ def test_gradient_of_bias_with(
 
     with registry.assume_kernels():
         assert [calls(x) for x in ((0, 1), 3, (0, 3))] == [1, 1, count]
-        details = jax_flash.explain(*args, **options).details["cuda"]
+        given = {"bias": args[3], **options}
+        details = jax_flash.explain(*tensors(), **given).details["cuda"]
         assert "jnp" not in details
     got, expected = both(
         lambda implementation, *a: gradients(
@@ -317,7 +318,8 @@ def test_kernels_of_a_bias_that_keys_share() -> None:
                 kernel_calls(g, *args, target=target)
                 for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET)
             ]
-            details = jax_flash.explain(*args, bias, sinks=SLOPES).details["cuda"]
+            given: dict[str, Any] = {"bias": bias, "sinks": SLOPES}
+            details = jax_flash.explain(*args, **given).details["cuda"]
         assert "has_intervals = false" in line
         assert counts == [2, 1]
         assert ", bias and sinks joined by XLA; gradients by" in details

@@ -187,8 +187,6 @@ def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
         scores = math.prod((*full, *heads_and_rows, call.key_length))
         if plan.no_bias_gradient(call.deterministic, not split, scores):
             named += " (by jnp if bias has one)"
-    if call.alibi_slopes is not None:
-        named += " (by jnp if alibi_slopes has one)"
     return named
 
 

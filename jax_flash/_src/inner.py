@@ -137,8 +137,6 @@ def _clash_of_gradients(
 
     `config` has no bias that the kernel does not read.
     """
-    if "alibi_slopes" in backward.perturbed:
-        return "the gradient of alibi_slopes"
     if "bias" not in config.present or "bias" not in backward.perturbed:
         return None
     names = avals.backward_operands(config, backward)
@@ -363,7 +361,7 @@ def _run_backward(
 ) -> dict[str, jax.Array]:
     """The FFI call: gradients of query, key and value, each with the full batch.
 
-    And that of the bias, if it is wanted, in float32 and summed up.
+    And those of the bias, summed up, and of slopes, if they are wanted, in float32.
     """
     residuals = avals.backward_operands(config, backward)[len(config.present) :]
     others = [given[name] for name in residuals] + _mask_operands(config, given)
@@ -390,10 +388,22 @@ def _run_backward(
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     deterministic = _is_deterministic(config)
 
-    def run(*more: jax.ShapeDtypeStruct) -> list[jax.Array]:
+    more = {}
+    if "bias" in shared:
+        sizes = list(batch)
+        for axis in shared["bias"]:
+            sizes[axis] = 1
+        shape = (*sizes, *given["bias"].shape[len(batch) :])
+        # In an order only what nothing shares is added up.
+        more["bias"] = (*batch, heads, rows, keys) if deterministic else shape
+    if "alibi_slopes" in shared:
+        more["alibi_slopes"] = (*batch, heads, plan.SLOPE_PARTS, keys)
+
+    def run(more: dict[str, tuple[int, ...]]) -> Sequence[jax.Array]:
+        added = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in more.values()]
         call = jax.ffi.ffi_call(
             registry.BACKWARD_TARGET,
-            [*results, *more],
+            results + added,
             input_layouts=_layouts(config, others),
         )
         return call(
@@ -401,26 +411,20 @@ def _run_backward(
             *others,
             **_attributes(config),
             has_dlse=backward.has_dlse,
-            has_dbias=bool(more),
+            has_dbias="bias" in more,
+            has_dslopes="alibi_slopes" in more,
             deterministic=deterministic,
         )
 
-    more = []
-    if "bias" in shared:
-        sizes = list(batch)
-        for axis in shared["bias"]:
-            sizes[axis] = 1
-        shape = (*sizes, *given["bias"].shape[len(batch) :])
-        # In an order only what nothing shares is added up.
-        full = (*batch, heads, rows, keys) if deterministic else shape
-        more = [jax.ShapeDtypeStruct(full, jnp.float32)]
-    gradients = run(*more)
-    by_name = {}
-    if more:
-        summed = [i for i, n in enumerate(shape) if n != gradients[4].shape[i]]
-        by_name["bias"] = gradients[4].sum(summed, keepdims=True)
-        if config.softcap is not None and len(shared) > 1:
-            gradients = run()  # with a soft cap, a call has that of the bias alone
+    gradients = run(more)
+    by_name = dict(zip(more, gradients[len(results) :], strict=True))
+    if "bias" in by_name:
+        summed = [i for i, n in enumerate(shape) if n != more["bias"][i]]
+        by_name["bias"] = by_name["bias"].sum(summed, keepdims=True)
+    if "alibi_slopes" in by_name:
+        by_name["alibi_slopes"] = -by_name["alibi_slopes"].sum((-2, -1))
+    if more and config.softcap is not None and len(shared) > len(more):
+        gradients = run({})  # with a soft cap, a call has those of what is added alone
     if config.qkv_heads is None:
         return by_name | dict(zip(TENSORS, gradients, strict=False))
     return by_name | {QKV: packed.join(gradients[:3])}

@@ -161,6 +161,9 @@ def needs_intervals(options: Iterable[str]) -> bool:
     return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
 
 
+SLOPE_PARTS = 4
+"""Numbers for each head and key that the gradient of a slope is the sum of."""
+
 BIAS_GRADIENT = 1 << 28
 """Scores of which the backward writes all gradients, for sums in an order."""
 

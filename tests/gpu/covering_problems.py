@@ -50,6 +50,7 @@ class Call:
       static: arguments that are no arrays.
       operands: arrays without gradients, by argument.
       wanted: arrays beyond query, key and value whose gradients are compared.
+      distance: of keys from those that rows are aligned with [1 or B, 1, T, S].
     """
 
     case: Case
@@ -57,11 +58,14 @@ class Call:
     static: dict[str, Any]
     operands: dict[str, Any]
     wanted: dict[str, Any]
+    distance: np.ndarray
 
     @property
     def by_kernels(self) -> bool:
         """Whether kernels take the call."""
         names = {*self.static, *self.operands, *self.wanted}
+        if self.case["bias"] == "rows":  # joined to the results of a call without it
+            names.discard("bias")
         if not all(plan.supported(n) for n in names if n in plan.OPTIONS):
             return False
         slopes = {"alibi_slopes"} if "slopes" in names else set()
@@ -157,18 +161,18 @@ def call_of(number: int, case: Case) -> Call:
         wanted["sinks"] = normal(*shape)
     lead = () if varlen else (batch,)
     if case["bias"].startswith("slopes"):
-        shape = (heads,) if case["bias"] == "slopes" else (batch, heads)
-        operands["slopes"] = 0.1 * normal(*shape)
+        shape = (batch, heads) if case["bias"].endswith("batch") else (heads,)
+        which = wanted if case["bias"].endswith("gradient") else operands
+        which["slopes"] = 0.1 * normal(*shape)
     elif case["bias"] != "none":
-        shape = (keys,) if case["bias"] == "keys" else (*lead, heads, rows, keys)
-        wanted["bias"] = normal(*shape)
+        shapes = {"keys": (keys,), "rows": (heads, rows, 1)}
+        wanted["bias"] = normal(*shapes.get(case["bias"], (*lead, heads, rows, keys)))
     if case.get("mask", "none") != "none":
         shape = (rows, 1) if case["mask"] == "rows" else (*lead, 1, rows, keys)
         operands["mask"] = rng.random(shape) < 0.7
 
     given = {**static, **operands, **wanted}
-    if "slopes" in operands:
-        given["bias"] = alibi(given.pop("slopes"))
+    distance = oracle.distances((batch, heads, rows, keys), given)
     if varlen:
         offsets = _offsets(rows, keys)
         operands |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
@@ -180,18 +184,18 @@ def call_of(number: int, case: Case) -> Call:
             both = np.where((own < 0) | (ids < 0), -1, 8 * ids + own)
             given[f"{name}_segment_ids"] = np.broadcast_to(both, (1, len(ids)))
         given["mask"] = where["seen"] & np.asarray(given.get("mask", True))
-        if "slopes" in operands:
-            distance = np.abs(where["aligned"][:, None] - np.arange(keys))
-            given["bias"] = -operands["slopes"][:, None, None] * distance
+        distance = np.abs(where["aligned"][:, None] - np.arange(keys))[None, None]
         for name in ("q_segment_ids", "kv_segment_ids"):
             if name in operands:
                 operands[name] = operands[name][0]
+    if "slopes" in given:
+        given["bias"] = -given.pop("slopes")[..., None, None] * distance
     if case.get("dropout"):
         static["dropout_rate"] = case["dropout"]
         operands["dropout_key"] = np.array(DROPOUT_WORDS, np.uint32)
         given |= {"dropout_rate": case["dropout"], "dropout_key": DROPOUT_WORDS}
     problem = Problem(arrays, given, dout, dlse)
-    return Call(case, problem.poisoned(), static, operands, wanted)
+    return Call(case, problem.poisoned(), static, operands, wanted, distance)
 
 
 def arguments(call: Call) -> Any:
@@ -286,19 +290,27 @@ def assert_right(call: Call, results: list[np.ndarray]) -> None:
     for name, got in zip(sorted(call.wanted), others, strict=True):
         shape = call.wanted[name].shape
         exact, usual = (
-            oracle.reduced_to(x[name], shape).reshape(shape) for x in (expected, plain)
+            oracle.reduced_to(
+                _of_slopes(x, call) if name == "slopes" else x[name], shape
+            ).reshape(shape)
+            for x in (expected, plain)
         )
-        extra = _luck(clean, name)
+        extra = _luck(clean, name, call)
         if near is not None:
             extra += 2 * near * max(1.0, float(np.abs(exact).max()))
         baseline.assert_within(got, usual, exact, extra=extra)
-        if name == "bias" and len(shape) > 1:
+        if call.case["bias"] == "full" and name == "bias":
             heads, rows, keys = (out.shape[2], out.shape[1], shape[-1])
             seen = oracle.allowed((len(out), heads, rows, keys), clean.given)
             assert not got.reshape(seen.shape)[~seen].any()
 
 
-def _luck(clean: Problem, name: str) -> float:
+def _of_slopes(gradients: dict[str, np.ndarray], call: Call) -> np.ndarray:
+    """The gradient of slopes [B, N], by that of the bias that stands for them."""
+    return -(gradients["bias"] * call.distance).sum((2, 3))
+
+
+def _luck(clean: Problem, name: str, call: Call) -> float:
     """Error that a plain computation of the gradient may be spared.
 
     Sums over rows, and over what a bias is shared by, of errors of random signs: each
@@ -307,22 +319,25 @@ def _luck(clean: Problem, name: str) -> float:
     query, key, value = (x.astype(np.float64) for x in clean.arrays)
     dout, given = clean.dout.astype(np.float64), clean.given
     batch, rows, heads, _ = query.shape
-    squares = np.zeros((batch, heads, rows, key.shape[1] if name == "bias" else 1))
+    by_score = name != "sinks"
+    squares = np.zeros((batch, heads, rows, key.shape[1] if by_score else 1))
     sinks = np.broadcast_to(given.get("sinks", -np.inf), (batch, heads))
     for block in oracle._blocks(query, key, given):
         b, n, part = block.by_head
         v, do = value[block.pair], dout[block.index]
         out = (block.weights * block.kept) @ v
         by_row = np.square(out * do).sum(-1, keepdims=True)
-        if name == "bias":
+        if by_score:
             by_key = np.square((do @ v.T) * block.kept)
             squares[b, n, part] = np.square(block.weights) * (by_key + by_row)
         else:
             live = np.isfinite(block.lse)
             share = np.exp(sinks[b, n] - np.where(live, block.lse, np.inf))
             squares[b, n, part] = np.square(share)[:, None] * by_row
-    shape = given[name].shape
-    summed = squares.sum((2, 3)) if name == "sinks" else squares
+    shape = call.wanted[name].shape
+    if name == "slopes":
+        squares *= np.square(call.distance)
+    summed = squares if name == "bias" else squares.sum((2, 3))
     eps = float(jnp.finfo(clean.dout.dtype).eps)
     return eps * float(np.sqrt(oracle.reduced_to(summed, shape).max()))
 
