@@ -97,9 +97,11 @@ def _runs_kernel(
         return False
     batch_dims = query.ndim - TRAILING[config.present[0]]
     avals_of = dict(zip(config.present, ctx.avals_in, strict=False))
+    ops = [op]
     if row_bias.is_in(avals_of, _lengths(config, avals_of)[1]):
         config = row_bias.without(config)
-    op = plan.operation(op, _options(config))
+        ops = ["mha_fwd", op]  # a backward begins with the forward
+    ops = [plan.operation(op, _options(config)) for op in ops]
     if backward and (clash := _clash_of_gradients(ctx, config, backward)):
         reason = f"has no kernel for {clash}"
     elif batch_dims > plan.MAX_BATCH_DIMS:
@@ -109,8 +111,11 @@ def _runs_kernel(
         )
     else:
         built = registry.extension().kernels
-        missing = plan.missing_kernel(op, query.dtype, *widths, built, config.precision)
-        reason = None if missing is None else f"has no {op} kernel for {missing}"
+        reason = None
+        for op in ops:
+            given = query.dtype, *widths, built, config.precision
+            if missing := plan.missing_kernel(op, *given):
+                reason = f"has no {op} kernel for {missing}"
     if reason is not None and "xla" not in config.implementations:
         raise NotImplementedError(f"implementation='cuda' {reason}")
     return reason is None
@@ -320,11 +325,12 @@ def call_backward(
     dtypes = {name: given[name].dtype for name in shared}
     if "sinks" in shared:
         by_name["sinks"] = sinks.gradient(given)
-    if row_bias.is_in(given, _lengths(config, given)[1]):
-        if "bias" in shared:
-            by_name["bias"] = row_bias.gradient(given)
-        config, given = _without_row_bias(given, batch, config)
+    by_row = row_bias.is_in(given, _lengths(config, given)[1])
+    if by_row and "bias" in shared:
+        by_name["bias"] = row_bias.gradient(given)
     wanted = {n: axes for n, axes in shared.items() if n not in by_name}
+    if by_row and wanted:
+        config, given = _without_row_bias(given, batch, config)
     if wanted:
         by_name |= _run_backward(given, batch, wanted, config, backward)
 
