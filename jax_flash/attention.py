@@ -188,8 +188,8 @@ def mha_varlen(
       q_segment_ids: integers [Tq]; within a sequence equal ids attend.
       kv_segment_ids: integers [Tk].
       dropout_rate: as for `mha`.
-      dropout_key: as for `mha`; what is dropped depends on the sequence, and on the
-        places of query and key in it.
+      dropout_key: as for `mha`; rows and keys are counted in the packed arrays, so what
+        is dropped in a sequence depends on where it stands.
       deterministic: as for `mha`.
       precision: as for `mha`.
       return_lse: as for `mha`.

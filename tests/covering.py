@@ -25,9 +25,6 @@ WIDTHS = (
     (192, 128),
 )
 
-VARLEN_DROPOUT = 0.5
-"""The only rate of dropout that goes with "varlen", which no kernel takes with it."""
-
 F32_FACTORS: Factors = {
     "kernels": ("by device", "sm80"),
     "form": ("mha", "packed"),
@@ -63,7 +60,15 @@ KERNEL_FACTORS: Factors = {
     "widths": WIDTHS,
     "segments": ("none", "sorted", "in any order"),
     "softcap": (None, 1.5),
-    "bias": ("none", "slopes", "slopes of batch", "full", "keys"),
+    "bias": (
+        "none",
+        "slopes",
+        "slopes of batch",
+        "slopes with gradient",
+        "full",
+        "keys",
+        "rows",
+    ),
     "mask": ("none", "full", "rows"),
     "dropout": (0.0, 0.25),
 }
@@ -74,7 +79,6 @@ ALL_FACTORS: Factors = {
     "dtype": ("bfloat16", "float16", "float32"),
     "precision": F32_FACTORS["precision"],
     "sizes": ((60, 60), (50, 90)),
-    "dropout": (0.0, 0.25, VARLEN_DROPOUT),
 }
 """All of it in any combination, and what jnp runs."""
 
@@ -89,8 +93,6 @@ def _allows(a: tuple[str, Any], b: tuple[str, Any]) -> bool:
     other, value = b
     match a:
         case ("form", "varlen"):  # has no batch
-            if other == "dropout":
-                return value in (0.0, VARLEN_DROPOUT)
             return value == "none" or (
                 other != "lengths"
                 and b not in (("sinks", "batch"), ("bias", "slopes of batch"))

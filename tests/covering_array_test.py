@@ -37,8 +37,8 @@ def test_cases_are_different_and_always_the_same() -> None:
 
 
 def test_an_array_is_small() -> None:
-    """Two factors need 48 cases at least; all together hardly more."""
-    assert 48 <= len(covering.array(ALL, 0)) <= 65
+    """Two factors need 56 cases at least; all together hardly more."""
+    assert 56 <= len(covering.array(ALL, 0)) <= 75
 
 
 def test_batches_are_all_cases() -> None:
@@ -55,7 +55,7 @@ def test_most_cases_are_those_of_kernels() -> None:
         for i, case in list(enumerate(covering.cases()))[::16]
     ]
     share = np.mean([call.by_kernels for call in calls])
-    assert 0.8 < share < 0.95
+    assert 0.85 < share < 0.98
 
 
 def chosen(count: int) -> list[int]:

@@ -28,6 +28,7 @@ _POINTERS = (
     "query", "key", "value", "out", "dout", "lse", "dlse", "query_lengths",
     "key_lengths", "dquery", "dkey", "dvalue", "workspace", "rows", "row_tiles", "keys",
     "key_tiles", "slopes", "queue", "seeds", "bias", "mask", "dbias",
+    "dslopes",
 )
 _STRIDES = ("bias_strides", "mask_strides", "dbias_strides")
 _INTS = (

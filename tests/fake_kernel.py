@@ -159,8 +159,17 @@ def _emulation(
         residuals = ("out", "lse", *cotangents) if backward else ()
         names = (*OPERANDS[:3], *residuals, *_mask_operands(attributes))
         given = dict(zip(names, wide, strict=True))
+        distance = jnp.zeros(())
         if attributes["has_intervals"]:
-            given = _dense(given)
+            given, distance = _dense(given)
+        if attributes.get("has_dslopes"):
+            assert attributes["has_slopes"]
+            *lead, _, heads, _ = given["out"].shape
+            shape = (*lead, heads, *distance.shape[-2:])
+            given["bias"] = jnp.broadcast_to(given["bias"], shape)
+        elif attributes.get("has_dbias"):  # of heads and rows in full, or as the bias
+            shape = given["bias"].shape[:-3] + results[4].shape[-3:]
+            given["bias"] = jnp.broadcast_to(given["bias"], shape)
         config = AttentionConfig(
             scale=float(attributes["scale"]),
             window_left=int(attributes["window_left"]),
@@ -175,16 +184,25 @@ def _emulation(
             batch = results[0].shape[:-3]
             for name in residuals:
                 assert given[name].shape[: len(batch)] == batch, name
-            perturbed = OPERANDS[:3] + (("bias",) if attributes["has_dbias"] else ())
+            added = attributes["has_dbias"] or attributes["has_dslopes"]
+            perturbed = OPERANDS[:3] + (("bias",) if added else ())
             which = Backward(perturbed, ((),) * len(perturbed), has_dlse)
             computed = reference_grad.backward(*args, config=config, backward=which)
+            if added:
+                *computed, of_bias = computed
+                if config.softcap is not None:  # whose derivative is left out
+                    computed = [jnp.full(x.shape, jnp.nan) for x in computed]
             # The workspace, of which nobody reads what is in it.
-            computed.insert(3, jnp.full(results[3].shape, jnp.nan, results[3].dtype))
-            for x, result in zip(computed[4:], results[4:], strict=True):
-                sizes = zip(x.shape, result.shape, strict=True)
+            computed.append(jnp.full(results[3].shape, jnp.nan, results[3].dtype))
+            if attributes["has_dbias"]:
+                sizes = zip(of_bias.shape, results[4].shape, strict=True)
                 axes = tuple(i for i, (n, m) in enumerate(sizes) if n != m)
                 assert not (axes and attributes["deterministic"])
-                computed[4] = x.sum(axes, keepdims=True)
+                computed.append(of_bias.sum(axes, keepdims=True))
+            if attributes["has_dslopes"]:
+                by_key = (of_bias * distance).sum(-2, keepdims=True)
+                padding = [(0, 0)] * (by_key.ndim - 2) + [(0, 3), (0, 0)]
+                computed.append(jnp.pad(by_key, padding))
         else:
             computed = reference.forward(*args, config=config)
             if attributes["has_intervals"]:  # the queue, of which the same holds
@@ -243,10 +261,11 @@ def _unpacked(same: Sequence[jax.Array], heads: int, kv_heads: int) -> list[jax.
     return [x.reshape(*lead, -1, width) for x in cut]
 
 
-def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _dense(given: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
     """Operands with a boolean mask, and a bias, instead of intervals and slopes.
 
-    Ids are looked at only where a record says so, and what is dead is not looked at.
+    And distances of keys from those that rows are aligned with [*B, 1, T, S]. Ids are
+    looked at only where a record says so, and what is dead is not looked at.
     """
     given = dict(given)
     rows, row_tiles, keys, _ = (
@@ -261,8 +280,8 @@ def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
     if "bias" in given:
         assert given["bias"].shape[-1] == -(-key_count // 8) * 8
         given["bias"] = given["bias"][..., :key_count]
+    distance = jnp.abs(position - key)[..., None, :, :].astype(jnp.float32)
     if "slopes" in given:
-        distance = jnp.abs(position - key)[..., None, :, :].astype(jnp.float32)
         slopes = -given.pop("slopes")[..., None, None] * distance
         given["bias"] = given.get("bias", 0.0) + slopes
     seen = seen[..., None, :, :]
@@ -278,4 +297,4 @@ def _dense(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
             given[name] = jnp.where(live_rows, given[name], 0)
     for name in ("key", "value"):
         given[name] = jnp.where(live_keys, given[name], 0)
-    return given | {"mask": seen}
+    return given | {"mask": seen}, distance

@@ -32,6 +32,7 @@ class Case:
       wide: as for `interval_arrays`.
       options: `softcap` and `scale`, as of `mha`.
       slopes: f32 [1 or B, N], or none.
+      wants_slopes: whether a backward has their gradient.
       dropout_rate: by DROPOUT_KEY.
       bias: bf16, f16 or f32 [1 or B, 1 or N, 1 or T, S], or none.
       mask: bool of such a shape, or none.
@@ -46,6 +47,7 @@ class Case:
     wide: bool = False
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     slopes: np.ndarray | None = None
+    wants_slopes: bool = False
     dropout_rate: float = 0.0
     bias: np.ndarray | None = None
     mask: np.ndarray | None = None
@@ -75,6 +77,10 @@ class Case:
             tiles[:, :, 6:] = found
         return result
 
+    def distance(self) -> np.ndarray:
+        """Of each key from the one that a row is aligned with: [1 or B, T, S]."""
+        return np.abs(self.position[..., None] - np.arange(self.shape[2]))
+
     def numbers(self) -> dict[str, float]:
         """Options that are no arrays."""
         rate = self.dropout_rate
@@ -82,12 +88,10 @@ class Case:
 
     def given(self) -> dict[str, Any]:
         """The same for `oracle.attention`."""
-        keys = self.shape[2]
         mask = self.seen[:, None]
         given = self.options | {"mask": mask if self.mask is None else mask & self.mask}
         if self.slopes is not None:
-            distance = np.abs(self.position[..., None] - np.arange(keys))
-            given["bias"] = -self.slopes[:, :, None, None] * distance[:, None]
+            given["bias"] = -self.slopes[:, :, None, None] * self.distance()[:, None]
         if self.bias is not None:
             given["bias"] = given.get("bias", 0) + self.bias.astype(np.float64)
         if self.dropout_rate:
@@ -423,6 +427,39 @@ def _cases() -> dict[str, Callable[[], Case]]:
             rest={"dropout_rate": 0.3},
             window_size=(100, 100),
         ),
+        "packed, dropout": lambda: packed(
+            (1, 230, 300, 2, 1),
+            [(3, 40), (100, 130), (1, 50), (96, 60)],
+            True,
+            dropout_rate=0.3,
+        ),
+        # Tiles on the diagonal, before it and after it, and a slope of 0.
+        "gradient of slopes": lambda: of_options(
+            (2, 150, 300, 2, 1),
+            rest={
+                "slopes": np.array([[0.3, 0.0], [0.02, -0.01]]),
+                "wants_slopes": True,
+            },
+            query_seq_lengths=(150, 70),
+            key_value_seq_lengths=(260, 200),
+        ),
+        "gradient of slopes, soft cap, dropout": lambda: packed(
+            (1, 230, 300, 2, 2),
+            [(3, 40), (100, 130), (1, 50), (96, 60)],
+            False,
+            slopes=np.array([[0.05, 0.01]]),
+            wants_slopes=True,
+            options={"softcap": 1.5, "scale": 0.5},
+            dropout_rate=0.3,
+        ),
+        "bias, soft cap, dropout": lambda: of_options(
+            (1, 150, 260, 2, 1),
+            rest={
+                "bias": random_bias((1, 2, 150, 260), "bfloat16"),
+                "options": {"softcap": 1.5, "scale": 0.5},
+                "dropout_rate": 0.3,
+            },
+        ),
     }
 
 
@@ -510,7 +547,8 @@ def run_backward(
     """The gradients of a backward, and those expected, both by operand.
 
     `tile`, the kernel's width, sizes the workspace; `ways` are `f32_results`,
-    `deterministic` and `multiprocessors` of `Arguments`.
+    `deterministic` and `multiprocessors` of `Arguments`. With a soft cap the gradient
+    of what is added to logits takes a call of its own.
     """
     arrays = operands(case.shape, widths, dtype)
     query, key, value = arrays.values()
@@ -544,18 +582,30 @@ def run_backward(
         f"d{name}": aligned(arrays[name].shape, result_dtype)
         for name in ("query", "key", "value")
     }
+    more = {}
+    of_scores = expected.pop("bias", np.zeros(()))
     if case.bias is not None:
-        results["dbias"] = aligned(case.bias.shape, np.float32, 0)
-        expected["bias"] = oracle.reduced_to(expected["bias"], case.bias.shape)
-    else:
-        expected.pop("bias", None)
+        more["dbias"] = aligned(case.bias.shape, np.float32, 0)
+        expected["bias"] = oracle.reduced_to(of_scores, case.bias.shape)
+    if case.wants_slopes:
+        parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
+        more["dslopes"] = aligned(parts, np.float32, 0)
+        expected["slopes"] = -(of_scores * case.distance()[:, None]).sum((2, 3))
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
     size += plan.queue_size(batch, case.shape[2])
     results["workspace"] = aligned((size,), np.float32)
-    call(function, case.numbers(), arrays | case.arrays(), results, **ways)
+    given = case.numbers(), arrays | case.arrays()
+    if more and "softcap" in case.options:
+        dropped = {name: aligned(x.shape, x.dtype) for name, x in results.items()}
+        call(function, *given, dropped | more, **ways)
+        call(function, *given, results, **ways)
+    else:
+        call(function, *given, results | more, **ways)
     del results["workspace"]
-    return {name[1:]: x for name, x in results.items()}, expected
+    if "dslopes" in more:
+        more["dslopes"] = -more["dslopes"].sum((2, 3))
+    return {name[1:]: x for name, x in (results | more).items()}, expected
 
 
 def check_gradients(

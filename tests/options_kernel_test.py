@@ -4,6 +4,7 @@ What is lowered for CUDA, and what becomes of it where the call is emulated: jnp
 operations that know only operands and attributes of the call.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -196,21 +197,37 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     assert kernel_calls(f, *tensors()) == 3
 
 
-@pytest.mark.usefixtures("kernels")
-def test_gradients_of_slopes_are_jnp() -> None:
-    """The whole backward is, as the kernel has none for them."""
+GRADIENTS_OF_SLOPES: dict[str, tuple[dict[str, Any], int]] = {
+    "causal": ({"is_causal": True, **LENGTHS}, 1),
+    "documents": ({**DOCUMENTS, "deterministic": True, "sinks": SLOPES}, 1),
+    "soft cap": ({"softcap": 2.0, "window_size": (90, 20), **DROPOUT}, 2),
+}
+"""Options, and how many calls of the backward they take."""
 
-    def f(query: Any, key: Any, value: Any, slopes: Any, **options: Any) -> Any:
-        return loss(attend)(query, key, value, slopes=slopes, **options)
 
-    def calls(argnums: Any, **options: Any) -> int:
-        g = jax.grad(lambda *a: f(*a, **options), argnums)
-        return kernel_calls(g, *tensors(), SLOPES, target=registry.BACKWARD_TARGET)
+@pytest.mark.parametrize("case", GRADIENTS_OF_SLOPES)
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_gradients_of_slopes(case: str, batch: int) -> None:
+    """By head, or of each sequence; a soft cap takes a call for this alone."""
+    options, count = GRADIENTS_OF_SLOPES[case]
+    slopes = jnp.stack([SLOPES, -SLOPES / 3][:batch])
 
-    assert calls((0, 1, 2)) == 1
-    assert calls((0, 3)) == 0
-    with pytest.raises(NotImplementedError, match="for the gradient of alibi_slopes"):
-        calls(3, implementation="cuda")
+    def f(implementation: str, *args: Any, argnums: Any = (0, 1, 2, 3)) -> Any:
+        def one(query: Any, key: Any, value: Any, slopes: Any) -> Any:
+            given = {**options, "slopes": slopes, "implementation": implementation}
+            return attend(query, key, value, **given)
+
+        return jax.grad(loss(one), argnums)(*args)
+
+    def calls(argnums: Any) -> int:
+        g = functools.partial(f, "cuda", argnums=argnums)
+        return kernel_calls(g, *tensors(), slopes, target=registry.BACKWARD_TARGET)
+
+    with registry.assume_kernels():
+        assert [calls(x) for x in ((0, 1, 2), 3, (0, 3))] == [1, 1, count]
+    got, expected = both(f, *tensors(), slopes)
+    assert_close(got[:3], expected[:3], ROUNDING)
+    assert_close(got[3], expected[3], 1e-3 * np.abs(expected[3]).max())
 
 
 @pytest.mark.usefixtures("kernels")
@@ -225,7 +242,7 @@ def test_explain() -> None:
     assert explanation.details["cuda"] == f"{kernels}; gradients by {kernels}"
     bias = jax_flash.alibi(SLOPES)
     details = jax_flash.explain(query, key, value, bias).details["cuda"]
-    assert details.endswith("with intervals on others (by jnp if alibi_slopes has one)")
+    assert details == explanation.details["cuda"]
     # Three batch dimensions, of which the mask has the middle one.
     wide = [jnp.stack([jnp.stack([x] * 3)] * 2) for x in (query, key, value)]
     ids = {name: np.zeros((3, 1, x.shape[1]), int) for name, x in DOCUMENTS.items()}
@@ -359,8 +376,12 @@ OFFSETS = (
 
 @pytest.mark.parametrize(
     "options",
-    [{"is_causal": True}, {"window_size": (9, 9), "softcap": 2.0, "max_seqlen_k": 40}],
-    ids=["causal", "bounds"],
+    [
+        {"is_causal": True},
+        {"window_size": (9, 9), "softcap": 2.0, "max_seqlen_k": 40},
+        {"is_causal": True, **DROPOUT},
+    ],
+    ids=["causal", "bounds", "dropout"],
 )
 def test_varlen(options: dict[str, Any]) -> None:
     """Packed sequences, one of them empty, one without keys; NaN outside."""

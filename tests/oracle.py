@@ -106,11 +106,8 @@ def bias_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | 
 def kept_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | None:
     """What dropout multiplies probabilities by, [B, N, T, S], or None.
 
-    `given["dropout_factors"]`, or else from docs/design/dropout.md; `dropout_key` is
-    the words of a key, uint32 [2].
+    From docs/design/dropout.md; `dropout_key` is the words of a key, uint32 [2].
     """
-    if given.get("dropout_factors") is not None:
-        return given["dropout_factors"]
     if not given.get("dropout_rate"):
         return None
     words = [np.uint64(word) for word in given["dropout_key"]]

@@ -28,7 +28,7 @@ from options_kernel_test import (
 
 import jax_flash
 from jax_flash import mha
-from jax_flash._src import intervals, registry
+from jax_flash._src import intervals, plan, registry
 
 FULL = (BATCH, HEADS, ROWS, KEYS)
 PATTERNS = ("bnts", "1nts", "b1ts", "bn1s", "11ts", "111s")
@@ -174,7 +174,7 @@ def test_vmap(mapped: str) -> None:
     assert_close(got[1:], expected[1:], ROUNDING)
 
 
-@pytest.mark.parametrize("pattern", ["bnts", "11ts"])
+@pytest.mark.parametrize("pattern", ["bnts", "11ts", "11t1"])
 def test_named_sharding(pattern: str) -> None:
     """Parts of a bias that devices share are added up, and nothing else is sent."""
     bias, mask = bias_of(pattern, jnp.float32), mask_of("b1ts")
@@ -198,50 +198,129 @@ def test_named_sharding(pattern: str) -> None:
     assert_close(got, expected, ROUNDING)
     text = str(compiled.as_text())
     assert " all-gather(" not in text
-    assert (" all-reduce(" in text) == (pattern == "11ts")
+    assert (" all-reduce(" in text) == pattern.startswith("11")
 
 
-@pytest.mark.parametrize(
-    ("pattern", "options", "message"),
-    [
-        ("bnts", {"softcap": 2.0}, "gradient of bias with softcap=2.0"),
-        ("bn1s", {"deterministic": True}, "broadcast bias with deterministic=True"),
-    ],
-)
-def test_gradients_that_are_jnp(
-    pattern: str, options: dict[str, Any], message: str
+OPTIONS_OF_GRADIENTS: list[tuple[str, dict[str, Any], int]] = [
+    ("bnts", {"softcap": 2.0, **DROPOUT}, 2),
+    ("1n1s", {"softcap": 2.0, "deterministic": True}, 2),
+    ("11ts", {"deterministic": True}, 1),
+    ("bnts", {"deterministic": True}, 1),
+]
+"""Of a bias: options, and how many calls of the backward that takes."""
+
+
+@pytest.mark.parametrize(("pattern", "options", "count"), OPTIONS_OF_GRADIENTS)
+def test_gradient_of_bias_with(
+    pattern: str, options: dict[str, Any], count: int
 ) -> None:
-    """Only if that of the bias is wanted."""
-    bias = bias_of(pattern)
+    """A soft cap takes a call for that of the bias alone."""
+    args = *tensors(), bias_of(pattern, jnp.float32)
 
-    def calls(argnums: Any, **more: Any) -> int:
-        g = jax.grad(lambda *a: loss(attend)(*a, **options, **more), argnums)
-        return kernel_calls(g, *tensors(), bias, target=registry.BACKWARD_TARGET)
+    def gradients(argnums: Any, **more: Any) -> Any:
+        return jax.grad(lambda *a: loss(attend)(*a, **options, **more), argnums)
+
+    def calls(argnums: Any) -> int:
+        g = gradients(argnums, implementation="cuda")
+        return kernel_calls(g, *args, target=registry.BACKWARD_TARGET)
 
     with registry.assume_kernels():
-        assert calls((0, 1)) == 1
-        assert calls((0, 3)) == 0
+        assert [calls(x) for x in ((0, 1), 3, (0, 3))] == [1, 1, count]
+        given = {"bias": args[3], **options}
+        details = jax_flash.explain(*tensors(), **given).details["cuda"]
+        assert "jnp" not in details
+    got, expected = both(
+        lambda implementation, *a: gradients(
+            (0, 1, 2, 3), implementation=implementation
+        )(*a),
+        *args,
+    )
+    assert_close(got, expected, ROUNDING)
+
+
+def test_gradients_in_an_order_need_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores' are written where something shares the bias, if they are few."""
+    monkeypatch.setattr(plan, "BIAS_GRADIENT", BATCH * HEADS * ROWS * KEYS - 1)
+
+    def calls(pattern: str, **options: Any) -> int:
+        g = jax.grad(lambda *a: loss(attend)(*a, **options), 3)
+        args = *tensors(), bias_of(pattern)
+        return kernel_calls(g, *args, target=registry.BACKWARD_TARGET)
+
+    with registry.assume_kernels():
+        assert calls("11ts") == calls("bnts", deterministic=True) == 1
+        assert calls("11ts", deterministic=True) == 0
+        message = "deterministic=True and 72800 scores, more than 72799"
         with pytest.raises(NotImplementedError, match=message):
-            calls(3, implementation="cuda")
-        bias_alone = jax_flash.explain(*tensors(), bias=bias, **options).details["cuda"]
-        assert bias_alone.endswith("(by jnp if bias has one)")
+            calls("11ts", deterministic=True, implementation="cuda")
+        given: dict[str, Any] = {"bias": bias_of("11ts"), "deterministic": True}
+        details = jax_flash.explain(*tensors(), **given).details["cuda"]
+        assert details.endswith("(by jnp if bias has one)")
 
 
-def test_exact_gradient_of_a_bias_is_deterministic() -> None:
-    def f(bias: Any, *args: Any) -> Any:
-        return loss(attend)(*args, bias, deterministic=True)
-
-    with registry.assume_kernels():
-        args = bias_of("bnts"), *tensors()
-        assert kernel_calls(jax.grad(f), *args, target=registry.BACKWARD_TARGET) == 1
-        details = jax_flash.explain(*args[1:], bias=args[0], deterministic=True).details
-        assert "by jnp" not in details["cuda"]
+ROW_BIASES = ("bnt1", "1n11", "11t1")
+OPTIONS_OF_ROWS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "sinks": {"sinks": SLOPES, "is_causal": True},
+    "sinks and mask": {"sinks": SLOPES, "mask": mask_of("b1ts").at[:, :, 7].set(False)},
+    "soft cap": {"softcap": 2.0, "deterministic": True},
+}
 
 
-def test_one_bias_for_all_keys_is_jnp() -> None:
-    bias = jnp.ones((ROWS, 1), jnp.float32)
-    with registry.assume_kernels():
-        assert kernel_calls(lambda *a: mha(*a, bias=bias), *tensors()) == 0
-        message = r"bias \(of shape \(1, 1, 70, 1\)\) that keys share is not supported"
-        with pytest.raises(NotImplementedError, match=message):
-            mha(*tensors(), bias=bias, implementation="cuda")
+@pytest.mark.parametrize("options", OPTIONS_OF_ROWS)
+@pytest.mark.parametrize("pattern", ROW_BIASES)
+def test_a_bias_that_keys_share(pattern: str, options: str) -> None:
+    """Joined to what the kernel computes without it; large numbers and -inf."""
+    given = OPTIONS_OF_ROWS[options]
+    size = 1 if "sinks" in given else 300
+    args = *tensors(), size * bias_of(pattern, jnp.float32)
+
+    def f(implementation: str, *args: Any) -> Any:
+        def one(*args: Any) -> Any:
+            rest = {**given, "implementation": implementation}
+            return attend(*args, **rest)
+
+        return one(*args), jax.grad(loss(one), (0, 1, 2, 3))(*args)
+
+    got, expected = both(f, *args)
+    assert_close(got[0], expected[0], 2.0**-7)
+    assert_close(got[1], expected[1], ROUNDING)
+
+
+def test_a_huge_bias_that_keys_share_changes_no_weight() -> None:
+    """Nor do gradients overflow: lse less the bias would not be the lse without it."""
+
+    def f(implementation: str, *args: Any) -> Any:
+        def one(*args: Any) -> Any:
+            return attend(*args, implementation=implementation)[0]
+
+        return one(*args), jax.grad(lambda *a: one(*a).sum(), (0, 1, 2))(*args)
+
+    query, key, value = tensors()
+    bias = jnp.full((ROWS, 1), -1e12, jnp.float32)
+    got = both(f, 30 * query, key, value, bias)[0]
+    assert_close(got, both(f, 30 * query, key, value, None)[0], 0)
+
+
+def test_kernels_of_a_bias_that_keys_share() -> None:
+    """Are those without it: of float32, too."""
+    bias = bias_of("11t1", jnp.float32)
+
+    def f(*args: Any, **options: Any) -> Any:
+        return mha(*args, bias=bias, implementation="cuda", **options)
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        args = [x.astype(dtype) for x in tensors()]
+        with registry.assume_kernels():
+            line = call_of(registry.FORWARD_TARGET, cuda_text(f, *args))
+            g = jax.grad(lambda *a: f(*a).astype(jnp.float32).sum(), (0, 1, 2))
+            counts = [
+                kernel_calls(g, *args, target=target)
+                for target in (registry.FORWARD_TARGET, registry.BACKWARD_TARGET)
+            ]
+            given: dict[str, Any] = {"bias": bias, "sinks": SLOPES}
+            details = jax_flash.explain(*args, **given).details["cuda"]
+        assert "has_intervals = false" in line
+        assert counts == [2, 1]
+        assert ", bias and sinks joined by XLA; gradients by" in details
+        assert "intervals" not in details

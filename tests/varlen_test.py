@@ -112,15 +112,42 @@ def test_defaults_bounds_and_other_operands() -> None:
     assert_close(got, mha(query, key, value, **options))
 
 
-def test_dropout_by_place_in_the_sequence() -> None:
-    """The first sequence drops what `mha` drops; moving sequences changes nothing."""
-    query, key, value = (normal(12, n, 8) for n in (4, 2, 2))
+@pytest.mark.parametrize("chunked", [False, True])
+def test_dropout_by_place_in_the_arrays(
+    chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `mha` drops of the same arrays; output, gradients and tangents."""
+    if chunked:
+        shrink_blocks(monkeypatch)
+    arrays = normal(29, 4, 8), normal(33, 2, 8), normal(33, 2, 8)
     drop = {"dropout_rate": 0.5, "dropout_key": jax.random.key(1)}
-    out = mha_varlen(query, key, value, np.array([0, 5, 12]), **drop)
-    assert_close(out[:5], mha(query[:5], key[:5], value[:5], **drop))
-    moved = [jnp.concatenate([x[:3], x]) for x in (query, key, value)]
-    shifted = mha_varlen(*moved, cu_seqlens_q=np.array([3, 8, 15]), **drop)
-    assert_close(shifted[3:], out)
+    ids = {
+        "q_segment_ids": np.repeat([-1, 0, 1, 2], [3, 9, 16, 1]),
+        "kv_segment_ids": np.repeat([0, 1, 2], [14, 10, 9]),
+    }
+    offsets = np.array([3, 12, 28, 29]), np.array([0, 14, 24, 33])
+
+    def packed(query, key, value):
+        return mha_varlen(query, key, value, *offsets, **drop)
+
+    def documents(query, key, value):
+        return mha(query, key, value, **ids, **drop)
+
+    def total(f, *arrays):
+        return jnp.sin(f(*arrays)).sum()
+
+    tangents = tuple(normal(*x.shape) for x in arrays)
+    results = [
+        (
+            jax.jvp(f, arrays, tangents),
+            jax.grad(functools.partial(total, f), (0, 1, 2))(*arrays),
+        )
+        for f in (packed, documents)
+    ]
+    assert_close(results[0], results[1])
+    query, key, value = arrays
+    plain = mha_varlen(query, key, value, *offsets)
+    assert not np.allclose(results[0][0][0][3:], plain[3:], atol=0.1)
 
 
 def test_transformations() -> None:
@@ -171,7 +198,7 @@ def test_wrong(change: dict[str, Any], message: str) -> None:
 
 
 def test_kernels_are_chosen(kernels: None) -> None:
-    """But not with what they lack."""
+    """With any option."""
     x, offsets = np.zeros((4, 2, 8), jnp.bfloat16), np.array([0, 4])
     assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets), x) == 1
     explanation = jax_flash.explain(x, x, x, cu_seqlens_q=offsets, max_seqlen_q=4)
@@ -179,10 +206,7 @@ def test_kernels_are_chosen(kernels: None) -> None:
     mask = np.ones((4, 4), bool)
     assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, mask=mask), x) == 1
     drop = {"dropout_rate": 0.5, "dropout_key": np.zeros(2, np.uint32)}
-    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, **drop), x) == 0
-    message = "dropout_rate together with cu_seqlens_q"
-    with pytest.raises(NotImplementedError, match=message):
-        mha_varlen(x, x, x, offsets, **drop, implementation="cuda")
+    assert kernel_calls(lambda x: mha_varlen(x, x, x, offsets, **drop), x) == 1
 
 
 def test_qkvpacked() -> None:

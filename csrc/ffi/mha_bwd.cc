@@ -110,12 +110,12 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                    ffi::AnyBuffer dout, ffi::RemainingArgs others,
                    ffi::Result<ffi::AnyBuffer> dquery, ffi::Result<ffi::AnyBuffer> dkey,
                    ffi::Result<ffi::AnyBuffer> dvalue, ffi::Result<ffi::AnyBuffer> workspace,
-                   ffi::RemainingRets more, bool has_dlse, bool has_dbias, bool deterministic,
-                   bool may_split, float scale, int64_t window_left, int64_t window_right,
-                   bool bottom_right, bool has_query_lengths, bool has_kv_lengths,
-                   bool has_intervals, bool has_slopes, float softcap, bool tf32, int64_t dropout,
-                   bool has_mask, bool has_bias, int64_t packed_heads, int64_t packed_kv_heads,
-                   Dims query_order, Dims key_order, Dims value_order) {
+                   ffi::RemainingRets more, bool has_dlse, bool has_dbias, bool has_dslopes,
+                   bool deterministic, bool may_split, float scale, int64_t window_left,
+                   int64_t window_right, bool bottom_right, bool has_query_lengths,
+                   bool has_kv_lengths, bool has_intervals, bool has_slopes, float softcap,
+                   bool tf32, int64_t dropout, bool has_mask, bool has_bias, int64_t packed_heads,
+                   int64_t packed_kv_heads, Dims query_order, Dims key_order, Dims value_order) {
   MhaBwdParams params{};
   MhaOperands operands(
       {scale, window_left, window_right, bottom_right, has_query_lengths, has_kv_lengths,
@@ -165,8 +165,11 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   for (const Gradient& gradient : gradients) {
     JAX_FLASH_RETURN_IF_ERROR(decode_gradient(gradient, operands));
   }
-  JAX_FLASH_CHECK(more.size() == size_t{has_dbias} && (!has_dbias || has_bias), "has_dbias is ",
-                  has_dbias, " and has_bias ", has_bias, ", but there are ", more.size(),
+  JAX_FLASH_CHECK((has_bias || !has_dbias) && (has_slopes || !has_dslopes), "has_dbias is ",
+                  has_dbias, " with has_bias ", has_bias, ", has_dslopes ", has_dslopes,
+                  " with has_slopes ", has_slopes);
+  JAX_FLASH_CHECK(more.size() == size_t{has_dbias} + size_t{has_dslopes}, "has_dbias is ",
+                  has_dbias, " and has_dslopes ", has_dslopes, ", but there are ", more.size(),
                   " results more");
   if (has_dbias) {
     auto dbias = more.get<ffi::AnyBuffer>(0);
@@ -176,6 +179,16 @@ ffi::Error mha_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
                     "sums of the gradient of a bias have no order: deterministic is not possible");
     const cudaError_t error = cudaMemsetAsync(params.dbias.data, 0, (*dbias)->size_bytes(), stream);
     if (error != cudaSuccess) return cuda_failure("zeroing the gradient of a bias", error);
+  }
+  if (has_dslopes) {
+    auto dslopes = more.get<ffi::AnyBuffer>(has_dbias ? 1 : 0);
+    if (!dslopes.has_value()) return dslopes.error();
+    JAX_FLASH_RETURN_IF_ERROR(check_type("dslopes", **dslopes, ffi::F32));
+    JAX_FLASH_RETURN_IF_ERROR(
+        check_dims("dslopes", **dslopes, operands, {heads, kSlopeParts, params.key_length}));
+    params.dslopes = static_cast<float*>((*dslopes)->untyped_data());
+    const cudaError_t error = cudaMemsetAsync(params.dslopes, 0, (*dslopes)->size_bytes(), stream);
+    if (error != cudaSuccess) return cuda_failure("zeroing the gradient of slopes", error);
   }
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.factor = scale;
@@ -204,6 +217,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kMhaBwd, mha_bwd,
                                                       .RemainingRets()
                                                       .Attr<bool>("has_dlse")
                                                       .Attr<bool>("has_dbias")
+                                                      .Attr<bool>("has_dslopes")
                                                       .Attr<bool>("deterministic")
                                                       .Attr<bool>("may_split")),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -123,6 +123,9 @@ struct BiasGradientView {
   bool shared;  // some dim shares it
 };
 
+// Of the keys of the gradient of a slope: warps that work on the same ones have each its own.
+inline constexpr int kSlopeParts = 4;
+
 struct MhaBwdParams : MhaParams {
   float factor;  // of the logits, as called: natural logits = factor * q.k
 
@@ -141,7 +144,16 @@ struct MhaBwdParams : MhaParams {
   bool f32_dkey;
   bool f32_dvalue;
   BiasGradientView dbias;
+  // f32 [batch, heads, kSlopeParts, key_length] over the full batch, zeroed, or null: the sum over
+  // all parts and keys is the gradient of minus the slope of a head.
+  float* dslopes;
   bool deterministic;
+
+  // Whether gradients of what is added to the logits are wanted. That is done after the soft cap,
+  // so its derivative counts as 1: if there is a cap, dquery and dkey are not those of the call.
+  constexpr bool takes_cap_for_linear() const {
+    return dbias.data != nullptr || dslopes != nullptr;
+  }
 
   // Workspace, written by the kernel that runs first. Rows are padded to bwd_padded_rows, widths
   // to bwd_sum_width.
@@ -159,5 +171,11 @@ struct MhaBwdParams : MhaParams {
   // a part to which nothing was added has an entry of 0 in `turns`.
   bool first_stores;
 };
+
+// Whether a backward takes the kernels for what is_dense says. They have the gradient of slopes,
+// too.
+constexpr bool is_dense(const MhaBwdParams& params) {
+  return is_dense(params.intervals) || params.dslopes != nullptr;
+}
 
 }  // namespace jax_flash

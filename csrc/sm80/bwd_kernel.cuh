@@ -174,6 +174,12 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
                                  block.key_block * Config::kKeys, params.query_length,
                                  params.key_length);
       }
+      if (params.dslopes != nullptr) {
+        const int64_t head = block.flat_head + step.head;
+        Warp::add_slope_gradients(params.dslopes + head * kSlopeParts * params.key_length,
+                                  block.mask, dscores, step.row, block.key_block * Config::kKeys,
+                                  params.key_length);
+      }
     }
     Warp::store_scores(dscore_tile, dscores);
     __syncthreads();  // probabilities and score gradients of all warps before their reads

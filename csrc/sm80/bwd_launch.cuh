@@ -82,7 +82,7 @@ cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cud
                     rows_aligned_16(params.dkey, params.head_dim) &&
                     rows_aligned_16(params.dvalue, params.head_dim_v);
   if constexpr (kIntervals) {
-    if (is_dense(params.intervals)) {
+    if (is_dense(params)) {
       using WideDense = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall, true, true>;
       using NarrowDense = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall, true, true>;
       error = wide ? launch_main<WideDense>(params, device, stream)

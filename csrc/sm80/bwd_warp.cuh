@@ -145,11 +145,13 @@ struct BwdWarp {
     Dropout dropout;
     BiasRows bias;
     MaskRows bits;
+    bool takes_cap_for_linear;  // see MhaBwdParams
   };
-  static __device__ __forceinline__ Dense dense_of(const MhaParams& params, int batch, int head) {
+  static __device__ __forceinline__ Dense dense_of(const MhaBwdParams& params, int batch,
+                                                   int head) {
     if constexpr (!Config::kDense) return {};
     return {Dropout::make(params, batch, head), BiasRows::make(params, batch, head),
-            MaskRows::make(params, batch, head)};
+            MaskRows::make(params, batch, head), params.takes_cap_for_linear()};
   }
 
   // The same for scores with options, and store_scores of the probabilities to `tile`. Scores
@@ -164,6 +166,8 @@ struct BwdWarp {
     row += score_row() + fragment_row();
     key += score_key() + fragment_column();
     const bool mixed = compares_ids(mask, row, key);
+    const bool is_linear = Config::kDense && dense.takes_cap_for_linear;
+    const float inverse = is_linear ? 0.0f : options.inverse();
 #pragma unroll
     for (int i = 0; i < kScoreBlocks; ++i) {
       KeptScores<kScoreTiles> kept;
@@ -196,7 +200,7 @@ struct BwdWarp {
                               (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
             const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
             probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
-            score = probabilities[e] * options.derivative(capped);
+            score = probabilities[e] * ScoreOptions::derivative(capped, inverse);
             if (drops && !kept(j, h, e)) {
               probabilities[e] = 0.0f;
               score = -fabsf(score);
@@ -253,6 +257,43 @@ struct BwdWarp {
             }
           }
         }
+      }
+    }
+  }
+
+  // The same times distances, summed up over this warp's rows, to its part of `sums`, those of a
+  // head. No two threads have the same keys there, so that sums have an order.
+  static __device__ __forceinline__ void add_slope_gradients(float* sums, const IntervalMask& mask,
+                                                             const Scores& dscores, int row,
+                                                             int key, int keys) {
+    static_assert(Config::kScoreRowWarps <= kSlopeParts);
+    row += score_row() + fragment_row();
+    key += score_key() + fragment_column();
+    float columns[kScoreTiles][2] = {};
+#pragma unroll
+    for (int i = 0; i < kScoreBlocks; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int distance = mask.row(row + 16 * i + 8 * h).position - key;
+#pragma unroll
+        for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float own = fabsf(static_cast<float>(distance - 8 * j - e));
+            columns[j][e] = fmaf(own, dscores[i][j][2 * h + e], columns[j][e]);
+          }
+        }
+      }
+    }
+    sums += int64_t{warp_id() % Config::kScoreRowWarps} * keys + key;
+#pragma unroll
+    for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float x = columns[j][e];
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+        if (lane_id() < 4 && key + 8 * j + e < keys) ptx::red_add(sums + 8 * j + e, x);
       }
     }
   }

@@ -59,7 +59,8 @@ struct BwdDense {
   static __device__ __forceinline__ bool is_clean(const MhaBwdParams& params, const BwdStep& step,
                                                   int warpgroup) {
     const BiasView& bias = params.intervals.bias;
-    return step.clean(warpgroup) && step.slope == 0.0f && params.intervals.softcap == 0.0f &&
+    return step.clean(warpgroup) && step.slope == 0.0f && params.dslopes == nullptr &&
+           params.intervals.softcap == 0.0f &&
            (bias.data == nullptr || bias.type != BiasType::kF32);
   }
 
@@ -145,6 +146,9 @@ struct BwdDense {
                                                  const float2 (&early)[kEarly],
                                                  const float* delta) const {
     if (params.dbias.data != nullptr) add_bias_gradients<kClean>(weights, p, dp, early, delta);
+    if constexpr (!kClean) {
+      if (params.dslopes != nullptr) add_slope_gradients(weights, p, dp, early, delta);
+    }
     const bool drops = params.intervals.dropout != 0;
     if (drops) {
       each_gradient<kClean, true>(ds, weights, p, dp, early, delta);
@@ -271,6 +275,7 @@ struct BwdDense {
     const ScoreOptions options = {params.scale.first * params.scale.second,
                                   params.intervals.softcap, step.slope};
     const float inverse = options.inverse();
+    const float slope_inverse = params.takes_cap_for_linear() ? 0.0f : inverse;
     const float log2 = kOptions ? SoftmaxScale::kLog2e : params.scale.log2;
     const int first_key = warp_key + fragment_row();
     const RowRecord* const rows = records + fragment_column();
@@ -304,7 +309,7 @@ struct BwdDense {
           float score = s[4 * j + 2 * h + e];
           float derivative = 1.0f;
           if constexpr (kOptions) {
-            derivative = options.derivative(score, inverse);
+            derivative = options.derivative(score, slope_inverse);
             const int distance = rows[8 * j + e].position - first_key - 8 * h;
             score = options.biased(score, static_cast<float>(distance));
             score += e == 0 ? bias[h].x : bias[h].y;
@@ -477,6 +482,41 @@ struct BwdDense {
     for (int h = 0; h < 2; ++h) {
       const float sum = quad_sum(sums[h]);
       if (fragment_column() == 0 && key + 8 * h < params.key_length) add(head + 8 * h, sum);
+    }
+  }
+
+  // No two threads have the same keys of a head, so that sums have an order.
+  template <int kEarly>
+  __device__ __forceinline__ void add_slope_gradients(const uint32_t (&weights)[kScores / 2],
+                                                      const uint32_t (&p)[kScores / 2],
+                                                      const float (&dp)[kScores],
+                                                      const float2 (&early)[kEarly],
+                                                      const float* delta) const {
+    ptx::forget_memory();
+    const RowRecord* const rows = records + fragment_column();
+    const int key = warp_key + fragment_row();
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 x = j < kEarly ? early[j] : *reinterpret_cast<const float2*>(delta + 8 * j);
+      const int left = rows[8 * j].position - key;
+      const int right = rows[8 * j + 1].position - key;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = 2 * j + h;
+        const float2 pair = gradient<false, true>(weights[i], p[i], dp + 2 * i, x);
+        sums[h] = fmaf(fabsf(static_cast<float>(left - 8 * h)), pair.x, sums[h]);
+        sums[h] = fmaf(fabsf(static_cast<float>(right - 8 * h)), pair.y, sums[h]);
+      }
+    }
+    const int64_t head = int64_t{block.batch} * params.heads + place.head;
+    float* const target = params.dslopes + head * kSlopeParts * params.key_length + key;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(sums[h]);
+      if (fragment_column() == 0 && key + 8 * h < params.key_length) {
+        ptx::red_add(target + 8 * h, sum);
+      }
     }
   }
 

@@ -266,8 +266,8 @@ cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInf
           params, device, stream);
     }
   };
-  return is_dense(params.intervals) ? launch.template operator()<true>()
-                                    : launch.template operator()<false>();
+  return is_dense(params) ? launch.template operator()<true>()
+                          : launch.template operator()<false>();
 }
 
 }  // namespace jax_flash::sm90

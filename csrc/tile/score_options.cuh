@@ -175,9 +175,6 @@ struct ScoreOptions {
     const float ratio = capped * inverse;
     return fmaf(-ratio, ratio, 1.0f);
   }
-  __device__ __forceinline__ float derivative(float capped) const {
-    return derivative(capped, inverse());
-  }
 };
 
 }  // namespace jax_flash

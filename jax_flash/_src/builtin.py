@@ -4,13 +4,22 @@ Lives here: what each supports and how it runs. "cuda" and "xla" are one primiti
 which chooses when it is lowered; "cudnn" is the public function of `jax.nn`.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_flash._src import few_queries, intervals, packed, plan, registry
+from jax_flash._src import (
+    few_queries,
+    intervals,
+    packed,
+    plan,
+    registry,
+    row_bias,
+)
 from jax_flash._src.call import Backend, Call
 from jax_flash._src.config import OPERANDS, QKV, UNBOUNDED, AttentionConfig
 from jax_flash._src.flash_mha import flash_mha
@@ -94,11 +103,7 @@ def cuda_supports(call: Call) -> str | None:
     for name, text in options_of(call).items():
         if not plan.supported(name):
             return f"{text} is not supported by the kernels yet"
-    if clash := plan.clash(options_of(call)):
-        return f"{clash} is not supported by the kernels yet"
-    if call.bias is not None and call.bias.shape[-1] != call.key_length:
-        clash = plan.bias_of_all_keys(call.bias.shape)
-        return f"{clash} is not supported by the kernels yet"
+    call = _without_row_bias(call)
     if call.precision is not None and not is_f32:
         return f"precision={call.precision!r}: the kernels round to {call.dtype}"
     if len(call.batch) > plan.MAX_BATCH_DIMS:
@@ -117,23 +122,34 @@ def cuda_supports(call: Call) -> str | None:
     )
 
 
+def _without_row_bias(call: Call) -> Call:
+    """The call that kernels run: a bias that keys share is joined to its results."""
+    if row_bias.is_in({n: getattr(call, n) for n in call.present}, call.key_length):
+        return dataclasses.replace(call, bias=None)
+    return call
+
+
 def cuda_details(call: Call) -> str:
     """Which kernels run a call that `cuda_supports`, and its gradients.
 
     Operands are taken to be row-major; the handler knows where `vmap` put a dimension.
     """
+    joined = ["sinks"] if call.sinks is not None else []
+    alone = _without_row_bias(call)
+    if alone is not call:  # after which sinks are joined, too
+        joined.insert(0, "bias")
+        call = dataclasses.replace(alone, sinks=None)
+    rest = f", {' and '.join(joined)} joined by XLA" if joined else ""
     batches = _batches(call)
     named = {name: getattr(call, name) for name in call.present}
     decode = few_queries.decode_config(config_of(call, ("cuda",)), named)
     if decode is not None:
         splits = few_queries.splits(decode, named)
-        gradients = _gradients_by(call, batches)
-        return f"the decode kernel, {splits}; gradients by {gradients}"
+        by = f"the decode kernel, {splits}{rest if 'bias' in joined else ''}"
+        return f"{by}; gradients by {_gradients_by(call, batches)}"
     op = plan.operation("mha_fwd", options_of(call))
     forward = _kernels_named(op, call, plan.merged_batch_dims(batches))
-    if call.sinks is not None:
-        forward += ", sinks joined by XLA"
-    return f"{forward}; gradients by {_gradients_by(call, batches)}"
+    return f"{forward}{rest}; gradients by {_gradients_by(call, batches)}"
 
 
 def _batches(call: Call) -> list[tuple[int, ...]]:
@@ -168,10 +184,9 @@ def _gradients_by(call: Call, batches: list[tuple[int, ...]]) -> str:
     if call.bias is not None:
         heads_and_rows = call.num_heads, call.query_length
         split = (*full, *heads_and_rows) == call.bias.shape[:-1]
-        if plan.no_bias_gradient(call.softcap, call.deterministic, not split):
+        scores = math.prod((*full, *heads_and_rows, call.key_length))
+        if plan.no_bias_gradient(call.deterministic, not split, scores):
             named += " (by jnp if bias has one)"
-    if call.alibi_slopes is not None:
-        named += " (by jnp if alibi_slopes has one)"
     return named
 
 

@@ -89,13 +89,9 @@ def factors(
     if "dropout_seeds" not in operands:
         return 1.0
     seed = operands["dropout_seeds"][..., None, None, :]
-    # [*B|(), 1, t, 1] and [*B|(), 1, t|1, s]
-    row = where.row[..., None, :, None]
-    column = (key - where.start[..., None])[..., None, :, :]
-    row_group, row_word, row_byte = _split(row)
-    key_group, key_word, key_byte = _split(column)
-    sequence = where.sequence[..., None, :, None].astype(jnp.uint32)
-    counter = key_group, row_group, sequence, jnp.uint32(0)
+    row_group, row_word, row_byte = _split(where.row[:, None])
+    key_group, key_word, key_byte = _split(key)
+    counter = key_group, row_group, jnp.uint32(0), jnp.uint32(0)
     words = philox(counter, (seed[..., 0], seed[..., 1]))
     even = jnp.where(key_word == 0, words[0], words[1])
     odd = jnp.where(key_word == 0, words[2], words[3])

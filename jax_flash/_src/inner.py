@@ -27,6 +27,7 @@ from jax_flash._src import (
     reference,
     reference_grad,
     registry,
+    row_bias,
     sinks,
 )
 from jax_flash._src.config import (
@@ -95,8 +96,13 @@ def _runs_kernel(
     if "cuda" not in config.implementations or any(0 in shape for shape in shapes):
         return False
     batch_dims = query.ndim - TRAILING[config.present[0]]
-    op = plan.operation(op, _options(config))
-    if clash := plan.clash(_options(config)) or _clash_of_arrays(ctx, config, backward):
+    avals_of = dict(zip(config.present, ctx.avals_in, strict=False))
+    ops = [op]
+    if row_bias.is_in(avals_of, _lengths(config, avals_of)[1]):
+        config = row_bias.without(config)
+        ops = ["mha_fwd", op]  # a backward begins with the forward
+    ops = [plan.operation(op, _options(config)) for op in ops]
+    if backward and (clash := _clash_of_gradients(ctx, config, backward)):
         reason = f"has no kernel for {clash}"
     elif batch_dims > plan.MAX_BATCH_DIMS:
         reason = (
@@ -105,8 +111,11 @@ def _runs_kernel(
         )
     else:
         built = registry.extension().kernels
-        missing = plan.missing_kernel(op, query.dtype, *widths, built, config.precision)
-        reason = None if missing is None else f"has no {op} kernel for {missing}"
+        reason = None
+        for op in ops:
+            given = query.dtype, *widths, built, config.precision
+            if missing := plan.missing_kernel(op, *given):
+                reason = f"has no {op} kernel for {missing}"
     if reason is not None and "xla" not in config.implementations:
         raise NotImplementedError(f"implementation='cuda' {reason}")
     return reason is None
@@ -126,25 +135,28 @@ def _tensors(
     return [whole] * 3, packed.shapes(config.qkv_heads, whole.shape)
 
 
-def _clash_of_arrays(
-    ctx: Any, config: AttentionConfig, backward: Backward | None
+def _clash_of_gradients(
+    ctx: Any, config: AttentionConfig, backward: Backward
 ) -> str | None:
-    """What no kernel has of the arrays of a call, in words, if there is anything."""
-    avals_of = dict(zip(config.present, ctx.avals_in, strict=False))
-    rows, keys = _lengths(config, avals_of)
-    bias = avals_of.get("bias")
-    if bias is not None and bias.shape[-1] != keys:
-        return plan.bias_of_all_keys(bias.shape)
-    if backward is None or not {"bias", "alibi_slopes"} & set(backward.perturbed):
+    """What gradients no kernel has, in words, if there are any.
+
+    `config` has no bias that the kernel does not read.
+    """
+    if "bias" not in config.present or "bias" not in backward.perturbed:
         return None
-    if "alibi_slopes" in backward.perturbed:
-        return "the gradient of alibi_slopes"
-    assert bias is not None
+    names = avals.backward_operands(config, backward)
+    given = dict(zip(names, ctx.avals_in, strict=True))
+    rows, keys = _lengths(config, given)
+    batch = _full_batch(given, names)
     heads = (config.qkv_heads or ctx.avals_in[0].shape[-2:])[0]
     axes = dict(zip(backward.perturbed, backward.shared, strict=True))["bias"]
-    shared = bool(axes) or bias.shape[-3:-1] != (heads, rows)
-    deterministic = config.deterministic or compat.deterministic_ops()
-    return plan.no_bias_gradient(config.softcap, deterministic, shared)
+    shared = bool(axes) or given["bias"].shape[-3:-1] != (heads, rows)
+    scores = math.prod((*batch, heads, rows, keys))
+    return plan.no_bias_gradient(_is_deterministic(config), shared, scores)
+
+
+def _is_deterministic(config: AttentionConfig) -> bool:
+    return config.deterministic or compat.deterministic_ops()
 
 
 def _lengths(config: AttentionConfig, given: dict[str, Any]) -> tuple[Any, Any]:
@@ -245,6 +257,11 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     sinks: they are joined to its results.
     """
     given = dict(zip(config.present, args, strict=True))
+    if row_bias.is_in(given, _lengths(config, given)[1]):
+        alone = row_bias.without(config, "sinks")
+        out, lse = call_forward(*(given[n] for n in alone.present), config=alone)
+        out, lse = (compat.vary_like(x, args[0]) for x in (out, lse))
+        return row_bias.join(config, given, out, lse)
     decode = few_queries.decode_config(config, given)
     if decode is not None:
         return few_queries.call(given, decode)
@@ -305,18 +322,40 @@ def call_backward(
         given[name] = jnp.broadcast_to(given[name], batch + trailing)
     shared = dict(zip(backward.perturbed, backward.shared, strict=True))
     by_name = {}
+    dtypes = {name: given[name].dtype for name in shared}
     if "sinks" in shared:
         by_name["sinks"] = sinks.gradient(given)
-    if {QKV, *TENSORS, "bias"} & set(shared):
-        by_name |= _run_backward(given, batch, shared, config, backward)
+    by_row = row_bias.is_in(given, _lengths(config, given)[1])
+    if by_row and "bias" in shared:
+        by_name["bias"] = row_bias.gradient(given)
+    wanted = {n: axes for n, axes in shared.items() if n not in by_name}
+    if by_row and wanted:
+        config, given = _without_row_bias(given, batch, config)
+    if wanted:
+        by_name |= _run_backward(given, batch, wanted, config, backward)
 
     def finished(name: str) -> jax.Array:
         gradient, axes = by_name[name], shared[name]
-        if axes and name != "bias":  # which the kernel has summed up
+        if axes and not (name == "bias" and name in wanted):  # the kernel sums up that
             gradient = gradient.sum([len(batch) + axis for axis in axes], keepdims=True)
-        return gradient.astype(given[name].dtype)
+        return gradient.astype(dtypes[name])
 
     return [finished(name) for name in backward.perturbed]
+
+
+def _without_row_bias(
+    given: dict[str, jax.Array], batch: tuple[int, ...], config: AttentionConfig
+) -> tuple[AttentionConfig, dict[str, jax.Array]]:
+    """A call without the bias that keys share, and what its backward is given.
+
+    Runs the forward once more, for its lse.
+    """
+    alone = row_bias.without(config, "sinks")
+    _, lse = call_forward(*(given[n] for n in alone.present), config=alone)
+    lse = row_bias.kernel_lse(given, compat.vary_like(lse, given["lse"]))
+    lse = jnp.broadcast_to(lse, batch + lse.shape[-2:])
+    rest = {name: x for name, x in given.items() if name != "bias"}
+    return row_bias.without(config), rest | {"lse": lse}
 
 
 def _run_backward(
@@ -328,7 +367,7 @@ def _run_backward(
 ) -> dict[str, jax.Array]:
     """The FFI call: gradients of query, key and value, each with the full batch.
 
-    And that of the bias, if it is wanted, in float32 and summed up.
+    And those of the bias, summed up, and of slopes, if they are wanted, in float32.
     """
     residuals = avals.backward_operands(config, backward)[len(config.present) :]
     others = [given[name] for name in residuals] + _mask_operands(config, given)
@@ -353,29 +392,49 @@ def _run_backward(
     )
     workspace += plan.backward_parts(count, heads, kv_heads, keys, width, width_v)
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
+    deterministic = _is_deterministic(config)
+
+    more = {}
     if "bias" in shared:
         sizes = list(batch)
         for axis in shared["bias"]:
             sizes[axis] = 1
         shape = (*sizes, *given["bias"].shape[len(batch) :])
-        results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    run = jax.ffi.ffi_call(
-        registry.BACKWARD_TARGET, results, input_layouts=_layouts(config, others)
-    )
-    gradients = run(
-        *tensors,
-        *others,
-        **_attributes(config),
-        has_dlse=backward.has_dlse,
-        has_dbias="bias" in shared,
-        deterministic=config.deterministic or compat.deterministic_ops(),
-        may_split=plan.may_split("mha_bwd", dtype, config.precision),
-    )
+        # In an order only what nothing shares is added up.
+        more["bias"] = (*batch, heads, rows, keys) if deterministic else shape
+    if "alibi_slopes" in shared:
+        more["alibi_slopes"] = (*batch, heads, plan.SLOPE_PARTS, keys)
+
+    def run(more: dict[str, tuple[int, ...]]) -> Sequence[jax.Array]:
+        added = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in more.values()]
+        call = jax.ffi.ffi_call(
+            registry.BACKWARD_TARGET,
+            results + added,
+            input_layouts=_layouts(config, others),
+        )
+        return call(
+            *tensors,
+            *others,
+            **_attributes(config),
+            has_dlse=backward.has_dlse,
+            has_dbias="bias" in more,
+            has_dslopes="alibi_slopes" in more,
+            deterministic=deterministic,
+            may_split=plan.may_split("mha_bwd", dtype, config.precision),
+        )
+
+    gradients = run(more)
+    by_name = dict(zip(more, gradients[len(results) :], strict=True))
+    if "bias" in by_name:
+        summed = [i for i, n in enumerate(shape) if n != more["bias"][i]]
+        by_name["bias"] = by_name["bias"].sum(summed, keepdims=True)
+    if "alibi_slopes" in by_name:
+        by_name["alibi_slopes"] = -by_name["alibi_slopes"].sum((-2, -1))
+    if more and config.softcap is not None and len(shared) > len(more):
+        gradients = run({})  # with a soft cap, a call has those of what is added alone
     if config.qkv_heads is None:
-        by_name = dict(zip(TENSORS, gradients, strict=False))
-    else:
-        by_name = {QKV: packed.join(gradients[:3])}
-    return by_name | ({"bias": gradients[4]} if "bias" in shared else {})
+        return by_name | dict(zip(TENSORS, gradients, strict=False))
+    return by_name | {QKV: packed.join(gradients[:3])}
 
 
 _backward_by_kernel = mlir.lower_fun(call_backward, multiple_results=True)

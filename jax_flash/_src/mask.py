@@ -64,17 +64,13 @@ class Rows:
     """Where some query rows stand; int32, broadcastable to [*B, t].
 
     Attributes:
-      row: the place of a row in its sequence.
-      sequence: the sequence, 0 unless sequences are packed.
-      start: the first key of the sequence, 0 unless sequences are packed.
+      row: [t], their indices.
       position: the key that a row is aligned with, maybe beyond the keys there are.
       first: the first key that a row may attend.
       end: the key after the last; the interval is empty where `end <= first`.
     """
 
     row: jax.Array
-    sequence: jax.Array
-    start: jax.Array
     position: jax.Array
     first: jax.Array
     end: jax.Array
@@ -99,14 +95,14 @@ def locate(
     if "cu_seqlens_q" in operands:
         offsets = operands["cu_seqlens_q"], operands["cu_seqlens_k"]
         bounds = config.max_seqlen_q, config.max_seqlen_k
-        row, sequence, query_length, start, key_length = _packed(
+        place, query_length, start, key_length = _packed(
             *offsets, row, rows, keys, *bounds
         )
     else:
         query_length, key_length = (x[..., None] for x in lengths(operands, rows, keys))
-        sequence = start = jnp.zeros_like(row)
+        place, start = row, jnp.zeros_like(row)
     first, end = key_interval(
-        row,
+        place,
         query_length,
         key_length,
         config.window_left,
@@ -114,8 +110,8 @@ def locate(
         config.bottom_right,
     )
     shift = key_length - query_length if config.bottom_right else 0
-    position = start + row + shift
-    return Rows(row, sequence, start, position, start + first, start + end)
+    position = start + place + shift
+    return Rows(row, position, start + first, start + end)
 
 
 def _packed(
@@ -134,9 +130,9 @@ def _packed(
     are the largest of those before and the smallest of those after.
 
     Returns:
-      `(row, sequence, query_length, start, key_length)`: the place in the sequence, the
-      sequence, its queries, its first key and its keys. A row of no sequence has
-      `query_length` 0 and a place that is not negative.
+      `(place, query_length, start, key_length)`: the place in the sequence, its
+      queries, its first key and its keys. A row of no sequence has `query_length` 0 and
+      a place that is not negative.
     """
     queries = jnp.clip(cu_seqlens_q, 0, rows)[..., None, :]
     columns = jnp.clip(cu_seqlens_k, 0, keys)[..., None, :]
@@ -157,15 +153,15 @@ def _packed(
         query_length = jnp.minimum(query_length, most_queries)
     if most_keys is not None:
         key_length = jnp.minimum(key_length, most_keys)
-    return row - query_start, sequence, query_length, key_start, key_length
+    return row - query_start, query_length, key_start, key_length
 
 
 def in_sequence(cu_seqlens: jax.Array, size: int, most: int | None) -> jax.Array:
     """Which places of a packed dimension belong to a sequence: bool [*B, size]."""
     place = jnp.arange(size, dtype=jnp.int32)
     offsets = (cu_seqlens, cu_seqlens)
-    row, _, length, _, _ = _packed(*offsets, place, size, size, most, None)
-    return row < length
+    own, length, _, _ = _packed(*offsets, place, size, size, most, None)
+    return own < length
 
 
 def distance(where: Rows, key: jax.Array) -> jax.Array:

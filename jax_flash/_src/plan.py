@@ -170,36 +170,25 @@ def needs_intervals(options: Iterable[str]) -> bool:
     return any(OPTIONS[name].intervals for name in options if name in OPTIONS)
 
 
-def clash(options: Iterable[str]) -> str | None:
-    """Options of a call that no kernel takes together, in words, if there are any.
+SLOPE_PARTS = 4
+"""Numbers for each head and key that the gradient of a slope is the sum of."""
 
-    Kernels do not know where the sequences of packed arrays begin, from where dropout
-    counts rows and keys.
-    """
-    given = set(options)
-    if "dropout_rate" in given and "cu_seqlens_q" in given:
-        return "dropout_rate together with cu_seqlens_q"
-    return None
+BIAS_GRADIENT = 1 << 28
+"""Scores of which the backward writes all gradients, for sums in an order."""
 
 
-def bias_of_all_keys(shape: Iterable[Any]) -> str:
-    """What no kernel takes: a bias of this shape, one number for all keys."""
-    return f"bias (of shape {tuple(shape)}) that keys share"
-
-
-def no_bias_gradient(
-    softcap: float | None, deterministic: bool, shared: bool
-) -> str | None:
+def no_bias_gradient(deterministic: bool, shared: bool, scores: Any) -> str | None:
     """Why no kernel has the gradient of a bias, as what it lacks; None if one does.
 
-    The backward has probabilities times the derivative of the soft cap, and adds up
-    what heads, rows or batch entries share (`shared`) in no order.
+    The backward adds up what heads, rows or batch entries share (`shared`) in no order.
+    With `deterministic` it writes the gradients of all `scores`, and XLA adds them up.
     """
-    if softcap is not None:
-        return f"the gradient of bias with softcap={softcap}"
-    if deterministic and shared:
-        return "the gradient of a broadcast bias with deterministic=True"
-    return None
+    if not (deterministic and shared):
+        return None
+    if isinstance(scores, int) and scores <= BIAS_GRADIENT:
+        return None
+    text = "the gradient of a broadcast bias with deterministic=True"
+    return f"{text} and {scores} scores, more than {BIAS_GRADIENT}"
 
 
 def operation(op: str, options: Iterable[str]) -> str:

@@ -22,7 +22,11 @@ from jax_flash._src.scores import Operands
 
 
 def join(
-    config: AttentionConfig, o: Operands, out: jax.Array, lse: jax.Array
+    config: AttentionConfig,
+    o: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    seen: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Adds the sinks to the results of a call without them.
 
@@ -31,6 +35,7 @@ def join(
       o: its canonical operands by name, sinks [*B, N] among them.
       out: [*B, T, N, Hv], without sinks.
       lse: float32 [*B, N, T], without sinks; -inf in rows without keys.
+      seen: what says of rows that they have none, if lse does not.
 
     Returns:
       `[out, lse]` with sinks, of the same dtypes and the batch of all operands. Rows
@@ -39,7 +44,8 @@ def join(
     """
     sink = o["sinks"].astype(lse.dtype)[..., None]
     total = jnp.logaddexp(lse, sink)
-    live = _has_keys(config, o, lse) & (total != -jnp.inf)
+    has_keys = _has_keys(config, o, lse if seen is None else seen)
+    live = has_keys & (total != -jnp.inf)
     share = jnp.where(live, jnp.exp(lse - jnp.where(live, total, 0)), 0)
     by_row = jnp.swapaxes(share, -1, -2)[..., None]
     joined = (out.astype(lse.dtype) * by_row).astype(out.dtype)
@@ -65,6 +71,11 @@ def gradient(o: Operands) -> jax.Array:
     Returns:
       float32 [*B, N]. Rows without keys add nothing, whatever their cotangents hold.
     """
+    return gradients_by_row(o).sum(-1)
+
+
+def gradients_by_row(o: Operands) -> jax.Array:
+    """What each row adds to it: float32 [*B, N, T]."""
     lse = o["lse"]
     live = lse != -jnp.inf
     by_row = jnp.swapaxes(live, -1, -2)[..., None]
@@ -74,4 +85,4 @@ def gradient(o: Operands) -> jax.Array:
         delta = delta - jnp.where(live, o["dlse"], 0)
     sink = o["sinks"].astype(lse.dtype)[..., None]
     share = jnp.where(live, jnp.exp(jnp.where(live, sink - lse, 0)), 0)
-    return -(share * delta).sum(-1)
+    return -(share * delta)

@@ -32,6 +32,7 @@ struct Arguments {
   const void* bias;
   const uint32_t* mask;
   float* dbias;
+  float* dslopes;
   int64_t batch_strides[3];
   int64_t interval_stride;
   int64_t slope_stride;
@@ -128,6 +129,7 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.deterministic = from.deterministic != 0;
   const int64_t* const strides = from.dbias_strides;
   to.dbias = {from.dbias, {strides[0]}, strides[1], strides[2], from.dbias_shared != 0};
+  to.dslopes = from.dslopes;
   const int64_t rows = int64_t{from.batch} * from.heads * bwd_padded_rows(from.query_length);
   to.dquery_sum = from.workspace;
   to.row_lse = to.dquery_sum + rows * width;

@@ -50,6 +50,7 @@ class Call:
       static: arguments that are no arrays.
       operands: arrays without gradients, by argument.
       wanted: arrays beyond query, key and value whose gradients are compared.
+      distance: of keys from those that rows are aligned with [1 or B, 1, T, S].
     """
 
     case: Case
@@ -57,68 +58,21 @@ class Call:
     static: dict[str, Any]
     operands: dict[str, Any]
     wanted: dict[str, Any]
+    distance: np.ndarray
 
     @property
     def by_kernels(self) -> bool:
         """Whether kernels take the call."""
         names = {*self.static, *self.operands, *self.wanted}
+        if self.case["bias"] == "rows":  # joined to the results of a call without it
+            names.discard("bias")
         if not all(plan.supported(n) for n in names if n in plan.OPTIONS):
-            return False
-        if plan.clash(names):
             return False
         slopes = {"alibi_slopes"} if "slopes" in names else set()
         wide = max(self.case["widths"]) > 128
         return self.case["dtype"] != "float32" or not (
             wide or plan.needs_intervals(names | slopes)
         )
-
-
-def _philox(counter: list[Any], key: list[Any]) -> list[Any]:
-    """Philox4x32-7 of arrays of 64 bits that hold 32."""
-    x, k = [np.uint64(c) for c in counter], [np.uint64(c) for c in key]
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for _ in range(7):
-        first, second = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
-        x = [
-            second >> half ^ x[1] ^ k[0],
-            second & low,
-            first >> half ^ x[3] ^ k[1],
-            first & low,
-        ]
-        steps = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-        k = [(word + step) & low for word, step in zip(k, steps, strict=True)]
-    return x
-
-
-def dropout_factors(
-    shape: tuple[int, ...], rate: float, where: dict[str, np.ndarray] | None = None
-) -> np.ndarray:
-    """What weights [B, N, T, S] are multiplied by, from docs/design/dropout.md.
-
-    Args:
-      shape: of the weights.
-      rate: of what is dropped.
-      where: of packed sequences, "sequence" and "row" [T], and "start" [T], the first
-        key of a row's sequence.
-    """
-    batch, heads, rows, keys = shape
-    index = np.arange(heads)[None, :], np.arange(batch)[:, None]
-    seed = [x[..., None, None] for x in _philox([*index, 0, 0], [*DROPOUT_WORDS])[:2]]
-    if where is None:
-        zeros = np.zeros(rows, int)
-        where = {"sequence": zeros, "row": np.arange(rows), "start": zeros}
-    i = np.maximum(where["row"], 0)[:, None].astype(np.uint64)
-    # Keys before a sequence, and rows before the first one, are not seen.
-    j = np.maximum(np.arange(keys) - where["start"][:, None], 0).astype(np.uint64)
-    two, four, eight, sixteen = (np.uint64(n) for n in (2, 4, 8, 16))
-    groups = [four * (x // sixteen) + x // two % four for x in (j, i)]
-    words = _philox([*groups, where["sequence"][:, None], 0], seed)
-    even = np.where(j % two == 0, words[0], words[1])
-    odd = np.where(j % two == 0, words[2], words[3])
-    word = np.where(i % two == 0, even, odd)
-    byte = word >> eight * (two * (i // eight % two) + j // eight % two)
-    least = round(256 * rate)
-    return np.where(byte % np.uint64(256) >= least, 256 / (256 - least), 0.0)
 
 
 def _lengths(case: Case, rows: int, keys: int) -> dict[str, np.ndarray]:
@@ -161,8 +115,7 @@ def _packed_sequences(
 
     Returns:
       "q_ids" and "kv_ids", the sequence or -1; "seen" [T, S], by position; of each row
-      its "sequence", "row" in it, the "start" of its keys, and the key it is "aligned"
-      with.
+      the key it is "aligned" with.
     """
     q_ids, kv_ids = (np.full(length, -1) for length in shape)
     seen, aligned = np.zeros(shape, bool), np.zeros(shape[0], int)
@@ -174,16 +127,7 @@ def _packed_sequences(
         seen[rows, keys] = oracle.visible(*size, *size, **PLACES[place])
         shift = 0 if "top left" in place else size[1] - size[0]
         aligned[rows] = keys.start + np.arange(size[0]) + shift
-    sequence = np.maximum(q_ids, 0)
-    return {
-        "q_ids": q_ids,
-        "kv_ids": kv_ids,
-        "seen": seen,
-        "sequence": sequence,
-        "row": np.arange(shape[0]) - offsets[0][sequence],
-        "start": offsets[1][sequence],
-        "aligned": aligned,
-    }
+    return {"q_ids": q_ids, "kv_ids": kv_ids, "seen": seen, "aligned": aligned}
 
 
 def call_of(number: int, case: Case) -> Call:
@@ -217,19 +161,18 @@ def call_of(number: int, case: Case) -> Call:
         wanted["sinks"] = normal(*shape)
     lead = () if varlen else (batch,)
     if case["bias"].startswith("slopes"):
-        shape = (heads,) if case["bias"] == "slopes" else (batch, heads)
-        operands["slopes"] = 0.1 * normal(*shape)
+        shape = (batch, heads) if case["bias"].endswith("batch") else (heads,)
+        which = wanted if case["bias"].endswith("gradient") else operands
+        which["slopes"] = 0.1 * normal(*shape)
     elif case["bias"] != "none":
-        shape = (keys,) if case["bias"] == "keys" else (*lead, heads, rows, keys)
-        wanted["bias"] = normal(*shape)
+        shapes = {"keys": (keys,), "rows": (heads, rows, 1)}
+        wanted["bias"] = normal(*shapes.get(case["bias"], (*lead, heads, rows, keys)))
     if case.get("mask", "none") != "none":
         shape = (rows, 1) if case["mask"] == "rows" else (*lead, 1, rows, keys)
         operands["mask"] = rng.random(shape) < 0.7
 
     given = {**static, **operands, **wanted}
-    if "slopes" in operands:
-        given["bias"] = alibi(given.pop("slopes"))
-    where = None
+    distance = oracle.distances((batch, heads, rows, keys), given)
     if varlen:
         offsets = _offsets(rows, keys)
         operands |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
@@ -241,19 +184,18 @@ def call_of(number: int, case: Case) -> Call:
             both = np.where((own < 0) | (ids < 0), -1, 8 * ids + own)
             given[f"{name}_segment_ids"] = np.broadcast_to(both, (1, len(ids)))
         given["mask"] = where["seen"] & np.asarray(given.get("mask", True))
-        if "slopes" in operands:
-            distance = np.abs(where["aligned"][:, None] - np.arange(keys))
-            given["bias"] = -operands["slopes"][:, None, None] * distance
+        distance = np.abs(where["aligned"][:, None] - np.arange(keys))[None, None]
         for name in ("q_segment_ids", "kv_segment_ids"):
             if name in operands:
                 operands[name] = operands[name][0]
+    if "slopes" in given:
+        given["bias"] = -given.pop("slopes")[..., None, None] * distance
     if case.get("dropout"):
         static["dropout_rate"] = case["dropout"]
         operands["dropout_key"] = np.array(DROPOUT_WORDS, np.uint32)
-        shape = (batch, heads, rows, keys)
-        given["dropout_factors"] = dropout_factors(shape, case["dropout"], where)
+        given |= {"dropout_rate": case["dropout"], "dropout_key": DROPOUT_WORDS}
     problem = Problem(arrays, given, dout, dlse)
-    return Call(case, problem.poisoned(), static, operands, wanted)
+    return Call(case, problem.poisoned(), static, operands, wanted, distance)
 
 
 def arguments(call: Call) -> Any:
@@ -348,19 +290,27 @@ def assert_right(call: Call, results: list[np.ndarray]) -> None:
     for name, got in zip(sorted(call.wanted), others, strict=True):
         shape = call.wanted[name].shape
         exact, usual = (
-            oracle.reduced_to(x[name], shape).reshape(shape) for x in (expected, plain)
+            oracle.reduced_to(
+                _of_slopes(x, call) if name == "slopes" else x[name], shape
+            ).reshape(shape)
+            for x in (expected, plain)
         )
-        extra = _luck(clean, name)
+        extra = _luck(clean, name, call)
         if near is not None:
             extra += 2 * near * max(1.0, float(np.abs(exact).max()))
         baseline.assert_within(got, usual, exact, extra=extra)
-        if name == "bias" and len(shape) > 1:
+        if call.case["bias"] == "full" and name == "bias":
             heads, rows, keys = (out.shape[2], out.shape[1], shape[-1])
             seen = oracle.allowed((len(out), heads, rows, keys), clean.given)
             assert not got.reshape(seen.shape)[~seen].any()
 
 
-def _luck(clean: Problem, name: str) -> float:
+def _of_slopes(gradients: dict[str, np.ndarray], call: Call) -> np.ndarray:
+    """The gradient of slopes [B, N], by that of the bias that stands for them."""
+    return -(gradients["bias"] * call.distance).sum((2, 3))
+
+
+def _luck(clean: Problem, name: str, call: Call) -> float:
     """Error that a plain computation of the gradient may be spared.
 
     Sums over rows, and over what a bias is shared by, of errors of random signs: each
@@ -369,22 +319,25 @@ def _luck(clean: Problem, name: str) -> float:
     query, key, value = (x.astype(np.float64) for x in clean.arrays)
     dout, given = clean.dout.astype(np.float64), clean.given
     batch, rows, heads, _ = query.shape
-    squares = np.zeros((batch, heads, rows, key.shape[1] if name == "bias" else 1))
+    by_score = name != "sinks"
+    squares = np.zeros((batch, heads, rows, key.shape[1] if by_score else 1))
     sinks = np.broadcast_to(given.get("sinks", -np.inf), (batch, heads))
     for block in oracle._blocks(query, key, given):
         b, n, part = block.by_head
         v, do = value[block.pair], dout[block.index]
         out = (block.weights * block.kept) @ v
         by_row = np.square(out * do).sum(-1, keepdims=True)
-        if name == "bias":
+        if by_score:
             by_key = np.square((do @ v.T) * block.kept)
             squares[b, n, part] = np.square(block.weights) * (by_key + by_row)
         else:
             live = np.isfinite(block.lse)
             share = np.exp(sinks[b, n] - np.where(live, block.lse, np.inf))
             squares[b, n, part] = np.square(share)[:, None] * by_row
-    shape = given[name].shape
-    summed = squares.sum((2, 3)) if name == "sinks" else squares
+    shape = call.wanted[name].shape
+    if name == "slopes":
+        squares *= np.square(call.distance)
+    summed = squares if name == "bias" else squares.sum((2, 3))
     eps = float(jnp.finfo(clean.dout.dtype).eps)
     return eps * float(np.sqrt(oracle.reduced_to(summed, shape).max()))
 

@@ -1,6 +1,5 @@
 """Kernels with intervals: bias, mask, dropout, beside other options, by float64."""
 
-import functools
 from typing import Any
 
 import jax
@@ -145,44 +144,114 @@ def test_gradients(dtype: str, deterministic: bool) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_gradient_of_bias(width: int, dropout: bool) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "deterministic"), [("", False), ("p", False), ("pc", False), ("c", True)]
+)
+def test_gradient_of_bias(width: int, kinds: str, deterministic: bool) -> None:
     """Summed over what shares it, for every pattern; grouped heads, masked rows."""
     spec = Spec(2, 333, 300, 4, 2, width, is_causal=True)
     full = (2, 4, 333, 300)
     rng = np.random.default_rng(width)
     given: dict[str, Any] = {"mask": rng.random((2, 1, 333, 300)) < 0.7}
-    if dropout:
-        given |= options_of(spec, 1, "p")
+    given |= options_of(spec, 1, kinds)
     biases = [
         bias_of(rng, shape_of(pattern, full), i) for i, pattern in enumerate(PATTERNS)
     ]
     problem = problem_of(spec, 2, with_lse=True, **given)
     assert problem.dlse is not None
-    rate = given.pop("dropout_rate", 0.0)
+    options = {n: given.pop(n) for n in ("dropout_rate", "softcap") if n in given}
+    options |= {"deterministic": deterministic, "implementation": "cuda"}
 
-    @functools.partial(jax.jit, static_argnames=("rate",))
-    def gradients(
-        arrays: Any, biases: Any, cotangents: Any, rest: Any, rate: float
-    ) -> Any:
+    @jax.jit
+    def gradients(arrays: Any, biases: Any, cotangents: Any, rest: Any) -> Any:
         def f(biases: Any) -> Any:
-            options = {"dropout_rate": rate, "implementation": "cuda", **rest}
-            options |= {"is_causal": True, "return_lse": True}
-            return [mha(*arrays, bias=bias, **options) for bias in biases]
+            all_options = {**options, **rest, "is_causal": True, "return_lse": True}
+            return [mha(*arrays, bias=bias, **all_options) for bias in biases]
 
         return jax.vjp(f, biases)[1]([cotangents] * len(biases))[0]
 
     cotangents = problem.dout, problem.dlse
-    got = gradients(tuple(problem.arrays), biases, cotangents, given, rate=rate)
+    operands = jax.device_put((tuple(problem.arrays), biases, cotangents, given))
+    got = gradients(*operands)
+    if deterministic:
+        for x, again in zip(got, gradients(*operands), strict=True):
+            np.testing.assert_array_equal(x, again)
     for pattern, bias, x in zip(PATTERNS, biases, got, strict=True):
-        options = problem.given | {"bias": bias.astype(np.float64)}
+        of_oracle = problem.given | {"bias": bias.astype(np.float64)}
         exact = oracle.gradients(
-            *problem.arrays, dout=problem.dout, dlse=problem.dlse, **options
+            *problem.arrays, dout=problem.dout, dlse=problem.dlse, **of_oracle
         )["bias"]
         expected = oracle.reduced_to(exact, bias.shape)
         assert x.dtype == bias.dtype
         error = np.linalg.norm(np.asarray(x, np.float64) - expected)
         assert error <= 0.01 * np.linalg.norm(expected) + 1e-4, pattern
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_gradient_of_slopes(width: int) -> None:
+    """With each of the other options, of grouped heads; of the same bits each time."""
+    specs_and_kinds = (
+        (Spec(2, 900, 1000, 4, 2, width, is_causal=True), ""),
+        (Spec(2, 300, 777, 4, 4, width), "c"),
+        (Spec(2, 333, 300, 4, 1, width, window_size=(90, 40)), "dp"),
+        (Spec(2, 150, 170, 4, 2, width), "cmp"),
+        (Spec(1, 1000, 900, 2, 2, width, query_lengths=(950,)), "t"),
+    )
+    problems = [
+        problem_of(spec, i, with_lse=i % 2 == 0, **options_of(spec, i, f"a{kinds}"))
+        for i, (spec, kinds) in enumerate(specs_and_kinds)
+    ]
+    problems = [problem.poisoned() for problem in problems]
+    for problem in problems:
+        problem.given["bias"].slopes[..., 1] = 0.0
+    arrays = [
+        {name: x for name, x in p.given.items() if isinstance(x, np.ndarray)}
+        for p in problems
+    ]
+    rest = [
+        {name: x for name, x in p.given.items() if name not in {*a, "bias"}}
+        for p, a in zip(problems, arrays, strict=True)
+    ]
+    slopes = [problem.given["bias"].slopes for problem in problems]
+
+    @jax.jit
+    def gradients(tensors: Any, slopes: Any, arrays: Any, cotangents: Any) -> Any:
+        def one(i: int) -> Any:
+            def f(*args: Any) -> Any:
+                given = {**rest[i], **arrays[i], "deterministic": True}
+                given |= {"bias": alibi(args[3]), "implementation": "cuda"}
+                out, lse = mha(*args[:3], **given, return_lse=True)
+                return out if cotangents[i][1] is None else (out, lse)
+
+            dout, dlse = cotangents[i]
+            given = (*tensors[i], slopes[i])
+            return jax.vjp(f, *given)[1](dout if dlse is None else (dout, dlse))
+
+        return [one(i) for i in range(len(slopes))]
+
+    operands = jax.device_put(
+        (
+            [tuple(p.arrays) for p in problems],
+            slopes,
+            arrays,
+            [(p.dout, p.dlse) for p in problems],
+        )
+    )
+    got, again = (jax.tree.map(np.asarray, gradients(*operands)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, got, again)
+    for (spec, kinds), problem, found in zip(
+        specs_and_kinds, problems, got, strict=True
+    ):
+        clean = problem.clean()
+        expected = oracle.gradients(
+            *clean.arrays, dout=clean.dout, dlse=clean.dlse, **clean.given
+        )
+        expected["slopes"] = expected.pop("bias")
+        names = ("query", "key", "value", "slopes")
+        for name, x in zip(names, found, strict=True):
+            error = np.linalg.norm(x.astype(np.float64) - expected[name])
+            bound = 0.01 * np.linalg.norm(expected[name])
+            assert error <= bound + 1e-4, f"{kinds} {spec} {name}: {error} {bound}"
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
