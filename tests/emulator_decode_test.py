@@ -18,7 +18,7 @@ from jax_flash._src import decode_plan
 # fmt: off
 _POINTERS = (
     "query", "key", "value", "lengths", "page_table", "sinks", "k_scale", "v_scale",
-    "out", "lse", "partial_out", "partial_state",
+    "out", "lse", "partial_out", "partial_state", "counters",
 )
 _INTS = (
     "batch", "tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "room", "pages",
@@ -40,7 +40,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 28),
+        ("set_by_launch", ctypes.c_uint32 * 27),
     )
 
 
@@ -65,8 +65,12 @@ def run(
     scale: float | None = None,
     num_splits: int | None = None,
     multiprocessors: int = 3,
+    order: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse); everything the kernel writes holds NaN before."""
+    """(out, lse); everything the kernel writes holds NaN before.
+
+    `order` is that of thread blocks: 0 = as they are numbered, else a seed.
+    """
     batch, tokens, heads, width = query.shape
     kv_heads, value_width = v.shape[2:]
     room = k.shape[1] * (1 if page_table is None else page_table.shape[1])
@@ -100,6 +104,8 @@ def run(
     held["lse"] = aligned((batch, heads, tokens), np.float32)
     held["partial_out"] = aligned((*places, value_width), np.float32)
     held["partial_state"] = aligned((*places, 2), np.float32)
+    counters = np.zeros(library.counters_of(multiprocessors), np.uint32)
+    held["counters"] = counters
     params = Params(
         **{name: x.ctypes.data for name, x in held.items()},
         batch=batch,
@@ -121,7 +127,8 @@ def run(
         softcap=softcap,
     )
     cache = CACHE_TYPES.index(str(k.dtype))
-    assert library.decode(ctypes.byref(params), cache, multiprocessors) == 0
+    assert library.decode(ctypes.byref(params), cache, multiprocessors, order) == 0
+    np.testing.assert_array_equal(counters, 0)  # as the next launch needs them
     return held["out"], held["lse"]
 
 

@@ -17,7 +17,6 @@
 #include "decode/warp.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/griddepcontrol.cuh"
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
@@ -245,8 +244,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const bool has_group = place.done >= within;
   const bool begins = clustered || !has_group || within == 0;
   const int slot = has_group ? place.split - within : place.split;
-  const bool ends_alone =
-      splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
+  const bool ends_alone = splits <= kGroupSplits && place.has_had_all();
   const bool holds = has_group && next.units > 0 && next.split % kGroupSplits != 0;
   // The row's state is read by all its threads and written by one: to another place.
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
@@ -339,6 +337,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
 template <typename Config>
 __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned char* memory) {
   static_assert(sizeof(Place) <= Config::kPlaceBytes);
+  static_assert(Config::kPlanOffset + sizeof(Plan) <= Config::kGroupOffset);
   const uint32_t shared = ptx::shared_address(memory);
   const int index = static_cast<int>(threadIdx.x) / 32;
   // What is needed now and then waits in shared memory; registers hold the accumulators. Every warp
@@ -350,6 +349,8 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     if (lane_id() == 0) *place_at(i) = place;
     __syncwarp();
   };
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
+  Plan* const plan_place = reinterpret_cast<Plan*>(memory + Config::kPlanOffset);
   const uint32_t stages =
       shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
   WarpOf<Config> warp;
@@ -365,9 +366,14 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     }
   };
   {
-    const Place place = Config::kClusters && params.cluster_bits > 0
-                            ? cluster_place(params, blockIdx.x)
-                            : first_place(params, blockIdx.x);
+    Place place;
+    if (clustered) {
+      place = cluster_place(params, blockIdx.x);
+    } else {
+      const Plan plan = make_plan(params);
+      if (threadIdx.x == 0) *plan_place = plan;
+      place = first_place(params, plan, blockIdx.x);
+    }
     if (place.units == 0) return;
     keep(0, place);
     keep(2, place);
@@ -396,8 +402,12 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     __syncthreads();
     store<Config>(params, now, next, shared, held);
     __syncthreads();  // before the next outputs, and copies to where these were
+    if (!clustered && (next.units == 0 || next.split == 0)) {
+      add_up_splits<Config>(params, now, *plan_place);
+    }
     if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
+    __syncwarp();  // all lanes have read what comes now
     keep(0, next);
     if constexpr (!Config::kAhead) {
       copies.enter(params, now);
@@ -410,8 +420,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  // The sum's thread blocks take what room is left, and wait there.
-  ptx::griddepcontrol_launch_dependents();
   do_splits<Config>(params, memory);
   if constexpr (Config::kClusters) {
     if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));

@@ -114,6 +114,12 @@ struct Place {
   int units;  // that the thread block still has, this one's included
   int done;   // splits that it has had
 
+  // Whether it has had its sequence's splits of this head tile from the first one on, and this is
+  // the last.
+  __device__ __forceinline__ bool has_had_all() const {
+    return done >= split && split + 1 >= sequence.splits;
+  }
+
   __device__ __forceinline__ void enter(const DecodeParams& params, int tile) {
     head_tile = tile;
     kv_head = params.row_tile_divisor.divide(tile);
@@ -122,8 +128,8 @@ struct Place {
 };
 
 // The first split of a thread block; without any if `units` is 0. By a whole warp.
-__device__ __forceinline__ Place first_place(const DecodeParams& params, int block) {
-  const Plan plan = make_plan(params);
+__device__ __forceinline__ Place first_place(const DecodeParams& params, const Plan& plan,
+                                             int block) {
   const int piece = params.crew_divisor.divide(block);
   const int crew = static_cast<int>(params.crew_divisor.divisor);
   Place place{};
