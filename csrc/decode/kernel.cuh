@@ -215,7 +215,7 @@ template <typename Config>
 __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
   const int index = static_cast<int>(threadIdx.x) / 32;
-  const int team = index / Config::kTeamWarps;
+  const int team = Config::kTeams == 1 ? 0 : index / Config::kTeamWarps;
   if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
