@@ -7,6 +7,7 @@
 #include "decode/params.h"
 #include "decode/parts.cuh"
 #include "decode/plan.cuh"
+#include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
@@ -142,35 +143,39 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
   const int splits = place.sequence.splits;
   const bool alone = place.has_had_all();
   if (alone && splits <= kGroupSplits) return;  // stored as the result
-  const int piece = params.crew_divisor.divide(blockIdx.x);
+  // What follows is computed here, not kept in registers while tiles are attended to.
+  const int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
+  const int block = static_cast<int>(ptx::fresh_address(blockIdx.x));
+  const int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
+  const int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
+  const int piece = params.crew_divisor.divide(block);
   const int unit = plan.first_unit(piece + 1) - place.units;
   const int first_unit = unit - (plan.unit_splits == 1 ? place.split : place.split / kGroupSplits);
   if (!alone) {
     bool is_last = false;
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       // The head tile's counter is that of the thread block that begins it, which does not begin
       // another one that it leaves to others.
       const int first_piece = plan.piece_of(first_unit);
       const int last_unit = first_unit + units_of(place.sequence, plan.unit_splits) - 1;
       const int others = plan.piece_of(last_unit) - first_piece;
       const int crew = static_cast<int>(params.crew_divisor.divisor);
-      uint32_t* const counter = params.counters + blockIdx.x - (piece - first_piece) * crew;
+      uint32_t* const counter = params.counters + block - (piece - first_piece) * crew;
       // Zero again after the last one, for the next launch.
       is_last = ptx::atom_inc(counter, others) == static_cast<uint32_t>(others);
     }
     if (__syncthreads_count(is_last) == 0) return;
   }
   const int first = place.row_tile * Config::kRows;
-  const int pieces = params.head_dim_v / 4;
-  const int items = min_int(Config::kRows, params.tokens * params.group - first) * pieces;
+  const int pieces = width / 4;
+  const int items = min_int(Config::kRows, split_rows - first) * pieces;
   const int groups = (splits + kGroupSplits - 1) / kGroupSplits;
   int bits = 0;
   while (bits < 3 && groups > 1 << bits && items << bits + 1 <= Config::kThreads) ++bits;
   const int64_t first_place = partial_row(params, place.batch, place.kv_head, 0, first);
-  const int split_rows = params.tokens * params.group;
 #pragma unroll 1
   for (int item0 = 0; item0 < items; item0 += Config::kThreads >> bits) {
-    const int index = item0 + (static_cast<int>(threadIdx.x) >> bits);
+    const int index = item0 + (thread >> bits);
     const int item = min_int(index, items - 1);
     const int row = item / pieces;
     const int its_piece = item - row * pieces;
@@ -178,8 +183,7 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
       const int64_t at = first_place + row + int64_t{split} * split_rows;
       const float2 state = params.partial_state[at];
       return {state.x, state.y,
-              *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v +
-                                               4 * its_piece)};
+              *reinterpret_cast<const float4*>(params.partial_out + at * width + 4 * its_piece)};
     };
     const RowPart sum = add_up_groups(plan, load, bits, splits, first_unit);
     if (index < items && (lane_id() & (1 << bits) - 1) == 0) {

@@ -107,6 +107,7 @@ struct DecodeConfig {
   // stages of the teams, each a tile of keys and one of values.
   static constexpr int kPlaceBytes = 52;
   static constexpr int kPlanOffset = 624;
+  static constexpr int kPlanBytes = 16;
   static constexpr int kGroupOffset = 640;
   static constexpr int kOutputsOffset = kGroupOffset + 2 * 8 * kRows;
   static constexpr int kStateOffset = kOutputsOffset + 128;
@@ -129,6 +130,7 @@ struct DecodeConfig {
   static constexpr bool kAhead = kOutputBytes <= kStageBytes;
 
   static_assert(3 * kPlaceBytes * kWarps <= kPlanOffset && 4 * kTeams <= 128);
+  static_assert(kPlanOffset % 16 == 0 && kPlanOffset + kPlanBytes <= kGroupOffset);
   static_assert(kBlocksPerSm <= kMostBlocksPerSm);
   static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
   static_assert(kOutputBytes <= kTeamBytes, "outputs fit the stages");

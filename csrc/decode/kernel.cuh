@@ -24,11 +24,17 @@ namespace jax_flash::decode {
 template <typename Config>
 using WarpOf = std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>;
 
+// The team of this thread's warp.
+template <typename Config>
+__device__ __forceinline__ int team_of_thread() {
+  return Config::kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
+}
+
 // Keys of a split from a team's first tile on.
 template <typename Config>
 __device__ __forceinline__ KeyInterval team_keys(const DecodeParams& params, const Place& place) {
   const SequenceSplits& sequence = place.sequence;
-  const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
+  const int team = team_of_thread<Config>();
   const int start = (sequence.first_split + place.split) * params.split_keys;
   return {
       max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys,
@@ -49,7 +55,8 @@ struct TileCopies {
   uint64_t key;
   uint64_t value;
   uint32_t next_stage;  // bytes from the team's first one
-  // The tile that is copied next, which was looked up.
+  // The tile that is copied next, which was looked up. The first two where copies go on to the next
+  // split: else they follow from what comes after it.
   int keys;     // that it has, and those behind it of its split; none: there is no tile
   int kv_head;  // of theirs
   int page;     // of lane's key; without a page table a sequence is one page
@@ -93,14 +100,16 @@ struct TileCopies {
         if (next.units > 0) enter(params, next);
       }
     }
-    keys = coming.end - coming.first;
-    kv_head = coming_head;
+    if constexpr (Config::kAhead) {
+      keys = coming.end - coming.first;
+      kv_head = coming_head;
+    }
     page = batch;
     slot = 0;
     const int offset = copied_row() + lane_id() % Config::kCopyRows;
     const int key = coming.first + offset;
     coming.first += Config::kKeys * Config::kTeams;
-    if (offset >= keys) return;
+    if (offset >= looked_up_keys()) return;
     slot = key;
     if (params.page_table == nullptr) return;
     const int entry = params.page_divisor.divide(key);
@@ -118,7 +127,7 @@ struct TileCopies {
   // there is none. Keys beyond the split and columns beyond the widths become zeros: padding may
   // hold anything, and 0 * NaN would reach the output.
   __device__ __forceinline__ void copy(const DecodeParams& params, uint32_t stages) {
-    if (keys > 0) {
+    if (looked_up_keys() > 0) {
       copy_rows(params, stages + next_stage);
       next_stage += Config::kStageBytes;
       if (next_stage == Config::kTeamBytes) next_stage = 0;
@@ -127,6 +136,10 @@ struct TileCopies {
   }
 
  private:
+  __device__ __forceinline__ int looked_up_keys() const {
+    return Config::kAhead ? keys : coming.end - coming.first + Config::kKeys * Config::kTeams;
+  }
+
   __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
     const int its_row = cache_row(params);
     // Its first chunks of 16 bytes; the caches have no more than 32 bits can count.
@@ -138,7 +151,7 @@ struct TileCopies {
     const int chunk0 = lane_id() % kLanes;
     const int row0 = lane_id() / kLanes;
     const int column = kChunk * chunk0;
-    const int its_keys = keys - copied_row() - row0;
+    const int its_keys = looked_up_keys() - copied_row() - row0;
     const uint64_t first_key = Config::kColumns ? key : first_chunk(params.key);
     const uint64_t first_value = Config::kColumns ? value : first_chunk(params.value);
     const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
@@ -215,7 +228,7 @@ template <typename Config>
 __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
   const int index = static_cast<int>(threadIdx.x) / 32;
-  const int team = Config::kTeams == 1 ? 0 : index / Config::kTeamWarps;
+  const int team = team_of_thread<Config>();
   if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
@@ -337,12 +350,12 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
 template <typename Config>
 __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned char* memory) {
   static_assert(sizeof(Place) <= Config::kPlaceBytes);
-  static_assert(Config::kPlanOffset + sizeof(Plan) <= Config::kGroupOffset);
   const uint32_t shared = ptx::shared_address(memory);
-  const int index = static_cast<int>(threadIdx.x) / 32;
   // What is needed now and then waits in shared memory; registers hold the accumulators. Every warp
   // has its own: the place of the split that it works on, of the next one, and of its copies.
+  // An address is computed anew, which costs less than registers through the tiles of a split.
   const auto place_at = [&](int i) {
+    const int index = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
     return reinterpret_cast<Place*>(memory + (3 * index + i) * Config::kPlaceBytes);
   };
   const auto keep = [&](int i, const Place& place) {
@@ -350,9 +363,8 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     __syncwarp();
   };
   const bool clustered = Config::kClusters && params.cluster_bits > 0;
-  Plan* const plan_place = reinterpret_cast<Plan*>(memory + Config::kPlanOffset);
   const uint32_t stages =
-      shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
+      shared + Config::kTileOffset + team_of_thread<Config>() * Config::kTeamBytes;
   WarpOf<Config> warp;
   Held<Config> held;
   TileCopies<Config> copies;
@@ -371,7 +383,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       place = cluster_place(params, blockIdx.x);
     } else {
       const Plan plan = make_plan(params);
-      if (threadIdx.x == 0) *plan_place = plan;
+      if (threadIdx.x == 0) plan.keep(shared + Config::kPlanOffset);
       place = first_place(params, plan, blockIdx.x);
     }
     if (place.units == 0) return;
@@ -384,11 +396,11 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   uint32_t stage = 0;
 #pragma unroll 1
   while (true) {
+    warp.init();
+    attend<Config>(params, *place_at(0), copies, place_at(2), stages, stage, warp);
+    sync_team<Config>();  // no warp of the team reads tiles any more
     const Place& now = *place_at(0);
     const Place& next = *place_at(1);
-    warp.init();
-    attend<Config>(params, now, copies, place_at(2), stages, stage, warp);
-    sync_team<Config>();  // no warp of the team reads tiles any more
     const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
     share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
     keep(1, next_place(params, now));
@@ -403,7 +415,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     store<Config>(params, now, next, shared, held);
     __syncthreads();  // before the next outputs, and copies to where these were
     if (!clustered && (next.units == 0 || next.split == 0)) {
-      add_up_splits<Config>(params, now, *plan_place);
+      add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));
     }
     if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;

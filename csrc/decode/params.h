@@ -45,8 +45,8 @@ struct DecodeParams {
   // token t of query head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
-  // Thread blocks that have done their splits of a head tile that several share: one for each thread
-  // block, zero before a launch and after it. Of this launch alone, or null if nothing is shared.
+  // How many thread blocks have done their splits of a head tile that several share: one for each
+  // thread block, zero before a launch and after it. Nobody else's, or null if nothing is shared.
   uint32_t* counters;
   int32_t batch;
   int32_t tokens;

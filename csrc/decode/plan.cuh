@@ -11,7 +11,10 @@
 // and does not matter to the result.
 #pragma once
 
+#include <cstdint>
+
 #include "decode/params.h"
+#include "ptx/shared.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
@@ -55,6 +58,17 @@ struct Plan {
   __device__ __forceinline__ int piece_of(int unit) const {
     const int of_longer = longer * (each + 1);
     return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
+  }
+
+  // In kPlanBytes of shared memory.
+  __device__ __forceinline__ void keep(uint32_t place) const {
+    const uint32_t words[4] = {static_cast<uint32_t>(unit_splits), static_cast<uint32_t>(each),
+                               static_cast<uint32_t>(longer), 0};
+    ptx::st_shared_v4(place, words);
+  }
+  static __device__ __forceinline__ Plan kept(uint32_t place) {
+    const uint4 words = ptx::ld_shared_v4(place);
+    return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
   }
 };
 
