@@ -28,10 +28,10 @@ FEW_ROWS, MANY_ROWS = 16, 64
 MHA_KEYS = 1024
 """Keys from which the decode kernel runs the few queries of a call of `mha`.
 
-Proposed by times of few cells, see docs/design/decode.md: with 16 sequences it is twice
-as fast as the forward kernel for Hopper, with one of 4096 keys they are alike. Kernels
-for other GPUs do not split the keys at all, but "which GPU" may not be asked here, and
-neither may the batch, on which results must not depend.
+Proposed by times of few cells, see docs/design/decode.md: several sequences gain, and
+one of 4096 keys takes as long as by the forward kernel for Hopper. Kernels for other
+GPUs do not split the keys at all, but "which GPU" may not be asked here, and neither
+may the batch, on which results must not depend.
 """
 
 
