@@ -1,5 +1,6 @@
 """The decode kernels against float64: lengths, pages, options; what stays the same."""
 
+import concurrent.futures
 import functools
 import os
 import random
@@ -238,6 +239,39 @@ def test_programs_take_turns() -> None:
         given = {"key_value_seq_lengths": lengths, "is_causal": True}
         want = oracle.attention(query, k, v, **given).out
         assert np.abs(np.asarray(got, np.float64) - want).max() < 3e-2
+
+
+def test_one_program_from_two_host_threads() -> None:
+    """They share its counters, and the device runs one call after the other."""
+    calls = []
+    for seed in range(2):
+        arrays = problem(seed, 3, 1, 16, 4, 8192, 128)
+        lengths = np.random.default_rng(seed).integers(0, 8193, 3)
+        calls.append(jax.device_put((*arrays, lengths.astype(np.int32))))
+    shapes = jax.eval_shape(lambda *a: a, *calls[0])
+    program = functools.partial(decode_mha, implementation="cuda")
+    compiled = jax.jit(program).lower(*shapes).compile()
+    want = [np.asarray(compiled(*arrays)) for arrays in calls]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda i: compiled(*calls[i % 2]), range(100))
+        for i, got in enumerate(results):
+            np.testing.assert_array_equal(np.asarray(got), want[i % 2])
+
+
+def test_one_program_on_several_devices() -> None:
+    """Each has counters of its own."""
+    devices = jax.device_count()
+    if devices < 2:
+        pytest.skip("one device")
+    query, k, v = problem(0, 2 * devices, 1, 16, 4, 8192, 128)
+    lengths = np.random.default_rng(0).integers(0, 8193, 2 * devices).astype(np.int32)
+    want = run(query, k, v, lengths)[0]
+    mesh = jax.make_mesh((devices,), ("x",))
+    by_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    program = jax.jit(functools.partial(decode_mha, implementation="cuda"))
+    for _ in range(10):
+        got = program(*jax.device_put((query, k, v, lengths), by_batch))
+        np.testing.assert_array_equal(np.asarray(got), want)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
