@@ -107,27 +107,8 @@ def kernel_times(
       RuntimeError: as `kernel_calls`.
     """
     calls = kernel_calls(binding, call, iterations)
-    totals = [busy_time(kernels) for kernels in calls]
+    totals = [sum(us for _, us in kernels) for kernels in calls]
     return totals, [name for name, _ in calls[0]]
-
-
-OVERLAPPING = ("decode_combine_kernel",)
-"""Parts of names of kernels that start beside the one before them, and wait for it."""
-
-
-def busy_time(kernels: list[tuple[str, float]]) -> float:
-    """Microseconds that kernels, in their order, keep the GPU busy.
-
-    CUPTI's binding tells how long each one took, not when. One that starts early and
-    one before it count as the longer of the two: at most what it does after the other's
-    end is left out.
-    """
-    total = before = 0.0
-    for name, us in kernels:
-        early = any(part in name for part in OVERLAPPING)
-        total += max(0.0, us - before) if early else us
-        before = us
-    return total
 
 
 def wall_time(call: Call, iterations: int) -> float:

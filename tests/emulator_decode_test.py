@@ -18,7 +18,7 @@ from jax_flash._src import decode_plan
 # fmt: off
 _POINTERS = (
     "query", "key", "value", "lengths", "page_table", "sinks", "k_scale", "v_scale",
-    "out", "lse", "partial_out", "partial_state",
+    "out", "lse", "partial_out", "partial_state", "counters",
 )
 _INTS = (
     "batch", "tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "room", "pages",
@@ -40,7 +40,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 28),
+        ("set_by_launch", ctypes.c_uint32 * 27),
     )
 
 
@@ -65,8 +65,14 @@ def run(
     scale: float | None = None,
     num_splits: int | None = None,
     multiprocessors: int = 3,
+    order: int = 0,
+    counters: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse); everything the kernel writes holds NaN before."""
+    """(out, lse); everything the kernel writes holds NaN before.
+
+    `order` is that of thread blocks: 0 = as they are numbered, else a seed. `counters`
+    are those of an earlier launch, None = new ones.
+    """
     batch, tokens, heads, width = query.shape
     kv_heads, value_width = v.shape[2:]
     room = k.shape[1] * (1 if page_table is None else page_table.shape[1])
@@ -100,6 +106,9 @@ def run(
     held["lse"] = aligned((batch, heads, tokens), np.float32)
     held["partial_out"] = aligned((*places, value_width), np.float32)
     held["partial_state"] = aligned((*places, 2), np.float32)
+    if counters is None:
+        counters = np.zeros(library.counters_of(multiprocessors), np.uint32)
+    held["counters"] = counters
     params = Params(
         **{name: x.ctypes.data for name, x in held.items()},
         batch=batch,
@@ -121,7 +130,8 @@ def run(
         softcap=softcap,
     )
     cache = CACHE_TYPES.index(str(k.dtype))
-    assert library.decode(ctypes.byref(params), cache, multiprocessors) == 0
+    assert library.decode(ctypes.byref(params), cache, multiprocessors, order) == 0
+    np.testing.assert_array_equal(counters, 0)  # as the next launch needs them
     return held["out"], held["lse"]
 
 
@@ -330,6 +340,37 @@ def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
             assert_same_bits(alone, [x[one] for x in together])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "widths", "dtype"),
+    [
+        (1, 2, (64,), "float16"),  # lanes share the groups of splits of a row
+        (2, 8, (64, 40), "float16"),
+        (10, 8, (16, 72), "float16"),
+        (3, 6, (16,), "int8"),
+    ],
+)
+def test_whoever_comes_last(
+    library: ctypes.CDLL, tokens: int, heads: int, widths: tuple[int, ...], dtype: str
+) -> None:
+    """Thread blocks in any order give the same bits, one launch after the other.
+
+    A sequence of three groups of splits, one of a part of a group, and an empty one.
+    """
+    lengths = np.array([1100, 0, 130, 400], np.int32)
+    query, k, v = problem(11, 4, tokens, heads, 2, 1100, *widths)
+    if dtype == "int8":
+        k, v = (quantised(dtype, x, np.ones((1, 2), np.float32))[0] for x in (k, v))
+    given = query, k, v, lengths
+    ways: dict[str, Any] = {"num_splits": 18}
+    first = run(library, *given, multiprocessors=1, **ways)
+    check(first, query, k.astype(np.float32), v.astype(np.float32), lengths)
+    for ways["multiprocessors"] in (2, 5):
+        counters = np.zeros(library.counters_of(ways["multiprocessors"]), np.uint32)
+        for order in range(4):
+            again = run(library, *given, order=order, counters=counters, **ways)
+            assert_same_bits(again, first)
+
+
 @pytest.mark.parametrize("length", [1024, 450])
 def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
     """Where the longest piece of work is no longer, none cuts a group of splits.
@@ -354,7 +395,7 @@ def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
 def test_clusters(
     library: ctypes.CDLL, kv_heads: int, room: int, cluster: int, paging: bool
 ) -> None:
-    """One sequence's splits, added up by a cluster: the bits of the second kernel.
+    """One sequence's splits, added up by a cluster: the bits of who comes last.
 
     With 8 or 33 splits of 64 keys, or 32 of 128, and 132 multiprocessors.
     """

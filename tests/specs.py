@@ -256,7 +256,11 @@ RAGGED_CELLS = (
     Spec(1, 16, 8192, 32, 8, 128, is_causal=True),
     Spec(1, 16, 8192, 32, 8, 128),
     # One query: what decode kernels are for.
-    *(Spec(batch, 1, n, 32, 8, 128) for batch in (1, 16) for n in (2048, 4096, 8192)),
+    *(
+        Spec(batch, 1, n, 32, 8, 128)
+        for batch in (1, 16)
+        for n in (512, 1024, 2048, 4096, 8192)
+    ),
     # A window, widths between the usual ones, f16, grouped heads, narrower values.
     Spec(1, 16384, 16384, 16, 16, 128, is_causal=True, window_size=(1024, 0)),
     Spec(4, 4096, 4096, 26, 26, 80, is_causal=True),

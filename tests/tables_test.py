@@ -6,8 +6,10 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
+import jax
 import pytest
 import specs
 
@@ -179,10 +181,45 @@ def test_extension_knows_its_operations(built: Any) -> None:
         registry.RMS_NORM_TARGET,
         registry.RMS_NORM_BACKWARD_TARGET,
     }
-    assert set(built.registrations()) == targets
+    handlers = built.registrations()
+    assert set(handlers) == targets
+    stages = {"instantiate", "initialize", "execute"}
+    assert set(handlers[registry.DECODE_TARGET]) == stages
+    for state in built.types().values():
+        assert set(state) == {"type_id", "type_info"}
     facts = {"key_length": 1, "batch_dims": 1, "alignment": 16}
     facts |= {"compute_capability": 80, "force_sm80": False, "may_split": False}
     assert built.choose_kernel("mha", "bf16", 64, 64, **facts) is None
+
+
+def test_types_are_registered_before_their_handlers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """XLA refuses a handler that makes a state of a type it does not know."""
+    calls = []
+    for kind in ("type", "target"):
+        monkeypatch.setattr(
+            jax.ffi,
+            f"register_ffi_{kind}",
+            lambda name, what, platform, kind=kind: calls.append(
+                (kind, name, what, platform)
+            ),
+        )
+    extension = types.SimpleNamespace(
+        types=lambda: {"state": {"type_id": 1, "type_info": 2}},
+        registrations=lambda: {"one": 3, "two": {"execute": 4}},
+        kernels=list,
+        build_info=dict,
+        force_sm80=lambda: False,
+    )
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: extension)
+    assert registry._load.__wrapped__().missing is None
+    assert calls == [
+        ("type", "state", {"type_id": 1, "type_info": 2}, "CUDA"),
+        ("target", "one", 3, "CUDA"),
+        ("target", "two", {"execute": 4}, "CUDA"),
+    ]
 
 
 @pytest.mark.parametrize(

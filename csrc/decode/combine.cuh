@@ -1,4 +1,4 @@
-// The sum of splits: by the cluster that did them, or by a second kernel.
+// The sum of splits: by the cluster that did them, or by the thread block that is done last.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 #include "decode/params.h"
 #include "decode/parts.cuh"
 #include "decode/plan.cuh"
+#include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/griddepcontrol.cuh"
+#include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
@@ -21,9 +22,8 @@ __device__ __forceinline__ RowPart part_of_lane(const RowPart& part, int lane) {
           make_float4(of(part.out.x), of(part.out.y), of(part.out.z), of(part.out.w))};
 }
 
-// Adds up the parts that the thread blocks of a cluster have of their head tile, in the order in
-// which the second kernel would. Eight lanes have four columns of a row, each lane a group of
-// splits.
+// Adds up the parts that the thread blocks of a cluster have of their head tile, in the order of
+// `add_up_splits`. Eight lanes have four columns of a row, each lane a group of splits.
 template <typename Config>
 __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint32_t shared) {
   constexpr int kLanes = kClusterSplits / kGroupSplits;
@@ -88,27 +88,23 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   ptx::cluster_wait();
 }
 
-// The sum of the splits of a row, which 1 << bits lanes share, for the first of them; `first_unit`
-// is the row's first unit in the plan. Waits for the kernel that does the splits. By a whole warp.
+// The sum of the splits of a row, which 1 << bits neighbouring lanes share, for the first of them:
+// each lane has a group of splits at a time. `first_unit` is the row's first unit in the plan. By a
+// whole warp, whose rows have the same splits.
 template <typename Load>
 __device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, int bits, int splits,
                                                  int first_unit) {
   const int lanes = 1 << bits;
   const int lane = lane_id() & lanes - 1;
-  // The split from which on each of the group's that begins at `split` is a part, up to there one
-  // thread block has added them up.
-  const auto cut_behind = [&](int split) {
-    const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
-    return (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
-  };
-  const int most = static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(splits)));
-  int split = lane * kGroupSplits;
-  int cut = split < splits ? cut_behind(split) : 0;
-  ptx::griddepcontrol_wait();
   RowPart total = RowPart::empty();
 #pragma unroll 1
-  for (int before = 0; before < most; before += lanes * kGroupSplits) {
+  for (int before = 0; before < splits; before += lanes * kGroupSplits) {
+    const int split = before + lane * kGroupSplits;
     const int end = min_int(split + kGroupSplits, splits);
+    // The split from which on each of the group is a part; up to there one thread block has added
+    // them up.
+    const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
+    const int cut = (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
     RowPart part[kGroupSplits];
 #pragma unroll
     for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
@@ -126,120 +122,74 @@ __device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, in
       if (cut + i - 1 < end) group.add(part[i]);
     }
 #pragma unroll 1
-    for (int other = 0; other < lanes && before + other * kGroupSplits < most; ++other) {
+    for (int other = 0; other < lanes && before + other * kGroupSplits < splits; ++other) {
       const RowPart next = part_of_lane(group, lane_id() - lane + other);
-      const int its_split = before + other * kGroupSplits;
-      if (its_split == 0) {
+      if (before + other == 0) {
         total = next;
-      } else if (its_split < splits) {
+      } else {
         total.add(next);
       }
     }
-    split += lanes * kGroupSplits;
-    if (split < splits) cut = cut_behind(split);
   }
   return total;
 }
 
-// Adds up the parts of each row, in their order: a thread has four columns of a row, or 2 to 8
-// neighbouring lanes have them, each a group of splits at a time, where all of these run at once.
-template <CacheType kCache>
-__global__ void __launch_bounds__(128)
-    decode_combine_kernel(const __grid_constant__ DecodeParams params) {
-  const int pieces = params.head_dim_v / 4;
-  const int rows = params.tokens * params.group;
-  const int bits = params.combine_bits;
-  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x >> bits;
-  const int piece = static_cast<int>(index % pieces);
-  const int64_t heads_and_rows = index / pieces;
-  const bool exists = heads_and_rows < int64_t{params.batch} * params.kv_heads * rows;
-  const int row = static_cast<int>(heads_and_rows % rows);
-  const int kv_head = static_cast<int>(heads_and_rows / rows % params.kv_heads);
-  const int batch = static_cast<int>(heads_and_rows / rows / params.kv_heads);
-
-  // Which pieces have what of the row: the plan again.
-  const int first_batch =
-      static_cast<int>((int64_t{blockIdx.x} * 128 >> bits) / pieces / rows / params.kv_heads);
-  const Plan plan = make_plan(params);
-  const BandUnits before = count_units(params, first_batch);
-  int splits = 0;
-  int first_unit = 0;
-  int piece_of_work = 0;
-  int piece_end = 0;  // the split of this row that begins the next piece
-  if (exists) {
-    int bands = plan.unit_splits == 1 ? before.splits : before.groups;
-    for (int b = first_batch; b < batch; ++b) {
-      bands += units_of(sequence_splits(params, b), plan.unit_splits);
+// Adds up the splits of the head tile that the thread block has just left, if others have had some
+// of them and are done, or if it has had them all and they are several groups. `place`: its last
+// one. Behind a barrier of all threads, which have stored their parts.
+template <typename Config>
+__device__ __forceinline__ void add_up_splits(const DecodeParams& params, const Place& place,
+                                              const Plan& plan) {
+  const int splits = place.sequence.splits;
+  const bool alone = place.has_had_all();
+  if (alone && splits <= kGroupSplits) return;  // stored as the result
+  // What follows is computed here, not kept in registers while tiles are attended to.
+  const int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
+  const int block = static_cast<int>(ptx::fresh_address(blockIdx.x));
+  const int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
+  const int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
+  const int piece = params.crew_divisor.divide(block);
+  const int unit = plan.first_unit(piece + 1) - place.units;
+  const int first_unit = unit - (plan.unit_splits == 1 ? place.split : place.split / kGroupSplits);
+  if (!alone) {
+    bool is_last = false;
+    if (thread == 0) {
+      // The head tile's counter is that of the thread block that begins it, which does not begin
+      // another one that it leaves to others.
+      const int first_piece = plan.piece_of(first_unit);
+      const int last_unit = first_unit + units_of(place.sequence, plan.unit_splits) - 1;
+      const int others = plan.piece_of(last_unit) - first_piece;
+      const int crew = static_cast<int>(params.crew_divisor.divisor);
+      uint32_t* const counter = params.counters + block - (piece - first_piece) * crew;
+      // Zero again after the last one, for the next launch.
+      is_last = ptx::atom_inc(counter, others) == static_cast<uint32_t>(others);
     }
-    const SequenceSplits sequence = sequence_splits(params, batch);
-    const int band =
-        params.crew_divisor.divide(kv_head * params.row_tiles + row / params.tile_rows);
-    first_unit = bands * bands_of(params) + band * units_of(sequence, plan.unit_splits);
-    splits = sequence.splits;
-    piece_of_work = plan.piece_of(first_unit);
-    piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
-    // One thread block had all of it, and has stored the result.
-    if (splits <= kGroupSplits && piece_end >= splits) splits = 0;
+    if (__syncthreads_count(is_last) == 0) return;
   }
-  const int64_t place = partial_row(params, batch, kv_head, 0, row);
-  const auto load = [&](int split) -> RowPart {
-    const int64_t at = place + int64_t{split} * rows;
-    const float2 state = params.partial_state[at];
-    return {
-        state.x, state.y,
-        *reinterpret_cast<const float4*>(params.partial_out + at * params.head_dim_v + 4 * piece)};
-  };
-  if (bits > 0) {
-    const RowPart sum = add_up_groups(plan, load, bits, splits, first_unit);
-    const bool writes = splits > 0 && (lane_id() & (1 << bits) - 1) == 0;
-    if (writes) finish<kCache>(params, batch, kv_head, row, piece, sum);
-    return;
-  }
-  // Every thread, also one without a row: this kernel must not end before the other has.
-  ptx::griddepcontrol_wait();
-  if (splits == 0) return;
-
-  RowPart total = RowPart::empty();
-  RowPart group = RowPart::empty();
-  constexpr int kParts = 8;
+  const int first = place.row_tile * Config::kRows;
+  const int pieces = width / 4;
+  const int items = min_int(Config::kRows, split_rows - first) * pieces;
+  const int groups = (splits + kGroupSplits - 1) / kGroupSplits;
+  int bits = 0;
+  while (bits < 3 && groups > 1 << bits && items << bits + 1 <= Config::kThreads) ++bits;
+  const int64_t first_place = partial_row(params, place.batch, place.kv_head, 0, first);
 #pragma unroll 1
-  for (int split = 0, last = 0; split < splits;) {
-    // All loads are on their way before the first is needed. Past the last part again the last
-    // one, which then does not count.
-    RowPart part[kParts];
-    int first[kParts];  // split of a part
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      first[i] = split;
-      if (split < splits) last = split;
-      part[i] = load(last);
-      if (split % kGroupSplits != 0) {
-        ++split;
-      } else {
-        while (piece_end <= split) {
-          ++piece_of_work;
-          piece_end = (plan.first_unit(piece_of_work + 1) - first_unit) * plan.unit_splits;
-        }
-        split = min_int(split + kGroupSplits, piece_end);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      if (first[i] >= splits) continue;
-      if (first[i] % kGroupSplits != 0) {
-        group.add(part[i]);
-        continue;
-      }
-      if (first[i] == kGroupSplits) total = group;
-      if (first[i] > kGroupSplits) total.add(group);
-      group = part[i];
+  for (int item0 = 0; item0 < items; item0 += Config::kThreads >> bits) {
+    const int index = item0 + (thread >> bits);
+    const int item = min_int(index, items - 1);
+    const int row = item / pieces;
+    const int its_piece = item - row * pieces;
+    const auto load = [&](int split) -> RowPart {
+      const int64_t at = first_place + row + int64_t{split} * split_rows;
+      const float2 state = params.partial_state[at];
+      return {state.x, state.y,
+              *reinterpret_cast<const float4*>(params.partial_out + at * width + 4 * its_piece)};
+    };
+    const RowPart sum = add_up_groups(plan, load, bits, splits, first_unit);
+    if (index < items && (lane_id() & (1 << bits) - 1) == 0) {
+      finish<Config::kCache>(params, place.batch, place.kv_head, first + row, its_piece, sum);
     }
   }
-  if (splits > kGroupSplits) {
-    total.add(group);
-    group = total;
-  }
-  finish<kCache>(params, batch, kv_head, row, piece, group);
 }
 
 }  // namespace jax_flash::decode

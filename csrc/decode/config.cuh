@@ -102,10 +102,12 @@ struct DecodeConfig {
   using Layout = TileLayout<kPairs>;
   static constexpr int kChunkElements = 16 / sizeof(Stored);
 
-  // Shared memory in bytes: three places of each warp, states of the unit's rows before and after a
-  // split, where the teams leave their outputs, states of the teams' rows, then the stages of the
-  // teams, each a tile of keys and one of values.
+  // Shared memory in bytes: three places of each warp, the plan, states of the unit's rows before
+  // and after a split, where the teams leave their outputs, states of the teams' rows, then the
+  // stages of the teams, each a tile of keys and one of values.
   static constexpr int kPlaceBytes = 52;
+  static constexpr int kPlanOffset = 624;
+  static constexpr int kPlanBytes = 16;
   static constexpr int kGroupOffset = 640;
   static constexpr int kOutputsOffset = kGroupOffset + 2 * 8 * kRows;
   static constexpr int kStateOffset = kOutputsOffset + 128;
@@ -127,7 +129,9 @@ struct DecodeConfig {
   static constexpr int kOutputBytes = kRows * kWidth * 4;
   static constexpr bool kAhead = kOutputBytes <= kStageBytes;
 
-  static_assert(3 * kPlaceBytes * kWarps <= kGroupOffset && 4 * kTeams <= 128);
+  static_assert(3 * kPlaceBytes * kWarps <= kPlanOffset && 4 * kTeams <= 128);
+  static_assert(kPlanOffset % 16 == 0 && kPlanOffset + kPlanBytes <= kGroupOffset);
+  static_assert(kBlocksPerSm <= kMostBlocksPerSm);
   static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
   static_assert(kOutputBytes <= kTeamBytes, "outputs fit the stages");
   static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from compute capability 8.0 on");

@@ -8,8 +8,12 @@
 
 namespace jax_flash::decode {
 
-// Enqueues one kernel, and a second one if a sequence can have several splits and clusters do not
-// add them up, and nothing else.
+// Counters that a launch needs if a sequence can have several splits.
+inline int counters_of(const DeviceInfo& device) {
+  return kMostBlocksPerSm * device.multiprocessors;
+}
+
+// Enqueues one kernel and nothing else.
 // kWidth: what the widths are padded to, 64, 128 or 256.
 template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,

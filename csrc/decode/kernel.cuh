@@ -17,7 +17,6 @@
 #include "decode/warp.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/griddepcontrol.cuh"
 #include "ptx/shared.cuh"
 
 namespace jax_flash::decode {
@@ -25,11 +24,17 @@ namespace jax_flash::decode {
 template <typename Config>
 using WarpOf = std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>;
 
+// The team of this thread's warp.
+template <typename Config>
+__device__ __forceinline__ int team_of_thread() {
+  return Config::kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
+}
+
 // Keys of a split from a team's first tile on.
 template <typename Config>
 __device__ __forceinline__ KeyInterval team_keys(const DecodeParams& params, const Place& place) {
   const SequenceSplits& sequence = place.sequence;
-  const int team = static_cast<int>(threadIdx.x) / 32 / Config::kTeamWarps;
+  const int team = team_of_thread<Config>();
   const int start = (sequence.first_split + place.split) * params.split_keys;
   return {
       max_int(start, sequence.first_key / kSplitUnit * kSplitUnit) + team * Config::kKeys,
@@ -50,7 +55,8 @@ struct TileCopies {
   uint64_t key;
   uint64_t value;
   uint32_t next_stage;  // bytes from the team's first one
-  // The tile that is copied next, which was looked up.
+  // The tile that is copied next, which was looked up. The first two where copies go on to the next
+  // split: else they follow from what comes after it.
   int keys;     // that it has, and those behind it of its split; none: there is no tile
   int kv_head;  // of theirs
   int page;     // of lane's key; without a page table a sequence is one page
@@ -94,14 +100,16 @@ struct TileCopies {
         if (next.units > 0) enter(params, next);
       }
     }
-    keys = coming.end - coming.first;
-    kv_head = coming_head;
+    if constexpr (Config::kAhead) {
+      keys = coming.end - coming.first;
+      kv_head = coming_head;
+    }
     page = batch;
     slot = 0;
     const int offset = copied_row() + lane_id() % Config::kCopyRows;
     const int key = coming.first + offset;
     coming.first += Config::kKeys * Config::kTeams;
-    if (offset >= keys) return;
+    if (offset >= looked_up_keys()) return;
     slot = key;
     if (params.page_table == nullptr) return;
     const int entry = params.page_divisor.divide(key);
@@ -119,7 +127,7 @@ struct TileCopies {
   // there is none. Keys beyond the split and columns beyond the widths become zeros: padding may
   // hold anything, and 0 * NaN would reach the output.
   __device__ __forceinline__ void copy(const DecodeParams& params, uint32_t stages) {
-    if (keys > 0) {
+    if (looked_up_keys() > 0) {
       copy_rows(params, stages + next_stage);
       next_stage += Config::kStageBytes;
       if (next_stage == Config::kTeamBytes) next_stage = 0;
@@ -128,6 +136,10 @@ struct TileCopies {
   }
 
  private:
+  __device__ __forceinline__ int looked_up_keys() const {
+    return Config::kAhead ? keys : coming.end - coming.first + Config::kKeys * Config::kTeams;
+  }
+
   __device__ __forceinline__ void copy_rows(const DecodeParams& params, uint32_t target) const {
     const int its_row = cache_row(params);
     // Its first chunks of 16 bytes; the caches have no more than 32 bits can count.
@@ -139,7 +151,7 @@ struct TileCopies {
     const int chunk0 = lane_id() % kLanes;
     const int row0 = lane_id() / kLanes;
     const int column = kChunk * chunk0;
-    const int its_keys = keys - copied_row() - row0;
+    const int its_keys = looked_up_keys() - copied_row() - row0;
     const uint64_t first_key = Config::kColumns ? key : first_chunk(params.key);
     const uint64_t first_value = Config::kColumns ? value : first_chunk(params.value);
     const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
@@ -216,7 +228,7 @@ template <typename Config>
 __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
   const int index = static_cast<int>(threadIdx.x) / 32;
-  const int team = index / Config::kTeamWarps;
+  const int team = team_of_thread<Config>();
   if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
@@ -245,8 +257,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
   const bool has_group = place.done >= within;
   const bool begins = clustered || !has_group || within == 0;
   const int slot = has_group ? place.split - within : place.split;
-  const bool ends_alone =
-      splits <= kGroupSplits && place.done >= place.split && place.split + 1 >= splits;
+  const bool ends_alone = splits <= kGroupSplits && place.has_had_all();
   const bool holds = has_group && next.units > 0 && next.split % kGroupSplits != 0;
   // The row's state is read by all its threads and written by one: to another place.
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
@@ -340,18 +351,20 @@ template <typename Config>
 __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned char* memory) {
   static_assert(sizeof(Place) <= Config::kPlaceBytes);
   const uint32_t shared = ptx::shared_address(memory);
-  const int index = static_cast<int>(threadIdx.x) / 32;
   // What is needed now and then waits in shared memory; registers hold the accumulators. Every warp
   // has its own: the place of the split that it works on, of the next one, and of its copies.
+  // An address is computed anew, which costs less than registers through the tiles of a split.
   const auto place_at = [&](int i) {
+    const int index = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
     return reinterpret_cast<Place*>(memory + (3 * index + i) * Config::kPlaceBytes);
   };
   const auto keep = [&](int i, const Place& place) {
     if (lane_id() == 0) *place_at(i) = place;
     __syncwarp();
   };
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
   const uint32_t stages =
-      shared + Config::kTileOffset + index / Config::kTeamWarps * Config::kTeamBytes;
+      shared + Config::kTileOffset + team_of_thread<Config>() * Config::kTeamBytes;
   WarpOf<Config> warp;
   Held<Config> held;
   TileCopies<Config> copies;
@@ -365,9 +378,14 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     }
   };
   {
-    const Place place = Config::kClusters && params.cluster_bits > 0
-                            ? cluster_place(params, blockIdx.x)
-                            : first_place(params, blockIdx.x);
+    Place place;
+    if (clustered) {
+      place = cluster_place(params, blockIdx.x);
+    } else {
+      const Plan plan = make_plan(params);
+      if (threadIdx.x == 0) plan.keep(shared + Config::kPlanOffset);
+      place = first_place(params, plan, blockIdx.x);
+    }
     if (place.units == 0) return;
     keep(0, place);
     keep(2, place);
@@ -378,11 +396,11 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   uint32_t stage = 0;
 #pragma unroll 1
   while (true) {
+    warp.init();
+    attend<Config>(params, *place_at(0), copies, place_at(2), stages, stage, warp);
+    sync_team<Config>();  // no warp of the team reads tiles any more
     const Place& now = *place_at(0);
     const Place& next = *place_at(1);
-    warp.init();
-    attend<Config>(params, now, copies, place_at(2), stages, stage, warp);
-    sync_team<Config>();  // no warp of the team reads tiles any more
     const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
     share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
     keep(1, next_place(params, now));
@@ -396,8 +414,12 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     __syncthreads();
     store<Config>(params, now, next, shared, held);
     __syncthreads();  // before the next outputs, and copies to where these were
+    if (!clustered && (next.units == 0 || next.split == 0)) {
+      add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));
+    }
     if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
+    __syncwarp();  // all lanes have read what comes now
     keep(0, next);
     if constexpr (!Config::kAhead) {
       copies.enter(params, now);
@@ -410,8 +432,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  // The sum's thread blocks take what room is left, and wait there.
-  ptx::griddepcontrol_launch_dependents();
   do_splits<Config>(params, memory);
   if constexpr (Config::kClusters) {
     if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));

@@ -25,7 +25,7 @@ inline int crew_of(int head_tiles, int capacity) {
 
 // Bits of the size of a cluster for each head tile, or 0. For one short sequence: with more, or
 // with one that keeps the GPU busy for long, thread blocks that take pieces of all the work are
-// better balanced, and the second kernel costs little.
+// better balanced, and the sum of splits costs little.
 template <typename Config>
 int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
   if (!Config::kClusters || device.compute_capability != 90 || params.batch > 1) return 0;
@@ -70,7 +70,7 @@ cudaError_t allow(const DeviceInfo& info) {
   return cudaSuccess;
 }
 
-// Launches clusters if all of them run at a time, which then need no second kernel.
+// Launches clusters if all of them run at a time.
 template <typename Config, int kBits>
 cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launched) {
   constexpr auto kKernel = decode_split_kernel<Config>;
@@ -121,24 +121,8 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   // With so many sequences nothing is gained by cutting one.
   params.whole_groups = params.splits <= kGroupSplits && heads >= 4 * capacity;
   const auto kernel = decode_split_kernel<Config>;
-  // Lanes of the second kernel share the groups of a row while no multiprocessor gets two blocks.
-  const int64_t threads = int64_t{params.batch} * params.kv_heads * rows * (params.head_dim_v / 4);
-  const auto blocks_of = [&](int bits) { return ((threads << bits) + 127) / 128; };
-  const int groups = (params.splits + kGroupSplits - 1) / kGroupSplits;
-  while (params.combine_bits < 3 && groups > 1 << params.combine_bits &&
-         blocks_of(params.combine_bits + 1) <= device.multiprocessors) {
-    ++params.combine_bits;
-  }
-  error = launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
-                        Config::kSharedBytes, stream, params);
-  if (error != cudaSuccess || params.splits == 1 || params.whole_groups) return error;
-  const int64_t blocks = blocks_of(params.combine_bits);
-  if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const auto combine = decode_combine_kernel<Config::kCache>;
-  const dim3 combine_grid(static_cast<unsigned>(blocks));
-  return device.compute_capability >= 90
-             ? launch_dependent_kernel(combine, combine_grid, 128, 0, stream, params)
-             : launch_kernel(combine, combine_grid, 128, 0, stream, params);
+  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
+                       Config::kSharedBytes, stream, params);
 }
 
 template <CacheType kCache, int kWidth>

@@ -20,6 +20,9 @@ inline constexpr int kGroupSplits = 8;
 // The most splits that a cluster of thread blocks adds up: groups by eight lanes.
 inline constexpr int kClusterSplits = 8 * kGroupSplits;
 
+// Thread blocks of a multiprocessor at most: launches have no more than run at a time.
+inline constexpr int kMostBlocksPerSm = 3;
+
 // Element types of the caches. Query and output have the type of a 16-bit cache, and one of those
 // two with an 8-bit one.
 enum class CacheType { kBf16, kF16, kE4m3, kInt8 };
@@ -42,6 +45,9 @@ struct DecodeParams {
   // token t of query head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
+  // How many thread blocks have done their splits of a head tile that several share: one for each
+  // thread block, zero before a launch and after it. Nobody else's, or null if nothing is shared.
+  uint32_t* counters;
   int32_t batch;
   int32_t tokens;
   int32_t heads;
@@ -66,7 +72,6 @@ struct DecodeParams {
   float logit_factor;    // of scores: to logits in base 2, or to what is under the cap's tanh
   float cap;             // of logits in base 2; 0: none
   int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
-  int32_t combine_bits;  // 1 << combine_bits lanes of the second kernel share a row's groups
   int32_t whole_groups;  // whether thread blocks must do whole groups of splits
   int32_t page_rows;     // rows of the caches that a page has: page_size, or room without pages
   int32_t group;         // heads / kv_heads

@@ -11,7 +11,10 @@
 // and does not matter to the result.
 #pragma once
 
+#include <cstdint>
+
 #include "decode/params.h"
+#include "ptx/shared.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
@@ -55,6 +58,17 @@ struct Plan {
   __device__ __forceinline__ int piece_of(int unit) const {
     const int of_longer = longer * (each + 1);
     return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
+  }
+
+  // In kPlanBytes of shared memory.
+  __device__ __forceinline__ void keep(uint32_t place) const {
+    const uint32_t words[4] = {static_cast<uint32_t>(unit_splits), static_cast<uint32_t>(each),
+                               static_cast<uint32_t>(longer), 0};
+    ptx::st_shared_v4(place, words);
+  }
+  static __device__ __forceinline__ Plan kept(uint32_t place) {
+    const uint4 words = ptx::ld_shared_v4(place);
+    return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
   }
 };
 
@@ -114,6 +128,12 @@ struct Place {
   int units;  // that the thread block still has, this one's included
   int done;   // splits that it has had
 
+  // Whether it has had its sequence's splits of this head tile from the first one on, and this is
+  // the last.
+  __device__ __forceinline__ bool has_had_all() const {
+    return done >= split && split + 1 >= sequence.splits;
+  }
+
   __device__ __forceinline__ void enter(const DecodeParams& params, int tile) {
     head_tile = tile;
     kv_head = params.row_tile_divisor.divide(tile);
@@ -122,8 +142,8 @@ struct Place {
 };
 
 // The first split of a thread block; without any if `units` is 0. By a whole warp.
-__device__ __forceinline__ Place first_place(const DecodeParams& params, int block) {
-  const Plan plan = make_plan(params);
+__device__ __forceinline__ Place first_place(const DecodeParams& params, const Plan& plan,
+                                             int block) {
   const int piece = params.crew_divisor.divide(block);
   const int crew = static_cast<int>(params.crew_divisor.divisor);
   Place place{};

@@ -6,8 +6,9 @@
 // of values, f32 [batch or 1, K], for caches of e4m3 or int8 -> out [batch, T, N, Hv] in query's
 // type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T * N / K, Hv] and f32
 // [batch, K, splits, T * N / K, 2], which may be empty if there is one split. All arrays are
-// row-major and start at multiples of 16 bytes, as XLA's do. by_forward: on compute capability 9.0
-// the forward kernel of attention runs the call, which has nothing but the first four operands.
+// row-major and start at multiples of 16 bytes, as XLA's do. The call's state is in
+// decode_counters.h. by_forward: on compute capability 9.0 the forward kernel of attention runs the
+// call, which has nothing but the first four operands.
 #include "decode/decode.h"
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <limits>
 
 #include "ffi/check.h"
+#include "ffi/decode_counters.h"
 #include "ffi/handlers.h"
 #include "host/device.h"
 #include "host/dispatch.h"
@@ -83,8 +85,8 @@ ffi::Error launch_forward(const decode::DecodeParams& params, const DeviceInfo& 
   return ffi::Error::Success();
 }
 
-ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
-                          ffi::AnyBuffer value, ffi::Buffer<ffi::S32> lengths,
+ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::AnyBuffer query,
+                          ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::Buffer<ffi::S32> lengths,
                           ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> out,
                           ffi::Result<ffi::Buffer<ffi::F32>> lse,
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
@@ -227,6 +229,7 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
   if (by_forward && device.compute_capability == 90 && !force_sm80()) {
     return launch_forward(params, device, stream);
   }
+  JAX_FLASH_RETURN_IF_ERROR(counters->get(&params.counters));
   const cudaError_t error = decode::launch(cache_type_of(cache_type), params, device, stream);
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
   return ffi::Error::Success();
@@ -237,6 +240,7 @@ ffi::Error decode_handler(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuf
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::State<DecodeCounters>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

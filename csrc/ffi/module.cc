@@ -25,15 +25,28 @@ nb::capsule encapsulate(Handler* handler) {
 
 nb::dict registrations() {
   nb::dict targets;
+  nb::dict decode;
+  decode["instantiate"] = encapsulate(kDecodeInstantiate);
+  decode["initialize"] = encapsulate(kDecodeInitialize);
+  decode["execute"] = encapsulate(kDecode);
   targets["jax_flash_mha_fwd"] = encapsulate(kMhaFwd);
   targets["jax_flash_mha_bwd"] = encapsulate(kMhaBwd);
   targets["jax_flash_intervals"] = encapsulate(kIntervals);
-  targets["jax_flash_decode"] = encapsulate(kDecode);
+  targets["jax_flash_decode"] = decode;
   targets["jax_flash_sample"] = encapsulate(kSample);
   targets["jax_flash_top_k"] = encapsulate(kTopK);
   targets["jax_flash_rms_norm"] = encapsulate(kRmsNorm);
   targets["jax_flash_rms_norm_bwd"] = encapsulate(kRmsNormBwd);
   return targets;
+}
+
+nb::dict types() {
+  nb::dict counters;
+  counters["type_id"] = nb::capsule(static_cast<void*>(decode_counters_id()));
+  counters["type_info"] = nb::capsule(static_cast<const void*>(decode_counters_info()));
+  nb::dict all;
+  all["jax_flash_decode_counters"] = counters;
+  return all;
 }
 
 nb::dict build_info() {
@@ -102,7 +115,10 @@ nb::tuple key_interval(int row, int query_length, int key_length, int window_lef
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-  m.def("registrations", &registrations, "FFI target name to handler capsule, for platform CUDA.");
+  m.def("registrations", &registrations,
+        "FFI target name to its handler's capsule, or those of its stages by name, for platform "
+        "CUDA.");
+  m.def("types", &types, "Name to capsules of id and info of each type of state of the handlers.");
   m.def("build_info", &build_info, "What the kernels were compiled with and for.");
   m.def("kernels", &kernels,
         "Every kernel: (operation, family, dtype, head_dim, head_dim_v), widths as padded.");

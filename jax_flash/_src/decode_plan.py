@@ -25,14 +25,13 @@ multiprocessors."""
 FEW_ROWS, MANY_ROWS = 16, 64
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
 
-MHA_KEYS = 32768
+MHA_KEYS = 1024
 """Keys from which the decode kernel runs the few queries of a call of `mha`.
 
-The forward kernel for Hopper cuts the keys of a head into at most 8 splits of at least
-4 tiles: with more than 4096 keys of width 128 each of its thread blocks reads more,
-while decoding has up to 64 splits. Kernels for other GPUs do not split at all, but
-"which GPU" may not be asked here. At 4096 and 8192 keys the forward was measured to be
-faster; where lines through these times meet is about 32768, see docs/design/decode.md.
+Proposed by times of few cells, see docs/design/decode.md: several sequences gain, and
+one of 4096 keys takes as long as by the forward kernel for Hopper. Kernels for other
+GPUs do not split the keys at all, but "which GPU" may not be asked here, and neither
+may the batch, on which results must not depend.
 """
 
 

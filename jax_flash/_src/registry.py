@@ -1,4 +1,4 @@
-"""The compiled extension: loaded if present, its FFI targets registered.
+"""The compiled extension: loaded if present, its FFI targets and types registered.
 
 Lives here: what was built and why not, if not. Importing this room never fails and
 never touches a GPU.
@@ -51,8 +51,11 @@ def _load() -> Extension:
     except ImportError as error:
         reason = f"the CUDA extension of jax_flash cannot be loaded: {error}"
         return Extension(missing=reason)
-    for name, capsule in kernels.registrations().items():
-        jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
+    # Handlers that make a state are refused before its type is known.
+    for name, registration in kernels.types().items():
+        jax.ffi.register_ffi_type(name, registration, platform="CUDA")
+    for name, handler in kernels.registrations().items():
+        jax.ffi.register_ffi_target(name, handler, platform="CUDA")
     table = tuple(plan.Kernel(*row) for row in kernels.kernels())
     info = tuple(sorted(kernels.build_info().items()))
     return Extension(table, info, kernels.force_sm80())

@@ -24,10 +24,11 @@ cudaError_t launch(const decode::DecodeParams& params, const DeviceInfo& device)
 }  // namespace
 
 // `params` as tests/emulator_decode_test.py fills it, up to what the launch sets; `cache` is a
-// CacheType.
-extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache,
-                      int multiprocessors) {
+// CacheType, `order` that of thread blocks.
+extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache, int multiprocessors,
+                      unsigned order) {
   using jax_flash::decode::CacheType;
+  emulator::order = order;
   emulator::largest_cluster = 0;
   const DeviceInfo device{90, 50 << 20, multiprocessors};
   switch (static_cast<CacheType>(cache)) {
@@ -41,6 +42,10 @@ extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache,
       return launch<CacheType::kInt8>(*params, device);
   }
   return -1;
+}
+
+extern "C" int counters_of(int multiprocessors) {
+  return jax_flash::decode::counters_of({90, 50 << 20, multiprocessors});
 }
 
 // Thread blocks of the largest cluster that the last call of `decode` launched.

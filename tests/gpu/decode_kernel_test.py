@@ -1,5 +1,7 @@
 """The decode kernels against float64: lengths, pages, options; what stays the same."""
 
+import concurrent.futures
+import functools
 import os
 import random
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import choice_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,9 +218,79 @@ def test_same_bits_again_and_alone(
     check(tuple(x[few] for x in first), query[few], k[few], v[few], lengths[few])
 
 
+def test_programs_take_turns() -> None:
+    """Three executables, 50 times each: every one has counters of its own.
+
+    Their sequences are cut differently, and one has no room for a second split.
+    """
+    shapes = ((3, 1, 8192, 128), (16, 9, 1024, 64), (5, 2, 100, 128))
+    programs = []
+    for seed, (batch, tokens, room, width) in enumerate(shapes):
+        arrays = problem(seed, batch, tokens, 16, 4, room, width)
+        lengths = np.random.default_rng(seed).integers(0, room + 1, batch)
+        arrays = (*arrays, lengths.astype(np.int32))
+        call = jax.jit(functools.partial(decode_mha, implementation="cuda"))
+        programs.append((call, jax.device_put(arrays)))
+    results = [[f(*arrays) for f, arrays in programs] for _ in range(50)]
+    for first, *others in zip(*results, strict=True):
+        assert all(bool((x == first).all()) for x in others)
+    for (_, arrays), got in zip(programs, results[0], strict=True):
+        query, k, v, lengths = map(np.asarray, arrays)
+        given = {"key_value_seq_lengths": lengths, "is_causal": True}
+        want = oracle.attention(query, k, v, **given).out
+        assert np.abs(np.asarray(got, np.float64) - want).max() < 3e-2
+
+
+def test_one_program_from_two_host_threads() -> None:
+    """They share its counters, and the device runs one call after the other."""
+    calls = []
+    for seed in range(2):
+        arrays = problem(seed, 3, 1, 16, 4, 8192, 128)
+        lengths = np.random.default_rng(seed).integers(0, 8193, 3)
+        calls.append(jax.device_put((*arrays, lengths.astype(np.int32))))
+    shapes = jax.eval_shape(lambda *a: a, *calls[0])
+    program = functools.partial(decode_mha, implementation="cuda")
+    compiled = jax.jit(program).lower(*shapes).compile()
+    want = [np.asarray(compiled(*arrays)) for arrays in calls]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda i: compiled(*calls[i % 2]), range(100))
+        for i, got in enumerate(results):
+            np.testing.assert_array_equal(np.asarray(got), want[i % 2])
+
+
+def test_one_program_on_several_devices() -> None:
+    """Each has counters of its own."""
+    devices = jax.device_count()
+    if devices < 2:
+        pytest.skip("one device")
+    query, k, v = problem(0, 2 * devices, 1, 16, 4, 8192, 128)
+    lengths = np.random.default_rng(0).integers(0, 8193, 2 * devices).astype(np.int32)
+    want = run(query, k, v, lengths)[0]
+    mesh = jax.make_mesh((devices,), ("x",))
+    by_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    program = jax.jit(functools.partial(decode_mha, implementation="cuda"))
+    for _ in range(10):
+        got = program(*jax.device_put((query, k, v, lengths), by_batch))
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize(("tokens", "room"), [(1, 2048), (16, 65536)])
+def test_one_kernel(batch: int, tokens: int, room: int) -> None:
+    """However the splits are added up: by clusters, or by who comes last."""
+    query = jnp.ones((batch, tokens, 8, 128), jnp.bfloat16)
+    k, v = (jnp.ones((batch, room, 2, 128), jnp.bfloat16) for _ in range(2))
+    lengths = jnp.full(batch, room, jnp.int32)
+    names = choice_test.kernels(
+        functools.partial(decode_mha, implementation="cuda"), query, k, v, lengths
+    )
+    assert len(names) == 1, names
+    assert "decode_split_kernel" in names[0]
+
+
 @pytest.mark.parametrize(("heads", "room"), [(8, 1024), (8, 8192), (5, 4096)])
 def test_one_sequence(heads: int, room: int) -> None:
-    """Clusters add up its splits; beside another one the second kernel does."""
+    """Clusters add up its splits; beside another one who comes last does."""
     query, k, v = problem(0, 2, 1, 4 * heads, heads, room, 128)
     for length in (0, 1, 200, room // 2 + 7, room):
         lengths = np.array([length, room], np.int32)

@@ -20,10 +20,11 @@ KEYS = decode_plan.MHA_KEYS
 SINKS = np.array([0, 3, -9, 9, 1, 2], np.float32)
 CASES: tuple[tuple[Spec, dict[str, Any]], ...] = (
     (Spec(2, 1, KEYS, 8, 2, 128), {}),
+    (Spec(1, 1, 32 * KEYS, 8, 2, 128), {}),
     (Spec(2, 1, KEYS + 77, 4, 1, 64, dtype="float16", is_causal=True), {}),
     (Spec(1, 4, KEYS + 1, 8, 2, 128, is_causal=True), {"scale": 0.3}),
     (Spec(3, 3, KEYS, 5, 1, 80, 256, is_causal=True, key_lengths=(0, 2, KEYS + 9)), {}),
-    (Spec(2, 1, KEYS, 16, 1, 256, key_lengths=(1, 4000)), {"softcap": 1.5}),
+    (Spec(2, 1, KEYS, 16, 1, 256, key_lengths=(1, KEYS - 24)), {"softcap": 1.5}),
     (Spec(1, 2, 3 * KEYS, 3, 3, 96, window_size=(KEYS, 0)), {}),
     (Spec(2, 1, KEYS, 6, 3, 128, 64), {"sinks": SINKS}),
 )

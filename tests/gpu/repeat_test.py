@@ -16,7 +16,7 @@ SPECS = (
     # Keys split among thread blocks.
     specs.Spec(1, 16, 8192, 32, 8, 128),
     specs.Spec(1, 16, 8192, 32, 8, 128, is_causal=True),
-    specs.Spec(1, 1, 5000, 8, 1, 64, dtype="float16"),
+    specs.Spec(1, 2, 5000, 8, 1, 64, dtype="float16"),
     specs.Spec(2, 5, 3001, 6, 2, 256, key_lengths=(3001, 700)),
     specs.Spec(1, 3, 2000, 7, 1, 96, window_size=(900, 10)),
     # Packed heads without a split.

@@ -28,7 +28,7 @@ PROBLEMS = (
     Spec(3, 150, 70, 4, 2, 64, is_causal=True, key_lengths=(70, 0, 3)),
     Spec(2, 100, 180, 4, 2, 256, is_causal=True),
     Spec(2, 64, 96, 3, 3, 33),
-    Spec(1, 1, 3000, 8, 2, 128),
+    Spec(1, 2, 3000, 8, 2, 128),
     Spec(2, 16, 2048, 16, 2, 64, is_causal=True, causal_alignment="bottom_right"),
 )
 

@@ -190,7 +190,10 @@ def test_long_causal(width: int, dtype: str, jump: float) -> None:
 @pytest.mark.parametrize("dtype", specs.DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_few_queries_on_many_keys(width: int, dtype: str, rows: int) -> None:
-    """Where keys are split among thread blocks, whose reference points then differ."""
+    """Where keys are split among thread blocks, whose reference points then differ.
+
+    One row is the decode kernel's.
+    """
     keys = 4000
     spec = specs.Spec(1, rows, keys, 8, 2, width, dtype=dtype, is_causal=True)
     shifts = {

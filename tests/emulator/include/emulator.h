@@ -2,8 +2,8 @@
 //
 // The headers beside this one stand in for those of CUDA and for csrc/ptx; everything else of the
 // kernels is compiled as it is. Each thread of a thread block is a fiber that runs until it has to
-// wait; thread blocks run one after another, those of a cluster by turns: each until all of its
-// threads wait. Matrix products, and copies but for cp.async and those between the thread blocks of
+// wait; thread blocks run one after another, in their order or in any other, those of a cluster by
+// turns: each until all of its threads wait. Matrix products, and copies but for cp.async and those between the thread blocks of
 // a cluster, are done when they are asked for, so this finds wrong logic (indices, masks, barriers
 // that are never completed or arrived at too often), and neither races nor what a real machine does
 // in the meantime. Every other cp.async or so is done when it is asked for, the rest when the
@@ -22,6 +22,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 namespace emulator {
@@ -107,6 +109,7 @@ inline unsigned char* shared_memory;
 inline Cluster* cluster;
 inline int largest_cluster;                      // that was launched since this was set to 0
 inline std::vector<std::function<void()>> late;  // copies that were asked for
+inline unsigned order = 0;  // in which clusters run: as they are numbered, or by this seed
 
 inline int lane() { return current->thread.x % 32; }
 inline int warp() { return current->thread.x / 32; }
@@ -298,7 +301,11 @@ inline void launch(int grid_x, int grid_y, int threads, int cluster_size, unsign
   shared_memory = shared;
   std::vector<std::unique_ptr<char[]>> stacks(threads * cluster_size);
   for (auto& stack : stacks) stack.reset(new char[kStack]);
-  for (int id = 0; id < grid_x * grid_y; id += cluster_size) {
+  std::vector<int> clusters(grid_x * grid_y / cluster_size);
+  std::iota(clusters.begin(), clusters.end(), 0);
+  if (order != 0) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(order));
+  for (const int number : clusters) {
+    const int id = number * cluster_size;
     Cluster together;
     cluster = &together;
     together.blocks = std::vector<Block>(cluster_size);

@@ -22,6 +22,11 @@ inline int32_t atom_acquire_add(int32_t* target, int32_t value) {
   *target += value;
   return before;
 }
+inline uint32_t atom_inc(uint32_t* target, uint32_t last) {
+  const uint32_t before = *target;
+  *target = before >= last ? 0 : before + 1;
+  return before;
+}
 // Thread blocks run one after another: to each but the last it looks as if the others had been
 // faster after a few tickets.
 inline int32_t take_ticket(int32_t* next) {
