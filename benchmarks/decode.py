@@ -187,7 +187,9 @@ def ours(implementation: str, cell: Cell, short: bool = False) -> Attention:
     """`decode_mha` by one implementation; short: with splits down to 64 keys."""
     scale = SCALE if cell.quantised else None
     rows = cell.tokens * cell.heads // cell.kv_heads
-    splits = decode_plan.enough_splits(rows, cell.kv_heads) if short else None
+    size = jnp.dtype(cell.cache).itemsize
+    many = decode_plan.enough_splits(rows, cell.kv_heads, size)
+    splits = many if short else None
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
         return jax_flash.decode_mha(
