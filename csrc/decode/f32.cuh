@@ -1,5 +1,5 @@
 // One warp's up to 8 rows of float32, by m16n8k8 of tf32: every factor is high + low, two tf32
-// (sm80/f32_products.cuh), and products lose no more than 2^-21 of themselves.
+// (tile/tf32.cuh), and products lose no more than 2^-21 of themselves.
 //
 // Scores: queries are the rows of the product, keys its columns. With up to 8 rows half of a
 // product would be empty, so the lower half has the low parts of the queries: two products instead
@@ -15,10 +15,10 @@
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
-#include "sm80/f32_products.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
+#include "tile/tf32.cuh"
 
 namespace jax_flash::decode {
 
@@ -37,9 +37,9 @@ struct DecodeF32 {
   static constexpr int kParts = kSplit ? 4 : 2;
 
   uint32_t query[kSteps][kParts];
-  float out[kGroups][2][4];   // [i][2h + e]: row 2t + e, column 4g + 2i + h
-  float maximum;              // of the logits, base 2
-  float sum;                  // this lane's part
+  float out[kGroups][2][4];  // [i][2h + e]: row 2t + e, column 4g + 2i + h
+  float maximum;             // of the logits, base 2
+  float sum;                 // this lane's part
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -113,7 +113,7 @@ struct DecodeF32 {
   }
 
  private:
-  using Part = sm80::f32::Fragment<3, 1>;
+  using Part = tf32::Fragment<3, 1>;
 
   // A step of the queries as the product takes it: rows g high, rows g + 8 low.
   __device__ __forceinline__ void split_query(uint32_t (&q)[4], int step) const {
@@ -122,7 +122,7 @@ struct DecodeF32 {
       for (int r = 0; r < 4; ++r) q[r] = query[step][r];
     } else {
       // In the loop over tiles, not before it.
-      sm80::f32::Fragment<3, 2> part;
+      tf32::Fragment<3, 2> part;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         part.set_word(half, ptx::fresh_word(query[step][half]));
@@ -155,7 +155,7 @@ struct DecodeF32 {
         ptx::ldmatrix_x4(words, Layout::advance(address, 4 * pair) + j * 8 * Layout::kPitch);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          sm80::f32::Fragment<3, 2> k;
+          tf32::Fragment<3, 2> k;
           k.set_word(0, words[2 * i]);
           k.set_word(1, words[2 * i + 1]);
           uint32_t q[4];
@@ -256,7 +256,7 @@ struct DecodeF32 {
   // 4g + 2i of the group, row g + 8 the next one. So a lane reads 16 bytes of a key at a time.
   __device__ __forceinline__ void multiply_values(const float (&scores)[kKeyTiles][2],
                                                   uint32_t tile) {
-    sm80::f32::Fragment<3, 2> p[kKeyTiles];
+    tf32::Fragment<3, 2> p[kKeyTiles];
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
@@ -282,10 +282,10 @@ struct DecodeF32 {
                                       {even.z, even.w, odd.z, odd.w}};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          sm80::f32::Fragment<3, 4> v;
+          tf32::Fragment<3, 4> v;
 #pragma unroll
           for (int r = 0; r < 4; ++r) v.set_word(r, words[i][r]);
-          sm80::f32::add_product<3>(part[i], part[i], v, p[j]);
+          tf32::add_product<3>(part[i], part[i], v, p[j]);
         }
       }
 #pragma unroll
