@@ -53,8 +53,8 @@ def decode_mha(
     gives 0 and lse -inf.
 
     The kernel ("cuda") takes queries of bfloat16, float16 and float32 and caches of the
-    same dtype with widths that are multiples of 16 bytes up to 256; with 16-bit queries
-    also caches of float8_e4m3fn and int8. jnp ("xla") runs everything else. Products
+    same dtype, with queries of 16 bits also of float8_e4m3fn and int8: widths up to
+    256 whose rows are multiples of 16 bytes. jnp ("xla") runs everything else. Products
     of float32 are exact to 2^-21. Derivatives are those of jnp.
 
     Args:
