@@ -108,7 +108,7 @@ struct DecodeConfig {
   // Wide rows leave few registers for addresses and queries ahead of their time.
   static constexpr bool kQueriesEarly = (kColumns && !kF32) || kWidth <= 128;
   static constexpr bool kKeepsSources = kColumns && kQueriesEarly;  // of copies
-  static constexpr int kCopyUnroll = kQueriesEarly ? kCopyRows : 1;
+  static constexpr int kCopyUnroll = kQueriesEarly || kF32 ? kCopyRows : 1;
   // Whether there are registers for the sum of a group of splits, which else goes to the L2.
   static constexpr bool kHolds = kColumns && kWidth <= 128;
   static constexpr int kStages = kTiles.stages;
