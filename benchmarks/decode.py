@@ -35,6 +35,7 @@ import numpy as np
 import jax_flash
 from benchmarks.timing import Call, Protocol, Samples, Summary, measure, short
 from jax_flash._src import compat, decode_plan
+from jax_flash._src.decode_call import QUANTISED
 
 ROTATED = 260e6
 """Bytes of caches that are read in turn; several times the L2."""
@@ -52,7 +53,7 @@ class Cell:
       batch, room, heads, kv_heads, width, tokens: B, S, N, K, D and T.
       ragged: lengths spread evenly over 1..S in random order, else all S.
       page: tokens of a page, 0 for contiguous caches.
-      cache: dtype of the caches; queries are bfloat16.
+      cache: dtype of the caches; queries are float32 if it is, else bfloat16.
     """
 
     batch: int
@@ -72,13 +73,18 @@ class Cell:
         parts.append(f"d{self.width}")
         parts += [f"q{self.tokens}"] * (self.tokens > 1)
         parts += ["ragged"] * self.ragged + [f"page{self.page}"] * (self.page > 0)
-        parts += [self.cache] * self.quantised
+        parts += [self.cache] * (self.cache != "bfloat16")
         return " ".join(parts)
 
     @property
     def quantised(self) -> bool:
         """Whether the caches have scales."""
-        return self.cache != "bfloat16"
+        return self.cache in QUANTISED
+
+    @property
+    def dtype(self) -> str:
+        """Of queries and results."""
+        return "float32" if self.cache == "float32" else "bfloat16"
 
     @property
     def token_bytes(self) -> int:
@@ -116,11 +122,11 @@ class Cell:
             table = jnp.asarray(order.reshape(self.batch, slots))
         keys = jax.random.split(jax.random.key(0), 2 * count + 1)
         query_shape = (self.batch, self.tokens, self.heads, self.width)
-        query = jax.random.normal(keys[0], query_shape, jnp.bfloat16)
+        query = jax.random.normal(keys[0], query_shape, self.dtype)
 
         @jax.jit
         def draw(key: jax.Array) -> jax.Array:
-            x = jax.random.normal(key, shape, jnp.bfloat16)
+            x = jax.random.normal(key, shape, self.dtype)
             if self.quantised:
                 x = x / SCALE
             if self.cache == "int8":
@@ -155,6 +161,10 @@ CELLS = (
     ),
     *(Cell(8, 8192, tokens=tokens) for tokens in (4, 16, 64)),
     *(Cell(1, 65536, tokens=tokens) for tokens in (1, 4, 16, 64)),
+    *(
+        Cell(batch, room, cache="float32")
+        for batch, room in ((1, 8192), (8, 8192), (64, 4096))
+    ),
 )
 
 VARIANTS = (
@@ -178,6 +188,7 @@ SMOKE_CELLS = (
     Cell(2, 256, 4, 2, 16, tokens=3),
     Cell(2, 256, 4, 2, 16, page=16),
     Cell(2, 256, 4, 2, 16, page=16, cache="int8"),
+    Cell(2, 256, 4, 2, 16, cache="float32"),
 )
 
 Attention = Callable[..., jax.Array]
@@ -187,7 +198,9 @@ def ours(implementation: str, cell: Cell, short: bool = False) -> Attention:
     """`decode_mha` by one implementation; short: with splits down to 64 keys."""
     scale = SCALE if cell.quantised else None
     rows = cell.tokens * cell.heads // cell.kv_heads
-    splits = decode_plan.enough_splits(rows, cell.kv_heads) if short else None
+    size = jnp.dtype(cell.cache).itemsize
+    many = decode_plan.enough_splits(rows, cell.kv_heads, size)
+    splits = many if short else None
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:
         return jax_flash.decode_mha(
@@ -209,6 +222,8 @@ def cudnn(cell: Cell) -> Attention:
     """`jax.nn` with lengths; its causal mask is aligned top-left, so one query only."""
     if cell.quantised:
         raise NotImplementedError("has no scales")
+    if cell.dtype == "float32":
+        raise NotImplementedError("takes no float32")
     if cell.page:
         raise NotImplementedError("takes no pages")
     if cell.tokens > 1:
@@ -339,6 +354,8 @@ def fa3(splits: int, cell: Cell) -> Attention:
     """FlashAttention-3 with a fixed number of splits; narrow heads in width 128."""
     if cell.quantised:
         raise NotImplementedError("takes an 8-bit cache with an 8-bit query only")
+    if cell.dtype == "float32":
+        raise NotImplementedError("takes no float32")
     if cell.width > 128:
         raise NotImplementedError("built for widths up to 128")
     call = importlib.import_module("flash_attn3_jax").flash_mha_with_kvcache

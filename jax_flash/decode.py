@@ -52,10 +52,10 @@ def decode_mha(
     sees keys 0..n - T + t. A query that sees no key (an empty sequence, or t < T - n)
     gives 0 and lse -inf.
 
-    The kernel ("cuda") takes queries of bfloat16 and float16; caches of the same dtype
-    with widths that are multiples of 8 up to 256. Caches of float8_e4m3fn and int8
-    have widths that are multiples of 16. jnp ("xla") runs everything else, all
-    float32 among it. Derivatives are those of jnp.
+    The kernel ("cuda") takes queries of bfloat16, float16 and float32 and caches of the
+    same dtype, with queries of 16 bits also of float8_e4m3fn and int8: widths up to
+    256 whose rows are multiples of 16 bytes. jnp ("xla") runs everything else. Products
+    of float32 are exact to 2^-21. Derivatives are those of jnp.
 
     Args:
       query: [B, N, H] or [B, T, N, H], bfloat16, float16 or float32.

@@ -24,14 +24,15 @@ def test_decode_smoke(tmp_path: pathlib.Path) -> None:
     names = [cell.name for cell in decode.SMOKE_CELLS]
     both = {(name, arm) for name in names for arm in decode.SMOKE_ARMS}
     assert ran | skipped.keys() == both
-    single, several, paged, quantised = names
+    single, several, paged, quantised, f32 = names
     only_one = "NotImplementedError: takes one query of each sequence"
     private = [skipped.pop((name, "cudnn_paged")) for name in names]
     assert private[:2] == ["NotImplementedError: takes pages only: see cudnn"] * 2
     assert "cuDNN" in private[2]
     assert private[3] == "NotImplementedError: has no scales"
+    assert private[4] == private[0]
     assert skipped == {(several, "pallas_4"): only_one}
-    assert {(name, "pallas_4") for name in (single, paged, quantised)} <= ran
+    assert {(name, "pallas_4") for name in (single, paged, quantised, f32)} <= ran
 
 
 @pytest.mark.parametrize(

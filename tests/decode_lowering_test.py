@@ -92,6 +92,32 @@ def test_quantised_caches(kernels: None, dtype: str, text: str) -> None:
     assert "has_v_scale = false" in line
 
 
+@pytest.mark.parametrize("page", [None, 128])
+def test_float32(kernels: None, page: int | None) -> None:
+    """Rows of whole 16 bytes, and splits for tiles of 8 rows."""
+
+    def f(*a):
+        return decode(*a, implementation="cuda")
+
+    args = inputs("float32", page, width=12)
+    named = dict(zip(("cache_seqlens", "page_table"), args[3:], strict=False))
+    assert explain(*args[:3], **named).chosen["cuda"] == "cuda"
+    line = call_of(TARGET, cuda_text(f, *args))
+    cache = "24x128x2" if page else "3x1024x2"
+    assert f"(tensor<3x2x8x12xf32>, tensor<{cache}x12xf32>, tensor<{cache}x8" in line
+    assert "-> (tensor<3x2x8x8xf32>, tensor<3x8x2xf32>, " in line
+    assert "by_forward = false" in line
+
+
+@pytest.mark.parametrize(("dtype", "splits"), [("bfloat16", 32), ("float32", 16)])
+def test_tiles_of_rows(kernels: None, dtype: str, splits: int) -> None:
+    """16 rows of 8 heads are two tiles to float32: half as many splits."""
+    query = jnp.zeros((1, 4, 32, 8), dtype)
+    k = jnp.zeros((1, 32768, 8, 8), dtype)
+    args = query, k, k, jnp.zeros(1, jnp.int32)
+    assert f"splits = {splits} : i64" in call_of(TARGET, cuda_text(decode, *args))
+
+
 def test_the_number_of_sequences_does_not_matter_to_splits(kernels: None) -> None:
     lines = [
         call_of(TARGET, cuda_text(decode, *inputs(batch=batch))) for batch in (1, 7)
@@ -129,7 +155,8 @@ def test_vmap_of_everything(kernels: None) -> None:
 @pytest.mark.parametrize(
     ("args", "options"),
     [
-        (inputs("float32"), {}),
+        (inputs("float32", width=18), {}),
+        (inputs("float32", width=260), {}),
         (inputs(width=12), {}),
         (inputs(width=264), {}),
         (quantised(inputs("float32", width=32), "int8"), {}),
@@ -140,7 +167,8 @@ def test_vmap_of_everything(kernels: None) -> None:
         (inputs(), {"implementation": ("xla", "cuda")}),
     ],
     ids=[
-        "f32",
+        "f32 18",
+        "f32 260",
         "width 12",
         "width 264",
         "int8 f32",
@@ -161,8 +189,11 @@ def test_named_implementation(kernels: None) -> None:
 
     assert calls(f, *inputs()) == 1
     assert calls(lambda *a: decode(*a, implementation=("cuda", "xla")), *inputs()) == 1
-    with pytest.raises(NotImplementedError, match="query of dtype float32"):
-        f(*inputs("float32"))
+    int8 = quantised(inputs("float32", width=32), "int8")
+    with pytest.raises(NotImplementedError, match="int8 with query of dtype float32"):
+        f(*int8)
+    with pytest.raises(NotImplementedError, match=r"k_cache of width 18.* 4 up to 256"):
+        f(*inputs("float32", width=18))
     with pytest.raises(NotImplementedError, match="k_cache of width 12"):
         f(*inputs(width=12))
     with pytest.raises(NotImplementedError, match="runs on platform 'cuda' only"):
@@ -225,6 +256,7 @@ def test_many_rows_may_go_to_the_forward_kernel(kernels: None) -> None:
     pools = [x.reshape(64, 128, 4, 16) for x in (k, v)]
     assert not taken(query, *pools, lengths, jnp.zeros((2, 32), jnp.int32))
     assert not taken(*quantised(args, "int8"))
+    assert not taken(*(x.astype(jnp.float32) for x in args[:3]), lengths)
     assert not taken(*arrays(64, 16, 4032))
     assert not taken(*arrays(32, 16, 4096))
     assert not taken(*arrays(64, 12, 4096))

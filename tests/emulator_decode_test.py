@@ -28,8 +28,11 @@ _INTS = (
 # fmt: on
 
 
-CACHE_TYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8")
+CACHE_TYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8", "float32")
 """As CacheType in csrc/decode/params.h."""
+QUANTISED = CACHE_TYPES[2:4]
+TOLERANCES = {"bfloat16": 1.2e-2, "float16": 2e-3, "float32": 2e-6}
+"""Of outputs, in units of the largest one, at least 1."""
 
 
 class Params(ctypes.Structure):
@@ -157,7 +160,7 @@ def check(
     )
     out, lse = got
     assert np.isfinite(out.astype(np.float64)).all()
-    tolerance = 2e-3 if query.dtype == np.float16 else 1.2e-2
+    tolerance = TOLERANCES[str(query.dtype)]
     largest = max(1.0, np.abs(want.out).max(initial=0))
     assert (
         np.abs(out.astype(np.float64) - want.out).max(initial=0) < tolerance * largest
@@ -179,11 +182,12 @@ def problem(
     kv_heads: int,
     room: int,
     *widths: int,
+    dtype: str = "float16",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     width, value_width = widths[0], widths[-1]
     query, k, v = (
-        rng.standard_normal(shape, np.float32).astype(np.float16)
+        rng.standard_normal(shape, np.float32).astype(dtype)
         for shape in (
             (batch, tokens, heads, width),
             (batch, room, kv_heads, width),
@@ -193,13 +197,14 @@ def problem(
     return query, k, v
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("page", [None, 1, 16, 48])
-def test_lengths(library: ctypes.CDLL, page: int | None) -> None:
+def test_lengths(library: ctypes.CDLL, page: int | None, dtype: str) -> None:
     """Around tiles, splits and pages, in one ragged batch with NaN beyond."""
-    lengths = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 300, -3]
+    lengths = [0, 1, 15, 16, 17, 47, 48, 63, 64, 65, 127, 128, 129, 192, 300, -3]
     lengths = np.array(lengths, np.int32)
     room = 192
-    query, k, v = problem(0, len(lengths), 1, 4, 2, room, 64)
+    query, k, v = problem(0, len(lengths), 1, 4, 2, room, 64, dtype=dtype)
     for b, length in enumerate(lengths):
         k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
     given = query, k, v, lengths
@@ -214,15 +219,31 @@ def test_lengths(library: ctypes.CDLL, page: int | None) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random(library: ctypes.CDLL, seed: int) -> None:
+    check_random(library, seed, "float16", 8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_float32(library: ctypes.CDLL, seed: int) -> None:
+    """Up to 8 rows in a tile, or several such tiles; rows of whole 16 bytes."""
+    check_random(library, seed, "float32", 4)
+
+
+def check_random(library: ctypes.CDLL, seed: int, dtype: str, multiple: int) -> None:
     pick, rng = random.Random(seed), np.random.default_rng(seed)
     batch, kv_heads = pick.randint(1, 3), pick.randint(1, 2)
     heads = kv_heads * pick.choice((1, 3, 4, 8, 16))
     tokens = pick.choice((1, 1, 2, 5, 9))
     page, slots = pick.choice((8, 16, 32, 40)), pick.randint(1, 9)
     room = page * slots
-    widths = [8 * pick.randint(1, pick.choice((8, 16, 32))) for _ in range(2)]
-    query, k, v = problem(seed, batch, tokens, heads, kv_heads, room, *widths)
-    if pick.random() < 0.5:
+    most = 256 // multiple
+    widths = [
+        multiple * pick.randint(1, pick.choice((most // 4, most // 2, most)))
+        for _ in range(2)
+    ]
+    query, k, v = problem(
+        seed, batch, tokens, heads, kv_heads, room, *widths, dtype=dtype
+    )
+    if pick.random() < 0.5 and dtype == "float16":
         query, k, v = (x.astype(jnp.bfloat16) for x in (query, k, v))
     lengths = np.array([pick.randint(0, room) for _ in range(batch)], np.int32)
     options: dict[str, Any] = {}
@@ -247,7 +268,7 @@ def test_random(library: ctypes.CDLL, seed: int) -> None:
     check(got, query, k, v, lengths, **options)
 
 
-@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_every_value_of_a_byte(library: ctypes.CDLL, dtype: str) -> None:
     """Keys pick one row each, values hold all finite bytes: exact up to f16 weights."""
     every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
@@ -268,7 +289,7 @@ def test_every_value_of_a_byte(library: ctypes.CDLL, dtype: str) -> None:
         np.testing.assert_allclose(got.ravel(), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+@pytest.mark.parametrize("dtype", QUANTISED)
 @pytest.mark.parametrize("seed", range(20))
 def test_quantised(library: ctypes.CDLL, dtype: str, seed: int) -> None:
     pick, rng = random.Random(seed), np.random.default_rng(seed)
@@ -306,7 +327,7 @@ def test_quantised(library: ctypes.CDLL, dtype: str, seed: int) -> None:
     check(got, query, k_want, v_want, lengths, **options)
 
 
-@pytest.mark.parametrize("dtype", CACHE_TYPES[2:])
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_scales_may_be_left_out(library: ctypes.CDLL, dtype: str) -> None:
     query, k, v = problem(5, 2, 1, 4, 2, 70, 64)
     ones = np.ones((1, 2), np.float32)
@@ -316,13 +337,18 @@ def test_scales_may_be_left_out(library: ctypes.CDLL, dtype: str) -> None:
     check(got, query, k.astype(np.float32), v.astype(np.float32), lengths)
 
 
-@pytest.mark.parametrize("tokens", [2, 10])
-def test_neighbours_do_not_matter(library: ctypes.CDLL, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(2, "float16"), (10, "float16"), (2, "float32"), (5, "float32")],
+)
+def test_neighbours_do_not_matter(
+    library: ctypes.CDLL, tokens: int, dtype: str
+) -> None:
     """The same bits alone and in a batch, wherever thread blocks cut the work.
 
     Room for 18 splits, so for whole groups of them and for one that is not.
     """
-    query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64)
+    query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64, dtype=dtype)
     lengths = np.array([1000, 0, 130, 1100], np.int32)
     ways: dict[str, Any] = {"sinks": np.ones((1, 4), np.float32), "num_splits": 18}
     together = run(library, query, k, v, lengths, multiprocessors=1, **ways)
@@ -389,17 +415,30 @@ def test_whole_groups(library: ctypes.CDLL, length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "room", "cluster"), [(8, 512, 8), (8, 2112, 16), (5, 4096, 16)]
+    ("kv_heads", "room", "cluster", "paging", "dtype"),
+    [
+        (8, 512, 8, False, "float16"),
+        (8, 2112, 16, False, "float16"),
+        (5, 4096, 16, False, "float16"),
+        (8, 512, 8, True, "float16"),
+        (8, 2112, 16, True, "float16"),
+        (5, 4096, 16, True, "float16"),
+        (8, 512, 8, True, "float32"),
+    ],
 )
-@pytest.mark.parametrize("paging", [False, True])
 def test_clusters(
-    library: ctypes.CDLL, kv_heads: int, room: int, cluster: int, paging: bool
+    library: ctypes.CDLL,
+    kv_heads: int,
+    room: int,
+    cluster: int,
+    paging: bool,
+    dtype: str,
 ) -> None:
     """One sequence's splits, added up by a cluster: the bits of who comes last.
 
     With 8 or 33 splits of 64 keys, or 32 of 128, and 132 multiprocessors.
     """
-    query, k, v = problem(8, 1, 1, 3 * kv_heads, kv_heads, room, 64, 40)
+    query, k, v = problem(8, 1, 1, 3 * kv_heads, kv_heads, room, 64, 40, dtype=dtype)
     sinks = np.ones((1, 3 * kv_heads), np.float32)
     for length in (0, 1, 65, room // 3, room - 70, room):
         given, table = (k.copy(), v.copy()), None
@@ -468,7 +507,7 @@ def test_splits_suffice(room: int, window: int, tokens: int) -> None:
     """No length needs more splits than the workspace has, nor starts off a unit."""
     kinds = ((1, None), (8, None), (64, None), (1, 3), (1, 1000))
     for (kv_heads, num_splits), width, size in itertools.product(
-        kinds, (64, 256), (1, 2)
+        kinds, (64, 256), (1, 2, 4)
     ):
         keys, splits = decode_plan.splits_of(
             room, tokens, window, 4 * tokens, kv_heads, num_splits, width, size

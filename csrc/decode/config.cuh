@@ -57,6 +57,14 @@ inline constexpr DecodeTiles kDecodeTiles<128, true, 1>{4, 4, 64, 4, 2};
 template <>
 inline constexpr DecodeTiles kDecodeTiles<256, true, 1>{4, 4, 16, 8, 2};
 
+// Bytes in flight as above. Any number of rows, in tiles of up to 8.
+template <>
+inline constexpr DecodeTiles kDecodeTiles<64, false, 4>{4, 1, 16, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<128, false, 4>{4, 1, 8, 3, 2};
+template <>
+inline constexpr DecodeTiles kDecodeTiles<256, false, 4>{2, 1, 8, 3, 2};
+
 template <CacheType kCache>
 struct CacheElement {
   using Math = __half;     // that the tensor cores multiply
@@ -72,6 +80,11 @@ struct CacheElement<CacheType::kBf16> {
   using Math = __nv_bfloat16;
   using Stored = uint16_t;
 };
+template <>
+struct CacheElement<CacheType::kF32> {
+  using Math = float;
+  using Stored = uint32_t;
+};
 
 // kWidthArg: what key and value widths are padded to.
 template <CacheType kCacheArg, int kWidthArg, Rows kRowsArg>
@@ -82,6 +95,7 @@ struct DecodeConfig {
   using Element = typename CacheElement<kCache>::Math;
   using Stored = typename CacheElement<kCache>::Stored;
   static constexpr bool kQuantised = sizeof(Stored) == 1;
+  static constexpr bool kF32 = kCache == CacheType::kF32;
   static constexpr DecodeTiles kTiles = kDecodeTiles<kWidthArg, kManyRows, sizeof(Stored)>;
   static constexpr int kWidth = kWidthArg;
   static constexpr int kWarps = kTiles.warps;
@@ -92,8 +106,9 @@ struct DecodeConfig {
   static constexpr int kKeys = kTiles.keys;
   static constexpr int kCopyRows = kKeys / kTeamWarps;  // that a warp copies of each tile
   // Wide rows leave few registers for addresses and queries ahead of their time.
-  static constexpr bool kQueriesEarly = kColumns || kWidth <= 128;
-  static constexpr int kCopyUnroll = kQueriesEarly ? kCopyRows : 1;
+  static constexpr bool kQueriesEarly = (kColumns && !kF32) || kWidth <= 128;
+  static constexpr bool kKeepsSources = kColumns && kQueriesEarly;  // of copies
+  static constexpr int kCopyUnroll = kQueriesEarly || kF32 ? kCopyRows : 1;
   // Whether there are registers for the sum of a group of splits, which else goes to the L2.
   static constexpr bool kHolds = kColumns && kWidth <= 128;
   static constexpr int kStages = kTiles.stages;
@@ -136,7 +151,8 @@ struct DecodeConfig {
   static_assert(kOutputBytes <= kTeamBytes, "outputs fit the stages");
   static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from compute capability 8.0 on");
   static_assert(2 * (kSharedBytes + kPartBytes + 1024) <= 228 * 1024);
-  static_assert(kCopyRows <= 32 && kKeys % 16 == 0);
+  static_assert(kCopyRows <= 32 && kKeys % (kF32 ? 8 : 16) == 0);
+  static_assert(kColumns || !kF32, "any number of rows, in tiles of up to 8");
 };
 
 }  // namespace jax_flash::decode

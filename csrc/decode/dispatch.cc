@@ -27,6 +27,8 @@ cudaError_t launch(CacheType cache, const DecodeParams& params, const DeviceInfo
       return launch_width<CacheType::kE4m3>(params, device, stream);
     case CacheType::kInt8:
       return launch_width<CacheType::kInt8>(params, device, stream);
+    case CacheType::kF32:
+      return launch_width<CacheType::kF32>(params, device, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -11,6 +11,7 @@
 #include "decode/columns.cuh"
 #include "decode/combine.cuh"
 #include "decode/config.cuh"
+#include "decode/f32.cuh"
 #include "decode/params.h"
 #include "decode/parts.cuh"
 #include "decode/plan.cuh"
@@ -22,7 +23,9 @@
 namespace jax_flash::decode {
 
 template <typename Config>
-using WarpOf = std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>;
+using WarpOf = std::conditional_t<
+    Config::kF32, DecodeF32<Config>,
+    std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>>;
 
 // The team of this thread's warp.
 template <typename Config>
@@ -49,9 +52,9 @@ struct TileCopies {
   using Layout = typename Config::Layout;
   static constexpr int kLanes = ChunkLanes<Config::kPairs, 32>::kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
-  static_assert(kLanes == Layout::kChunks);
+  static_assert(Layout::kChunks % kLanes == 0);
 
-  // Where this lane's chunk of the caches' first rows is, if there are registers to keep it.
+  // Where this lane's first chunk of the caches' first rows is, if there are registers to keep it.
   uint64_t key;
   uint64_t value;
   uint32_t next_stage;  // bytes from the team's first one
@@ -152,21 +155,28 @@ struct TileCopies {
     const int row0 = lane_id() / kLanes;
     const int column = kChunk * chunk0;
     const int its_keys = looked_up_keys() - copied_row() - row0;
-    const uint64_t first_key = Config::kColumns ? key : first_chunk(params.key);
-    const uint64_t first_value = Config::kColumns ? value : first_chunk(params.value);
+    const uint64_t first_key = Config::kKeepsSources ? key : first_chunk(params.key);
+    const uint64_t first_value = Config::kKeepsSources ? value : first_chunk(params.value);
     const uint32_t place0 = target + Layout::offset(copied_row() + row0, chunk0);
 #pragma unroll Config::kCopyUnroll
     for (int pass = 0; pass < Config::kCopyRows; pass += kRowsPerPass) {
       const uint32_t key_chunk = __shfl_sync(0xffffffffu, its_key, pass + row0);
       const uint32_t value_chunk = __shfl_sync(0xffffffffu, its_value, pass + row0);
       const bool exists = pass < its_keys;
+      const uint64_t key_source = first_key + uint64_t{key_chunk} * 16;
+      const uint64_t value_source = first_value + uint64_t{value_chunk} * 16;
       // Bits of `pass` and of this lane's first row are apart, so their phases are, too.
       const uint32_t place = (place0 ^ Layout::phase(pass) << 4) + pass * Layout::kPitch;
-      ptx::cp_async_16(place, reinterpret_cast<const void*>(first_key + uint64_t{key_chunk} * 16),
-                       exists && column < params.head_dim ? 16 : 0);
-      ptx::cp_async_16(place + Config::kTileBytes,
-                       reinterpret_cast<const void*>(first_value + uint64_t{value_chunk} * 16),
-                       exists && column < params.head_dim_v ? 16 : 0);
+      // Rows of more than 32 chunks: those 512 bytes on, whose phase is the same.
+#pragma unroll
+      for (int more = 0; more < Layout::kChunks; more += kLanes) {
+        const int its_column = column + kChunk * more;
+        ptx::cp_async_16(place + 16 * more, reinterpret_cast<const void*>(key_source + 16 * more),
+                         exists && its_column < params.head_dim ? 16 : 0);
+        ptx::cp_async_16(place + Config::kTileBytes + 16 * more,
+                         reinterpret_cast<const void*>(value_source + 16 * more),
+                         exists && its_column < params.head_dim_v ? 16 : 0);
+      }
     }
   }
 };

@@ -137,9 +137,15 @@ cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cu
   params.page_divisor = FastDivisor::make(params.page_size);
   params.split_divisor = FastDivisor::make(params.split_keys);
   const int rows = params.tokens * params.group;
-  if (rows <= 8) return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
-  return rows <= 16 ? launch<DecodeConfig<kCache, kWidth, Rows::kSixteen>>(params, device, stream)
-                    : launch<DecodeConfig<kCache, kWidth, Rows::kMany>>(params, device, stream);
+  if constexpr (kCache == CacheType::kF32) {
+    return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
+  } else {
+    if (rows <= 8) {
+      return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
+    }
+    return rows <= 16 ? launch<DecodeConfig<kCache, kWidth, Rows::kSixteen>>(params, device, stream)
+                      : launch<DecodeConfig<kCache, kWidth, Rows::kMany>>(params, device, stream);
+  }
 }
 
 }  // namespace jax_flash::decode

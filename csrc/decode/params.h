@@ -23,9 +23,9 @@ inline constexpr int kClusterSplits = 8 * kGroupSplits;
 // Thread blocks of a multiprocessor at most: launches have no more than run at a time.
 inline constexpr int kMostBlocksPerSm = 3;
 
-// Element types of the caches. Query and output have the type of a 16-bit cache, and one of those
-// two with an 8-bit one.
-enum class CacheType { kBf16, kF16, kE4m3, kInt8 };
+// Element types of the caches. Query and output have the type of a cache of 16 or 32 bits, and one
+// of the two of 16 bits with an 8-bit one.
+enum class CacheType { kBf16, kF16, kE4m3, kInt8, kF32 };
 
 // Arrays are row-major. A row of the caches is one token: [rows, kv_heads, width], where a row is
 // batch * room + key, or page * page_size + key with a page table.

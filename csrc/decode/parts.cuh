@@ -44,11 +44,15 @@ __device__ __forceinline__ uint2 pack(float4 values) {
 template <CacheType kCache>
 __device__ __forceinline__ void store_out(const DecodeParams& params, int batch, int token,
                                           int head, int column, float4 values, float factor) {
-  Element16* const target =
-      static_cast<Element16*>(params.out) +
+  const int64_t at =
       ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim_v + column;
   const float4 finished =
       make_float4(values.x * factor, values.y * factor, values.z * factor, values.w * factor);
+  if constexpr (kCache == CacheType::kF32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(params.out) + at) = finished;
+    return;
+  }
+  Element16* const target = static_cast<Element16*>(params.out) + at;
   bool bf16 = kCache == CacheType::kBf16;
   if constexpr (kCache == CacheType::kE4m3 || kCache == CacheType::kInt8) {
     bf16 = params.query_bf16 != 0;

@@ -28,11 +28,12 @@ __device__ __forceinline__ float scale_of(const float* scales, int index) {
 }
 
 // Where a row's query is.
-__device__ __forceinline__ const Element16* query_row(const DecodeParams& params, int batch,
-                                                      int kv_head, int row) {
+template <typename Given = Element16>
+__device__ __forceinline__ const Given* query_row(const DecodeParams& params, int batch,
+                                                  int kv_head, int row) {
   const int token = params.group_divisor.divide(row);
   const int head = kv_head * params.group + row - token * params.group;
-  return static_cast<const Element16*>(params.query) +
+  return static_cast<const Given*>(params.query) +
          ((int64_t{batch} * params.tokens + token) * params.heads + head) * params.head_dim;
 }
 

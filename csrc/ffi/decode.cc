@@ -28,13 +28,15 @@ namespace {
 
 using Dims = ffi::Span<const int64_t>;
 
-// Of one of the four types that caches may have.
+// Of one of the five types that caches may have.
 decode::CacheType cache_type_of(ffi::DataType type) {
   switch (type) {
     case ffi::BF16:
       return decode::CacheType::kBf16;
     case ffi::F16:
       return decode::CacheType::kF16;
+    case ffi::F32:
+      return decode::CacheType::kF32;
     case ffi::S8:
       return decode::CacheType::kInt8;
     default:
@@ -106,16 +108,18 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
   JAX_FLASH_CHECK(k[2] > 0 && q[2] > 0 && q[2] % k[2] == 0, "query has ", q[2],
                   " heads, the caches ", k[2]);
   const ffi::DataType type = query.element_type();
-  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16, "query must be bf16 or f16, got ", type);
+  JAX_FLASH_CHECK(type == ffi::BF16 || type == ffi::F16 || type == ffi::F32,
+                  "query must be bf16, f16 or f32, got ", type);
   const ffi::DataType cache_type = key.element_type();
   const bool quantised = cache_type == ffi::F8E4M3FN || cache_type == ffi::S8;
-  JAX_FLASH_CHECK((cache_type == type || quantised) && value.element_type() == cache_type &&
-                      out->element_type() == type,
+  JAX_FLASH_CHECK((cache_type == type || (quantised && type != ffi::F32)) &&
+                      value.element_type() == cache_type && out->element_type() == type,
                   "caches must have query's type ", type,
-                  " or be of e4m3 or int8, out must have it, got ", cache_type, ", ",
-                  value.element_type(), ", ", out->element_type());
+                  " or be of e4m3 or int8 with 16-bit queries, out must have it, got ", cache_type,
+                  ", ", value.element_type(), ", ", out->element_type());
   // Rows of the caches start at multiples of 16 bytes.
-  const int64_t multiple = quantised ? 16 : 8;
+  const int64_t cache_bytes = quantised ? 1 : type == ffi::F32 ? 4 : 2;
+  const int64_t multiple = 16 / cache_bytes;
   JAX_FLASH_CHECK(q[3] > 0 && q[3] % multiple == 0 && v[3] > 0 && v[3] % multiple == 0 &&
                       q[3] <= decode::kMaxWidth && v[3] <= decode::kMaxWidth,
                   "widths must be multiples of ", multiple, " up to ", decode::kMaxWidth, ", got ",
@@ -123,8 +127,8 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
   JAX_FLASH_CHECK(static_cast<int64_t>(lengths.element_count()) == q[0], "lengths ",
                   to_string(lengths.dimensions()), " do not fit query ", to_string(q));
   const size_t elements = std::max(key.element_count(), value.element_count());
-  JAX_FLASH_CHECK(elements * (quantised ? 1 : 2) <= size_t{1} << 36, "caches ", to_string(k),
-                  " and ", to_string(v), " have more than 2^36 bytes");
+  JAX_FLASH_CHECK(elements * cache_bytes <= size_t{1} << 36, "caches ", to_string(k), " and ",
+                  to_string(v), " have more than 2^36 bytes");
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   JAX_FLASH_CHECK(k[0] * k[1] <= kMax, "the caches have ", k[0] * k[1],
                   " rows, more than 31 bits can count");
@@ -136,7 +140,7 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
                   " optional operands, the attributes name ", named);
   JAX_FLASH_CHECK(quantised || !(has_k_scale || has_v_scale), "caches of ", cache_type,
                   " have no scales");
-  JAX_FLASH_CHECK(!by_forward || (named == 0 && !quantised && softcap == 0.0f),
+  JAX_FLASH_CHECK(!by_forward || (named == 0 && cache_bytes == 2 && softcap == 0.0f),
                   "the forward kernel takes neither options nor caches of ", cache_type);
   params.page_size = 1;
   int64_t room = k[1];

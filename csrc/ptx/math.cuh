@@ -22,6 +22,13 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
   return y;
 }
 
+// The same word, which the compiler takes for a new one: what follows from it is computed where it
+// is needed, instead of being kept in registers through a loop.
+__device__ __forceinline__ uint32_t fresh_word(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The largest of three.
 __device__ __forceinline__ uint32_t max3(uint32_t x, uint32_t y, uint32_t z) {
   return __vimax3_u32(x, y, z);  // one instruction on sm_90

@@ -15,6 +15,8 @@ from jax_flash._src import decode_plan, plan, registry
 from jax_flash._src.config import UNBOUNDED
 from jax_flash._src.decode_call import OPERANDS, QUANTISED, DecodeConfig
 
+DTYPES = (*plan.DTYPES, "float32")
+"""Of queries."""
 WIDEST = 256
 MOST_ROWS = 2**31 - 1
 """Tokens that the caches may hold together."""
@@ -28,15 +30,23 @@ def cuda_supports(config: DecodeConfig, operands: dict[str, Any]) -> str | None:
     if extension.missing is not None:
         return extension.missing
     query, k_cache, v_cache = (operands[n] for n in config.present[:3])
-    if str(query.dtype) not in plan.DTYPES:
-        return f"query of dtype {query.dtype}: the kernel takes bfloat16 and float16"
+    if str(query.dtype) not in DTYPES:
+        return (
+            f"query of dtype {query.dtype}: the kernel takes bfloat16, float16 and "
+            "float32"
+        )
     quantised = str(k_cache.dtype) in QUANTISED
+    if quantised and str(query.dtype) not in plan.DTYPES:
+        return (
+            f"k_cache of dtype {k_cache.dtype} with query of dtype {query.dtype}: the "
+            "kernel takes it with bfloat16 and float16"
+        )
     if not quantised and k_cache.dtype != query.dtype:
         return (
             f"k_cache of dtype {k_cache.dtype}: the kernel takes that of query, "
             f"{query.dtype}, or {' or '.join(QUANTISED)}"
         )
-    multiple = 16 if quantised else 8
+    multiple = 16 // k_cache.dtype.itemsize
     for name, width in (("k_cache", k_cache), ("v_cache", v_cache)):
         if width.shape[-1] % multiple or width.shape[-1] > WIDEST:
             return (
@@ -82,7 +92,7 @@ def by_forward(config: DecodeConfig, operands: dict[str, Any]) -> bool:
     plain = config.softcap is None and config.num_splits is None
     if not plain or config.present != OPERANDS[:4]:
         return False
-    return k_cache.dtype == operands["query"].dtype and decode_plan.serves_forward(
+    return str(k_cache.dtype) in plan.DTYPES and decode_plan.serves_forward(
         tokens, heads // kv_heads, kv_heads, k_cache.shape[1], config.window_left
     )
 

@@ -22,8 +22,9 @@ LEAST_BYTES = 1 << 16
 and for more rows twice what is least, if one sequence still has a split for 7 of 8
 multiprocessors."""
 
-FEW_ROWS, MANY_ROWS = 16, 64
-"""Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile."""
+FEW_ROWS, MANY_ROWS, F32_ROWS = 16, 64, 8
+"""Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile,
+and of the one kind for float32."""
 
 MHA_KEYS = 1024
 """Keys from which the decode kernel runs the few queries of a call of `mha`.
@@ -84,14 +85,17 @@ def serves_forward(
     )
 
 
-def row_tiles(rows: int) -> int:
-    """Tiles of the rows of a key/value head."""
+def row_tiles(rows: int, cache_bytes: int) -> int:
+    """Tiles of the rows of a key/value head; bytes of an element of the caches."""
+    if cache_bytes == 4:
+        return -(-rows // F32_ROWS)
     return -(-rows // (FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS))
 
 
-def enough_splits(rows: int, kv_heads: int) -> int:
+def enough_splits(rows: int, kv_heads: int, cache_bytes: int) -> int:
     """Splits of one sequence that fill a GPU."""
-    return min(MOST_SPLITS, max(1, UNITS // (kv_heads * row_tiles(rows))))
+    tiles = kv_heads * row_tiles(rows, cache_bytes)
+    return min(MOST_SPLITS, max(1, UNITS // tiles))
 
 
 def _least_keys(span: int, width: int, cache_bytes: int, rows: int, heads: int) -> int:
@@ -105,7 +109,7 @@ def _least_keys(span: int, width: int, cache_bytes: int, rows: int, heads: int) 
       heads: key/value heads times tiles of rows.
     """
     tiles = 64 if width <= 64 else 128 if width <= 128 else 256
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS or cache_bytes == 4:
         keys = max(SPLIT_UNIT, LEAST_BYTES // (2 * tiles * cache_bytes))
     else:
         keys = SPLIT_UNIT if tiles > 128 else 2 * SPLIT_UNIT
@@ -141,8 +145,8 @@ def splits_of(
         span = min(span, window_left + tokens)
     least = SPLIT_UNIT
     if num_splits is None:
-        num_splits = enough_splits(rows, kv_heads)
-        heads = kv_heads * row_tiles(rows)
+        num_splits = enough_splits(rows, kv_heads, cache_bytes)
+        heads = kv_heads * row_tiles(rows, cache_bytes)
         least = _least_keys(span, width, cache_bytes, rows, heads)
     units = -(-span // SPLIT_UNIT)
     keys = max(least, SPLIT_UNIT * -(-units // num_splits))

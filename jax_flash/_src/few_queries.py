@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash._src import compat, decode_kernel, decode_plan
+from jax_flash._src import compat, decode_kernel, decode_plan, plan
 from jax_flash._src.config import UNBOUNDED, AttentionConfig
 from jax_flash._src.decode_call import OPERANDS, DecodeConfig
 
@@ -32,6 +32,8 @@ def decode_config(
     if config.qkv_heads is not None or not {*operands} <= {*TENSORS, *OPTIONAL}:
         return None
     query, key, value = (operands[name] for name in TENSORS)
+    if str(query.dtype) not in plan.DTYPES:
+        return None  # nobody has compared the kernels of float32
     shapes = [x.shape for x in (query, key, value)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return None  # lengths of an exported program

@@ -40,6 +40,8 @@ extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache, 
       return launch<CacheType::kE4m3>(*params, device);
     case CacheType::kInt8:
       return launch<CacheType::kInt8>(*params, device);
+    case CacheType::kF32:
+      return launch<CacheType::kF32>(*params, device);
   }
   return -1;
 }

@@ -20,7 +20,8 @@ from decode_helpers import paged, quantised
 
 from jax_flash import append_kv, decode_mha, explain
 
-EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+# Of float32 that of its products, and of logits.
+EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}
 PAGE = 64
 SCRIPT = Path(__file__).with_name("decode_command_buffer_script.py")
 

@@ -37,9 +37,11 @@ def test_random_problems(kind: int) -> None:
     tokens = pick.choice((1, 1, 1, 2, 4, 7, 16))
     page = pick.choice((1, 2, 8, 16, 48, 64, 256))
     room = page * pick.randint(1, max(1, 700 // page))
-    dtype = pick.choice(("bfloat16", "float16"))
-    cache = pick.choice((dtype, dtype, "float8_e4m3fn", "int8"))
-    multiple = 8 if cache == dtype else 16
+    dtype = pick.choice(("bfloat16", "float16", "float32"))
+    cache = dtype
+    if dtype != "float32":
+        cache = pick.choice((dtype, dtype, "float8_e4m3fn", "int8"))
+    multiple = 16 // jnp.dtype(cache).itemsize
     widths = [
         pick.choice((64, 128, 256, multiple * pick.randint(1, 256 // multiple)))
         for _ in range(2)

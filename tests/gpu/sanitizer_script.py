@@ -128,8 +128,8 @@ def interval_calls(op: str) -> Iterator[Call]:
 
 
 def decode_calls() -> Iterator[Call]:
-    """Query, caches and lengths; both kinds of tile, pages, and every option."""
-    for dtype in DTYPES:
+    """Query, caches and lengths; all kinds of tile, pages, and every option."""
+    for dtype in (*DTYPES, np.float32):
         for width in (64, 128, 256, 72, 8):
             for tokens in (1, 9):
                 query, _, _ = arrays(dtype, (4, tokens, 8), (1, 2), width)

@@ -13,6 +13,8 @@ namespace jax_flash::ptx {
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
 inline float rcp_approx_ftz(float x) { return 1.0f / x; }
 
+inline uint32_t fresh_word(uint32_t x) { return x; }
+
 inline uint32_t max3(uint32_t x, uint32_t y, uint32_t z) { return std::max(std::max(x, y), z); }
 
 inline float round_tf32(float x) {
