@@ -380,9 +380,10 @@ def test_whoever_comes_last(
 ) -> None:
     """Thread blocks in any order give the same bits, one launch after the other.
 
-    A sequence of three groups of splits, one of a part of a group, and an empty one.
+    An empty sequence, some of a part of a group of splits, and one of three groups; in
+    pieces of many splits, of a few, and of one, which leave thread blocks without any.
     """
-    lengths = np.array([1100, 0, 130, 400], np.int32)
+    lengths = np.array([0, 130, 400, 1100], np.int32)
     query, k, v = problem(11, 4, tokens, heads, 2, 1100, *widths)
     if dtype == "int8":
         k, v = (quantised(dtype, x, np.ones((1, 2), np.float32))[0] for x in (k, v))
@@ -390,7 +391,7 @@ def test_whoever_comes_last(
     ways: dict[str, Any] = {"num_splits": 18}
     first = run(library, *given, multiprocessors=1, **ways)
     check(first, query, k.astype(np.float32), v.astype(np.float32), lengths)
-    for ways["multiprocessors"] in (2, 5):
+    for ways["multiprocessors"] in (2, 5, 30):
         counters = np.zeros(library.counters_of(ways["multiprocessors"]), np.uint32)
         for order in range(4):
             again = run(library, *given, order=order, counters=counters, **ways)

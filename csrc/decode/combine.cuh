@@ -103,12 +103,13 @@ __device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, in
     const int end = min_int(split + kGroupSplits, splits);
     // The split from which on each of the group is a part; up to there one thread block has added
     // them up.
-    const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
-    const int cut = (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
+    int cut = end;
     RowPart part[kGroupSplits];
 #pragma unroll
     for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
     if (split < splits) {
+      const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
+      cut = (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
       // All loads are on their way before the first is needed.
       part[0] = load(split);
 #pragma unroll

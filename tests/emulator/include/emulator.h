@@ -3,11 +3,11 @@
 // The headers beside this one stand in for those of CUDA and for csrc/ptx; everything else of the
 // kernels is compiled as it is. Each thread of a thread block is a fiber that runs until it has to
 // wait; thread blocks run one after another, in their order or in any other, those of a cluster by
-// turns: each until all of its threads wait. Matrix products, and copies but for cp.async and those between the thread blocks of
-// a cluster, are done when they are asked for, so this finds wrong logic (indices, masks, barriers
-// that are never completed or arrived at too often), and neither races nor what a real machine does
-// in the meantime. Every other cp.async or so is done when it is asked for, the rest when the
-// thread waits for it.
+// turns: each until all of its threads wait. Matrix products, and copies but for cp.async and those
+// between the thread blocks of a cluster, are done when they are asked for, so this finds wrong
+// logic (indices, masks, barriers that are never completed or arrived at too often), and neither
+// races nor what a real machine does in the meantime. Every other cp.async or so is done when it is
+// asked for, the rest when the thread waits for it.
 #pragma once
 
 #include <setjmp.h>
@@ -109,7 +109,7 @@ inline unsigned char* shared_memory;
 inline Cluster* cluster;
 inline int largest_cluster;                      // that was launched since this was set to 0
 inline std::vector<std::function<void()>> late;  // copies that were asked for
-inline unsigned order = 0;  // in which clusters run: as they are numbered, or by this seed
+inline unsigned order = 0;                       // of clusters: as numbered, or by this seed
 
 inline int lane() { return current->thread.x % 32; }
 inline int warp() { return current->thread.x / 32; }
