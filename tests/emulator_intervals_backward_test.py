@@ -41,6 +41,8 @@ def test_backward_sm90(backward: ctypes.CDLL, name: str) -> None:
         "bias",
         "bias in f32, shared by rows",
         "bias, mask and dropout",
+        "gradient of slopes",
+        "bias, soft cap, dropout",
     ],
 )
 @pytest.mark.parametrize(

@@ -110,11 +110,16 @@ def _runs_kernel(
             f"each), got {batch_dims}"
         )
     else:
-        built = registry.extension().kernels
         reason = None
         for op in ops:
-            given = query.dtype, *widths, built, config.precision
-            if missing := plan.missing_kernel(op, *given):
+            missing = plan.missing_kernel(
+                op,
+                query.dtype,
+                *widths,
+                registry.extension().kernels,
+                config.precision,
+            )
+            if missing is not None:
                 reason = f"has no {op} kernel for {missing}"
     if reason is not None and "xla" not in config.implementations:
         raise NotImplementedError(f"implementation='cuda' {reason}")
