@@ -461,6 +461,18 @@ def test_clusters(
         assert_same_bits(got, want)
 
 
+def test_clusters_of_several_tiles(library: ctypes.CDLL) -> None:
+    """10 rows of float32 are two tiles, each with a cluster of its own."""
+    query, k, v = problem(8, 1, 5, 4, 2, 512, 36, dtype="float32")
+    for length in (3, 130, 512):
+        held = query, k, v, np.array([length], np.int32)
+        got = run(library, *held, num_splits=8, multiprocessors=132)
+        assert library.cluster_of_last() == 8
+        check(got, *held)
+        assert_same_bits(run(library, *held, num_splits=8), got)
+        assert library.cluster_of_last() == 1
+
+
 @pytest.mark.parametrize(
     ("batch", "tokens", "room", "num_splits"),
     [(2, 1, 512, 8), (1, 17, 512, 8), (1, 1, 64, 1), (1, 1, 4224, 66)],

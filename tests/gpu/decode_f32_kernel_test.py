@@ -81,7 +81,8 @@ def test_lengths(results: list[Any], number: int) -> None:
     [
         (6, 2, 4096, 128),  # splits cut anywhere
         (6, 16, 4096, 64),  # several tiles of rows
-        (300, 1, 512, 64),  # one thread block for all of a sequence
+        (300, 1, 512, 64),  # one thread block for all of a sequence, alone clusters
+        (3, 3, 500, 128),  # alone clusters of two tiles of rows
         (20, 5, 1000, 256),
     ],
 )
