@@ -65,7 +65,7 @@ def test_value_width_dtype_and_implementation(
         ([*SHAPE, "--window", "x"], "--window must be LEFT,RIGHT, got 'x'"),
         ([*SHAPE, "--window", "1"], r"window_size .*\(1,\)"),
         ([*SHAPE, "--implementation", "triton"], "implementation must be .*'triton'"),
-        ([*SHAPE, "--precision", "f16"], "precision='f16' is not supported"),
+        ([*SHAPE, "--precision", "high"], "precision must be .*got 'high'"),
         (["--shape", "2,128,256,8,3,64"], "N=8 and K=3"),
     ],
 )

@@ -172,7 +172,6 @@ WRONG = {
 }
 
 UNSUPPORTED = {
-    "f16": ({"precision": "f16"}, r"precision='f16' is not supported"),
     "float8": (
         {name: zeros(*SHAPES[name], dtype=jnp.float8_e4m3fn) for name in SHAPES},
         r"query of dtype float8_e4m3fn is not supported",
