@@ -93,7 +93,7 @@ def _candidates(implementation: Implementation) -> list[Backend]:
             f"{implementation!r}"
         )
     for name in wanted:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"implementation must be None, one of {names()} or a tuple of them, "
                 f"got {implementation!r}"

@@ -167,6 +167,7 @@ WRONG = {
         r"implementation must be None, .*\('xla', 'triton'\)",
     ),
     "no implementation": ({"implementation": ()}, r"implementation must be .*got \(\)"),
+    "no name": ({"implementation": [["xla"]]}, r"implementation must be .*'xla'\]\]"),
     "deterministic": ({"deterministic": None}, r"deterministic must be True or False"),
     "return_lse": ({"return_lse": "yes"}, r"return_lse must be True .*'yes'"),
 }
