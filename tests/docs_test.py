@@ -44,7 +44,9 @@ NAMES = {
 def blocks(page: str, *, signatures: bool) -> list[str]:
     found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     found = [block for block in found if not block.startswith(">>>")]
-    return [block for block in found if ("*, " in block or "*,\n" in block) == signatures]
+    return [
+        block for block in found if ("*, " in block or "*,\n" in block) == signatures
+    ]
 
 
 @pytest.mark.parametrize("page", NAMES)
