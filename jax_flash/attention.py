@@ -86,9 +86,12 @@ def mha(
         XLA_FLAGS does the same for every call lowered while it is set; options given to
         one compilation (`jax.jit(compiler_options=...)`) are not seen. The jnp path has
         one way to compute gradients, as reproducible as XLA's matrix products.
-      precision: None, "highest" for float32-faithful products, or "tf32" for products
-        of float32 whose factors may be rounded to TF32. None is exact to about 2^-16 or
-        better for float32 (docs/numerics.md).
+      precision: how exact products of float32 are. None: to about 2^-16 or better
+        (docs/numerics.md); "highest": as float32; "tf32": factors may be rounded to TF32;
+        "bf16", "f16": query, key and value are rounded to that type first, and the call,
+        its gradients too, is one of that type (float16 ends at 65504). Other types:
+        "highest" and "tf32" keep weights from being rounded, "bf16" and "f16" change
+        nothing.
       return_lse: also return the log-sum-exp of the logits.
       implementation: None for the first backend that supports the call on the platform
         it is lowered for (`jax_flash.explain` tells), a name, or a tuple of names.
@@ -302,11 +305,13 @@ def _attend(
 
     With `qkv` query, key and value are the types of its parts.
     """
-    call = validate.check_call(arrays, options)
+    given = validate.check_call(arrays, options)
+    call = validate.rounded(given)
     if qkv is not None:
         arrays = {**arrays, QKV: qkv}
     operands = validate.canonical(call, arrays, options["dropout_key"])
     out, lse = backends.run(call, operands, implementation)
+    out = out.astype(given.dtype)
     if len(arrays["query"].shape) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return (out, lse) if call.return_lse else out

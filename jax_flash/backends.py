@@ -93,7 +93,7 @@ def _candidates(implementation: Implementation) -> list[Backend]:
             f"{implementation!r}"
         )
     for name in wanted:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"implementation must be None, one of {names()} or a tuple of them, "
                 f"got {implementation!r}"
@@ -329,7 +329,7 @@ def explain(
     for name in options:
         if name not in (*DEFAULTS, *PACKED):
             raise TypeError(f"explain() got an argument that mha has not: {name!r}")
-    call = validate.check_call(arrays, {**DEFAULTS, **options})
+    call = validate.rounded(validate.check_call(arrays, {**DEFAULTS, **options}))
     candidates = _candidates(implementation)
     able, reasons = _judge(call, candidates)
     first = functools.partial(_first, able)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import decode, rotary
+from jax_flash._src import decode_call
 
 __all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCache"]
 
@@ -33,11 +34,21 @@ def _longer(lengths: jax.Array, k_new: Any, room: int) -> jax.Array:
     return jnp.where(lengths < 0, lengths, longer)
 
 
-def _scale(scale: Any, heads: int) -> jax.Array | None:
-    """A scale for each head, or None."""
-    if scale is None:
-        return None
-    return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (heads,))
+def _empty(dtype: Any, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Zeros for keys and values, of a type that a cache may have."""
+    if str(jnp.dtype(dtype)) not in decode_call.CACHE_DTYPES:
+        raise ValueError(
+            f"dtype must be one of {decode_call.CACHE_DTYPES}, got {dtype!r}"
+        )
+    return [jnp.zeros(shape, dtype) for shape in shapes]
+
+
+def _scales(cache: jax.Array, **scales: Any) -> list[jax.Array | None]:
+    """A scale for each head of a cache [.., .., K, H], or None."""
+    return [
+        None if x is None else decode_call.canonical_scale(name, x, cache)[0]
+        for name, x in scales.items()
+    ]
 
 
 class _Cache:
@@ -153,9 +164,12 @@ class KVCache(_Cache):
           num_kv_heads: key/value heads K.
           head_dim: key width H.
           value_dim: value width Hv, H if None.
-          dtype: of keys and values.
+          dtype: of keys and values: floating of 16 bits or more, float8_e4m3fn or int8.
           k_scale: floating [K] or a number, for float8_e4m3fn and int8.
           v_scale: the same for values.
+
+        Raises:
+          ValueError: an argument is wrong; the message names it and its value.
         """
         value_dim = head_dim if value_dim is None else value_dim
         _check_sizes(
@@ -166,13 +180,9 @@ class KVCache(_Cache):
             value_dim=value_dim,
         )
         shape = (batch, max_length, num_kv_heads)
-        return cls(
-            jnp.zeros((*shape, head_dim), dtype),
-            jnp.zeros((*shape, value_dim), dtype),
-            jnp.zeros((batch,), jnp.int32),
-            _scale(k_scale, num_kv_heads),
-            _scale(v_scale, num_kv_heads),
-        )
+        k, v = _empty(dtype, (*shape, head_dim), (*shape, value_dim))
+        scales = _scales(k, k_scale=k_scale, v_scale=v_scale)
+        return cls(k, v, jnp.zeros((batch,), jnp.int32), *scales)
 
     @property
     def max_length(self) -> int:
@@ -246,9 +256,12 @@ class PagedKVCache(_Cache):
           batch: number of sequences B.
           max_pages: pages that one sequence may have.
           value_dim: value width Hv, H if None.
-          dtype: of keys and values.
+          dtype: of keys and values: floating of 16 bits or more, float8_e4m3fn or int8.
           k_scale: floating [K] or a number, for float8_e4m3fn and int8.
           v_scale: the same for values.
+
+        Raises:
+          ValueError: an argument is wrong; the message names it and its value.
         """
         value_dim = head_dim if value_dim is None else value_dim
         _check_sizes(
@@ -261,14 +274,10 @@ class PagedKVCache(_Cache):
             value_dim=value_dim,
         )
         shape = (num_pages, page_size, num_kv_heads)
-        return cls(
-            jnp.zeros((*shape, head_dim), dtype),
-            jnp.zeros((*shape, value_dim), dtype),
-            jnp.full((batch, max_pages), -1, jnp.int32),
-            jnp.zeros((batch,), jnp.int32),
-            _scale(k_scale, num_kv_heads),
-            _scale(v_scale, num_kv_heads),
-        )
+        k, v = _empty(dtype, (*shape, head_dim), (*shape, value_dim))
+        scales = _scales(k, k_scale=k_scale, v_scale=v_scale)
+        table = jnp.full((batch, max_pages), -1, jnp.int32)
+        return cls(k, v, table, jnp.zeros((batch,), jnp.int32), *scales)
 
     @property
     def page_size(self) -> int:

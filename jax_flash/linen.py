@@ -79,9 +79,11 @@ class AttentionFn(AttentionOptions):
           value: [*B, S, K, Hv].
           bias: broadcastable to [*B, N, T, S], added to the logits.
           mask: broadcastable to [*B, N, T, S], nonzero = attend.
-          broadcast_dropout: only matters with active dropout, which is not supported.
-          dropout_rng: as `broadcast_dropout`.
-          dropout_rate: must be 0 unless `deterministic`.
+          broadcast_dropout: must be False where dropout is active: what is dropped
+            differs between batch entries and heads.
+          dropout_rng: key of the dropout.
+          dropout_rate: as for `mha`; active unless `deterministic`. Not the draw of
+            Flax, but the same distribution, rounded to multiples of 1/256.
           deterministic: no dropout.
           dtype: computation and output dtype; inferred from the inputs if None.
           precision: None or a `jax.lax.Precision`; DEFAULT and HIGH are exceeded.
@@ -98,8 +100,7 @@ class AttentionFn(AttentionOptions):
           NotImplementedError: an argument asks for something that is not built.
           ValueError: shapes or dtypes do not fit (see `jax_flash.mha`).
         """
-        # Dropout's details matter to active dropout only, which raises below.
-        del broadcast_dropout, dropout_rng, force_fp32_for_softmax
+        del force_fp32_for_softmax
         query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
         return attend(
             self,
@@ -109,6 +110,8 @@ class AttentionFn(AttentionOptions):
             bias,
             mask,
             is_causal=False,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,
             deterministic=deterministic,
             precision=precision,

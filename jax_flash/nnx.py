@@ -75,9 +75,11 @@ class AttentionFn(AttentionOptions):
           value: [*B, S, K, Hv].
           bias: broadcastable to [*B, N, T, S], added to the logits.
           mask: broadcastable to [*B, N, T, S], nonzero = attend.
-          broadcast_dropout: only matters with active dropout, which is not supported.
-          dropout_rng: as `broadcast_dropout`.
-          dropout_rate: must be 0 unless `deterministic`.
+          broadcast_dropout: must be False where dropout is active: what is dropped
+            differs between batch entries and heads.
+          dropout_rng: key of the dropout.
+          dropout_rate: as for `mha`; active unless `deterministic`. Not the draw of
+            Flax, but the same distribution, rounded to multiples of 1/256.
           deterministic: no dropout.
           dtype: computation and output dtype; inferred from the inputs if None.
           precision: None or a `jax.lax.Precision`; DEFAULT and HIGH are exceeded.
@@ -94,7 +96,6 @@ class AttentionFn(AttentionOptions):
           NotImplementedError: an argument asks for something that is not built.
           ValueError: shapes or dtypes do not fit (see `jax_flash.mha`).
         """
-        del broadcast_dropout, dropout_rng  # read by active dropout only: it raises
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         return attend(
             self,
@@ -104,6 +105,8 @@ class AttentionFn(AttentionOptions):
             bias,
             mask,
             is_causal=is_causal,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
             dropout_rate=dropout_rate,
             deterministic=deterministic,
             precision=precision,

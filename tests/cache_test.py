@@ -152,6 +152,12 @@ def test_errors_of_create() -> None:
         KVCache.create(0, 4, 2, 8)
     with pytest.raises(ValueError, match=r"page_size must be an integer .* got 1.5"):
         PagedKVCache.create(4, cast(int, 1.5), 2, 8, batch=1, max_pages=2)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*int32"):
+        KVCache.create(1, 4, 2, 8, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"k_scale is for caches of .* bfloat16: 2"):
+        KVCache.create(1, 4, 2, 8, k_scale=2)
+    with pytest.raises(ValueError, match=r"v_scale must be .* K=2 heads, .*\(3,\)"):
+        KVCache.create(1, 4, 2, 8, dtype=jnp.int8, v_scale=jnp.ones(3))
 
 
 def test_copy_on_write() -> None:

@@ -1,4 +1,4 @@
-"""`python -m jax_flash info`."""
+"""`python -m jax_flash info`, `bench` and `demo`."""
 
 import importlib.metadata
 import re
@@ -65,7 +65,7 @@ def test_value_width_dtype_and_implementation(
         ([*SHAPE, "--window", "x"], "--window must be LEFT,RIGHT, got 'x'"),
         ([*SHAPE, "--window", "1"], r"window_size .*\(1,\)"),
         ([*SHAPE, "--implementation", "triton"], "implementation must be .*'triton'"),
-        ([*SHAPE, "--precision", "f16"], "precision='f16' is not supported"),
+        ([*SHAPE, "--precision", "high"], "precision must be .*got 'high'"),
         (["--shape", "2,128,256,8,3,64"], "N=8 and K=3"),
     ],
 )
@@ -77,6 +77,28 @@ def test_errors(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert re.search(message, captured.err)
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--shape", "2,16,16,4,2,8", "--dtype", "f32"]
+    options = ["--causal", "--lengths", "--return-lse", "--seconds", "0.001"]
+    assert main(["bench", *shape, *options]) == 0
+    text = capsys.readouterr().out
+    assert "query float32[2,16,4,8]" in text
+    assert "is_causal=True" in text
+    rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+)$", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["xla"]
+    assert all(float(x) > 0 for x in rows[0][1:])
+    assert main(["bench", "--shape", "1,2"]) == 2
+
+
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    text = capsys.readouterr().out
+    errors = dict(re.findall(r"^(\w+).* off by (.*)$", text, re.MULTILINE))
+    assert float(errors.pop("sample")) < 0.03
+    assert len(errors) == 6
+    assert all(float(x) < 2e-6 for x in errors.values())
 
 
 def test_as_a_module() -> None:

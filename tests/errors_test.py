@@ -167,12 +167,12 @@ WRONG = {
         r"implementation must be None, .*\('xla', 'triton'\)",
     ),
     "no implementation": ({"implementation": ()}, r"implementation must be .*got \(\)"),
+    "no name": ({"implementation": [["xla"]]}, r"implementation must be .*'xla'\]\]"),
     "deterministic": ({"deterministic": None}, r"deterministic must be True or False"),
     "return_lse": ({"return_lse": "yes"}, r"return_lse must be True .*'yes'"),
 }
 
 UNSUPPORTED = {
-    "f16": ({"precision": "f16"}, r"precision='f16' is not supported"),
     "float8": (
         {name: zeros(*SHAPES[name], dtype=jnp.float8_e4m3fn) for name in SHAPES},
         r"query of dtype float8_e4m3fn is not supported",

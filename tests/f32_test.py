@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import call_of, cuda_text, kernel_calls, normal
 
@@ -136,3 +137,43 @@ def test_products_of_jnp(precision: str | None, dtype: str) -> None:
     if dtype == "bfloat16" and precision != "highest":
         expected = "DEFAULT"
     assert set(re.findall(r"precision = \[(\w+),", text)) == {expected}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_16_bit_precision(precision: str) -> None:
+    """The call of rounded inputs, its results and gradients in float32."""
+    dtype = {"bf16": "bfloat16", "f16": "float16"}[precision]
+    arrays = inputs()
+    options = {"softcap": 3.0, "is_causal": True, "return_lse": True}
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, **kw: Any) -> Any:
+        out, lse = attend(q, k, v, **options, **kw)
+        assert out.dtype == q.dtype
+        return (out.astype("float32") ** 2).sum() + jnp.sin(lse).sum(), (out, lse)
+
+    gradients = jax.grad(run, (0, 1, 2), has_aux=True)
+    got = gradients(*arrays, precision=precision)
+    want = gradients(*(x.astype(dtype) for x in arrays))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_array_equal(x, y.astype("float32"))
+
+    text = cuda_text(lambda *a: attend(*a, **options, precision=precision), *arrays)
+    line = call_of(registry.FORWARD_TARGET, text)
+    assert f"(tensor<2x64x4x16x{precision}>, tensor<2x48x2x16x{precision}>" in line
+    explained = jax_flash.explain(*arrays, softcap=3.0, precision=precision)
+    assert explained.chosen["cuda"] == "cuda"
+    assert f"query {dtype}[2,64,4,16]" in str(explained)
+
+    # A projection of all three is rounded as one array.
+    qkv = normal(2, 8, 4 * 16)
+    packed = jax_flash.mha_qkvpacked(qkv, 2, 1, precision=precision)
+    np.testing.assert_array_equal(
+        packed, jax_flash.mha_qkvpacked(qkv.astype(dtype), 2, 1).astype("float32")
+    )
+    # Nothing else is rounded to it.
+    for other in ("bfloat16", "float16"):
+        few = [x.astype(other) for x in arrays]
+        same = attend(*few, precision=precision)
+        np.testing.assert_array_equal(same, attend(*few))

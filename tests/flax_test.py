@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -144,9 +145,32 @@ def test_nnx_inactive_dropout_is_no_error() -> None:
     close(layer(inputs(), deterministic=True), nnx_attention()(inputs()))
 
 
-def test_nnx_active_dropout_raises() -> None:
+def test_nnx_dropout() -> None:
+    """Of the module's own stream, the same for the same key; none if deterministic."""
+    rngs = nnx.Rngs(0, dropout=7)
+    options = {"dropout_rate": 0.5, "broadcast_dropout": False}
+    layer = nnx_attention(jax_flash_nnx.attention_fn, **options, keep_rngs=False)
+    plain = nnx_attention()(inputs())
+    close(layer(inputs(), deterministic=True), plain)
+    first, second = (layer(inputs(), deterministic=False, rngs=rngs) for _ in "12")
+    again = layer(inputs(), deterministic=False, rngs=nnx.Rngs(0, dropout=7))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, second, atol=0.01)
+    assert not np.allclose(first, plain, atol=0.01)
+
+    query = jnp.ones((1, 64, 2, 8))
+    key = jax.random.key(3)
+    fn = functools.partial(jax_flash_nnx.attention_fn, broadcast_dropout=False)
+    got = fn(query, query, query, dropout_rate=0.25, dropout_rng=key)
+    want = jax_flash.mha(query, query, query, dropout_rate=0.25, dropout_key=key)
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match=r"dropout_rng must be .*=0\.25, got None"):
+        fn(query, query, query, dropout_rate=0.25)
+
+
+def test_nnx_broadcast_dropout_raises() -> None:
     layer = nnx_attention(jax_flash_nnx.attention_fn, dropout_rate=0.5)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
+    with pytest.raises(NotImplementedError, match=r"broadcast_dropout=True .*=0\.5"):
         layer(inputs(), deterministic=False)
 
 
@@ -267,12 +291,23 @@ def test_nnx_signature_takes_all_that_nnx_passes() -> None:
     assert set(inspect.signature(nnx.dot_product_attention).parameters) <= set(ours)
 
 
-def test_linen_active_dropout_raises() -> None:
-    layer = linen_attention(jax_flash_linen.attention_fn, dropout_rate=0.25)
+def test_linen_dropout() -> None:
+    options = {"dropout_rate": 0.25}
+    fn = jax_flash_linen.attention_fn
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.25"):
+    layer = linen_attention(fn, **options)
+    with pytest.raises(NotImplementedError, match=r"broadcast_dropout=True .*=0\.25"):
         layer.init(rngs, inputs(), deterministic=False)
-    layer.init(rngs, inputs(), deterministic=True)
+    plain, variables = layer.init_with_output(rngs, inputs(), deterministic=True)
+    layer = linen_attention(fn, **options, broadcast_dropout=False)
+
+    def run(seed: int) -> jax.Array:
+        key = jax.random.key(seed)
+        return layer.apply(variables, inputs(), dropout_rng=key, deterministic=False)
+
+    assert not np.allclose(run(1), plain, atol=0.01)
+    assert not np.allclose(run(1), run(2), atol=0.01)
+    np.testing.assert_array_equal(run(1), run(1))
 
 
 def test_linen_sow_weights_raises() -> None:

@@ -84,4 +84,5 @@ def join(x: jax.Array, axis: int) -> jax.Array:
     """
     axis = axis % (x.ndim - 1)
     x = jnp.moveaxis(x, 0, axis)
-    return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))
+    size = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape((*x.shape[:axis], size, *x.shape[axis + 2 :]))

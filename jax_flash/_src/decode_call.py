@@ -31,6 +31,8 @@ OPERANDS: tuple[str, ...] = (
 QUANTISED = ("float8_e4m3fn", "int8")
 """Cache dtypes that go with scales."""
 
+CACHE_DTYPES = (*validate.FLOAT_DTYPES, *QUANTISED)
+
 MOST_NEW_TOKENS = 64
 IMPLEMENTATIONS = ("cuda", "xla")
 
@@ -90,7 +92,7 @@ def check_caches(k_cache: Any, v_cache: Any, paged: bool) -> None:
                 f"{name} must be {layouts[name]}{' with a page_table' * paged}, got "
                 f"shape {x.shape}"
             )
-        if str(x.dtype) not in (*validate.FLOAT_DTYPES, *QUANTISED):
+        if str(x.dtype) not in CACHE_DTYPES:
             raise NotImplementedError(f"{name} of dtype {x.dtype} is not supported")
     if value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
         raise ValueError(
@@ -104,13 +106,15 @@ def check_caches(k_cache: Any, v_cache: Any, paged: bool) -> None:
 
 
 def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
-    """A scale for each head as float32 [1, K]; from a number, [K] or [B, K]."""
+    """A scale for each head as float32 [1, K], from a number or [K]."""
     if str(cache.dtype) not in QUANTISED:
         raise ValueError(
             f"{name} is for caches of {' or '.join(QUANTISED)}, got one for "
             f"{cache.dtype}: {x!r}"
         )
     heads = cache.shape[2]
+    if isinstance(x, int) and not isinstance(x, bool):
+        x = float(x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
@@ -163,7 +167,9 @@ def check_implementation(implementation: Any) -> tuple[str, ...]:
     if implementation is None:
         return IMPLEMENTATIONS
     wanted = (implementation,) if isinstance(implementation, str) else implementation
-    known = isinstance(wanted, tuple | list) and set(wanted) <= set(IMPLEMENTATIONS)
+    known = isinstance(wanted, tuple | list) and all(
+        name in IMPLEMENTATIONS for name in wanted
+    )
     if not known or not wanted:
         raise ValueError(
             f"implementation must be None, one of {IMPLEMENTATIONS} or a tuple of "

@@ -76,6 +76,8 @@ def attend(
     mask: jax.Array | None,
     *,
     is_causal: bool,
+    broadcast_dropout: bool,
+    dropout_rng: jax.Array | None,
     dropout_rate: float,
     deterministic: bool,
     precision: Any,
@@ -92,6 +94,8 @@ def attend(
       mask: broadcastable to [*B, N, T, S] (nonzero = attend), or None. Flax's mask
         helpers return float arrays, so any dtype is taken.
       is_causal: Flax's request; joined with `options.is_causal`.
+      broadcast_dropout: must be False where dropout is active.
+      dropout_rng: its key.
       dropout_rate: Flax's attention dropout; only active when not `deterministic`.
       deterministic: Flax's flag.
       precision: see `mha_precision`.
@@ -103,16 +107,23 @@ def attend(
     Raises:
       NotImplementedError: an argument asks for something that is not built; the
         message names it and shows its value.
+      ValueError: `dropout_rng` is missing, or what `mha` says.
     """
     for name, argument in unsupported.items():
         if argument is not None:
             raise NotImplementedError(
                 f"attention_fn does not support {name}={argument!r}"
             )
-    if dropout_rate > 0.0 and not deterministic:
+    drops = dropout_rate > 0.0 and not deterministic
+    if drops and broadcast_dropout:
         raise NotImplementedError(
-            f"attention_fn does not support dropout_rate={dropout_rate} with"
-            f" deterministic={deterministic}: attention dropout is not built yet"
+            f"attention_fn does not support broadcast_dropout={broadcast_dropout} with"
+            f" dropout_rate={dropout_rate}: every batch entry and head drops its own;"
+            " build the module with broadcast_dropout=False"
+        )
+    if drops and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rng must be given with dropout_rate={dropout_rate}, got None"
         )
     return mha(
         query,
@@ -124,6 +135,8 @@ def attend(
         is_causal=is_causal or options.is_causal,
         causal_alignment=options.causal_alignment,
         window_size=options.window_size,
+        dropout_rate=dropout_rate if drops else 0.0,
+        dropout_key=dropout_rng if drops else None,
         precision=mha_precision(precision),
         implementation=options.implementation,
     )

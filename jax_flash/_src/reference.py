@@ -41,7 +41,7 @@ def forward(*operands: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     out_shape = (*batch, rows, heads, o["value"].shape[-1])
     lse_shape = (*batch, heads, rows)
     dtype = accumulator(o["query"].dtype)
-    if 0 in out_shape or 0 in o["key"].shape:
+    if 0 in lse_shape or 0 in o["key"].shape:
         out, lse = jnp.zeros(out_shape, dtype), jnp.full(lse_shape, -jnp.inf, dtype)
         out, lse = (compat.vary_like(x, o["query"]) for x in (out, lse))
     else:

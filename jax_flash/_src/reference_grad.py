@@ -149,7 +149,7 @@ def tangent(
     batch = jnp.broadcast_shapes(batch_shape(o), batch_shape(t))
     out_shape, lse_shape = batch + o["out"].shape[-3:], batch + o["lse"].shape[-2:]
     out_dtype, lse_dtype = o["out"].dtype, o["lse"].dtype
-    if 0 in out_shape or 0 in o["key"].shape:
+    if 0 in lse_shape or 0 in o["key"].shape:
         dout, dlse = jnp.zeros(out_shape, out_dtype), jnp.zeros(lse_shape, lse_dtype)
         return [compat.vary_like(x, o["query"]) for x in (dout, dlse)]
     rows = o["query"].shape[-3]
@@ -216,7 +216,7 @@ def backward(
         axes = tuple(len(batch) + axis for axis in shared[name])
         return x.sum(axes, keepdims=True) if axes else x
 
-    if 0 in batch + o["out"].shape[-3:] + o["key"].shape:
+    if 0 in batch + o["out"].shape[-3:-1] + o["key"].shape:
         zeros = [
             summed_over_batch(n, jnp.zeros(batch + shapes[n], dtypes[n]))
             for n in shapes

@@ -5,6 +5,7 @@ NotImplementedError: it is right, and not built. What a given implementation can
 is not decided here but in `Backend.supports`.
 """
 
+import dataclasses
 import math
 import numbers
 from typing import Any
@@ -20,8 +21,10 @@ from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, QKV, TRAILING
 
 ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = (None, "highest", "tf32")
-NAMED_PRECISIONS = ("bf16", "f16")
+PRECISIONS = (None, "highest", "tf32", "bf16", "f16")
+ROUNDED = {"bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
+"""What float32 inputs are rounded to before anything is computed, by precision."""
+
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 LARGEST_WINDOW = 1 << 30
 """A window side this large is unbounded; smaller ones cannot overflow int32 rows."""
@@ -60,6 +63,21 @@ def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     return Call(**shapes, **checked)
 
 
+def rounded(call: Call) -> Call:
+    """The call that is run: for precision "bf16" and "f16" that of rounded inputs.
+
+    Only float32 is rounded: other types are exact in these, or were asked for.
+    """
+    dtype = ROUNDED.get(call.precision or "")
+    if dtype is None:
+        return call
+    shapes = {}
+    if call.dtype == jnp.float32:
+        for name in OPERANDS[:3]:
+            shapes[name] = jax.ShapeDtypeStruct(getattr(call, name).shape, dtype)
+    return dataclasses.replace(call, **shapes, precision=None)
+
+
 def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names of operands: `bias` may stand for another one."""
     bias = arrays.get("bias")
@@ -71,7 +89,7 @@ def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
 def canonical(
     call: Call, arrays: dict[str, Any], dropout_key: Any = None
 ) -> dict[str, jax.Array]:
-    """The arrays of a validated call with canonical ranks and dtypes.
+    """The arrays of a validated (and rounded) call with canonical ranks and dtypes.
 
     An array "qkv" takes the place of query, key and value, which then are only types.
     """
@@ -80,7 +98,8 @@ def canonical(
     if QKV in arrays:
         rank = len(call.batch) + TRAILING[QKV]
         qkv = jnp.asarray(arrays[QKV])
-        result[QKV] = qkv.reshape((1,) * (rank - qkv.ndim) + qkv.shape)
+        qkv = qkv.reshape((1,) * (rank - qkv.ndim) + qkv.shape)
+        result[QKV] = qkv.astype(call.dtype)
         names = names[3:]
     arrays = by_operand(arrays)
     if call.dropout_seeds is not None:
@@ -94,7 +113,8 @@ def canonical(
         x = arrays[name]
         if shape.dtype == jnp.int32:
             x = as_int32(x)
-        result[name] = jnp.asarray(x).reshape(shape.shape)
+        x = jnp.asarray(x).reshape(shape.shape)
+        result[name] = x.astype(call.dtype) if name in OPERANDS[:3] else x
     return result
 
 
@@ -407,13 +427,8 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
             f"causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}"
         )
     precision = _static("precision", options["precision"])
-    if precision in NAMED_PRECISIONS:
-        raise NotImplementedError(f"precision={precision!r} is not supported yet")
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be one of {PRECISIONS + NAMED_PRECISIONS}, got "
-            f"{precision!r}"
-        )
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     rate = number("dropout_rate", options.pop("dropout_rate"))
     dropout_key = options.pop("dropout_key")
     if not 0 <= rate < 1:
