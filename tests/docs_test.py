@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import flax.nnx
@@ -49,6 +50,16 @@ def blocks(page: str, *, signatures: bool) -> list[str]:
     ]
 
 
+@pytest.fixture
+def _backends() -> Iterator[None]:
+    """Removes what an example registers."""
+    before = jax_flash.backends.names()
+    yield
+    for name in set(jax_flash.backends.names()) - set(before):
+        jax_flash.backends.unregister(name)
+
+
+@pytest.mark.usefixtures("_backends")
 @pytest.mark.parametrize("page", NAMES)
 def test_examples(page: str) -> None:
     examples = blocks(page, signatures=False)

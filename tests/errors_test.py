@@ -211,10 +211,6 @@ KERNEL_LIMITS = {
         {"softcap": 2.0},
         r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
     ),
-    "bias": (
-        {"bias": zeros(6, 1)},
-        r"bias \(of shape \(1, 1, 6, 1\)\) that keys share",
-    ),
     "float32 with a mask": (
         {"mask": zeros(6, 5, dtype=bool)},
         r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",

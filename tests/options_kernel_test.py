@@ -197,19 +197,18 @@ def test_one_function_computes_the_mask_of_all_layers() -> None:
     assert kernel_calls(f, *tensors()) == 3
 
 
-GRADIENTS_OF_SLOPES: dict[str, tuple[dict[str, Any], int]] = {
-    "causal": ({"is_causal": True, **LENGTHS}, 1),
-    "documents": ({**DOCUMENTS, "deterministic": True, "sinks": SLOPES}, 1),
-    "soft cap": ({"softcap": 2.0, "window_size": (90, 20), **DROPOUT}, 2),
+GRADIENTS_OF_SLOPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "causal": ({"is_causal": True, **LENGTHS}, BATCH, 1),
+    "documents": ({**DOCUMENTS, "deterministic": True, "sinks": SLOPES}, 1, 1),
+    "soft cap": ({"softcap": 2.0, "window_size": (90, 20), **DROPOUT}, 1, 2),
 }
-"""Options, and how many calls of the backward they take."""
+"""Options, sequences with slopes, and how many calls of the backward they take."""
 
 
 @pytest.mark.parametrize("case", GRADIENTS_OF_SLOPES)
-@pytest.mark.parametrize("batch", [1, BATCH])
-def test_gradients_of_slopes(case: str, batch: int) -> None:
+def test_gradients_of_slopes(case: str) -> None:
     """By head, or of each sequence; a soft cap takes a call for this alone."""
-    options, count = GRADIENTS_OF_SLOPES[case]
+    options, batch, count = GRADIENTS_OF_SLOPES[case]
     slopes = jnp.stack([SLOPES, -SLOPES / 3][:batch])
 
     def f(implementation: str, *args: Any, argnums: Any = (0, 1, 2, 3)) -> Any:

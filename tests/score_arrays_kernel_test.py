@@ -258,20 +258,23 @@ def test_gradients_in_an_order_need_memory(monkeypatch: pytest.MonkeyPatch) -> N
         assert details.endswith("(by jnp if bias has one)")
 
 
-ROW_BIASES = ("bnt1", "1n11", "11t1")
-OPTIONS_OF_ROWS: dict[str, dict[str, Any]] = {
-    "alone": {},
-    "sinks": {"sinks": SLOPES, "is_causal": True},
-    "sinks and mask": {"sinks": SLOPES, "mask": mask_of("b1ts").at[:, :, 7].set(False)},
-    "soft cap": {"softcap": 2.0, "deterministic": True},
+ROW_BIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "alone": ("bnt1", {}),
+    "sinks": ("11t1", {"sinks": SLOPES, "is_causal": True}),
+    "sinks and mask": (
+        "bnt1",
+        {"sinks": SLOPES, "mask": mask_of("b1ts").at[:, :, 7].set(False)},
+    ),
+    "sinks, rows alike": ("1n11", {"sinks": SLOPES, "softcap": 2.0}),
+    "in an order": ("1n11", {"deterministic": True}),
 }
+"""Which dimensions a bias has in full, and options."""
 
 
-@pytest.mark.parametrize("options", OPTIONS_OF_ROWS)
-@pytest.mark.parametrize("pattern", ROW_BIASES)
-def test_a_bias_that_keys_share(pattern: str, options: str) -> None:
+@pytest.mark.parametrize("case", ROW_BIASES)
+def test_a_bias_that_keys_share(case: str) -> None:
     """Joined to what the kernel computes without it; large numbers and -inf."""
-    given = OPTIONS_OF_ROWS[options]
+    pattern, given = ROW_BIASES[case]
     size = 1 if "sinks" in given else 300
     args = *tensors(), size * bias_of(pattern, jnp.float32)
 
