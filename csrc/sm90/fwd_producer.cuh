@@ -56,12 +56,16 @@ struct FwdPlanner {
     return __shfl_sync(0xffffffffu, id, 0);
   }
 
-  // With intervals: who has room takes the next block of the list.
+  // With intervals: who is about to finish a block takes the next of the list.
   __device__ __forceinline__ void take_blocks(RingIndex<Shared::kBlockSlots>& ring) const {
     wait_for_work_order();
     const int most = most_row_blocks(params);
     const int ids = plan.order.ids_of(most);
+    uint32_t taken = 0;  // blocks at work before the next
     while (true) {
+      if (taken != 0) {
+        ptx::mbarrier_wait(ptx::shared_address(&shared.block_wanted), (taken - 1) % 2);
+      }
       const int id = next_id(ring);
       if (id >= ids) break;
       const SectionOrder::Place place = plan.order.place_of(id, most);
@@ -80,6 +84,7 @@ struct FwdPlanner {
       }
       if (__any_sync(0xffffffffu, sees_keys)) {
         ring.next();
+        ++taken;
       } else {
         store_empty({0, head, batch}, rows.first, rows.rows);
       }
@@ -248,12 +253,18 @@ struct FwdProducer {
   // Copies run a tile ahead of the block: the values of a block's last tile are asked for after the
   // first keys of the next. With two query stages, the next block's queries are asked for early,
   // though not before the copies that are waited for sooner.
+  //
+  // With intervals the next block is taken late, so that the last blocks of all thread blocks end
+  // at about the same time: the planner, which takes about as long as one and a half tiles, begins
+  // kTilesAfter tiles before the last, when consumers have two more to do.
   __device__ __forceinline__ void run() {
     constexpr bool kEarly = Config::kQueryStages > 1;
     constexpr int kTilesBefore = 2;
-    bool pending = false;  // there is a block at work
-    int early_tile = 0;    // after which the next block's queries are asked for
-    int tile = 0;          // whose keys were copied last
+    constexpr int kTilesAfter = 2;
+    bool pending = false;                   // there is a block at work
+    int early_tile = 0;                     // after which the next block's queries are asked for
+    [[maybe_unused]] int wanted_tile = -1;  // and after which the planner is asked for it
+    int tile = 0;                           // whose keys were copied last
     int lowest = 0;
     int head = 0;
     int batch = 0;
@@ -264,6 +275,11 @@ struct FwdProducer {
     while (true) {
 #pragma unroll 1
       while (true) {
+        if constexpr (Config::kIntervals) {
+          if (tile == wanted_tile && elected()) {
+            ptx::mbarrier_arrive(ptx::shared_address(&shared.block_wanted));
+          }
+        }
         if (tile == early_tile) {
           next = &next_block();
           if (kEarly) copy_queries(*next);
@@ -286,8 +302,14 @@ struct FwdProducer {
       pending = next->tiles > 0;
       tile = next->last_tile;
       lowest = pending ? tile - next->tiles + 1 : tile;
-      early_tile = max(lowest, tile - kTilesBefore);
+      if constexpr (Config::kIntervals && !Config::kDense) {
+        early_tile = lowest;
+        wanted_tile = min(tile, lowest + kTilesAfter);
+      } else {
+        early_tile = max(lowest, tile - kTilesBefore);
+      }
       if constexpr (Config::kDense) {
+        wanted_tile = tile;
         hidden = next->hidden;
         hidden_shift = next->hidden_shift;
         early_tile = tile;
