@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host/intervals.h"
+#include "sm90/fwd_block.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
@@ -65,6 +66,54 @@ struct FwdMask {
   static __device__ __forceinline__ uint32_t before(int column) {
     const int count = 2 * (column >> 3) + min(column & 7, 2);
     return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), 32)) - 1);
+  }
+};
+
+// What a tile that is masked needs of global memory, and what comes of it. Asked for before a wait,
+// which plain loads are not moved across.
+template <typename Config>
+struct FwdMaskLoads {
+  bool masked;          // there is something to mask
+  int dead_keys;        // nonzero: there are some. With intervals
+  KeyInterval keys[2];  // of the lane's rows
+  FwdMask<Config::kKeys> mask;
+
+  // row: the lane's first, of the head.
+  static __device__ __forceinline__ FwdMaskLoads ask(const FwdBlock<Config>& block, int tile,
+                                                     int warpgroup, int row, int pack_shift) {
+    FwdMaskLoads loads{};
+    loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+    if (!loads.masked) return loads;
+    if constexpr (Config::kIntervals) {
+      loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
+      for (int h = 0; h < 2; ++h) loads.keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
+    } else {
+      for (int h = 0; h < 2; ++h) {
+        loads.keys[h] = block.mask.interval((row + 8 * h) >> pack_shift);
+      }
+    }
+    return loads;
+  }
+
+  // kMixed: ids may have to be compared, which they never have in clean tiles.
+  template <bool kMixed>
+  __device__ __forceinline__ void find(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                       int row) {
+    if (!masked) return;
+    const int first_key = block.key_of(tile);
+    mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+    if constexpr (kMixed && Config::kIntervals) {
+      if (!block.mixed[warpgroup]) return;
+      mask.compare(
+          block.mask.key_ids, block.mask.key_length, first_key,
+          {block.mask.row(existing(block, row)).id, block.mask.row(existing(block, row + 8)).id});
+    }
+  }
+
+ private:
+  // Rows past the block are dropped.
+  static __device__ __forceinline__ int existing(const FwdBlock<Config>& block, int row) {
+    return min(row, block.mask.query_length - 1);
   }
 };
 

@@ -12,15 +12,20 @@
 
 namespace jax_flash::sm90 {
 
+// 16 columns for `stage_out`.
+template <typename Config, typename Word>
+__device__ __forceinline__ void stage_part(uint32_t tile, int row, int part, Word word) {
+  const int j = 2 * part;
+  const uint32_t words[4] = {word(4 * j), word(4 * j + 2), word(4 * j + 4), word(4 * j + 6)};
+  ptx::stmatrix_x4(tile + Config::OutLayout::offset(row, j + lane_id() / 16), words);
+}
+
 // To a tile in shared memory, for TMA; the warp's row `row` of it. word(i): outputs i and i + 1 of
 // the accumulators, normalised and packed.
 template <typename Config, typename Word>
 __device__ __forceinline__ void stage_out(uint32_t tile, int row, Word word) {
 #pragma unroll
-  for (int j = 0; j < Config::kHeadDimV / 8; j += 2) {
-    const uint32_t words[4] = {word(4 * j), word(4 * j + 2), word(4 * j + 4), word(4 * j + 6)};
-    ptx::stmatrix_x4(tile + Config::OutLayout::offset(row, j + lane_id() / 16), words);
-  }
+  for (int i = 0; i < Config::kHeadDimV / 16; ++i) stage_part<Config>(tile, row, i, word);
   ptx::fence_proxy_async_shared();
 }
 
