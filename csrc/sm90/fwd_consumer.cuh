@@ -154,14 +154,23 @@ struct FwdConsumer {
   }
 
   using MaskLoads = FwdMaskLoads<Config>;
-  __device__ __forceinline__ MaskLoads ask_for_mask(const FwdBlock<Config>& block, int tile) const {
-    return MaskLoads::ask(block, tile, warpgroup, head_row(block), plan.pack_shift);
-  }
   template <bool kMixed>
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
-    MaskLoads loads = ask_for_mask(block, tile);
-    loads.template find<kMixed>(block, tile, warpgroup, head_row(block));
-    return loads;
+    MaskLoads loads{};
+    if constexpr (Config::kIntervals) {
+      loads = MaskLoads::ask(block, tile, warpgroup, head_row(block));
+      loads.template find<kMixed>(block, tile, warpgroup, head_row(block));
+      return loads;
+    } else {
+      loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+      if (!loads.masked) return loads;
+      const int first_key = block.key_of(tile);
+      const int row = head_row(block);
+      KeyInterval keys[2];
+      for (int h = 0; h < 2; ++h) keys[h] = block.mask.interval((row + 8 * h) >> plan.pack_shift);
+      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+      return loads;
+    }
   }
 
   __device__ __forceinline__ void begin_logits(const FwdBlock<Config>& block) {
@@ -274,8 +283,10 @@ struct FwdConsumer {
     constexpr bool kBegins = std::is_same_v<First, std::true_type>;
     const bool previous = kBegins || !first || (!kQuickStart && blocks > 0);
     bool watching = false;
-    MaskLoads loads{};
-    if constexpr (kQuickStart && !kClean) loads = ask_for_mask(block, tile);
+    MaskLoads loads;
+    if constexpr (kQuickStart && !kClean) {
+      loads = MaskLoads::ask(block, tile, warpgroup, head_row(block));
+    }
     issue(previous, fresh, [&] {
       if constexpr (kLogits) {
         if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
@@ -288,9 +299,12 @@ struct FwdConsumer {
     }
     if constexpr (kQuickStart && !kClean) {
       loads.template find<true>(block, tile, warpgroup, head_row(block));
-    } else if ((careful && Dense::kEarly) ||
-               (Config::kMasksClean && tile < block.full_first[warpgroup])) {
-      loads = load_mask<!kClean>(block, tile);
+    } else {
+      loads = {};
+      if ((careful && Dense::kEarly) ||
+          (Config::kMasksClean && tile < block.full_first[warpgroup])) {
+        loads = load_mask<!kClean>(block, tile);
+      }
     }
     Dense dense;
     dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);

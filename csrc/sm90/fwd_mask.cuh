@@ -69,29 +69,23 @@ struct FwdMask {
   }
 };
 
-// What a tile that is masked needs of global memory, and what comes of it. Asked for before a wait,
+// What a tile that is masked needs, and with intervals of global memory: asked for before a wait,
 // which plain loads are not moved across.
 template <typename Config>
 struct FwdMaskLoads {
   bool masked;          // there is something to mask
   int dead_keys;        // nonzero: there are some. With intervals
-  KeyInterval keys[2];  // of the lane's rows
+  KeyInterval keys[2];  // of the lane's rows. With intervals
   FwdMask<Config::kKeys> mask;
 
-  // row: the lane's first, of the head.
+  // row: the lane's first.
   static __device__ __forceinline__ FwdMaskLoads ask(const FwdBlock<Config>& block, int tile,
-                                                     int warpgroup, int row, int pack_shift) {
+                                                     int warpgroup, int row) {
     FwdMaskLoads loads{};
     loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
     if (!loads.masked) return loads;
-    if constexpr (Config::kIntervals) {
-      loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
-      for (int h = 0; h < 2; ++h) loads.keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
-    } else {
-      for (int h = 0; h < 2; ++h) {
-        loads.keys[h] = block.mask.interval((row + 8 * h) >> pack_shift);
-      }
-    }
+    loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
+    for (int h = 0; h < 2; ++h) loads.keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
     return loads;
   }
 
@@ -102,8 +96,7 @@ struct FwdMaskLoads {
     if (!masked) return;
     const int first_key = block.key_of(tile);
     mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
-    if constexpr (kMixed && Config::kIntervals) {
-      if (!block.mixed[warpgroup]) return;
+    if (kMixed && block.mixed[warpgroup]) {
       mask.compare(
           block.mask.key_ids, block.mask.key_length, first_key,
           {block.mask.row(existing(block, row)).id, block.mask.row(existing(block, row + 8)).id});
