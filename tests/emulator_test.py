@@ -262,31 +262,6 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
-PAIRS = {
-    "causal": ((1, 512, 512, 2, 1), {"is_causal": True}),
-    "full": ((2, 200, 330, 3, 1), {}),
-    "lengths": ((3, 250, 400, 1, 1), CASES["lengths"][1]),
-    "more rows than keys": ((1, 500, 150, 1, 1), {"is_causal": True}),
-}
-
-
-@pytest.mark.parametrize("case", PAIRS)
-@pytest.mark.parametrize("width", [128, 256])
-def test_forward_sm90_in_pairs(forward: ctypes.CDLL, width: int, case: str) -> None:
-    """Clusters of two thread blocks that copy for each other, to the same bits."""
-    shape, given = PAIRS[case]
-    arrays = problem(shape, width, width, "bfloat16")
-    check_forward(forward.mha_fwd_sm90_pairs, arrays, given, 6)
-    batch, rows, _, heads, _ = shape
-    results = []
-    for function in (forward.mha_fwd_sm90, forward.mha_fwd_sm90_pairs):
-        out = aligned((batch, rows, heads, width), arrays["query"].dtype)
-        lse = aligned((batch, heads, rows), np.float32)
-        call(function, given, arrays, {"out": out, "lse": lse}, multiprocessors=6)
-        results.append((out.tobytes(), lse.tobytes()))
-    assert results[0] == results[1]
-
-
 def check_forward(
     function: Any,
     arrays: dict[str, np.ndarray],

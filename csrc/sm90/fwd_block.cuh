@@ -230,8 +230,7 @@ __device__ __forceinline__ KeyInterval begin_tiles(FwdBlock<Config>& block) {
 }
 
 // Describes the block at `at` (with intervals, that which look_at_rows has begun); false if it
-// (with kPaired: its pair) sees no keys. Its `tiles` are those of this thread block among `splits`,
-// and may be none; both of a pair have the same.
+// sees no keys. Its `tiles` are those of this thread block among `splits`, and may be none.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
                                            const BlockCoordinate& at, int split,
@@ -257,14 +256,11 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     block.mask = row_mask(params, at.batch);
     block.rows = (block.mask.query_length << pack_shift) - first_row;
     ptx::forget_memory();  // the planner has few registers
-    // Of all rows whose thread blocks visit the same tiles.
-    const int hull_row = first_row - at.row_block % Config::kCluster * Config::kRows;
-    const int hull_end = hull_row + Config::kCluster * Config::kRows;
-    keys = block.mask.hull(max(hull_row, 0) >> pack_shift, ((hull_end - 1) >> pack_shift) + 1);
+    const int last_row = first_row + Config::kRows - 1;
+    keys = block.mask.hull(max(first_row, 0) >> pack_shift, (last_row >> pack_shift) + 1);
   }
   const bool any = keys.first < keys.end;
   if constexpr (Config::kDense) {
-    static_assert(!Config::kPaired, "both of a pair visit the same tiles");
     static_assert(Config::kKeys == 64 || Config::kKeys == 128);
     const int shift = hidden_shift(params.key_length);
     uint64_t hidden =

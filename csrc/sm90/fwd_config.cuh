@@ -75,8 +75,7 @@ template <>
 inline constexpr FwdTiles kFwdSplitTiles<128>{2, 64, 1, 2, 2};
 
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
-          bool kIntervalsArg = false, bool kPairedArg = false, bool kOptionsArg = false,
-          bool kDenseArg = false>
+          bool kIntervalsArg = false, bool kOptionsArg = false, bool kDenseArg = false>
 struct FwdConfig {
   static constexpr ElementType kType = kTypeArg;
 
@@ -118,11 +117,6 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
 
-  // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
-  // same key tiles, of which each copies half into the shared memory of both.
-  static constexpr bool kPaired = kPairedArg;
-  static constexpr int kCluster = kPaired ? 2 : 1;
-
   // Tiles that are masked on the left alone take no maximum. Options would be applied to scores of
   // -inf.
   static constexpr bool kMasksClean = kIntervals && !kOptions;
@@ -133,7 +127,7 @@ struct FwdConfig {
 
   // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
   // rows that share them.
-  static constexpr bool kSkips = kKeys < 64 * kWarpgroups * kCluster;
+  static constexpr bool kSkips = kKeys < 64 * kWarpgroups;
 
   // A warpgroup's softmax runs beside its own second product; with three warpgroups, only beside
   // those of the others.
@@ -166,8 +160,6 @@ struct FwdConfig {
                 "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");
-  static_assert(!kPaired || (KeyLayout::kSlabs % 2 == 0 && ValueLayout::kSlabs % 2 == 0),
-                "each thread block of a pair copies half of the slabs");
   static_assert(kIntervals || !kDense, "what is dense has intervals, too");
   static_assert(kKeys % 16 == 0 && kHeadDim % 16 == 0, "whole wgmma steps");
   static_assert(!kSplit || (kHeadDim % 64 == 0 && kHeadDimV % 64 == 0), "parts are whole slabs");

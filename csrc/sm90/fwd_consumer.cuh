@@ -86,16 +86,6 @@ struct FwdConsumer {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
   }
 
-  // A tile is read, which matters to both of a pair.
-  static __device__ __forceinline__ void warp_release(uint64_t& barrier) {
-    if constexpr (Config::kPaired) {
-      const int lane = lane_id();
-      ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::mapa(ptx::shared_address(&barrier), lane % 2));
-    } else {
-      warp_arrive(barrier);
-    }
-  }
-
   // Turns: warpgroup w issues when all 256 threads of it and its predecessor are at barrier 1 + w.
   __device__ __forceinline__ void take_turn() const { ptx::bar_sync(1 + warpgroup, 256); }
   __device__ __forceinline__ void pass_turn() const {
@@ -142,11 +132,11 @@ struct FwdConsumer {
   }
 
   __device__ __forceinline__ void release_key() {
-    warp_release(shared.key_empty[key_ring.stage()]);
+    warp_arrive(shared.key_empty[key_ring.stage()]);
     key_ring.next();
   }
   __device__ __forceinline__ void release_value() {
-    warp_release(shared.value_empty[value_ring.stage()]);
+    warp_arrive(shared.value_empty[value_ring.stage()]);
     value_ring.next();
   }
   __device__ __forceinline__ void release_query() {

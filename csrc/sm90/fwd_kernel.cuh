@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
     init(shared.key_full, 1);
     init(shared.value_full, 1);
-    init(shared.key_empty, Config::kConsumerWarps * Config::kCluster);
-    init(shared.value_empty, Config::kConsumerWarps * Config::kCluster);
+    init(shared.key_empty, Config::kConsumerWarps);
+    init(shared.value_empty, Config::kConsumerWarps);
     init(shared.rows_full, 128);
     init(shared.rows_empty, 32);
     init(shared.block_full, 1);
@@ -72,10 +72,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (Config::kStaged) ptx::tma_prefetch_map(&plan.out);
   }
   __syncthreads();
-  if constexpr (Config::kPaired) {  // the other one copies to this one's shared memory
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
 
   if (warpgroup == Config::kWarpgroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -99,10 +95,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     FwdConsumer<Config> consumer{params, plan, shared, tiles, warpgroup};
     consumer.run();
-  }
-  if constexpr (Config::kPaired) {  // the other one still arrives at this one's barriers
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 

@@ -28,19 +28,6 @@ inline int pack_shift(const MhaFwdParams& params, int rows) {
   return packed < apart ? shift : 0;
 }
 
-// Whether thread blocks work in pairs (FwdConfig::kPaired): blocks of rows come in pairs, with no
-// queries that are packed nor keys that are split, and keys are so many that it pays: the two visit
-// the same tiles, so that one of them visits some in vain where there is a diagonal.
-inline bool pairs_pay(const MhaFwdParams& params, int rows, int keys) {
-  const int64_t row_blocks = (int64_t{params.query_length} + rows - 1) / rows;
-  if (params.window_left != kUnbounded || row_blocks % 2 != 0 || pack_shift(params, rows) != 0) {
-    return false;
-  }
-  const int64_t least = params.window_right == kUnbounded || keys < 128 ? 2048 : 8192;
-  return std::min(params.query_length, params.key_length) >= least &&
-         fwd_splits(params, params.heads * row_blocks, rows, keys) == 1;
-}
-
 template <typename Config>
 cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t stream) {
   FwdPlan plan{};
@@ -49,14 +36,12 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t rows = int64_t{params.query_length} * packed;
   const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t head_groups = params.heads / packed;
-  plan.splits = Config::kIntervals || Config::kPaired
+  plan.splits = Config::kIntervals
                     ? 1
                     : fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
 
   const int64_t all = params.batch * head_groups;
-  // Thread blocks of a pair, and their blocks of rows, count as one.
-  const int64_t multiprocessors = std::max(1, device.multiprocessors / Config::kCluster);
-  const int64_t row_groups = (row_blocks + Config::kCluster - 1) / Config::kCluster;
+  const int64_t multiprocessors = device.multiprocessors;
   Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
   int64_t multiple = 1;
   bool steady = false;
@@ -71,18 +56,17 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
     // Few blocks of a head, but many heads: one head after the other, so that there are always as
     // many of long blocks as of short ones at work, and keys are read from memory all the time.
-    steady = Config::kWarpgroups == 2 && row_groups == 4 && all >= 2 * multiprocessors;
+    steady = Config::kWarpgroups == 2 && row_blocks == 4 && all >= multiprocessors;
     if (steady) {
       sections = {1, 1};
     } else {
-      sections =
-          choose_sections_once(params, head_groups, row_groups, Config::kRows * Config::kCluster,
-                               plan.front, Config::kKeys, multiprocessors, device.l2_bytes);
+      sections = choose_sections_once(params, head_groups, row_blocks, Config::kRows, plan.front,
+                                      Config::kKeys, multiprocessors, device.l2_bytes);
       multiple = 2 * multiprocessors;
     }
   }
   const int64_t blocks =
-      Config::kIntervals ? int64_t{row_list_entries(params.query_length)} : row_groups;
+      Config::kIntervals ? int64_t{row_list_entries(params.query_length)} : row_blocks;
   if (!SectionOrder::make(all, sections.heads, blocks, multiple, sections.turn, &plan.order)) {
     return cudaErrorInvalidConfiguration;
   }
@@ -145,7 +129,6 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kFwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  const int together = plan.splits * Config::kCluster;
   const int64_t groups = plan.splits > 1 ? int64_t{plan.order.ids}
                                          : std::min<int64_t>(plan.order.ids, multiprocessors);
   cudaLaunchAttribute attribute{};
@@ -153,15 +136,15 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     attribute = after_work_order();
   } else {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(together), 1, 1};
+    attribute.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(groups * together));
+  config.gridDim = dim3(static_cast<unsigned>(groups * plan.splits));
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kFwdSharedBytes<Config>;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = Config::kIntervals || together > 1 ? 1 : 0;
+  config.numAttrs = Config::kIntervals || plan.splits > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params, plan);
 }
 
@@ -175,14 +158,8 @@ cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
     using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdSplitTiles<kHeadDim>>;
     return launch<Config>(parts, device, stream);
   } else {
-    constexpr FwdTiles kTiles = kFwdTiles<kHeadDim, kHeadDimV>;
-    if constexpr (kHeadDim % 128 == 0 && kHeadDimV % 128 == 0) {
-      if (pairs_pay(params, 64 * kTiles.warpgroups, kTiles.keys)) {
-        using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, false, true>;
-        return launch<Config>(params, device, stream);
-      }
-    }
-    return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles>>(params, device, stream);
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdTiles<kHeadDim, kHeadDimV>>;
+    return launch<Config>(params, device, stream);
   }
 }
 
@@ -191,12 +168,12 @@ cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInf
                                      cudaStream_t stream) {
   if (is_dense(params.intervals)) {
     using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdDenseTiles<kHeadDim, kHeadDimV>, true,
-                             false, true, true>;
+                             true, true>;
     return launch<Config>(params, device, stream);
   }
   constexpr FwdTiles kTiles = kFwdIntervalTiles<kHeadDim, kHeadDimV>;
   if (ScoreOptions::any(params)) {
-    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true, false, true>;
+    using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true, true>;
     return launch<Config>(params, device, stream);
   }
   return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true>>(params, device, stream);

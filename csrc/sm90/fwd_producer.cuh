@@ -108,18 +108,16 @@ struct FwdPlanner {
   // Without intervals: ids in rounds of one for each thread block, every other round in reverse.
   // With the longest blocks first that evens out the sums.
   __device__ __forceinline__ void follow_order(RingIndex<Shared::kBlockSlots>& ring) const {
-    // Thread blocks that work together: those that share keys of one block, or a pair.
-    const int together = Config::kPaired ? 2 : plan.splits;
-    const int groups = gridDim.x / together;
-    const int group = blockIdx.x / together;
-    const int rank = blockIdx.x - group * together;
+    // A group shares the keys of a block.
+    const int groups = gridDim.x / plan.splits;
+    const int group = blockIdx.x / plan.splits;
+    const int rank = blockIdx.x - group * plan.splits;
 #pragma unroll 1
     for (int round = 0; round * groups < plan.order.ids; ++round) {
       const int id = plan.order.id_of(round, group, groups);
       if (id >= plan.order.ids) continue;
-      BlockCoordinate at = block_at<Config>(params, plan, id);
+      const BlockCoordinate at = block_at<Config>(params, plan, id);
       if (at.batch < 0) continue;
-      if constexpr (Config::kPaired) at.row_block = 2 * at.row_block + rank;
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
       bool sees_keys = false;
       if (lane_id() == 0) {
@@ -130,7 +128,7 @@ struct FwdPlanner {
       }
       if (__any_sync(0xffffffffu, sees_keys)) {
         ring.next();
-      } else if (plan.splits == 1 || rank == 0) {
+      } else if (rank == 0) {
         const int first_row = at.row_block * Config::kRows - plan.front;
         const int rows = (params.query_length << plan.pack_shift) - first_row;
         store_empty(at, first_row, min(Config::kRows, rows));
@@ -155,43 +153,23 @@ struct FwdProducer {
   // The lane that issues copies. Asked again each time: registers are few here.
   static __device__ __forceinline__ bool elected() { return lane_id() == 0; }
 
-  // Waits until a tile of keys or values is read, by both of a pair.
-  static __device__ __forceinline__ void wait_empty(uint64_t& barrier, uint32_t parity) {
-    if constexpr (Config::kPaired) {
-      ptx::mbarrier_wait_cluster(ptx::shared_address(&barrier), parity);
-    } else {
-      ptx::mbarrier_wait(ptx::shared_address(&barrier), parity);
-    }
-  }
-
-  // All slabs of one tile of keys or values; of a pair, each thread block copies half of them for
-  // both.
+  // All slabs of one tile of keys or values.
   template <typename Layout>
   __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map,
                                             const TensorView& view, uint32_t barrier, int row,
                                             int head, int flat_batch) const {
     const BatchCoordinate batch = batch_coordinate(view, flat_batch, params, plan.inner_batch);
     ptx::mbarrier_arrive_expect_tx(barrier, Layout::kBytes);
-    if constexpr (Config::kPaired) {
-      constexpr int kShare = Layout::kSlabs / 2;
-      const int first = ptx::cluster_ctarank() * kShare;
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        ptx::tma_load_5d_multicast(target + (first + i) * Layout::kSlabBytes, map, barrier,
-                                   ptx::kEvictLast, 3, 64 * (first + i), row, head, batch.inner,
-                                   batch.outer);
-      }
-    } else {
-#pragma unroll
-      for (int slab = 0; slab < Layout::kSlabs; ++slab) {
-        ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, ptx::kEvictLast,
-                         64 * slab, row, head, batch.inner, batch.outer);
-      }
+    for (int slab = 0; slab < Layout::kSlabs; ++slab) {
+      ptx::tma_load_5d(target + slab * Layout::kSlabBytes, map, barrier, ptx::kEvictLast, 64 * slab,
+                       row, head, batch.inner, batch.outer);
     }
   }
 
   __device__ __forceinline__ void copy_keys(int first_key, int tile, int head, int batch) {
-    wait_empty(shared.key_empty[key_ring.stage()], key_ring.parity() ^ 1);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.key_empty[key_ring.stage()]),
+                       key_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<typename Config::KeyLayout>(
           tiles + Config::kKeyOffset + key_ring.stage() * Config::KeyLayout::kBytes, &plan.key,
@@ -202,7 +180,8 @@ struct FwdProducer {
   }
 
   __device__ __forceinline__ void copy_values(int first_key, int tile, int head, int batch) {
-    wait_empty(shared.value_empty[value_ring.stage()], value_ring.parity() ^ 1);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.value_empty[value_ring.stage()]),
+                       value_ring.parity() ^ 1);
     if (elected()) {
       copy_tile<typename Config::ValueLayout>(
           tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes,

@@ -22,14 +22,6 @@ cudaError_t launch_sm90(const MhaFwdParams& params, const DeviceInfo& device) {
   return sm90::launch_mha_fwd<kType, 256, 256>(params, device, nullptr);
 }
 
-// In pairs, which a launch chooses for many keys only.
-template <int kWidth>
-cudaError_t launch_pairs(const MhaFwdParams& params, const DeviceInfo& device) {
-  using Config = sm90::FwdConfig<ElementType::kBf16, kWidth, kWidth,
-                                 sm90::kFwdTiles<kWidth, kWidth>, false, true>;
-  return sm90::launch<Config>(params, device, nullptr);
-}
-
 MhaFwdParams forward_params(const Arguments& arguments) {
   MhaFwdParams params{};
   describe(arguments, params);
@@ -39,13 +31,6 @@ MhaFwdParams forward_params(const Arguments& arguments) {
 }
 
 }  // namespace
-
-extern "C" int mha_fwd_sm90_pairs(const jax_flash::Arguments* arguments) {
-  const MhaFwdParams params = forward_params(*arguments);
-  const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
-  return params.head_dim <= 128 ? launch_pairs<128>(params, device)
-                                : launch_pairs<256>(params, device);
-}
 
 extern "C" int mha_fwd_sm90(const jax_flash::Arguments* arguments) {
   const MhaFwdParams params = forward_params(*arguments);
