@@ -40,9 +40,7 @@ struct FwdConsumer {
   // Clean tiles may have options, too.
   static constexpr bool kLogits = Config::kOptions && !Config::kDense;
   static constexpr int kOuts = Config::kHeadDimV / 2;
-  // With intervals blocks are short. Their first step has a body of its own, where what the mask
-  // needs is asked for before the products' turn comes, and outputs of the block before are stored
-  // beside the exponentials. Masked tiles ask early, too.
+  // A block's first step has a body of its own; what masks need is asked for before the turn comes.
   static constexpr bool kQuickStart = Config::kIntervals && !Config::kDense && !Config::kOneBody;
   // Of rows that are dropped: with intervals, where they may be those of another block, more than
   // any score.
@@ -81,6 +79,12 @@ struct FwdConsumer {
   __device__ __forceinline__ uint32_t value_tile() const {
     return tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes;
   }
+
+  // Where outputs are staged, and the row of that which this lane writes.
+  __device__ __forceinline__ uint32_t out_tile() const {
+    return tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
+  }
+  __device__ __forceinline__ int out_row() const { return warp_row() + lane_id() % 16; }
 
   static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
@@ -148,19 +152,16 @@ struct FwdConsumer {
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
     MaskLoads loads{};
     if constexpr (Config::kIntervals) {
-      loads = MaskLoads::ask(block, tile, warpgroup, head_row(block));
-      loads.template find<kMixed>(block, tile, warpgroup, head_row(block));
-      return loads;
+      loads.template load<kMixed>(block, tile, warpgroup, head_row(block));
     } else {
       loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
       if (!loads.masked) return loads;
-      const int first_key = block.key_of(tile);
       const int row = head_row(block);
       KeyInterval keys[2];
       for (int h = 0; h < 2; ++h) keys[h] = block.mask.interval((row + 8 * h) >> plan.pack_shift);
-      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
-      return loads;
+      loads.mask = FwdMask<Config::kKeys>::of(keys, block.key_of(tile) + fragment_column());
     }
+    return loads;
   }
 
   __device__ __forceinline__ void begin_logits(const FwdBlock<Config>& block) {
@@ -273,10 +274,8 @@ struct FwdConsumer {
     constexpr bool kBegins = std::is_same_v<First, std::true_type>;
     const bool previous = kBegins || !first || (!kQuickStart && blocks > 0);
     bool watching = false;
-    MaskLoads loads;
-    if constexpr (kQuickStart && !kClean) {
-      loads = MaskLoads::ask(block, tile, warpgroup, head_row(block));
-    }
+    MaskLoads loads{};
+    if constexpr (kQuickStart && !kClean) loads.ask(block, tile, warpgroup, head_row(block));
     issue(previous, fresh, [&] {
       if constexpr (kLogits) {
         if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
@@ -289,12 +288,9 @@ struct FwdConsumer {
     }
     if constexpr (kQuickStart && !kClean) {
       loads.template find<true>(block, tile, warpgroup, head_row(block));
-    } else {
-      loads = {};
-      if ((careful && Dense::kEarly) ||
-          (Config::kMasksClean && tile < block.full_first[warpgroup])) {
-        loads = load_mask<!kClean>(block, tile);
-      }
+    } else if ((careful && Dense::kEarly) ||
+               (Config::kMasksClean && tile < block.full_first[warpgroup])) {
+      loads = load_mask<!kClean>(block, tile);
     }
     Dense dense;
     dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);
@@ -319,7 +315,10 @@ struct FwdConsumer {
     }
     if constexpr (kBegins) {
       finish_products(previous);
-      store_beside_exponentials(tile_sum);
+      const auto word = [&](int i, const float (&factor)[2]) { return out_word(i, factor); };
+      stage_beside_exponentials<Config>(out_tile(), out_row(), inverse, word, softmax, s,
+                                        params.scale, tile_sum);
+      finish_store((blocks - 1) % Shared::kBlockSlots);
     } else if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(tile, careful, tile_sum, is_inside) && !careful) [[unlikely]] {
@@ -492,8 +491,7 @@ struct FwdConsumer {
     } else {
       const auto word = [&](int i) { return out_word(i, inverse); };
       if constexpr (Config::kStaged) {
-        const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
-        stage_out<Config>(tile, warp_row() + lane_id() % 16, word);
+        stage_out<Config>(out_tile(), out_row(), word);
       } else {
         const FwdBlock<Config>& block = shared.blocks[slot];
         store_direct<Config>(params, plan, block, head_row(block), word);
@@ -508,24 +506,6 @@ struct FwdConsumer {
     warp_arrive(shared.block_empty[slot]);
   }
 
-  // The exponentials of a block's first tile, and among them the stores of the block before.
-  __device__ __forceinline__ void store_beside_exponentials(float (&tile_sum)[2]) {
-    static_assert(Config::kStaged);
-    constexpr int kParts = Config::kHeadDimV / 16;
-    constexpr int kApart = kScores / kParts;
-    const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
-    float before = 0.0f;  // what a sum was, and not NaN
-    softmax.exponentials(s, params.scale, tile_sum, [&](int i) {
-      if (i % kApart != kApart - 1) return;
-      const float factor[2] = {not_before(inverse[0], before), not_before(inverse[1], before)};
-      before = fminf(tile_sum[0], 1.0f);
-      stage_part<Config>(tile, warp_row() + lane_id() % 16, i / kApart,
-                         [&](int j) { return out_word(j, factor); });
-    });
-    ptx::fence_proxy_async_shared();
-    finish_store((blocks - 1) % Shared::kBlockSlots);
-  }
-
   // All key tiles of a block, from the last to the first.
   __device__ __forceinline__ void run_block(const FwdBlock<Config>& block, bool& fresh) {
     int tile = block.last_tile;
@@ -538,11 +518,9 @@ struct FwdConsumer {
     bool first = true;
     float tile_sum[2];
     if constexpr (kQuickStart) {
-      if (blocks > 0) {
-        step(block, tile--, std::true_type(), std::true_type(), fresh, tile_sum);
-        fresh = true;
-        first = false;
-      }
+      first = blocks == 0;
+      if (!first) step(block, tile--, std::true_type(), std::true_type(), fresh, tile_sum);
+      fresh = fresh || !first;
     }
     const int kept_lowest = block.lowest[warpgroup];
     const auto lowest = [&] { return Config::kDense ? block.lowest[warpgroup] : kept_lowest; };

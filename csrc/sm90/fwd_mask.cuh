@@ -78,15 +78,19 @@ struct FwdMaskLoads {
   KeyInterval keys[2];  // of the lane's rows. With intervals
   FwdMask<Config::kKeys> mask;
 
-  // row: the lane's first.
-  static __device__ __forceinline__ FwdMaskLoads ask(const FwdBlock<Config>& block, int tile,
-                                                     int warpgroup, int row) {
-    FwdMaskLoads loads{};
-    loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
-    if (!loads.masked) return loads;
-    loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
-    for (int h = 0; h < 2; ++h) loads.keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
-    return loads;
+  // row: the lane's first. kMixed: as for `find`.
+  template <bool kMixed>
+  __device__ __forceinline__ void load(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                       int row) {
+    ask(block, tile, warpgroup, row);
+    find<kMixed>(block, tile, warpgroup, row);
+  }
+  __device__ __forceinline__ void ask(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                      int row) {
+    masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+    if (!masked) return;
+    dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
+    for (int h = 0; h < 2; ++h) keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
   }
 
   // kMixed: ids may have to be compared, which they never have in clean tiles.
