@@ -171,6 +171,11 @@ __global__ void __launch_bounds__(kKeyThreads)
 struct KeySearch {
   const IntervalSource& source;
   const KeyTile* tiles;  // of the sequence
+  const int2* ranges;    // their id ranges in shared memory, or null
+
+  __device__ __forceinline__ int2 range_of(int tile) const {
+    return ranges != nullptr ? ranges[tile] : id_range(tiles, tile);
+  }
 
   // Bit 32 * i + lane: whether the key tile * 64 + that is of [first, end) and `matches`.
   template <typename Matches>
@@ -197,8 +202,7 @@ struct KeySearch {
     for (int base = 0; base < tiles_of; base += kWarp) {
       const int step = base + lane_id();
       const int own = kLast ? first_tile + tiles_of - 1 - step : first_tile + step;
-      uint32_t left =
-          __ballot_sync(0xffffffffu, step < tiles_of && may_match(id_range(tiles, own)));
+      uint32_t left = __ballot_sync(0xffffffffu, step < tiles_of && may_match(range_of(own)));
 #pragma unroll 1
       for (; left != 0; left &= left - 1) {
         const int found_step = base + __ffs(left) - 1;
@@ -216,16 +220,21 @@ struct KeySearch {
 // A thread block for each tile of rows; more warps where ids are looked for.
 inline constexpr int kRowThreads = 512;
 
+// Of so many tiles of keys the id ranges are read once, all together.
+inline constexpr int kIdRanges = 2048;
+
 struct IntervalRowsShared {
   RowRecord records[kIntervalRows];
   bool mixed[kIntervalRows];
+  int2 ranges[kIdRanges];  // not there if there are no ids
 };
 
 // Narrows the records of `count` rows, from the first, to the keys of their ids.
 __device__ __forceinline__ void narrow_rows(const IntervalSource& source,
                                             IntervalRowsShared& shared, int first_row, int count) {
-  const KeySearch search = {
-      source, source.params.key_tiles + int64_t{source.sequence} * source.params.key_count};
+  const IntervalsParams& params = source.params;
+  const KeySearch search = {source, params.key_tiles + int64_t{source.sequence} * params.key_count,
+                            params.key_count <= kIdRanges ? shared.ranges : nullptr};
   RowRecord before = {0, 0, -1, 0};  // of the last row that sees a key, as it was asked for
   int before_first = 0;              // and what was found
   int before_last = 0;
@@ -285,7 +294,13 @@ __global__ void __launch_bounds__(kRowThreads)
     shared.mixed[thread] = false;
   }
   ptx::griddepcontrol_wait();
-  // Orders the records before they are narrowed or read.
+  if (params.key_ids != nullptr && params.key_count <= kIdRanges) {
+    const KeyTile* const tiles = params.key_tiles + int64_t{sequence} * params.key_count;
+    for (int i = thread; i < params.key_count; i += kRowThreads) {
+      shared.ranges[i] = id_range(tiles, i);
+    }
+  }
+  // Orders records and ranges before they are narrowed or read.
   __syncthreads();
   if (params.key_ids != nullptr) {
     const int count = kIntervalRows / (kRowThreads / kWarp);
@@ -337,6 +352,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // A warp for each tile of keys.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_key_tiles_kernel(const __grid_constant__ IntervalsParams params) {
+  ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const int number = blockIdx.x * (kKeyThreads / kWarp) + threadIdx.x / kWarp;
   if (number >= params.sequences * params.key_count) return;

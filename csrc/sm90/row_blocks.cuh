@@ -240,6 +240,8 @@ __global__ void __launch_bounds__(kRowListThreads)
     row_list_kernel(const __grid_constant__ MhaParams params, bool cutting) {
   extern __shared__ __align__(1024) unsigned char memory[];
   ptx::griddepcontrol_launch_dependents();
+  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
+  ptx::griddepcontrol_wait();
   const int batch = blockIdx.x;
   const IntervalMask mask = IntervalMask::make(params, batch);
   RowBlock* const list = row_list(params, batch);
@@ -266,8 +268,9 @@ __global__ void __launch_bounds__(kRowListThreads)
 
 template <int kSize>
 cudaError_t launch_row_list(const MhaParams& params, bool cutting, cudaStream_t stream) {
-  return launch_kernel(row_list_kernel<kSize>, dim3(static_cast<unsigned>(params.batch)),
-                       kRowListThreads, sizeof(RowListShared<kSize>), stream, params, cutting);
+  return launch_dependent_kernel(row_list_kernel<kSize>, dim3(static_cast<unsigned>(params.batch)),
+                                 kRowListThreads, sizeof(RowListShared<kSize>), stream, params,
+                                 cutting);
 }
 
 // By a warp: the most blocks that a sequence has.
