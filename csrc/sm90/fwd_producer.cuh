@@ -48,11 +48,13 @@ struct FwdPlanner {
     }
   }
 
-  // Waits until there is room for a block and takes the next from the queue.
-  __device__ __forceinline__ int next_id(const RingIndex<Shared::kBlockSlots>& ring) const {
+  // Waits until there is room for a block and takes the next from the queue. The first one of each
+  // thread block is none of those.
+  __device__ __forceinline__ int next_id(const RingIndex<Shared::kBlockSlots>& ring,
+                                         bool first) const {
     ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
-    int id = 0;
-    if (lane_id() == 0) id = take_work(params);
+    int id = blockIdx.x;
+    if (lane_id() == 0 && !first) id = gridDim.x + take_work(params);
     return __shfl_sync(0xffffffffu, id, 0);
   }
 
@@ -61,13 +63,12 @@ struct FwdPlanner {
     wait_for_work_order();
     const int most = most_row_blocks(params);
     const int ids = plan.order.ids_of(most);
-    uint32_t taken = 0;  // blocks at work before the next
+    int taken = -1;  // blocks at work before the next; -1: none was looked at
     while (true) {
-      if (taken != 0) {
-        ptx::mbarrier_wait(ptx::shared_address(&shared.block_wanted), (taken - 1) % 2);
-      }
-      const int id = next_id(ring);
+      if (taken > 0) ptx::mbarrier_wait(ptx::shared_address(&shared.block_wanted), (taken - 1) % 2);
+      const int id = next_id(ring, taken < 0);
       if (id >= ids) break;
+      taken = max(taken, 0);
       const SectionOrder::Place place = plan.order.place_of(id, most);
       const int batch = plan.head_groups.divide(place.head);
       const int head = place.head - batch * static_cast<int>(plan.head_groups.divisor);
