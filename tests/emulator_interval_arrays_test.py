@@ -129,6 +129,15 @@ def test_kernels_compute_the_same(library: ctypes.CDLL, name: str) -> None:
     assert_made(library, config, o, expected)
 
 
+def test_more_tiles_of_keys_than_shared_memory_holds(library: ctypes.CDLL) -> None:
+    sizes = 70, 132_000
+    keys = np.arange(sizes[1])[None] // 300
+    rows = np.linspace(0, keys.max() + 3, sizes[0], dtype=int)[None]
+    o = intervals_test.operands_of(sizes, segments(rows, keys), 1)
+    config = intervals_test.config_of(o, {})
+    assert_made(library, config, o, intervals.intervals(config, o))
+
+
 @pytest.mark.parametrize("kind", ["blocks", "band", "row", "none", "random"])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_masks(library: ctypes.CDLL, kind: str, with_ids: bool) -> None:

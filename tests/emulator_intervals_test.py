@@ -372,3 +372,12 @@ def test_blocks_of_long_documents_first(forward: ctypes.CDLL) -> None:
         (704, 832),
     ]
     assert ends[-1] == 2048
+
+
+def test_blocks_of_a_ragged_mask_are_of_one_document(forward: ctypes.CDLL) -> None:
+    """Long blocks come first whichever keys a mask hides at the ends of rows."""
+    rng = np.random.default_rng(0)
+    end = np.arange(1, 2049)
+    keys = np.stack([rng.integers(0, 9, end.size), end - rng.integers(0, 9, end.size)])
+    (found,) = row_list(forward, [keys.T], cutting=False)
+    assert found == [(at, at + 128) for at in range(1920, -1, -128)]

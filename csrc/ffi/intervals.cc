@@ -1,11 +1,11 @@
 // FFI target jax_flash_intervals: decode, check, launch.
 //
-// int32 [2], the numbers of rows T and keys S; then, each if its attribute says so, int32 segment
-// ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths [sequences], and
-// offsets of packed sequences [sequences, n], of rows and of keys, and of a boolean mask the ranges
-// [sequences, T, 2] of keys that it leaves to rows and what it hides, [sequences, R / 64, 2] -> the
-// arrays of host/intervals.h: rows [sequences, R, 4], row_tiles [sequences, R / 64, 8], keys
-// [sequences, K], key_tiles [sequences, K / 64, 8].
+// int32 [3], the numbers of rows T and keys S, and 0; then, each if its attribute says so, int32
+// segment ids [sequences, T] and [sequences, S], query lengths [sequences], key lengths
+// [sequences], and offsets of packed sequences [sequences, n], of rows and of keys, and of a
+// boolean mask the ranges [sequences, T, 2] of keys that it leaves to rows and what it hides,
+// [sequences, R / 64, 2] -> the arrays of host/intervals.h: rows [sequences, R, 4], row_tiles
+// [sequences, R / 64, 8], keys [sequences, K], key_tiles [sequences, K / 64, 8].
 #include "host/intervals.h"
 
 #include <algorithm>
@@ -42,7 +42,7 @@ ffi::Error intervals(cudaStream_t stream, ffi::AnyBuffer sizes, ffi::RemainingAr
                      int64_t window_left, int64_t window_right, bool bottom_right,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool has_ids,
                      bool has_query_lengths, bool has_kv_lengths, bool has_offsets, bool has_mask) {
-  JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {2}));
+  JAX_FLASH_RETURN_IF_ERROR(check_array("sizes", sizes, {3}));
   const Dims row_dims = rows->dimensions();
   const Dims key_dims = keys->dimensions();
   JAX_FLASH_CHECK(row_dims.size() == 3 && key_dims.size() == 2 &&

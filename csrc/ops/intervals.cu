@@ -1,3 +1,5 @@
+#include <cstddef>
+
 #include "ops/intervals.cuh"
 
 namespace jax_flash::ops {
@@ -9,9 +11,10 @@ cudaError_t launch_intervals(const IntervalsParams& params, cudaStream_t stream)
   const dim3 key_grid(static_cast<unsigned>((key_tiles + kWarps - 1) / kWarps));
   cudaError_t error = launch_kernel(interval_keys_kernel, key_grid, kKeyThreads, 0, stream, params);
   if (error != cudaSuccess) return error;
-  const int threads = params.key_ids != nullptr ? kRowThreads : kIntervalRows;
+  const bool has_ids = params.key_ids != nullptr;
+  const size_t bytes = has_ids ? sizeof(IntervalRowsShared) : offsetof(IntervalRowsShared, ranges);
   error = launch_dependent_kernel(interval_rows_kernel, dim3(static_cast<unsigned>(row_tiles)),
-                                  threads, sizeof(IntervalRowsShared), stream, params);
+                                  has_ids ? kRowThreads : kIntervalRows, bytes, stream, params);
   if (error != cudaSuccess) return error;
   return launch_dependent_kernel(interval_key_tiles_kernel, key_grid, kKeyThreads, 0, stream,
                                  params);

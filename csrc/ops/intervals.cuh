@@ -171,6 +171,11 @@ __global__ void __launch_bounds__(kKeyThreads)
 struct KeySearch {
   const IntervalSource& source;
   const KeyTile* tiles;  // of the sequence
+  const int2* ranges;    // their id ranges in shared memory, or null
+
+  __device__ __forceinline__ int2 range_of(int tile) const {
+    return ranges != nullptr ? ranges[tile] : id_range(tiles, tile);
+  }
 
   // Bit 32 * i + lane: whether the key tile * 64 + that is of [first, end) and `matches`.
   template <typename Matches>
@@ -197,8 +202,7 @@ struct KeySearch {
     for (int base = 0; base < tiles_of; base += kWarp) {
       const int step = base + lane_id();
       const int own = kLast ? first_tile + tiles_of - 1 - step : first_tile + step;
-      uint32_t left =
-          __ballot_sync(0xffffffffu, step < tiles_of && may_match(id_range(tiles, own)));
+      uint32_t left = __ballot_sync(0xffffffffu, step < tiles_of && may_match(range_of(own)));
 #pragma unroll 1
       for (; left != 0; left &= left - 1) {
         const int found_step = base + __ffs(left) - 1;
@@ -216,16 +220,21 @@ struct KeySearch {
 // A thread block for each tile of rows; more warps where ids are looked for.
 inline constexpr int kRowThreads = 512;
 
+// Of so many tiles of keys the id ranges are read once, all together.
+inline constexpr int kIdRanges = 2048;
+
 struct IntervalRowsShared {
   RowRecord records[kIntervalRows];
   bool mixed[kIntervalRows];
+  int2 ranges[kIdRanges];  // not there if there are no ids
 };
 
 // Narrows the records of `count` rows, from the first, to the keys of their ids.
 __device__ __forceinline__ void narrow_rows(const IntervalSource& source,
                                             IntervalRowsShared& shared, int first_row, int count) {
-  const KeySearch search = {
-      source, source.params.key_tiles + int64_t{source.sequence} * source.params.key_count};
+  const IntervalsParams& params = source.params;
+  const KeySearch search = {source, params.key_tiles + int64_t{source.sequence} * params.key_count,
+                            params.key_count <= kIdRanges ? shared.ranges : nullptr};
   RowRecord before = {0, 0, -1, 0};  // of the last row that sees a key, as it was asked for
   int before_first = 0;              // and what was found
   int before_last = 0;
@@ -271,37 +280,12 @@ __device__ __forceinline__ void narrow_rows(const IntervalSource& source,
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads)
-    interval_rows_kernel(const __grid_constant__ IntervalsParams params) {
-  IntervalRowsShared& shared = *reinterpret_cast<IntervalRowsShared*>(memory);
-  const int tile = blockIdx.x;
-  const int sequence = tile / params.row_count;
-  const IntervalSource source = IntervalSource::make(params, sequence);
-  const int thread = threadIdx.x;
-  ptx::griddepcontrol_launch_dependents();
-  if (thread < kIntervalRows) {
-    shared.records[thread] =
-        source.row((tile - sequence * params.row_count) * kIntervalRows + thread);
-    shared.mixed[thread] = false;
-  }
-  ptx::griddepcontrol_wait();
-  // Orders the records before they are narrowed or read.
-  __syncthreads();
-  if (params.key_ids != nullptr) {
-    const int count = kIntervalRows / (kRowThreads / kWarp);
-    narrow_rows(source, shared, thread / kWarp * count, count);
-    // Orders what was found before it is read.
-    __syncthreads();
-  }
-  if (thread >= kIntervalRows) return;
-  RowRecord record = shared.records[thread];
-  const bool live = record.first < record.end;
-  if (!live) record = {0, 0, -1, 0};
-  params.rows[int64_t{tile} * kIntervalRows + thread] = record;
-  if (thread >= kWarp) return;
+// The record of a tile of rows, by a warp.
+__device__ __forceinline__ void write_row_tile(const IntervalsParams& params,
+                                               const IntervalRowsShared& shared, int tile) {
   RowTile sum = {kMaxLength, 0, 0, kMaxLength, 0, 0, {0, 0}};
 #pragma unroll
-  for (int i = thread; i < kIntervalRows; i += kWarp) {
+  for (int i = lane_id(); i < kIntervalRows; i += kWarp) {
     const RowRecord& row = shared.records[i];
     if (row.first >= row.end) {
       sum.dead = 1;
@@ -331,12 +315,51 @@ __global__ void __launch_bounds__(kRowThreads)
       sum.hidden[i] = static_cast<uint32_t>(__ldg(params.row_hidden + 2 * tile + i));
     }
   }
-  if (thread == 0) params.row_tiles[tile] = sum;
+  if (lane_id() == 0) params.row_tiles[tile] = sum;
+}
+
+__global__ void __launch_bounds__(kRowThreads)
+    interval_rows_kernel(const __grid_constant__ IntervalsParams params) {
+  IntervalRowsShared& shared = *reinterpret_cast<IntervalRowsShared*>(memory);
+  const int tile = blockIdx.x;
+  const int sequence = tile / params.row_count;
+  const IntervalSource source = IntervalSource::make(params, sequence);
+  const int thread = threadIdx.x;
+  ptx::griddepcontrol_launch_dependents();
+  if (thread < kIntervalRows) {
+    shared.records[thread] =
+        source.row((tile - sequence * params.row_count) * kIntervalRows + thread);
+    shared.mixed[thread] = false;
+  }
+  // Without ids nothing of the kernel before is needed, but by the one after it.
+  if (params.key_ids != nullptr) ptx::griddepcontrol_wait();
+  if (params.key_ids != nullptr && params.key_count <= kIdRanges) {
+    const KeyTile* const tiles = params.key_tiles + int64_t{sequence} * params.key_count;
+    for (int i = thread; i < params.key_count; i += kRowThreads) {
+      shared.ranges[i] = id_range(tiles, i);
+    }
+  }
+  // Orders records and ranges before they are narrowed or read.
+  __syncthreads();
+  if (params.key_ids != nullptr) {
+    const int count = kIntervalRows / (kRowThreads / kWarp);
+    narrow_rows(source, shared, thread / kWarp * count, count);
+    // Orders what was found before it is read.
+    __syncthreads();
+  }
+  if (thread >= kIntervalRows) return;
+  RowRecord record = shared.records[thread];
+  const bool live = record.first < record.end;
+  if (!live) record = {0, 0, -1, 0};
+  params.rows[int64_t{tile} * kIntervalRows + thread] = record;
+  if (thread < kWarp) write_row_tile(params, shared, tile);
+  ptx::griddepcontrol_wait();
 }
 
 // A warp for each tile of keys.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_key_tiles_kernel(const __grid_constant__ IntervalsParams params) {
+  ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const int number = blockIdx.x * (kKeyThreads / kWarp) + threadIdx.x / kWarp;
   if (number >= params.sequences * params.key_count) return;
@@ -347,18 +370,25 @@ __global__ void __launch_bounds__(kKeyThreads)
   const bool dead = __any_sync(0xffffffffu, ids[lane_id()] < 0 || ids[kWarp + lane_id()] < 0);
   int first = params.row_count;
   int end = 0;
+  constexpr int kTogether = 4;  // loads of a lane that are under way at a time
 #pragma unroll 1
-  for (int base = 0; base < params.row_count; base += kWarp) {
-    const int tile = base + lane_id();
-    bool meets = false;
-    if (tile < params.row_count) {
-      const RowTile& rows = tiles[tile];
-      meets = rows.first < rows.end && rows.first < key + kIntervalKeys && rows.end > key;
+  for (int base = 0; base < params.row_count; base += kTogether * kWarp) {
+    bool meets[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const RowTile* const rows = tiles + min(base + i * kWarp + lane_id(), params.row_count - 1);
+      const int2 hull = *reinterpret_cast<const int2*>(&rows->first);
+      meets[i] = hull.x < hull.y && hull.x < key + kIntervalKeys && hull.y > key;
     }
-    const uint32_t met = __ballot_sync(0xffffffffu, meets);
-    if (met != 0) {
-      first = min(first, base + __ffs(met) - 1);
-      end = base + 32 - __clz(met);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int tile = base + i * kWarp;
+      const uint32_t met =
+          __ballot_sync(0xffffffffu, meets[i] && tile + lane_id() < params.row_count);
+      if (met != 0) {
+        first = min(first, tile + __ffs(met) - 1);
+        end = tile + 32 - __clz(met);
+      }
     }
   }
   if (lane_id() != 0) return;

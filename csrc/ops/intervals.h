@@ -12,7 +12,7 @@ namespace jax_flash::ops {
 
 // Device arrays, row-major; those that there are not are null.
 struct IntervalsParams {
-  const int32_t* sizes;          // [2]: rows T and keys S
+  const int32_t* sizes;          // [3]: rows T, keys S, 0
   const int32_t* row_ids;        // [sequences, T]; there are these two, or neither
   const int32_t* key_ids;        // [sequences, S]
   const int32_t* query_lengths;  // [sequences]

@@ -57,7 +57,7 @@ struct FwdBlockIntervals {
   KeyInterval core[kWarpgroups];
   // Of int, so that addresses are those of other arrays: registers are few.
   int mixed[kWarpgroups];  // ids have to be compared
-  int dead[kWarpgroups];   // some of its rows are dead
+  int drops[kWarpgroups];  // some of its rows are dead, or not the block's
 };
 
 // And one with biases, a mask of bits or dropout.
@@ -202,7 +202,7 @@ __device__ __forceinline__ void look_at_rows(const MhaFwdParams& params, const R
     if (lane_id() == 0) {
       block.hull[w] = hull;
       block.core[w] = mixed[w] != 0 ? KeyInterval{0, 0} : core;
-      block.dead[w] = dead;
+      block.drops[w] = dead || rows.rows < 64 * (w + 1);
       block.mixed[w] = mixed[w] != 0;
     }
   }

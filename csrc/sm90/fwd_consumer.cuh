@@ -40,6 +40,8 @@ struct FwdConsumer {
   // Clean tiles may have options, too.
   static constexpr bool kLogits = Config::kOptions && !Config::kDense;
   static constexpr int kOuts = Config::kHeadDimV / 2;
+  // A block's first step has a body of its own; what masks need is asked for before the turn comes.
+  static constexpr bool kQuickStart = Config::kIntervals && !Config::kDense && !Config::kOneBody;
   // Of rows that are dropped: with intervals, where they may be those of another block, more than
   // any score.
   static constexpr float kDroppedReference = Config::kIntervals ? 1e30f : 0.0f;
@@ -77,6 +79,12 @@ struct FwdConsumer {
   __device__ __forceinline__ uint32_t value_tile() const {
     return tiles + Config::kValueOffset + value_ring.stage() * Config::ValueLayout::kBytes;
   }
+
+  // Where outputs are staged, and the row of that which this lane writes.
+  __device__ __forceinline__ uint32_t out_tile() const {
+    return tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
+  }
+  __device__ __forceinline__ int out_row() const { return warp_row() + lane_id() % 16; }
 
   static __device__ __forceinline__ void warp_arrive(uint64_t& barrier) {
     ptx::mbarrier_arrive_if(lane_id() == 0, ptx::shared_address(&barrier));
@@ -139,37 +147,19 @@ struct FwdConsumer {
     warp_arrive(shared.query_empty[blocks % Config::kQueryStages][warpgroup]);
   }
 
-  // What a tile that is masked needs of global memory. Asked for before a wait, which plain loads
-  // are not moved across.
-  struct MaskLoads {
-    bool masked;    // there is something to mask
-    int dead_keys;  // nonzero: there are some. With intervals
-    FwdMask<Config::kKeys> mask;
-  };
-  // kMixed: ids may have to be compared, which they never have in clean tiles.
+  using MaskLoads = FwdMaskLoads<Config>;
   template <bool kMixed>
   __device__ __forceinline__ MaskLoads load_mask(const FwdBlock<Config>& block, int tile) const {
     MaskLoads loads{};
-    loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
-    if (!loads.masked) return loads;
-    const int first_key = block.key_of(tile);
-    const int row = head_row(block);
-    KeyInterval keys[2];
     if constexpr (Config::kIntervals) {
-      loads.dead_keys = block.mask.template dead_keys<Config::kKeys>(first_key);
-      // Rows past the block are dropped.
-      const int last = block.mask.query_length - 1;
-      const RowRecord records[2] = {block.mask.row(min(row, last)),
-                                    block.mask.row(min(row + 8, last))};
-      for (int h = 0; h < 2; ++h) keys[h] = {records[h].first, records[h].end};
-      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
-      if (kMixed && block.mixed[warpgroup]) {
-        loads.mask.compare(block.mask.key_ids, block.mask.key_length, first_key,
-                           {records[0].id, records[1].id});
-      }
+      loads.template load<kMixed>(block, tile, warpgroup, head_row(block));
     } else {
+      loads.masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+      if (!loads.masked) return loads;
+      const int row = head_row(block);
+      KeyInterval keys[2];
       for (int h = 0; h < 2; ++h) keys[h] = block.mask.interval((row + 8 * h) >> plan.pack_shift);
-      loads.mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+      loads.mask = FwdMask<Config::kKeys>::of(keys, block.key_of(tile) + fragment_column());
     }
     return loads;
   }
@@ -276,11 +266,16 @@ struct FwdConsumer {
   // Beside the first tile of a block runs the last product of the block before, whose outputs are
   // stored then. fresh: the second tile, whose product starts new accumulators.
   // What is rarely needed is left to finish_rare, outside the loop.
-  template <typename Careful>
+  template <typename Careful, typename First>
   __device__ __forceinline__ Left step(const FwdBlock<Config>& block, int tile, Careful careful,
-                                       bool first, bool fresh, float (&tile_sum)[2]) {
-    const bool previous = !first || blocks > 0;
+                                       First first, bool fresh, float (&tile_sum)[2]) {
+    constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
+    // With kQuickStart the first block of all does not begin with a body of its own.
+    constexpr bool kBegins = std::is_same_v<First, std::true_type>;
+    const bool previous = kBegins || !first || (!kQuickStart && blocks > 0);
     bool watching = false;
+    MaskLoads loads{};
+    if constexpr (kQuickStart && !kClean) loads.ask(block, tile, warpgroup, head_row(block));
     issue(previous, fresh, [&] {
       if constexpr (kLogits) {
         if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
@@ -291,11 +286,12 @@ struct FwdConsumer {
       softmax.init();
       if constexpr (kLogits) begin_logits(block);
     }
-    MaskLoads loads{};
-    if ((careful && Dense::kEarly) || (Config::kMasksClean && tile < block.full_first[warpgroup])) {
-      loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
+    if constexpr (kQuickStart && !kClean) {
+      loads.template find<true>(block, tile, warpgroup, head_row(block));
+    } else if ((careful && Dense::kEarly) ||
+               (Config::kMasksClean && tile < block.full_first[warpgroup])) {
+      loads = load_mask<!kClean>(block, tile);
     }
-    constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
     Dense dense;
     dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);
     // Uniform over the warp, and known to be.
@@ -317,7 +313,13 @@ struct FwdConsumer {
     } else if constexpr (Config::kDense) {
       dense.template hide<kClean>(s, params, block, head_row(block), tile * Config::kKeys);
     }
-    if (!careful && watching) [[unlikely]] {
+    if constexpr (kBegins) {
+      finish_products(previous);
+      const auto word = [&](int i, const float (&factor)[2]) { return out_word(i, factor); };
+      stage_beside_exponentials<Config>(out_tile(), out_row(), inverse, word, softmax, s,
+                                        params.scale, tile_sum);
+      finish_store((blocks - 1) % Shared::kBlockSlots);
+    } else if (!careful && watching) [[unlikely]] {
       left = Left::kWatchedRows;
     } else if (exponentials(tile, careful, tile_sum, is_inside) && !careful) [[unlikely]] {
       // A branch on what all exponentials lead to, before the wait: ptxas would move the wait to
@@ -329,14 +331,14 @@ struct FwdConsumer {
       left = Left::kDeadKeys;
     }
     // One instruction for all warps of the warpgroup, on whichever path they come.
-    if constexpr (Config::kOverlaps) finish_products(previous);
+    if constexpr (Config::kOverlaps && !kBegins) finish_products(previous);
     if (left != Left::kNothing) [[unlikely]]
       return left;
     // Before outputs are stored, where registers are few.
     if constexpr (Config::kDense) finish_step(tile_sum);
     if (first) {
       if constexpr (Config::kSkips) skip_values(block.last_tile - tile);
-      if (previous) store_out(blocks - 1);
+      if (!kBegins && previous) store_out(blocks - 1);
       // Padding rows are dropped; they should not look as if they left the range.
       const int row = 64 * warpgroup + warp_row() + fragment_row();
       if (is_dropped(block, row)) softmax.reference[0] = kDroppedReference;
@@ -358,11 +360,11 @@ struct FwdConsumer {
 
   // Whether row `row` of the block, one of this warpgroup's, is padding or dead.
   __device__ __forceinline__ bool is_dropped(const FwdBlock<Config>& block, int row) const {
-    if (row >= block.rows) return true;
     if constexpr (Config::kIntervals) {
-      return block.dead[warpgroup] && block.mask.row(block.first_row + row).id < 0;
+      if (!block.drops[warpgroup]) return false;
+      return row >= block.rows || block.mask.row(block.first_row + row).id < 0;
     }
-    return false;
+    return row >= block.rows;
   }
 
   // Waits for both products. previous: the second one was that of a tile.
@@ -461,10 +463,10 @@ struct FwdConsumer {
 
   // Two neighbouring outputs, normalised and packed. A row without keys gives 0, even if its
   // accumulators hold 0 * infinity.
-  __device__ __forceinline__ uint32_t out_word(int i) const {
+  __device__ __forceinline__ uint32_t out_word(int i, const float (&inverse)[2]) const {
     const int h = i / 2 % 2;
     const uint32_t word = ptx::cvt_rn_x2<Element>(out[i] * inverse[h], out[i + 1] * inverse[h]);
-    return inverse[h] == 0.0f ? 0 : word;
+    return this->inverse[h] == 0.0f ? 0 : word;
   }
 
   // Outputs of block `number`: through shared memory, from where the storer warp takes them, or
@@ -487,15 +489,18 @@ struct FwdConsumer {
       const int row = 64 * warpgroup + warp_row() + fragment_row();
       store_floats(params, plan, shared.blocks[slot], row, out, inverse);
     } else {
-      const auto word = [&](int i) { return out_word(i); };
+      const auto word = [&](int i) { return out_word(i, inverse); };
       if constexpr (Config::kStaged) {
-        const uint32_t tile = tiles + Config::kOutOffset + warpgroup * Config::OutLayout::kBytes;
-        stage_out<Config>(tile, warp_row() + lane_id() % 16, word);
+        stage_out<Config>(out_tile(), out_row(), word);
       } else {
         const FwdBlock<Config>& block = shared.blocks[slot];
         store_direct<Config>(params, plan, block, head_row(block), word);
       }
     }
+    finish_store(slot);
+  }
+
+  __device__ __forceinline__ void finish_store(int slot) {
     ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[warpgroup]));
     __syncwarp();
     warp_arrive(shared.block_empty[slot]);
@@ -512,6 +517,11 @@ struct FwdConsumer {
     const int clean_end = block.clean_end[warpgroup];
     bool first = true;
     float tile_sum[2];
+    if constexpr (kQuickStart) {
+      first = blocks == 0;
+      if (!first) step(block, tile--, std::true_type(), std::true_type(), fresh, tile_sum);
+      fresh = fresh || !first;
+    }
     const int kept_lowest = block.lowest[warpgroup];
     const auto lowest = [&] { return Config::kDense ? block.lowest[warpgroup] : kept_lowest; };
     while (tile >= lowest()) {

@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (FwdBiasLoader<Config>::is_needed(params)) arrivals += 32;
     }
     init(shared.block_empty, arrivals);
+    if constexpr (Config::kIntervals) {
+      ptx::mbarrier_init(ptx::shared_address(&shared.block_wanted), 1);
+    }
     ptx::fence_mbarrier_init();
   } else if (threadIdx.x == 32) {  // while the planner looks for the first block
     ptx::tma_prefetch_map(&plan.query);

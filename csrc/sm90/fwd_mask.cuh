@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host/intervals.h"
+#include "sm90/fwd_block.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
@@ -65,6 +66,51 @@ struct FwdMask {
   static __device__ __forceinline__ uint32_t before(int column) {
     const int count = 2 * (column >> 3) + min(column & 7, 2);
     return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), 32)) - 1);
+  }
+};
+
+// What a tile that is masked needs, and with intervals of global memory: asked for before a wait,
+// which plain loads are not moved across.
+template <typename Config>
+struct FwdMaskLoads {
+  bool masked;          // there is something to mask
+  int dead_keys;        // nonzero: there are some. With intervals
+  KeyInterval keys[2];  // of the lane's rows. With intervals
+  FwdMask<Config::kKeys> mask;
+
+  // row: the lane's first. kMixed: as for `find`.
+  template <bool kMixed>
+  __device__ __forceinline__ void load(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                       int row) {
+    ask(block, tile, warpgroup, row);
+    find<kMixed>(block, tile, warpgroup, row);
+  }
+  __device__ __forceinline__ void ask(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                      int row) {
+    masked = tile < block.full_first[warpgroup] || tile >= block.full_end[warpgroup];
+    if (!masked) return;
+    dead_keys = block.mask.template dead_keys<Config::kKeys>(block.key_of(tile));
+    for (int h = 0; h < 2; ++h) keys[h] = block.mask.keys_of(existing(block, row + 8 * h));
+  }
+
+  // kMixed: ids may have to be compared, which they never have in clean tiles.
+  template <bool kMixed>
+  __device__ __forceinline__ void find(const FwdBlock<Config>& block, int tile, int warpgroup,
+                                       int row) {
+    if (!masked) return;
+    const int first_key = block.key_of(tile);
+    mask = FwdMask<Config::kKeys>::of(keys, first_key + fragment_column());
+    if (kMixed && block.mixed[warpgroup]) {
+      mask.compare(
+          block.mask.key_ids, block.mask.key_length, first_key,
+          {block.mask.row(existing(block, row)).id, block.mask.row(existing(block, row + 8)).id});
+    }
+  }
+
+ private:
+  // Rows past the block are dropped.
+  static __device__ __forceinline__ int existing(const FwdBlock<Config>& block, int row) {
+    return min(row, block.mask.query_length - 1);
   }
 };
 

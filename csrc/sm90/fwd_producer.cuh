@@ -48,22 +48,27 @@ struct FwdPlanner {
     }
   }
 
-  // Waits until there is room for a block and takes the next from the queue.
-  __device__ __forceinline__ int next_id(const RingIndex<Shared::kBlockSlots>& ring) const {
+  // Waits until there is room for a block and takes the next from the queue. The first one of each
+  // thread block is none of those.
+  __device__ __forceinline__ int next_id(const RingIndex<Shared::kBlockSlots>& ring,
+                                         bool first) const {
     ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
-    int id = 0;
-    if (lane_id() == 0) id = take_work(params);
+    int id = blockIdx.x;
+    if (lane_id() == 0 && !first) id = gridDim.x + take_work(params);
     return __shfl_sync(0xffffffffu, id, 0);
   }
 
-  // With intervals: who has room takes the next block of the list.
+  // With intervals: who is about to finish a block takes the next of the list.
   __device__ __forceinline__ void take_blocks(RingIndex<Shared::kBlockSlots>& ring) const {
     wait_for_work_order();
     const int most = most_row_blocks(params);
     const int ids = plan.order.ids_of(most);
+    int taken = -1;  // blocks at work before the next; -1: none was looked at
     while (true) {
-      const int id = next_id(ring);
+      if (taken > 0) ptx::mbarrier_wait(ptx::shared_address(&shared.block_wanted), (taken - 1) % 2);
+      const int id = next_id(ring, taken < 0);
       if (id >= ids) break;
+      taken = max(taken, 0);
       const SectionOrder::Place place = plan.order.place_of(id, most);
       const int batch = plan.head_groups.divide(place.head);
       const int head = place.head - batch * static_cast<int>(plan.head_groups.divisor);
@@ -80,6 +85,7 @@ struct FwdPlanner {
       }
       if (__any_sync(0xffffffffu, sees_keys)) {
         ring.next();
+        ++taken;
       } else {
         store_empty({0, head, batch}, rows.first, rows.rows);
       }
@@ -227,12 +233,18 @@ struct FwdProducer {
   // Copies run a tile ahead of the block: the values of a block's last tile are asked for after the
   // first keys of the next. With two query stages, the next block's queries are asked for early,
   // though not before the copies that are waited for sooner.
+  //
+  // With intervals the next block is taken late, so that the last blocks of all thread blocks end
+  // at about the same time: the planner, which takes about as long as one and a half tiles, begins
+  // kTilesAfter tiles before the last, when consumers have two more to do.
   __device__ __forceinline__ void run() {
     constexpr bool kEarly = Config::kQueryStages > 1;
     constexpr int kTilesBefore = 2;
-    bool pending = false;  // there is a block at work
-    int early_tile = 0;    // after which the next block's queries are asked for
-    int tile = 0;          // whose keys were copied last
+    constexpr int kTilesAfter = 2;
+    bool pending = false;                   // there is a block at work
+    int early_tile = 0;                     // after which the next block's queries are asked for
+    [[maybe_unused]] int wanted_tile = -1;  // and after which the planner is asked for it
+    int tile = 0;                           // whose keys were copied last
     int lowest = 0;
     int head = 0;
     int batch = 0;
@@ -243,6 +255,11 @@ struct FwdProducer {
     while (true) {
 #pragma unroll 1
       while (true) {
+        if constexpr (Config::kIntervals) {
+          if (tile == wanted_tile && elected()) {
+            ptx::mbarrier_arrive(ptx::shared_address(&shared.block_wanted));
+          }
+        }
         if (tile == early_tile) {
           next = &next_block();
           if (kEarly) copy_queries(*next);
@@ -265,8 +282,14 @@ struct FwdProducer {
       pending = next->tiles > 0;
       tile = next->last_tile;
       lowest = pending ? tile - next->tiles + 1 : tile;
-      early_tile = max(lowest, tile - kTilesBefore);
+      if constexpr (Config::kIntervals && !Config::kDense) {
+        early_tile = lowest;
+        wanted_tile = min(tile, lowest + kTilesAfter);
+      } else {
+        early_tile = max(lowest, tile - kTilesBefore);
+      }
       if constexpr (Config::kDense) {
+        wanted_tile = tile;
         hidden = next->hidden;
         hidden_shift = next->hidden_shift;
         early_tile = tile;

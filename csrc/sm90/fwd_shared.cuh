@@ -19,6 +19,12 @@ struct FwdDenseShared {
 };
 struct NoDenseBarriers {};
 
+// With intervals: whether the planner shall take the block after that at work.
+struct FwdQueueShared {
+  uint64_t block_wanted;
+};
+struct NoQueue {};
+
 // In how many parts the biases of a tile come: those of f32 in two halves.
 __device__ __forceinline__ int parts_of(const BiasView& bias) {
   return bias.type == BiasType::kF32 ? 2 : 1;
@@ -27,7 +33,8 @@ __device__ __forceinline__ int parts_of(const BiasView& bias) {
 // What follows the tiles in shared memory. "full" barriers: bytes have arrived. "empty": all
 // consumers are done.
 template <typename Config>
-struct FwdShared : std::conditional_t<Config::kDense, FwdDenseShared<Config>, NoDenseBarriers> {
+struct FwdShared : std::conditional_t<Config::kDense, FwdDenseShared<Config>, NoDenseBarriers>,
+                   std::conditional_t<Config::kIntervals, FwdQueueShared, NoQueue> {
   // A block is read until its outputs are stored, when the next one is already at work and the one
   // after that may be asked for. With a queue no block is taken sooner than it has to be.
   static constexpr int kBlockSlots = Config::kIntervals ? 3 : 4;

@@ -77,8 +77,10 @@ struct RowSoftmax {
 
   // Scores become exponentials; true if a row of the warp left the range, and then nothing else is
   // valid until `recover`. Adding the sums is left to the caller.
+  // beside(i): what is done after score i.
+  template <typename Beside>
   __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
-                                               float (&tile_sum)[2]) const {
+                                               float (&tile_sum)[2], Beside beside) const {
     const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
                             fmaxf(reference[1] * scale.log2, kLowest)};
     tile_sum[0] = tile_sum[1] = 0.0f;
@@ -86,8 +88,13 @@ struct RowSoftmax {
     for (int i = 0; i < kScores; ++i) {
       s[i] = ptx::ex2_approx_ftz(fmaf(s[i], scale.log2, -shift[i / 2 % 2]));
       tile_sum[i / 2 % 2] += s[i];
+      beside(i);
     }
     return __any_sync(0xffffffffu, tile_sum[0] > Config::kRange || tile_sum[1] > Config::kRange);
+  }
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores], const SoftmaxScale& scale,
+                                               float (&tile_sum)[2]) const {
+    return exponentials(s, scale, tile_sum, [](int) {});
   }
 
   // The largest absolute value of a lane's scores.

@@ -49,7 +49,7 @@ struct RowListShared {
   int warp_last[kRowListThreads / kWarp];
   int chunk_starts[kBlocks];
   int starts[kBlocks + 1];  // of blocks, then where the last one ends
-  int documents[kBlocks];   // how many keys the document of a block has
+  int documents[kBlocks];   // how many tiles of keys the document of a block has
   int count;                // of blocks
 };
 
@@ -198,7 +198,8 @@ struct RowListMaker {
   }
 
   // The length of the document of a block: of keys from the first that its first or last row sees
-  // to the last that those see who see that one. -1 if they see none.
+  // to the last that those see who see that one, in tiles, so that what a mask hides at the ends
+  // does not count. -1 if they see none.
   __device__ __forceinline__ int document(int start, int stop) const {
     KeyInterval seen = keys_of(start);
     if (seen.first >= seen.end) seen = keys_of(stop - 1);
@@ -206,7 +207,7 @@ struct RowListMaker {
     const int row_tiles = interval_tiles(mask.query_length);
     const KeyTile& keys = mask.key_tiles[seen.first / kIntervalKeys];
     const RowTile& last = mask.row_tiles[max(1, min(keys.end / kIntervalRows, row_tiles)) - 1];
-    return max(0, last.end - seen.first);
+    return max(0, interval_tiles(last.end) - seen.first / kIntervalKeys);
   }
 
   // Adds the blocks of the piece before those at `target`, in their order; returns how many.
@@ -239,6 +240,8 @@ __global__ void __launch_bounds__(kRowListThreads)
     row_list_kernel(const __grid_constant__ MhaParams params, bool cutting) {
   extern __shared__ __align__(1024) unsigned char memory[];
   ptx::griddepcontrol_launch_dependents();
+  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
+  ptx::griddepcontrol_wait();
   const int batch = blockIdx.x;
   const IntervalMask mask = IntervalMask::make(params, batch);
   RowBlock* const list = row_list(params, batch);
@@ -265,8 +268,9 @@ __global__ void __launch_bounds__(kRowListThreads)
 
 template <int kSize>
 cudaError_t launch_row_list(const MhaParams& params, bool cutting, cudaStream_t stream) {
-  return launch_kernel(row_list_kernel<kSize>, dim3(static_cast<unsigned>(params.batch)),
-                       kRowListThreads, sizeof(RowListShared<kSize>), stream, params, cutting);
+  return launch_dependent_kernel(row_list_kernel<kSize>, dim3(static_cast<unsigned>(params.batch)),
+                                 kRowListThreads, sizeof(RowListShared<kSize>), stream, params,
+                                 cutting);
 }
 
 // By a warp: the most blocks that a sequence has.

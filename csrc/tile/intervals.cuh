@@ -39,6 +39,12 @@ struct IntervalMask {
     return {words.x, words.y, words.z, words.w};
   }
 
+  // Of a row that exists: as `interval`.
+  __device__ __forceinline__ KeyInterval keys_of(int row) const {
+    const int2 words = __ldg(reinterpret_cast<const int2*>(row_records + row));
+    return {words.x, words.y};
+  }
+
   // -1 where a key is dead.
   __device__ __forceinline__ int id(int key) const {
     return key < interval_tiles(key_length) * kIntervalKeys ? __ldg(key_ids + key) : -1;

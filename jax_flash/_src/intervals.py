@@ -239,7 +239,9 @@ def _by_kernel(
     heads = [x.shape[: x.ndim - _TRAILING[name]] for name, x in given.items()]
     batch = jnp.broadcast_shapes((1,) * batch_dims, *heads)
     count = math.prod(batch)
-    operands = [jnp.stack([jnp.asarray(n, jnp.int32) for n in sizes])]
+    # The last number makes it a constant that XLA keeps. Of equal ones alone it makes a
+    # broadcast, a kernel of its own.
+    operands = [jnp.stack([jnp.asarray(n, jnp.int32) for n in (*sizes, 0)])]
     for name, x in given.items():
         trailing = x.shape[x.ndim - _TRAILING[name] :]
         full = jnp.broadcast_to(x, batch + trailing)
