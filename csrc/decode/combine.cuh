@@ -135,6 +135,32 @@ __device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, in
   return total;
 }
 
+// The same where every group is one part: a plan of whole groups, and a lane for a row.
+template <typename Load>
+__device__ __forceinline__ RowPart add_up_whole_groups(Load load, int splits) {
+  constexpr int kBatch = 8;
+  RowPart total = RowPart::empty();
+#pragma unroll 1
+  for (int before = 0; before < splits; before += kBatch * kGroupSplits) {
+    // All loads are on their way before the first is needed.
+    RowPart group[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      group[i] = RowPart::empty();
+      if (before + i * kGroupSplits < splits) group[i] = load(before + i * kGroupSplits);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (before + i == 0) {
+        total = group[0];
+      } else if (before + i * kGroupSplits < splits) {
+        total.add(group[i]);
+      }
+    }
+  }
+  return total;
+}
+
 // Adds up the splits of the head tile that the thread block has just left, if others have had some
 // of them and are done, or if it has had them all and they are several groups. `place`: its last
 // one. Behind a barrier of all threads, which have stored their parts.
@@ -186,7 +212,9 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
       return {state.x, state.y,
               *reinterpret_cast<const float4*>(params.partial_out + at * width + 4 * its_piece)};
     };
-    const RowPart sum = add_up_groups(plan, load, bits, splits, first_unit);
+    const RowPart sum = bits == 0 && plan.unit_splits > 1
+                            ? add_up_whole_groups(load, splits)
+                            : add_up_groups(plan, load, bits, splits, first_unit);
     if (index < items && (lane_id() & (1 << bits) - 1) == 0) {
       finish<Config::kCache>(params, place.batch, place.kv_head, first + row, its_piece, sum);
     }
