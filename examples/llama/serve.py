@@ -173,7 +173,9 @@ def parse_arguments() -> argparse.Namespace:
         "--chunk", type=int, default=32, help="tokens of a prompt read at once"
     )
     parser.add_argument("--read-rows", type=int, default=2, help="prompts read at once")
-    parser.add_argument("--every", type=float, default=0.0, help="seconds between two")
+    parser.add_argument(
+        "--every", type=float, default=0.0, help="seconds between prompts"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
