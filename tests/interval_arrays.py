@@ -1,9 +1,10 @@
 """The arrays that kernels with intervals read, from a dense mask: literal and slow.
 
 csrc/host/intervals.h says what each field holds. Nothing here shares code with the
-package, which computes the arrays without a dense mask.
+package, which computes the arrays without a dense mask. At the end, masks and biases.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 TILE = 64
@@ -122,3 +123,38 @@ def _interval(
     while wide and end < len(seen) and key_ids[end] != row_id:
         end += 1
     return first, end
+
+
+def random_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Half of the keys, none in every seventh row that has a mask of its own."""
+    mask = np.random.default_rng(3).random(shape) < 0.5
+    if shape[2] > 1:
+        mask[:, :, ::7] = False
+    return mask
+
+
+def striped_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
+    """As `random_mask`, but for runs of keys that all rows see, or two of three do."""
+    mask = random_mask(shape)
+    mask[..., 128:400] = True
+    mask[:, :, ::3, 330:] = False
+    return mask
+
+
+def mask_of_blocks(shape: tuple[int, int, int, int], share: float) -> np.ndarray:
+    """Blocks of 64 rows and 64 keys, most of them hidden, at odd ends seen in part."""
+    rng = np.random.default_rng(5)
+    batch, heads, rows, keys = shape
+    drawn = rng.random((batch, heads, -(-rows // 64), -(-keys // 64))) < share
+    mask = drawn.repeat(64, -1).repeat(64, -2)[..., :rows, :keys]
+    return mask & (rng.random(shape) < 0.9)
+
+
+def random_bias(shape: tuple[int, int, int, int], dtype: str) -> np.ndarray:
+    """Random normal, with -inf here and there, and all over every ninth row."""
+    rng = np.random.default_rng(4)
+    bias = rng.standard_normal(shape, np.float32)
+    bias[rng.random(shape) < 0.05] = -np.inf
+    if shape[2] > 1:
+        bias[:, :, ::9] = -np.inf
+    return bias.astype(jnp.dtype(dtype))

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from emulator_test import aligned, call
-from interval_arrays import hidden, interval_arrays
+from interval_arrays import (
+    hidden,
+    interval_arrays,
+    mask_of_blocks,
+    random_bias,
+    random_mask,
+    striped_mask,
+)
 
 from jax_flash._src import dropout, intervals, plan
 
@@ -150,31 +157,6 @@ def packed(
     return Case(shape, q_ids, kv_ids, seen, position, **rest)
 
 
-def random_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
-    """Half of the keys, none in every seventh row that has a mask of its own."""
-    mask = np.random.default_rng(3).random(shape) < 0.5
-    if shape[2] > 1:
-        mask[:, :, ::7] = False
-    return mask
-
-
-def striped_mask(shape: tuple[int, int, int, int]) -> np.ndarray:
-    """As `random_mask`, but for runs of keys that all rows see, or two of three do."""
-    mask = random_mask(shape)
-    mask[..., 128:400] = True
-    mask[:, :, ::3, 330:] = False
-    return mask
-
-
-def mask_of_blocks(shape: tuple[int, int, int, int], share: float) -> np.ndarray:
-    """Blocks of 64 rows and 64 keys, most of them hidden, at odd ends seen in part."""
-    rng = np.random.default_rng(5)
-    batch, heads, rows, keys = shape
-    drawn = rng.random((batch, heads, -(-rows // 64), -(-keys // 64))) < share
-    mask = drawn.repeat(64, -1).repeat(64, -2)[..., :rows, :keys]
-    return mask & (rng.random(shape) < 0.9)
-
-
 def with_a_hole() -> Case:
     """Tiles amid those that rows see, and those of a whole block of keys."""
     mask = np.ones((1, 1, 200, 520), bool)
@@ -189,16 +171,6 @@ def biased_with_holes(dtype: str) -> Case:
     mask[..., 128:512] = mask[1, :, :140, 640:768] = mask[0, ..., 768:] = False
     rest = {"bias": random_bias((1, 2, 300, 900), dtype), "mask": mask}
     return of_options((2, 300, 900, 2, 1), rest=rest)
-
-
-def random_bias(shape: tuple[int, int, int, int], dtype: str) -> np.ndarray:
-    """Random normal, with -inf here and there, and all over every ninth row."""
-    rng = np.random.default_rng(4)
-    bias = rng.standard_normal(shape, np.float32)
-    bias[rng.random(shape) < 0.05] = -np.inf
-    if shape[2] > 1:
-        bias[:, :, ::9] = -np.inf
-    return bias.astype(jnp.dtype(dtype))
 
 
 def _sorted(rng: np.random.Generator, length: int, ids: int) -> np.ndarray:

@@ -175,10 +175,13 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
                                  params.key_length);
       }
       if (params.dslopes != nullptr) {
-        const int64_t head = block.flat_head + step.head;
-        Warp::add_slope_gradients(params.dslopes + head * kSlopeParts * params.key_length,
-                                  block.mask, dscores, step.row, block.key_block * Config::kKeys,
-                                  params.key_length);
+        static_assert(Config::kScoreRowWarps <= kSlopeParts);
+        const int64_t part =
+            (block.flat_head + step.head) * kSlopeParts + Warp::warp_id() % Config::kScoreRowWarps;
+        add_slope_gradients(params.dslopes + part * params.key_length, block.mask, dscores,
+                            step.row + Warp::score_row() + fragment_row(),
+                            block.key_block * Config::kKeys + Warp::score_key() + fragment_column(),
+                            params.key_length);
       }
     }
     Warp::store_scores(dscore_tile, dscores);

@@ -261,43 +261,6 @@ struct BwdWarp {
     }
   }
 
-  // The same times distances, summed up over this warp's rows, to its part of `sums`, those of a
-  // head. No two threads have the same keys there, so that sums have an order.
-  static __device__ __forceinline__ void add_slope_gradients(float* sums, const IntervalMask& mask,
-                                                             const Scores& dscores, int row,
-                                                             int key, int keys) {
-    static_assert(Config::kScoreRowWarps <= kSlopeParts);
-    row += score_row() + fragment_row();
-    key += score_key() + fragment_column();
-    float columns[kScoreTiles][2] = {};
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int distance = mask.row(row + 16 * i + 8 * h).position - key;
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float own = fabsf(static_cast<float>(distance - 8 * j - e));
-            columns[j][e] = fmaf(own, dscores[i][j][2 * h + e], columns[j][e]);
-          }
-        }
-      }
-    }
-    sums += int64_t{warp_id() % Config::kScoreRowWarps} * keys + key;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float x = columns[j][e];
-#pragma unroll
-        for (int bit = 4; bit < 32; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
-        if (lane_id() < 4 && key + 8 * j + e < keys) ptx::red_add(sums + 8 * j + e, x);
-      }
-    }
-  }
-
   // Rounded to what products take, to a tile [row][key].
   static __device__ __forceinline__ void store_scores(uint32_t tile, const Scores& scores) {
     const uint32_t address = score_address(tile);

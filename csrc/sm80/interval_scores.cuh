@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "host/params.h"
+#include "ptx/reduction.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/dropout.cuh"
 #include "tile/intervals.cuh"
@@ -149,6 +150,41 @@ __device__ __forceinline__ void drop(float (&scores)[kBlocks][kTiles][4], const 
           if (!kept(j, e / 2, e % 2)) scores[i][first + j][e] = 0.0f;
         }
       }
+    }
+  }
+}
+
+// Score gradients times distances, summed up over this warp's rows, to its part of the gradient of
+// a slope. No two threads have the same keys of a part, so that sums have an order.
+template <int kBlocks, int kTiles>
+__device__ __forceinline__ void add_slope_gradients(float* part, const IntervalMask& mask,
+                                                    const float (&dscores)[kBlocks][kTiles][4],
+                                                    int row, int key, int keys) {
+  float columns[kTiles][2] = {};
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int distance = mask.row(row + 16 * i + 8 * h).position - key;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float own = fabsf(static_cast<float>(distance - 8 * j - e));
+          columns[j][e] = fmaf(own, dscores[i][j][2 * h + e], columns[j][e]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float x = columns[j][e];
+#pragma unroll
+      for (int bit = 4; bit < 32; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+      const int column = key + 8 * j + e;
+      if (lane_id() < 4 && column < keys) ptx::red_add(part + column, x);
     }
   }
 }
