@@ -1,0 +1,157 @@
+// With kDense, beside the producer: copies biases, reads masks of bits, draws dropout.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/address.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/fwd_block.cuh"
+#include "sm90/fwd_config.cuh"
+#include "sm90/fwd_shared.cuh"
+#include "sm90/fwd_tile_bits.cuh"
+#include "tile/copy.cuh"
+#include "tile/fragment.cuh"
+
+namespace jax_flash::sm90 {
+
+// One warp. Of four (Config::kFeeders), each works for one warp of each consumer warpgroup, whose
+// rows no other consumer needs; a single one works for all, but only copies biases.
+//
+// Bits of the mask and of dropout are made up to two tiles ahead, and lie in shared memory as the
+// consumer's lanes need them. Biases come by cp.async, since any dim may be shared by all heads or
+// rows, which a tensor map cannot say, and copies of single rows by TMA would be issued lane by
+// lane. There is one tile of them, which is free again as soon as the scores have the biases. Those
+// of f32 come in two halves.
+template <typename Config>
+struct FwdFeeder {
+  using Shared = FwdShared<Config>;
+  static constexpr int kBytes = 2 * Config::kKeys;  // of a row of biases
+  static constexpr int kChunks = kBytes / 16;
+  using Bits = FwdBitMaker<Config::kKeys>;
+
+  const MhaFwdParams& params;
+  Shared& shared;
+  uint32_t tiles;  // shared address of the first query stage
+
+  // The first warp of each warpgroup that this one works for, of each kFeeders-th.
+  static __device__ __forceinline__ int first_warp() {
+    return Config::kFeeders == 1 ? 0 : threadIdx.x / 32 % 4;
+  }
+
+  // Whether warpgroup `w` passes over tile `tile`.
+  static __device__ __forceinline__ bool passes(const FwdBlock<Config>& block, int w, int tile) {
+    return tile > block.start[w] || tile < block.lowest[w];
+  }
+
+  // The first row of the head that consumer warp `warp` has.
+  static __device__ __forceinline__ int first_row(const FwdBlock<Config>& block, int warp) {
+    return block.first_row + 16 * warp;
+  }
+
+  // Bits of tile `tile`, the `count`-th of all, for warpgroup `w`.
+  __device__ __forceinline__ void make_bits(const FwdBlock<Config>& block, int w, int tile,
+                                            uint32_t count) const {
+    const int stage = count % Shared::kBitStages;
+    const int warp = 4 * w + first_warp();
+    const bool passed = passes(block, w, tile);
+    const bool masks = !passed && params.intervals.mask.data != nullptr;
+    const int row = first_row(block, warp) + fragment_row();
+    uint32_t words[2][Bits::kWords];
+    if (masks) {  // asked for before the wait
+#pragma unroll
+      for (int h = 0; h < 2; ++h) Bits::load_words(params, block, row + 8 * h, tile, words[h]);
+    }
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bits_empty[stage][warp]),
+                       count / Shared::kBitStages % 2 ^ 1);
+    if (!passed) {
+      FwdTileBits& bits = shared.bits[stage][32 * warp + lane_id()];
+      if (masks) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) bits.seen[h] = Bits::lane_bits(words[h]);
+      }
+      if (params.intervals.dropout != 0) {
+        ptx::forget_memory();  // not while there are words: registers are few
+        uint32_t kept[2];
+        Bits::template draw<false>(block, row, tile * Config::kKeys, kept);
+        bits.kept[0] = kept[0];
+        bits.kept[1] = kept[1];
+      }
+    }
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_full[stage][warp]));
+  }
+
+  // Biases for warp `warp` of the consumers, a part of tile `tile`, zeros past the last key. Rows
+  // past the last one, whose results are dropped, are read as some other.
+  __device__ __forceinline__ void copy_bias(const FwdBlock<Config>& block, int warp, int tile,
+                                            int part) const {
+    constexpr int kStep = 32 / kChunks;  // rows that the warp copies at once
+    const uint32_t barrier = ptx::shared_address(&shared.bias_full[warp]);
+    if (passes(block, warp / 4, tile)) {
+      ptx::mbarrier_arrive(barrier);
+      return;
+    }
+    const int width = 2 * parts_of(params.intervals.bias);
+    const int64_t stride = params.intervals.bias.row_stride * width;
+    const int last = params.query_length - 1 - first_row(block, warp);
+    int r = lane_id() / kChunks;
+    const int chunk = 16 * (lane_id() % kChunks);
+    const int offset = width * Config::kKeys * tile + part * kBytes + chunk;  // in a row
+    const int bytes = min(max(width * ((params.key_length + 7) / 8 * 8) - offset, 0), 16);
+    const unsigned char* source =
+        block.bias + (first_row(block, warp) + min(r, last)) * stride + (bytes > 0 ? offset : 0);
+    uint32_t target = tiles + Config::kBiasOffset + (16 * warp + r) * Config::kBiasRowBytes + chunk;
+#pragma unroll
+    for (int i = 0; i < 16 / kStep; ++i) {
+      ptx::cp_async_16(target, source, bytes);
+      target += kStep * Config::kBiasRowBytes;
+      r += kStep;
+      if (r <= last) source += kStep * stride;
+    }
+    ptx::cp_async_mbarrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void run() const {
+    int slot = 0;  // of blocks
+    // Bit 0: the parity of the next wait for room for biases. Bit 1: for a block.
+    uint32_t parities = 1;
+    uint32_t count = 0;  // of tiles
+    while (true) {
+      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), parities / 2);
+      const FwdBlock<Config>& block = shared.blocks[slot];
+      if (block.tiles < 0) break;
+      int tile = block.last_tile;
+#pragma unroll 1
+      while (block.last_tile - tile < block.tiles) {
+        if (Config::kFeedsBits && has_bits(params)) {
+#pragma unroll 1
+          for (int w = 0; w < Config::kWarpgroups; ++w) make_bits(block, w, tile, count);
+          ++count;
+        }
+        if (params.intervals.bias.data != nullptr) {
+#pragma unroll 1
+          for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
+#pragma unroll 1
+            for (int warp = first_warp(); warp < Config::kConsumerWarps; warp += Config::kFeeders) {
+              ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[warp]), parities % 2);
+              copy_bias(block, warp, tile, part);
+            }
+            parities ^= 1;
+          }
+        }
+        tile = next_seen<Config::kKeys>(block.hidden, block.hidden_shift,
+                                        block.last_tile - block.tiles + 1, tile);
+      }
+      // By all lanes, which have all read it: what racecheck understands.
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
+      if (++slot == Shared::kBlockSlots) {
+        slot = 0;
+        parities ^= 2;
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90
