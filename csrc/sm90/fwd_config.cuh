@@ -122,7 +122,8 @@ struct FwdConfig {
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kFeedsBits ? 216 : kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kFeederRegisters = 56;
+  static constexpr int kConsumerRegisters = kFeedsBits ? 208 : kWarpgroups == 2 ? 232 : 160;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
@@ -136,9 +137,6 @@ struct FwdConfig {
   // One loop for all key tiles instead of one for those that need neither mask nor maximum, which
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
-
-  // Clean tiles may have biases. With one loop for all tiles, registers are too few.
-  static constexpr bool kBiasClean = kDense && !kOneBody;
 
   // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
   // rows that share them.
@@ -170,7 +168,8 @@ struct FwdConfig {
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
-  static_assert(kHelpers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+  static_assert(kProducerRegisters + (kHelpers - 1) * kFeederRegisters +
+                        kWarpgroups * kConsumerRegisters <=
                     65536 / kThreads / 8 * 8 * (kWarpgroups + kHelpers),
                 "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");

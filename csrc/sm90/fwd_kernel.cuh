@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else if (Config::kFeedsBits && warpgroup > Config::kWarpgroups) {
     if constexpr (Config::kDense) {
-      ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+      ptx::setmaxnreg_dec<Config::kFeederRegisters>();
       FwdFeeder<Config> feeder{params, shared, tiles};
       feeder.run();
     }
