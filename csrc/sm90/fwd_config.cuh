@@ -122,8 +122,7 @@ struct FwdConfig {
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kFeederRegisters = 56;
-  static constexpr int kConsumerRegisters = kFeedsBits ? 208 : kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kFeedsBits ? 216 : kWarpgroups == 2 ? 232 : 160;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
   // same key tiles, of which each copies half into the shared memory of both.
@@ -168,8 +167,7 @@ struct FwdConfig {
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
-  static_assert(kProducerRegisters + (kHelpers - 1) * kFeederRegisters +
-                        kWarpgroups * kConsumerRegisters <=
+  static_assert(kHelpers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
                     65536 / kThreads / 8 * 8 * (kWarpgroups + kHelpers),
                 "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");

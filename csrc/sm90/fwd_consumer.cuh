@@ -218,7 +218,7 @@ struct FwdConsumer {
   __device__ __forceinline__ void add_bias(float factor) {
     const uint32_t row = tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
                          warp_row() * Config::kBiasRowBytes;
-    Dense::take_bias(s, factor, params, shared, key_ring.count(), row);
+    Dense::take_bias(s, factor, params, shared, warpgroup, key_ring.count(), row);
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
@@ -237,7 +237,7 @@ struct FwdConsumer {
   // Lets the keys of a tile pass, and the biases.
   __device__ __forceinline__ void skip_keys() {
     if constexpr (Config::kDense) {
-      Dense::pass_bias(params, shared, key_ring.count());
+      Dense::pass_bias(params, shared, warpgroup, key_ring.count());
       dense.load(params, shared, key_ring.count());
     }
     take_turn();

@@ -51,24 +51,27 @@ struct FwdDense {
   // first, if there is one. Of the `count`-th tile.
   static __device__ __forceinline__ void take_bias(float (&s)[kScores], float factor,
                                                    const MhaFwdParams& params,
-                                                   FwdShared<Config>& shared, uint32_t count,
-                                                   uint32_t row) {
+                                                   FwdShared<Config>& shared, int warpgroup,
+                                                   uint32_t count, uint32_t row) {
+    const int share = bias_share(warpgroup);
     const BiasView& bias = params.intervals.bias;
     if (bias.data == nullptr) return;
     if (bias.type == BiasType::kF32) {
-      take_part(shared, 0, [&] { add_f32_bias<0>(s, factor, row); });
-      take_part(shared, 1, [&] { add_f32_bias<1>(s, factor, row); });
+      take_part(shared, share, 0, [&] { add_f32_bias<0>(s, factor, row); });
+      take_part(shared, share, 1, [&] { add_f32_bias<1>(s, factor, row); });
     } else {
-      take_part(shared, count % 2, [&] { add_bias(s, factor, bias.type, row); });
+      take_part(shared, share, count % 2, [&] { add_bias(s, factor, bias.type, row); });
     }
   }
   // Lets the biases of a tile pass.
   static __device__ __forceinline__ void pass_bias(const MhaFwdParams& params,
-                                                   FwdShared<Config>& shared, uint32_t count) {
+                                                   FwdShared<Config>& shared, int warpgroup,
+                                                   uint32_t count) {
     const BiasView& bias = params.intervals.bias;
     if (bias.data == nullptr) return;
+    const int share = bias_share(warpgroup);
     const int parts = parts_of(bias);
-    for (int i = 0; i < parts; ++i) take_part(shared, parts == 2 ? i : count % 2, [] {});
+    for (int i = 0; i < parts; ++i) take_part(shared, share, parts == 2 ? i : count % 2, [] {});
   }
 
   // Scores of -inf where the mask has no bit. row: this lane's first, of the head.
@@ -106,7 +109,7 @@ struct FwdDense {
     if (params.intervals.dropout == 0) return;
     if constexpr (!Config::kFeedsBits) {
       ptx::forget_memory();
-      Bits::template draw<true>(block, fresh(row), tile * Config::kKeys, bits.kept);
+      Bits::template draw<1>(block, fresh(row), tile * Config::kKeys, bits.kept);
     }
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -125,16 +128,20 @@ struct FwdDense {
     return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(row)));
   }
 
+  // See FwdDenseShared.
+  static __device__ __forceinline__ int bias_share(int warpgroup) {
+    return Config::kFeeders == 1 ? warpgroup : threadIdx.x / 32;
+  }
+
   // Calls add() when the biases are there, at a parity.
   template <typename Add>
-  static __device__ __forceinline__ void take_part(FwdShared<Config>& shared, uint32_t parity,
-                                                   Add add) {
-    const int warp = threadIdx.x / 32;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warp]), parity);
+  static __device__ __forceinline__ void take_part(FwdShared<Config>& shared, int share,
+                                                   uint32_t parity, Add add) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[share]), parity);
     add();
     __syncwarp();
     // By all lanes, which have all read it: what racecheck understands.
-    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[warp]));
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[share]));
   }
 
   // Logits: scores times `factor`, and biases of 16 bits.

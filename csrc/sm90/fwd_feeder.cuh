@@ -36,9 +36,14 @@ struct FwdFeeder {
   Shared& shared;
   uint32_t tiles;  // shared address of the first query stage
 
-  // The first warp of each warpgroup that this one works for, of each kFeeders-th.
-  static __device__ __forceinline__ int first_warp() {
-    return Config::kFeeders == 1 ? 0 : threadIdx.x / 32 % 4;
+  // The same number, with what follows from it computed anew: registers are few.
+  static __device__ __forceinline__ int fresh(int x) {
+    return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(x)));
+  }
+
+  // Its number among the feeders.
+  static __device__ __forceinline__ int number() {
+    return Config::kFeeders == 1 ? 0 : fresh(threadIdx.x) / 32 % 4;
   }
 
   // Whether warpgroup `w` passes over tile `tile`.
@@ -46,19 +51,17 @@ struct FwdFeeder {
     return tile > block.start[w] || tile < block.lowest[w];
   }
 
-  // The first row of the head that consumer warp `warp` has.
-  static __device__ __forceinline__ int first_row(const FwdBlock<Config>& block, int warp) {
-    return block.first_row + 16 * warp;
-  }
-
   // Bits of tile `tile`, the `count`-th of all, for warpgroup `w`.
   __device__ __forceinline__ void make_bits(const FwdBlock<Config>& block, int w, int tile,
                                             uint32_t count) const {
+    count = ptx::fresh_address(count);
+    tile = fresh(tile);
+    const int lane = fresh(lane_id());
     const int stage = count % Shared::kBitStages;
-    const int warp = 4 * w + first_warp();
+    const int warp = 4 * w + number();
     const bool passed = passes(block, w, tile);
     const bool masks = !passed && params.intervals.mask.data != nullptr;
-    const int row = first_row(block, warp) + fragment_row();
+    const int row = block.first_row + 16 * warp + lane / 4;
     uint32_t words[2][Bits::kWords];
     if (masks) {  // asked for before the wait
 #pragma unroll
@@ -67,7 +70,7 @@ struct FwdFeeder {
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_empty[stage][warp]),
                        count / Shared::kBitStages % 2 ^ 1);
     if (!passed) {
-      FwdTileBits& bits = shared.bits[stage][32 * warp + lane_id()];
+      FwdTileBits& bits = shared.bits[stage][32 * warp + lane];
       if (masks) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) bits.seen[h] = Bits::lane_bits(words[h]);
@@ -75,7 +78,7 @@ struct FwdFeeder {
       if (params.intervals.dropout != 0) {
         ptx::forget_memory();  // not while there are words: registers are few
         uint32_t kept[2];
-        Bits::template draw<false>(block, row, tile * Config::kKeys, kept);
+        Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
         bits.kept[0] = kept[0];
         bits.kept[1] = kept[1];
       }
@@ -83,28 +86,32 @@ struct FwdFeeder {
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_full[stage][warp]));
   }
 
-  // Biases for warp `warp` of the consumers, a part of tile `tile`, zeros past the last key. Rows
-  // past the last one, whose results are dropped, are read as some other.
-  __device__ __forceinline__ void copy_bias(const FwdBlock<Config>& block, int warp, int tile,
+  // Biases for share `share` of the rows (FwdDenseShared), a part of tile `tile`, zeros past the
+  // last key. Rows past the last one, whose results are dropped, are read as some other.
+  __device__ __forceinline__ void copy_bias(const FwdBlock<Config>& block, int share, int tile,
                                             int part) const {
+    constexpr int kRows = 64 / Config::kFeeders;
     constexpr int kStep = 32 / kChunks;  // rows that the warp copies at once
-    const uint32_t barrier = ptx::shared_address(&shared.bias_full[warp]);
-    if (passes(block, warp / 4, tile)) {
+    const uint32_t barrier = ptx::shared_address(&shared.bias_full[share]);
+    if (passes(block, share / Config::kFeeders, tile)) {
       ptx::mbarrier_arrive(barrier);
       return;
     }
-    const int width = 2 * parts_of(params.intervals.bias);
+    const int first_row = block.first_row + kRows * share;
+    const int lane = fresh(lane_id());
+    const int width = fresh(2 * parts_of(params.intervals.bias));
     const int64_t stride = params.intervals.bias.row_stride * width;
-    const int last = params.query_length - 1 - first_row(block, warp);
-    int r = lane_id() / kChunks;
-    const int chunk = 16 * (lane_id() % kChunks);
+    const int last = params.query_length - 1 - first_row;
+    int r = lane / kChunks;
+    const int chunk = 16 * (lane % kChunks);
     const int offset = width * Config::kKeys * tile + part * kBytes + chunk;  // in a row
     const int bytes = min(max(width * ((params.key_length + 7) / 8 * 8) - offset, 0), 16);
     const unsigned char* source =
-        block.bias + (first_row(block, warp) + min(r, last)) * stride + (bytes > 0 ? offset : 0);
-    uint32_t target = tiles + Config::kBiasOffset + (16 * warp + r) * Config::kBiasRowBytes + chunk;
-#pragma unroll
-    for (int i = 0; i < 16 / kStep; ++i) {
+        block.bias + (first_row + min(r, last)) * stride + (bytes > 0 ? offset : 0);
+    uint32_t target =
+        tiles + Config::kBiasOffset + (kRows * share + r) * Config::kBiasRowBytes + chunk;
+#pragma unroll 4
+    for (int i = 0; i < kRows / kStep; ++i) {
       ptx::cp_async_16(target, source, bytes);
       target += kStep * Config::kBiasRowBytes;
       r += kStep;
@@ -134,9 +141,10 @@ struct FwdFeeder {
 #pragma unroll 1
           for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
-            for (int warp = first_warp(); warp < Config::kConsumerWarps; warp += Config::kFeeders) {
-              ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[warp]), parities % 2);
-              copy_bias(block, warp, tile, part);
+            for (int w = 0; w < Config::kWarpgroups; ++w) {
+              const int share = Config::kFeeders * w + number();
+              ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[share]), parities % 2);
+              copy_bias(block, share, tile, part);
             }
             parities ^= 1;
           }

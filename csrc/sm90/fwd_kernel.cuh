@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (auto& stage : shared.bits_full) init(stage, 32);
       for (auto& stage : shared.bits_empty) init(stage, 32);
       init(shared.bias_full, 32);
-      init(shared.bias_empty, 32);
+      init(shared.bias_empty, 128 / Config::kFeeders);
       arrivals += 32 * Config::kFeeders;
     }
     init(shared.block_empty, arrivals);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else if (Config::kFeedsBits && warpgroup > Config::kWarpgroups) {
     if constexpr (Config::kDense) {
-      ptx::setmaxnreg_dec<Config::kFeederRegisters>();
+      ptx::setmaxnreg_dec<Config::kProducerRegisters>();
       FwdFeeder<Config> feeder{params, shared, tiles};
       feeder.run();
     }

@@ -19,8 +19,10 @@ struct FwdDenseShared {
   FwdTileBits bits[kBitStages][32 * Config::kConsumerWarps];
   uint64_t bits_full[kBitStages][Config::kConsumerWarps];
   uint64_t bits_empty[kBitStages][Config::kConsumerWarps];
-  uint64_t bias_full[Config::kConsumerWarps];
-  uint64_t bias_empty[Config::kConsumerWarps];
+  // Of the rows of a warpgroup each feeder has an equal share.
+  static constexpr int kBiasShares = Config::kWarpgroups * Config::kFeeders;
+  uint64_t bias_full[kBiasShares];
+  uint64_t bias_empty[kBiasShares];
 };
 struct NoDenseBarriers {};
 

@@ -5,6 +5,7 @@
 
 #include "host/params.h"
 #include "ptx/math.cuh"
+#include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
@@ -55,20 +56,29 @@ struct FwdBitMaker {
                      0x5410);
   }
 
-  // See FwdTileBits::kept. kInTurn: one draw after the other, where registers are very few.
-  template <bool kInTurn>
+  // See FwdTileBits::kept. kBeside: so many draws beside each other.
+  template <int kBeside>
   static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
                                               uint32_t (&kept)[2]) {
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
-#pragma unroll(kInTurn ? 1 : 2)
-    for (int i = 0; i < kKeys / 32; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < kKeys / 32; i += kBeside) {
+      ptx::forget_memory();  // the keys of rounds are computed again: registers are few
       const Dropout dropout = block.dropout;
-      uint32_t words[2][2];
-      dropout.template draw<false>(words, row, first_key + 32 * i);
+      uint32_t x[kBeside][4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        kept[j % 2] = kept[j % 2] >> 1 | (words[j / 2][j % 2] & kHighest);
+      for (int k = 0; k < kBeside; ++k) {
+        dropout.template begin<false, 2>(x[k], row, first_key + 32 * (i + k));
+      }
+#pragma unroll
+      for (int k = 0; k < kBeside; ++k) {
+        uint32_t words[2][2];
+        dropout.template finish<false>(words, x[k], row);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          kept[j % 2] = kept[j % 2] >> 1 | (words[j / 2][j % 2] & kHighest);
+        }
       }
     }
   }
