@@ -121,7 +121,8 @@ struct FwdConfig {
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kProducerRegisters = kFeedsBits || kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kFeederRegisters = kFeedsBits ? 48 : 0;  // of a warpgroup of feeders
   static constexpr int kConsumerRegisters = kFeedsBits ? 216 : kWarpgroups == 2 ? 232 : 160;
 
   // Thread blocks work in clusters of two on neighbouring blocks of rows of one head, and visit the
@@ -167,7 +168,7 @@ struct FwdConfig {
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
-  static_assert(kHelpers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+  static_assert(kProducerRegisters + kFeederRegisters + kWarpgroups * kConsumerRegisters <=
                     65536 / kThreads / 8 * 8 * (kWarpgroups + kHelpers),
                 "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");

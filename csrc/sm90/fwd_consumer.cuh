@@ -205,6 +205,7 @@ struct FwdConsumer {
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       add_bias(optional ? 1.0f : plan.logit_scale);
+      dense.load(params, shared, key_ring.count());  // not before: registers are few
       dense.hide(s, params, block, head_row(block), tile);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
@@ -287,7 +288,7 @@ struct FwdConsumer {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
     constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
-    if constexpr (Config::kDense) dense.load(params, shared, key_ring.count());
+    if (!careful) dense.load(params, shared, key_ring.count());
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {

@@ -7,7 +7,6 @@
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
 #include "sm90/fwd_shared.cuh"
@@ -43,7 +42,7 @@ struct FwdFeeder {
 
   // Its number among the feeders.
   static __device__ __forceinline__ int number() {
-    return Config::kFeeders == 1 ? 0 : fresh(threadIdx.x) / 32 % 4;
+    return Config::kFeeders == 1 ? 0 : fresh(threadIdx.x / 32 % 4);
   }
 
   // Whether warpgroup `w` passes over tile `tile`.
@@ -62,10 +61,13 @@ struct FwdFeeder {
     const bool passed = passes(block, w, tile);
     const bool masks = !passed && params.intervals.mask.data != nullptr;
     const int row = block.first_row + 16 * warp + lane / 4;
-    uint32_t words[2][Bits::kWords];
-    if (masks) {  // asked for before the wait
+    uint32_t seen[2];
+    if (masks) {  // before the wait: there is time
+      uint32_t words[2][Bits::kWords];
 #pragma unroll
       for (int h = 0; h < 2; ++h) Bits::load_words(params, block, row + 8 * h, tile, words[h]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen[h] = Bits::lane_bits(words[h]);
     }
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_empty[stage][warp]),
                        count / Shared::kBitStages % 2 ^ 1);
@@ -73,10 +75,9 @@ struct FwdFeeder {
       FwdTileBits& bits = shared.bits[stage][32 * warp + lane];
       if (masks) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) bits.seen[h] = Bits::lane_bits(words[h]);
+        for (int h = 0; h < 2; ++h) bits.seen[h] = seen[h];
       }
       if (params.intervals.dropout != 0) {
-        ptx::forget_memory();  // not while there are words: registers are few
         uint32_t kept[2];
         Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
         bits.kept[0] = kept[0];

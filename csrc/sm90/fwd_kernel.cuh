@@ -95,14 +95,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     }
   } else if (Config::kFeedsBits && warpgroup > Config::kWarpgroups) {
-    if constexpr (Config::kDense) {
-      ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if constexpr (Config::kFeedsBits) {
+      ptx::setmaxnreg_dec<Config::kFeederRegisters>();
       FwdFeeder<Config> feeder{params, shared, tiles};
       feeder.run();
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    FwdConsumer<Config> consumer{params, plan, shared, tiles, warpgroup};
+    // With kDense found again rather than kept: registers are few.
+    const int own = Config::kDense
+                        ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0)
+                        : warpgroup;
+    FwdConsumer<Config> consumer{params, plan, shared, tiles, own};
     consumer.run();
   }
   if constexpr (Config::kPaired) {  // the other one still arrives at this one's barriers

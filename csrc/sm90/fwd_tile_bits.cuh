@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "host/params.h"
+#include "ptx/address.cuh"
 #include "ptx/math.cuh"
-#include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
@@ -64,8 +64,9 @@ struct FwdBitMaker {
     kept[0] = kept[1] = 0;
 #pragma unroll 1
     for (int i = 0; i < kKeys / 32; i += kBeside) {
-      ptx::forget_memory();  // the keys of rounds are computed again: registers are few
-      const Dropout dropout = block.dropout;
+      Dropout dropout = block.dropout;
+      // The keys of rounds are computed where they are used: registers are few.
+      for (uint32_t& word : dropout.seed) word = ptx::fresh_address(word);
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
