@@ -123,11 +123,10 @@ struct FwdFeeder {
 
   __device__ __forceinline__ void run() const {
     int slot = 0;  // of blocks
-    // Bit 0: the parity of the next wait for room for biases. Bit 1: for a block.
-    uint32_t parities = 1;
+    uint32_t block_parity = 0;
     uint32_t count = 0;  // of tiles
     while (true) {
-      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), parities / 2);
+      ptx::mbarrier_wait(ptx::shared_address(&shared.block_full[slot]), block_parity);
       const FwdBlock<Config>& block = shared.blocks[slot];
       if (block.tiles < 0) break;
       int tile = block.last_tile;
@@ -136,20 +135,21 @@ struct FwdFeeder {
         if (Config::kFeedsBits && has_bits(params)) {
 #pragma unroll 1
           for (int w = 0; w < Config::kWarpgroups; ++w) make_bits(block, w, tile, count);
-          ++count;
         }
         if (params.intervals.bias.data != nullptr) {
+          const bool two = parts_of(params.intervals.bias) == 2;
 #pragma unroll 1
           for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
             for (int w = 0; w < Config::kWarpgroups; ++w) {
               const int share = Config::kFeeders * w + number();
-              ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[share]), parities % 2);
+              ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[share]),
+                                 (two ? part : count % 2) ^ 1);
               copy_bias(block, share, tile, part);
             }
-            parities ^= 1;
           }
         }
+        ++count;
         tile = next_seen<Config::kKeys>(block.hidden, block.hidden_shift,
                                         block.last_tile - block.tiles + 1, tile);
       }
@@ -157,7 +157,7 @@ struct FwdFeeder {
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slot]));
       if (++slot == Shared::kBlockSlots) {
         slot = 0;
-        parities ^= 2;
+        block_parity ^= 1;
       }
     }
   }

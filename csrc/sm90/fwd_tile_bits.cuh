@@ -62,7 +62,8 @@ struct FwdBitMaker {
                                               uint32_t (&kept)[2]) {
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
-#pragma unroll 1
+    // A loop would keep the keys of rounds.
+#pragma unroll(kBeside == 1 ? 1 : 4)
     for (int i = 0; i < kKeys / 32; i += kBeside) {
       Dropout dropout = block.dropout;
       // The keys of rounds are computed where they are used: registers are few.
