@@ -288,7 +288,9 @@ struct FwdConsumer {
       loads = load_mask<!std::is_same_v<Careful, std::false_type>>(block, tile);
     }
     constexpr bool kClean = std::is_same_v<Careful, std::false_type>;
-    if (!careful) dense.load(params, shared, key_ring.count());
+    if constexpr (Config::kDense) {
+      if (!careful) dense.load(params, shared, key_ring.count());
+    }
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {

@@ -6,6 +6,7 @@
 #include "host/params.h"
 #include "ptx/address.cuh"
 #include "ptx/math.cuh"
+#include "ptx/shared.cuh"
 #include "sm90/fwd_block.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
@@ -62,12 +63,12 @@ struct FwdBitMaker {
                                               uint32_t (&kept)[2]) {
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
-    // A loop would keep the keys of rounds.
-#pragma unroll(kBeside == 1 ? 1 : 4)
+#pragma unroll
     for (int i = 0; i < kKeys / 32; i += kBeside) {
-      Dropout dropout = block.dropout;
-      // The keys of rounds are computed where they are used: registers are few.
-      for (uint32_t& word : dropout.seed) word = ptx::fresh_address(word);
+      // Read again, so that the keys of rounds are computed where they are used: registers are few.
+      const float2 seed = ptx::ld_shared_v2(ptx::shared_address(block.dropout.seed));
+      const Dropout dropout = {{__float_as_uint(seed.x), __float_as_uint(seed.y)},
+                               block.dropout.threshold};
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
