@@ -4,9 +4,7 @@
 #include <cstdint>
 
 #include "host/params.h"
-#include "ptx/address.cuh"
 #include "ptx/math.cuh"
-#include "ptx/shared.cuh"
 #include "sm90/fwd_block.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
@@ -65,10 +63,10 @@ struct FwdBitMaker {
     kept[0] = kept[1] = 0;
 #pragma unroll
     for (int i = 0; i < kKeys / 32; i += kBeside) {
-      // Read again, so that the keys of rounds are computed where they are used: registers are few.
-      const float2 seed = ptx::ld_shared_v2(ptx::shared_address(block.dropout.seed));
-      const Dropout dropout = {{__float_as_uint(seed.x), __float_as_uint(seed.y)},
-                               block.dropout.threshold};
+      Dropout dropout = block.dropout;
+      // What ptxas takes for other numbers, so that the keys of rounds are computed where they are
+      // used: registers are few.
+      for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
