@@ -132,6 +132,16 @@ __device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest,
   return max(lowest, (end - 1) / kKeys);
 }
 
+// Whether tiles between the first and the last are hidden.
+template <typename Config>
+__device__ __forceinline__ bool has_holes(const FwdBlock<Config>& block) {
+  if constexpr (Config::kDense) {
+    return block.hidden != 0;
+  } else {
+    return false;
+  }
+}
+
 // The same for a warpgroup.
 template <typename Config>
 __device__ __forceinline__ int next_tile(const FwdBlock<Config>& block, int warpgroup, int tile) {

@@ -110,12 +110,19 @@ struct FwdConfig {
   static constexpr int kKeyStages = kTiles.key_stages;
   static constexpr int kValueStages = kTiles.value_stages;
   static constexpr int kRows = 64 * kWarpgroups;  // queries of a thread block
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // Warps that feed the consumers (FwdFeeder), with kDense: a warpgroup, which makes bits of masks
+  // and dropout, too, or the last warp of the producer's. Four warpgroups begin with 128 registers
+  // a thread, too few for a product of 256 columns.
+  static constexpr int kFeeders = !kDense ? 0 : kHeadDimVArg <= 128 ? 4 : 1;
+  static constexpr bool kFeedsBits = kFeeders == 4;
+  static constexpr int kHelpers = kFeedsBits ? 2 : 1;  // warpgroups that are not consumers
+  static constexpr int kThreads = 128 * (kWarpgroups + kHelpers);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kFeedsBits || kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kFeederRegisters = kFeedsBits ? 48 : 0;  // of a warpgroup of feeders
+  static constexpr int kConsumerRegisters = kFeedsBits ? 216 : kWarpgroups == 2 ? 232 : 160;
 
   // Tiles that are masked on the left alone take no maximum. Options would be applied to scores of
   // -inf.
@@ -155,8 +162,8 @@ struct FwdConfig {
   static constexpr int kBiasTileBytes = 64 * kBiasRowBytes;
   static constexpr int kStateOffset = kBiasOffset + (kDense ? kWarpgroups * kBiasTileBytes : 0);
 
-  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
-                    65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
+  static_assert(kProducerRegisters + kFeederRegisters + kWarpgroups * kConsumerRegisters <=
+                    65536 / kThreads / 8 * 8 * (kWarpgroups + kHelpers),
                 "more registers than the launch gives are waited for in vain");
   static_assert(kIntervals || !kOptions, "options come with intervals");
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "kFwdTiles has no entry for these widths");

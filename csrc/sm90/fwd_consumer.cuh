@@ -61,6 +61,7 @@ struct FwdConsumer {
   RowSoftmax<Config> softmax;
   float inverse[2];          // of the sums of the block that is finished but not stored
   FwdLogits<Config> logits;  // of the block at work; with kOptions
+  Dense dense;               // of the tile at work
 
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
@@ -172,7 +173,7 @@ struct FwdConsumer {
 
   // Scales and masks the scores of tile `tile` if need be, and follows their maxima.
   __device__ __forceinline__ bool prepare(const FwdBlock<Config>& block, int tile, MaskLoads& loads,
-                                          const Dense& dense, float (&factor)[2]) {
+                                          float (&factor)[2]) {
     if (params.scale.first != 1.0f) [[unlikely]] {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) s[i] *= params.scale.first;
@@ -184,7 +185,8 @@ struct FwdConsumer {
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       add_bias(optional ? 1.0f : plan.logit_scale);
-      dense.template hide<false>(s, params, block, head_row(block), tile * Config::kKeys);
+      dense.load(params, shared, key_ring.count());  // not before: registers are few
+      dense.hide(s, params, block, head_row(block), tile);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
       logits.template apply<true>(s, params, plan, tile * Config::kKeys);
@@ -193,31 +195,11 @@ struct FwdConsumer {
     return softmax.template follow_maximum<true>(s, params.scale, factor);
   }
 
-  // With kDense: calls add() for each part of the tile's biases that arrives.
-  template <typename Add>
-  __device__ __forceinline__ void take_bias(int part, Add add) {
-    // The tiles so far, of one part or of two.
-    const bool two = params.intervals.bias.type == BiasType::kF32;
-    const uint32_t parity = two ? part : key_ring.count() % 2;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[warpgroup]), parity);
-    add();
-    __syncwarp();
-    // By all lanes, which have all read it: what racecheck understands.
-    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[warpgroup]));
-  }
-
   // With kDense. Scores become logits by `factor` and the bias, if there is one.
   __device__ __forceinline__ void add_bias(float factor) {
-    const BiasView& bias = params.intervals.bias;
-    if (bias.data == nullptr) return;
     const uint32_t row = tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
                          warp_row() * Config::kBiasRowBytes;
-    if (bias.type == BiasType::kF32) {
-      take_bias(0, [&] { Dense::template add_f32_bias<0>(s, factor, row); });
-      take_bias(1, [&] { Dense::template add_f32_bias<1>(s, factor, row); });
-    } else {
-      take_bias(0, [&] { Dense::add_bias(s, factor, bias.type, row); });
-    }
+    Dense::take_bias(s, factor, params, shared, warpgroup, key_ring.count(), row);
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
@@ -236,8 +218,8 @@ struct FwdConsumer {
   // Lets the keys of a tile pass, and the biases.
   __device__ __forceinline__ void skip_keys() {
     if constexpr (Config::kDense) {
-      const BiasView& bias = params.intervals.bias;
-      for (int i = 0; bias.data != nullptr && i < parts_of(bias); ++i) take_bias(i, [] {});
+      Dense::pass_bias(params, shared, warpgroup, key_ring.count());
+      dense.load(params, shared, key_ring.count());
     }
     take_turn();
     pass_turn();
@@ -292,8 +274,9 @@ struct FwdConsumer {
                (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!kClean>(block, tile);
     }
-    Dense dense;
-    dense.template load<kClean>(params, block, head_row(block), tile * Config::kKeys);
+    if constexpr (Config::kDense) {
+      if (!careful) dense.load(params, shared, key_ring.count());
+    }
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
     if constexpr (Config::kOverlaps) {
@@ -301,17 +284,21 @@ struct FwdConsumer {
     } else {
       finish_products(previous);
     }
-    if (Config::kQueryStages == 1 && tile == block.lowest[warpgroup]) release_query();
+    // The last tile is not clean.
+    if (Config::kQueryStages == 1 && !(Config::kDense && kClean) &&
+        tile == block.lowest[warpgroup]) {
+      release_query();
+    }
     float factor[2] = {1.0f, 1.0f};
     bool moved = false;
     Left left = Left::kNothing;
     bool is_inside = true;
     if (careful) {
-      moved = prepare(block, tile, loads, dense, factor);
+      moved = prepare(block, tile, loads, factor);
     } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
     } else if constexpr (Config::kDense) {
-      dense.template hide<kClean>(s, params, block, head_row(block), tile * Config::kKeys);
+      dense.hide(s, params, block, head_row(block), tile);
     }
     if constexpr (kBegins) {
       finish_products(previous);
@@ -347,7 +334,7 @@ struct FwdConsumer {
       scale_out(factor);
     }
     if constexpr (!Config::kDense) finish_step(tile_sum);
-    dense.template drop<kClean>(p, params, block, head_row(block), tile * Config::kKeys);
+    dense.drop(p, params, block, head_row(block), tile);
     if constexpr (Config::kIntervals) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     } else {
@@ -422,7 +409,7 @@ struct FwdConsumer {
     softmax.keep_watching();
     if (moved) scale_out(factor);
     finish_step(tile_sum);
-    Dense().template drop<false>(p, params, block, head_row(block), tile * Config::kKeys);
+    dense.drop(p, params, block, head_row(block), tile);
     if constexpr (Config::kMasksClean) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
     }
@@ -524,6 +511,10 @@ struct FwdConsumer {
     }
     const int kept_lowest = block.lowest[warpgroup];
     const auto lowest = [&] { return Config::kDense ? block.lowest[warpgroup] : kept_lowest; };
+    const bool holes = has_holes(block);
+    const auto next = [&](int from) {
+      return Config::kOneBody || holes ? next_tile(block, warpgroup, from) : from - 1;
+    };
     while (tile >= lowest()) {
       Left left = Left::kNothing;
       if constexpr (Config::kOneBody) {
@@ -532,7 +523,7 @@ struct FwdConsumer {
         first = false;
       } else {
 #pragma unroll 1
-        for (; tile < clean_end && tile >= clean_first; tile = next_tile(block, warpgroup, tile)) {
+        for (; tile < clean_end && tile >= clean_first; tile = next(tile)) {
           left = step(block, tile, std::false_type(), false, fresh, tile_sum);
           fresh = false;
           if (left != Left::kNothing) [[unlikely]]
@@ -547,7 +538,7 @@ struct FwdConsumer {
       }
       if (left != Left::kNothing) [[unlikely]]
         finish_rare(block, tile, left, tile_sum);
-      tile = next_tile(block, warpgroup, tile);
+      tile = next(tile);
     }
     // By a warpgroup without rows: the product that is still to come may use any values.
 #pragma unroll 1

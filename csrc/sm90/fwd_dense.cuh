@@ -11,7 +11,9 @@
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/fwd_block.cuh"
+#include "sm90/fwd_mask.cuh"
 #include "sm90/fwd_shared.cuh"
+#include "sm90/fwd_tile_bits.cuh"
 #include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
@@ -19,48 +21,130 @@
 
 namespace jax_flash::sm90 {
 
-// Of one thread, for one key tile. Where registers allow (kEarly, tiles without a maximum), bits of
-// the mask are asked for, and dropout is drawn, before the wait for the scores, and otherwise where
-// they are used. Biases come to shared memory (FwdBiasLoader).
+// Of one thread, for one key tile. Feeders (FwdFeeder) leave its biases in shared memory and, with
+// kFeedsBits, what the mask and dropout say; where not, that is found where it is used.
 template <typename Config, bool kDense>
 struct FwdDense {
   static constexpr int kScores = Config::kKeys / 2;
-  static constexpr int kGroups = Config::kKeys / 32;  // of 32 columns
+  static constexpr int kTiles = Config::kKeys / 16;  // of 16 columns
+  // Masks of bounds are made before the wait for the scores.
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
 
-  uint32_t bits[kEarly ? 8 : 1];              // four words of each row
-  uint32_t kept[kEarly ? kGroups : 1][2][2];  // of dropout: see Dropout::draw
+  using Bits = FwdBitMaker<Config::kKeys>;
 
-  // row: this lane's first, of the head. kClean: the tile takes no maximum.
-  template <bool kClean>
-  __device__ __forceinline__ void load(const MhaFwdParams& params, const FwdDenseBlock& block,
-                                       int row, int first_key) {
-    if constexpr (kEarly && kClean) {
-      static_assert(kGroups == 4, "a tile's words of a row are one load");
-      const IntervalsView& view = params.intervals;
-      if (view.dropout != 0) {
-        const Dropout dropout = block.dropout;
+  FwdTileBits bits;
+
+  // Of the `count`-th tile. Before the wait for its scores, beside the products.
+  __device__ __forceinline__ void load(const MhaFwdParams& params, FwdShared<Config>& shared,
+                                       uint32_t count) {
+    if (!Config::kFeedsBits || !has_bits(params)) return;
+    const int stage = count % FwdShared<Config>::kBitStages;
+    const int warp = threadIdx.x / 32;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bits_full[stage][warp]),
+                       count / FwdShared<Config>::kBitStages % 2);
+    bits = shared.bits[stage][threadIdx.x];
+    // By all lanes, which have all read it: what racecheck understands.
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_empty[stage][warp]));
+  }
+
+  // Logits: scores times `factor`, and the bias that is in shared memory from `row` on, the warp's
+  // first, if there is one. Of the `count`-th tile.
+  static __device__ __forceinline__ void take_bias(float (&s)[kScores], float factor,
+                                                   const MhaFwdParams& params,
+                                                   FwdShared<Config>& shared, int warpgroup,
+                                                   uint32_t count, uint32_t row) {
+    const int share = bias_share(warpgroup);
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data == nullptr) return;
+    if (bias.type == BiasType::kF32) {
+      take_part(shared, share, 0, [&] { add_f32_bias<0>(s, factor, row); });
+      take_part(shared, share, 1, [&] { add_f32_bias<1>(s, factor, row); });
+    } else {
+      take_part(shared, share, count % 2, [&] { add_bias(s, factor, bias.type, row); });
+    }
+  }
+  // Lets the biases of a tile pass.
+  static __device__ __forceinline__ void pass_bias(const MhaFwdParams& params,
+                                                   FwdShared<Config>& shared, int warpgroup,
+                                                   uint32_t count) {
+    const BiasView& bias = params.intervals.bias;
+    if (bias.data == nullptr) return;
+    const int share = bias_share(warpgroup);
+    const int parts = parts_of(bias);
+    for (int i = 0; i < parts; ++i) take_part(shared, share, parts == 2 ? i : count % 2, [] {});
+  }
+
+  // Scores of -inf where the mask has no bit. row: this lane's first, of the head.
+  __device__ __forceinline__ void hide(float (&s)[kScores], const MhaFwdParams& params,
+                                       const FwdDenseBlock& block, int row, int tile) {
+    if (params.intervals.mask.data == nullptr) return;
+    if constexpr (!Config::kFeedsBits) {
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          dropout.template draw<false>(kept[i], row, first_key + 32 * i);
-        }
+      for (int h = 0; h < 2; ++h) {
+        ptx::forget_memory();  // one row after the other: registers are few
+        uint32_t words[Bits::kWords];
+        Bits::load_words(params, block, fresh(row) + 8 * h, tile, words);
+        bits.seen[h] = Bits::lane_bits(words);
       }
-      if (view.mask.data != nullptr) {
+    }
+    if (!__any_sync(0xffffffffu, (bits.seen[0] & bits.seen[1]) != 0xffffffffu)) return;
+    FwdMask<Config::kKeys> mask;
+    mask.seen[0] = bits.seen[0];
+    mask.seen[1] = bits.seen[1];
+    mask.apply(s);
+  }
+
+  // Whether the mask lets `row` see `key`.
+  static __device__ __forceinline__ bool sees(const MhaFwdParams& params,
+                                              const FwdDenseBlock& block, int row, int key) {
+    const MaskView& mask = params.intervals.mask;
+    if (mask.data == nullptr) return true;
+    row = min(fresh(row), params.query_length - 1);
+    return (__ldg(block.bits + row * mask.row_stride + key / 32) >> key % 32 & 1) != 0;
+  }
+
+  // Zeros in place of the packed probabilities that dropout drops.
+  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], const MhaFwdParams& params,
+                                       const FwdDenseBlock& block, int row, int tile) {
+    if (params.intervals.dropout == 0) return;
+    if constexpr (!Config::kFeedsBits) {
+      ptx::forget_memory();
+      Bits::template draw<1>(block, fresh(row), tile * Config::kKeys, bits.kept);
+    }
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint4 words = __ldg(
-              reinterpret_cast<const uint4*>(bit_row(params, block, row + 8 * h) + first_key / 32));
-          bits[4 * h] = words.x;
-          bits[4 * h + 1] = words.y;
-          bits[4 * h + 2] = words.z;
-          bits[4 * h + 3] = words.w;
-        }
+    for (int i = 0; i < kTiles; ++i) {
+      const uint32_t words[2] = {bits.kept[0] << (kTiles - 1 - i),
+                                 bits.kept[1] << (kTiles - 1 - i)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        p[4 * i + j] &= Dropout::pair_mask(words, Dropout::byte_of<false>(j % 2, j / 2));
       }
     }
   }
 
-  // Logits: scores times `factor`, and the bias that is in shared memory from `row` on, the warp's
-  // first: of 16 bits.
+ private:
+  // Computed anew: registers are few.
+  static __device__ __forceinline__ int fresh(int row) {
+    return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(row)));
+  }
+
+  // See FwdDenseShared.
+  static __device__ __forceinline__ int bias_share(int warpgroup) {
+    return Config::kFeeders == 1 ? warpgroup : threadIdx.x / 32;
+  }
+
+  // Calls add() when the biases are there, at a parity.
+  template <typename Add>
+  static __device__ __forceinline__ void take_part(FwdShared<Config>& shared, int share,
+                                                   uint32_t parity, Add add) {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.bias_full[share]), parity);
+    add();
+    __syncwarp();
+    // By all lanes, which have all read it: what racecheck understands.
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.bias_empty[share]));
+  }
+
+  // Logits: scores times `factor`, and biases of 16 bits.
   static __device__ __forceinline__ void add_bias(float (&s)[kScores], float factor, BiasType type,
                                                   uint32_t row) {
     const uint32_t source = row + lane_id() % 16 * Config::kBiasRowBytes + lane_id() / 16 * 16;
@@ -86,68 +170,6 @@ struct FwdDense {
     }
   }
 
-  // Scores of -inf where the mask has no bit. kClean: as for `load`.
-  template <bool kClean>
-  __device__ __forceinline__ void hide(float (&s)[kScores], const MhaFwdParams& params,
-                                       const FwdDenseBlock& block, int row, int first_key) const {
-    if (params.intervals.mask.data == nullptr) return;
-    constexpr bool kLoaded = kEarly && kClean;
-    if constexpr (kLoaded) {
-      uint32_t all = bits[0];
-#pragma unroll
-      for (int i = 1; i < 2 * kGroups; ++i) all &= bits[i];
-      if (!__any_sync(0xffffffffu, all != 0xffffffffu)) return;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (!kLoaded) ptx::forget_memory();
-      const uint32_t* const source = bit_row(params, block, row + 8 * h) + first_key / 32;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const uint32_t all = kLoaded ? bits[4 * h + i] : __ldg(source + i);
-        const uint32_t word = all >> fragment_column();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          if ((word >> (k / 2 * 8 + k % 2) & 1) == 0) {
-            s[16 * i + k / 2 * 4 + 2 * h + k % 2] = kMinusInfinity;
-          }
-        }
-      }
-    }
-  }
-
-  // Whether the mask lets `row` see `key`.
-  static __device__ __forceinline__ bool sees(const MhaFwdParams& params,
-                                              const FwdDenseBlock& block, int row, int key) {
-    if (params.intervals.mask.data == nullptr) return true;
-    return (__ldg(bit_row(params, block, row) + key / 32) >> key % 32 & 1) != 0;
-  }
-
-  // Zeros in place of the packed probabilities that dropout drops. kClean: as for `load`.
-  template <bool kClean>
-  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], const MhaFwdParams& params,
-                                       const FwdDenseBlock& block, int row, int first_key) const {
-    if (params.intervals.dropout == 0) return;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      uint32_t words[2][2];
-      if constexpr (kEarly && kClean) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) words[j / 2][j % 2] = kept[i][j / 2][j % 2];
-      } else {
-        ptx::forget_memory();  // one draw after the other: registers are few
-        const Dropout dropout = block.dropout;
-        dropout.template draw<false>(words, row, first_key + 32 * i);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int byte = Dropout::byte_of<false>(j % 2, j / 2 % 2);
-        p[8 * i + j] &= Dropout::pair_mask(words[j / 4], byte);
-      }
-    }
-  }
-
- private:
   template <typename T>
   static __device__ __forceinline__ void add_matrices(float (&s)[kScores], float factor,
                                                       uint32_t source) {
@@ -164,35 +186,16 @@ struct FwdDense {
       }
     }
   }
-
-  // Rows past the last one are read as the last one.
-  static __device__ __forceinline__ int place(const MhaFwdParams& params, int row) {
-    // Computed anew where registers are few.
-    if (!kEarly) row = static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(row)));
-    return min(max(row, 0), params.query_length - 1);
-  }
-  // Of whole 16 bytes, so that every tile is there.
-  static __device__ __forceinline__ const uint32_t* bit_row(const MhaFwdParams& params,
-                                                            const FwdDenseBlock& block, int row) {
-    return block.bits + place(params, row) * params.intervals.mask.row_stride;
-  }
 };
 
 // Without any of them.
 template <typename Config>
 struct FwdDense<Config, false> {
   static constexpr bool kEarly = true;
-  static constexpr int kScores = Config::kKeys / 2;
-  static constexpr int kWords = Config::kParts * kScores / 2;
-  using Block = FwdBlock<Config>;
-  template <bool>
-  __device__ __forceinline__ void load(const MhaFwdParams&, const Block&, int, int) const {}
-  template <bool>
-  __device__ __forceinline__ void hide(float (&)[kScores], const MhaFwdParams&, const Block&, int,
-                                       int) const {}
-  template <bool>
-  __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&, const Block&, int,
-                                       int) const {}
+  static constexpr int kWords = Config::kParts * Config::kKeys / 4;
+  __device__ __forceinline__ void load(const MhaFwdParams&, FwdShared<Config>&, uint32_t) const {}
+  __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&,
+                                       const FwdBlock<Config>&, int, int) const {}
 };
 
 }  // namespace jax_flash::sm90

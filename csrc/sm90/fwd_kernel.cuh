@@ -1,12 +1,12 @@
 // FlashAttention forward for Hopper (sm_90a): TMA, wgmma, warp specialisation.
 //
 // Thread blocks stay and work off blocks of queries (fwd_block.cuh). Of the producer warpgroup, one
-// warp plans, one copies queries, keys and values, one stores, one copies biases; each consumer
-// warpgroup owns 64 queries. A consumer's step issues S(i) = Q K(i)^T and O += P(i-1) V(i-1)
-// together and computes the softmax of S(i) while the second product runs; consumers take turns at
-// issuing. Steps of one block of work follow those of the block before without a gap: the last
-// product of a block is issued with the first scores of the next. docs/design/fwd_sm90.md has
-// limits, barriers and measurements.
+// warp plans, one copies queries, keys and values, one stores; each consumer warpgroup owns 64
+// queries. With kDense, one more warpgroup feeds these with biases, masks and dropout. A consumer's
+// step issues S(i) = Q K(i)^T and O += P(i-1) V(i-1) together and computes the softmax of S(i)
+// while the second product runs; consumers take turns at issuing. Steps of one block of work follow
+// those of the block before without a gap: the last product of a block is issued with the first
+// scores of the next. docs/design/fwd_sm90.md has limits, barriers and measurements.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
-#include "sm90/fwd_bias_loader.cuh"
 #include "sm90/fwd_consumer.cuh"
+#include "sm90/fwd_feeder.cuh"
 #include "sm90/fwd_producer.cuh"
 #include "sm90/fwd_shared.cuh"
 
@@ -56,9 +56,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.block_full, 1);
     int arrivals = Config::kConsumerWarps + 32 + 32;  // and the lanes of two warps
     if constexpr (Config::kDense) {
+      for (auto& stage : shared.bits_full) init(stage, 32);
+      for (auto& stage : shared.bits_empty) init(stage, 32);
       init(shared.bias_full, 32);
-      init(shared.bias_empty, 128);
-      if (FwdBiasLoader<Config>::is_needed(params)) arrivals += 32;
+      init(shared.bias_empty, 128 / Config::kFeeders);
+      arrivals += 32 * Config::kFeeders;
     }
     init(shared.block_empty, arrivals);
     if constexpr (Config::kIntervals) {
@@ -85,15 +87,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else if (warp == 2 && plan.splits == 1) {
       FwdStorer<Config> storer{params, plan, shared, tiles};
       storer.run();
-    } else if (Config::kDense && warp == 3) {
+    } else if (Config::kFeeders == 1 && warp == 3) {
       if constexpr (Config::kDense) {
-        FwdBiasLoader<Config> loader{params, shared, tiles};
-        if (loader.is_needed(params)) loader.run();
+        FwdFeeder<Config> feeder{params, shared, tiles};
+        feeder.run();
       }
+    }
+  } else if (Config::kFeedsBits && warpgroup > Config::kWarpgroups) {
+    if constexpr (Config::kFeedsBits) {
+      ptx::setmaxnreg_dec<Config::kFeederRegisters>();
+      FwdFeeder<Config> feeder{params, shared, tiles};
+      feeder.run();
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    FwdConsumer<Config> consumer{params, plan, shared, tiles, warpgroup};
+    // With kDense found again rather than kept: registers are few.
+    const int own = Config::kDense
+                        ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0)
+                        : warpgroup;
+    FwdConsumer<Config> consumer{params, plan, shared, tiles, own};
     consumer.run();
   }
 }

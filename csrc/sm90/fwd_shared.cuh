@@ -7,15 +7,22 @@
 #include "host/params.h"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
+#include "sm90/fwd_tile_bits.cuh"
 #include "sm90/ring.cuh"
 
 namespace jax_flash::sm90 {
 
-// Of the tiles of biases.
+// Between feeders and consumers, of which each has a counterpart: of one warp each.
 template <typename Config>
 struct FwdDenseShared {
-  uint64_t bias_full[Config::kWarpgroups];
-  uint64_t bias_empty[Config::kWarpgroups];
+  static constexpr int kBitStages = 2;
+  FwdTileBits bits[kBitStages][32 * Config::kConsumerWarps];
+  uint64_t bits_full[kBitStages][Config::kConsumerWarps];
+  uint64_t bits_empty[kBitStages][Config::kConsumerWarps];
+  // Of the rows of a warpgroup each feeder has an equal share.
+  static constexpr int kBiasShares = Config::kWarpgroups * Config::kFeeders;
+  uint64_t bias_full[kBiasShares];
+  uint64_t bias_empty[kBiasShares];
 };
 struct NoDenseBarriers {};
 
@@ -24,6 +31,11 @@ struct FwdQueueShared {
   uint64_t block_wanted;
 };
 struct NoQueue {};
+
+// Whether tiles have FwdTileBits.
+__device__ __forceinline__ bool has_bits(const MhaFwdParams& params) {
+  return params.intervals.mask.data != nullptr || params.intervals.dropout != 0;
+}
 
 // In how many parts the biases of a tile come: those of f32 in two halves.
 __device__ __forceinline__ int parts_of(const BiasView& bias) {

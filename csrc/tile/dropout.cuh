@@ -59,6 +59,15 @@ struct Dropout {
   // fragment are keys and its columns queries; otherwise it is the other way round.
   template <bool kKeysDown, int kCount>
   __device__ __forceinline__ void draw(uint32_t (&words)[kCount][2], int row, int column) const {
+    uint32_t x[4];
+    begin<kKeysDown, kCount>(x, row, column);
+    finish<kKeysDown>(words, x, row);
+  }
+
+  // The two parts of `draw`: what this lane draws itself, and what lanes give each other. Where
+  // draws are to run beside each other, all begin before the first one's finish.
+  template <bool kKeysDown, int kCount>
+  __device__ __forceinline__ void begin(uint32_t (&x)[4], int row, int column) const {
     static_assert(kCount == 1 || kCount == 2);
     // Two lanes, of an even row and the odd one after it, need halves of the same draws: each makes
     // those of one tile.
@@ -67,8 +76,15 @@ struct Dropout {
     const uint32_t across =
         (static_cast<uint32_t>(column) / 16 + (kCount == 2 && odd ? 1 : 0)) * 4 +
         static_cast<uint32_t>(lane_id()) % 4;
-    uint32_t x[4] = {kKeysDown ? down : across, kKeysDown ? across : down, 0, 0};
+    x[0] = kKeysDown ? down : across;
+    x[1] = kKeysDown ? across : down;
+    x[2] = x[3] = 0;
     philox(x, seed[0], seed[1]);
+  }
+  template <bool kKeysDown, int kCount>
+  __device__ __forceinline__ void finish(uint32_t (&words)[kCount][2], const uint32_t (&x)[4],
+                                         int row) const {
+    const bool odd = row % 2 != 0;
     const uint32_t of_even[2] = {x[0], kKeysDown ? x[2] : x[1]};
     const uint32_t of_odd[2] = {kKeysDown ? x[1] : x[2], x[3]};
 #pragma unroll

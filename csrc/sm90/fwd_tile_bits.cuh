@@ -1,0 +1,88 @@
+// What the mask and dropout say of the scores that a lane has of a tile.
+#pragma once
+
+#include <cstdint>
+
+#include "host/params.h"
+#include "ptx/math.cuh"
+#include "sm90/fwd_block.cuh"
+#include "tile/dropout.cuh"
+#include "tile/fragment.cuh"
+
+namespace jax_flash::sm90 {
+
+struct alignas(16) FwdTileBits {
+  uint32_t seen[2];  // by the mask: see FwdMask
+  // By dropout, of columns with e = column % 2. The highest bits of bytes as Dropout::draw has them
+  // belong to the tile's last 16 columns, the bits below to those before, and so on.
+  uint32_t kept[2];
+};
+
+template <int kKeys>
+struct FwdBitMaker {
+  static constexpr int kWords = kKeys / 32;  // of a row of the mask
+
+  // A row's words of the mask, of which rows past the last one have those of the last one. Rows are
+  // of whole 16 bytes, so that every tile is there.
+  static __device__ __forceinline__ void load_words(const MhaFwdParams& params,
+                                                    const FwdDenseBlock& block, int row, int tile,
+                                                    uint32_t (&words)[kWords]) {
+    const uint32_t* const source =
+        block.bits + min(row, params.query_length - 1) * params.intervals.mask.row_stride +
+        tile * kWords;
+    if constexpr (kWords == 4) {
+      const uint4 all = __ldg(reinterpret_cast<const uint4*>(source));
+      words[0] = all.x;
+      words[1] = all.y;
+      words[2] = all.z;
+      words[3] = all.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = __ldg(source + i);
+    }
+  }
+
+  // Of a row's words this lane's columns: bits as FwdMask has them.
+  static __device__ __forceinline__ uint32_t lane_bits(const uint32_t (&words)[kWords]) {
+    static_assert(kWords == 4 || kWords == 2);
+    uint32_t seen[4] = {~0u, ~0u, ~0u, ~0u};  // of 32 columns each, in the highest byte
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      // The two lowest bits of each byte, moved together.
+      seen[i] = (words[i] >> fragment_column() & 0x03030303u) * 0x01041040u;
+    }
+    return ptx::prmt(ptx::prmt(seen[0], seen[1], 0x0073), ptx::prmt(seen[2], seen[3], 0x0073),
+                     0x5410);
+  }
+
+  // See FwdTileBits::kept. kBeside: so many draws beside each other.
+  template <int kBeside>
+  static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
+                                              uint32_t (&kept)[2]) {
+    constexpr uint32_t kHighest = 0x80808080u;
+    kept[0] = kept[1] = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys / 32; i += kBeside) {
+      Dropout dropout = block.dropout;
+      // What ptxas takes for other numbers, so that the keys of rounds are computed where they are
+      // used: registers are few.
+      for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
+      uint32_t x[kBeside][4];
+#pragma unroll
+      for (int k = 0; k < kBeside; ++k) {
+        dropout.template begin<false, 2>(x[k], row, first_key + 32 * (i + k));
+      }
+#pragma unroll
+      for (int k = 0; k < kBeside; ++k) {
+        uint32_t words[2][2];
+        dropout.template finish<false>(words, x[k], row);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          kept[j % 2] = kept[j % 2] >> 1 | (words[j / 2][j % 2] & kHighest);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace jax_flash::sm90
