@@ -251,11 +251,14 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   }
 }
 
+// The launches are static: objects for one architecture and for others have the same kernels, and
+// each has to launch its own.
+
 // Writes row_lse, row_delta, and zeros to queue, turns and, unless the first to add stores,
 // dquery_sum. parts: see bwd_prepare_kernel.
 template <typename Element, typename Mask = RowMask>
-cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream,
-                               int parts = 0) {
+static cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream,
+                                      int parts = 0) {
   const int64_t blocks = bwd_row_blocks(params);
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
@@ -265,7 +268,7 @@ cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream
 
 // Writes dquery.
 template <typename Element, typename SumOrder>
-cudaError_t launch_bwd_finish(const MhaBwdParams& params, cudaStream_t stream) {
+static cudaError_t launch_bwd_finish(const MhaBwdParams& params, cudaStream_t stream) {
   const int64_t blocks = bwd_row_blocks(params);
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
