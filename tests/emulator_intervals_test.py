@@ -62,6 +62,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mask": interval_cases.striped_mask((1, 1, 170, 600)),
         "dropout_rate": 0.3,
     },
+    "bias": {"bias": interval_cases.random_bias((1, 1, 170, 600), "bfloat16")},
+    "bias in f32 and mask": {
+        "bias": interval_cases.random_bias((1, 1, 170, 600), "float32"),
+        "mask": interval_cases.striped_mask((1, 1, 170, 600)),
+    },
 }
 
 

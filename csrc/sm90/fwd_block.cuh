@@ -136,7 +136,7 @@ __device__ __forceinline__ int next_seen(uint64_t hidden, int shift, int lowest,
 template <typename Config>
 __device__ __forceinline__ bool has_holes(const FwdBlock<Config>& block) {
   if constexpr (Config::kDense) {
-    return block.hidden != 0;
+    return __any_sync(0xffffffffu, block.hidden != 0);  // one register, not two
   } else {
     return false;
   }
@@ -316,8 +316,8 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     if (padding) core = {0, kMaxLength};
     // Any other scale goes through the careful path, which multiplies it in.
     bool none = params.scale.first != 1.0f;
-    // So do options and biases where other tiles may have neither.
-    if constexpr (Config::kDense) none = none || ScoreOptions::any<true>(params);
+    // So do options and biases where other tiles may have none.
+    if constexpr (Config::kDense) none = none || ScoreOptions::any<!Config::kBiasClean>(params);
     // Where documents meet, no key is seen by all, but the last key of each row is none before the
     // first end. Where ids count, that is 0.
     if constexpr (!Config::kIntervals) none = none || core.first >= core.end;

@@ -132,6 +132,9 @@ struct FwdConfig {
   // is faster by a little and takes registers.
   static constexpr bool kOneBody = kHeadDimV > 192;
 
+  // Clean tiles may have biases. With one loop for all tiles, registers are too few.
+  static constexpr bool kBiasClean = kDense && !kOneBody;
+
   // Warpgroups pass over the tiles that none of their rows see where tiles are small against the
   // rows that share them.
   static constexpr bool kSkips = kKeys < 64 * kWarpgroups;

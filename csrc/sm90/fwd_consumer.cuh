@@ -298,6 +298,7 @@ struct FwdConsumer {
     } else if (Config::kMasksClean && loads.masked) {
       loads.mask.apply(s);
     } else if constexpr (Config::kDense) {
+      if constexpr (Config::kBiasClean) add_bias(plan.logit_scale);
       dense.hide(s, params, block, head_row(block), tile);
     }
     if constexpr (kBegins) {
@@ -392,8 +393,7 @@ struct FwdConsumer {
           return seen ? score : kMinusInfinity;
         } else if constexpr (Config::kDense) {
           const int key = tile * Config::kKeys + fragment_column() + static_cast<int>(column);
-          const bool seen = Dense::sees(params, block, head_row(block) + 8 * h, key);
-          return seen ? score : kMinusInfinity;
+          return Dense::logit(params, block, head_row(block) + 8 * h, key, score, plan.logit_scale);
         } else if constexpr (Config::kOptions) {
           const ScoreOptions options = {plan.logit_scale, params.intervals.softcap, logits.slope};
           return options.logit(score, logits.distance(h, tile * Config::kKeys) - column);

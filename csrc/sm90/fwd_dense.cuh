@@ -94,13 +94,25 @@ struct FwdDense {
     mask.apply(s);
   }
 
-  // Whether the mask lets `row` see `key`.
-  static __device__ __forceinline__ bool sees(const MhaFwdParams& params,
-                                              const FwdDenseBlock& block, int row, int key) {
-    const MaskView& mask = params.intervals.mask;
-    if (mask.data == nullptr) return true;
+  // What softmax is taken of, of a clean tile's `row` and `key`: as the mask has it, and with the
+  // bias of a score times `factor`, both read from global memory.
+  static __device__ __forceinline__ float logit(const MhaFwdParams& params,
+                                                const FwdDenseBlock& block, int row, int key,
+                                                float score, float factor) {
+    ptx::forget_memory();  // one after the other: registers are few
+    const IntervalsView& view = params.intervals;
     row = min(fresh(row), params.query_length - 1);
-    return (__ldg(block.bits + row * mask.row_stride + key / 32) >> key % 32 & 1) != 0;
+    if (view.mask.data != nullptr) {
+      const uint32_t word = __ldg(block.bits + row * view.mask.row_stride + key / 32);
+      if ((word >> key % 32 & 1) == 0) return kMinusInfinity;
+    }
+    if (!Config::kBiasClean || view.bias.data == nullptr) return score;
+    const int size = 2 * parts_of(view.bias);
+    const BiasRows rows = {block.bias, size * view.bias.row_stride, view.bias.type,
+                           params.query_length, (params.key_length + 7) / 8 * 8};
+    key = fresh(key);
+    const float2 pair = rows.load_pair(row, key & ~1);
+    return fmaf(score, factor, key % 2 == 0 ? pair.x : pair.y);
   }
 
   // Zeros in place of the packed probabilities that dropout drops.
