@@ -88,137 +88,176 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   ptx::cluster_wait();
 }
 
-// The sum of the splits of a row, which 1 << bits neighbouring lanes share, for the first of them:
-// each lane has a group of splits at a time. `first_unit` is the row's first unit in the plan. By a
-// whole warp, whose rows have the same splits.
-template <typename Load>
-__device__ __forceinline__ RowPart add_up_groups(const Plan& plan, Load load, int bits, int splits,
-                                                 int first_unit) {
-  const int lanes = 1 << bits;
-  const int lane = lane_id() & lanes - 1;
-  RowPart total = RowPart::empty();
+// The splits of a head tile that a thread block has just left, and where their parts are.
+template <typename Config>
+struct LeftTile {
+  const DecodeParams& params;
+  const Place& place;  // its last split
+  const Plan& plan;
+  // Computed when they are needed, not kept in registers while tiles are attended to.
+  int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
+  int block = static_cast<int>(ptx::fresh_address(blockIdx.x));
+  int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
+  int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
+  int first_row = place.row_tile * Config::kRows;
+  int rows = min_int(Config::kRows, split_rows - first_row);
+  int splits = place.sequence.splits;
+  int groups = (splits + kGroupSplits - 1) / kGroupSplits;
+  int piece = params.crew_divisor.divide(block);
+  // The tile's first unit in the plan.
+  int first_unit = plan.first_unit(piece + 1) - place.units -
+                   (plan.unit_splits == 1 ? place.split : place.split / kGroupSplits);
+  // The thread block has had the splits from this one to place.split.
+  int from = max_int(place.split - place.done, 0);
+
+  // The counter of what begins with `unit` and which several thread blocks have. It is that of the
+  // one that begins it, which does not begin another one that it leaves to others.
+  __device__ __forceinline__ uint32_t* counter(uint32_t* counters, int unit) const {
+    const int crew = static_cast<int>(params.crew_divisor.divisor);
+    return counters + block - (piece - plan.piece_of(unit)) * crew;
+  }
+
+  __device__ __forceinline__ int64_t place_of(int split, int row) const {
+    return partial_row(params, place.batch, place.kv_head, split, first_row) + row;
+  }
+  // Of four columns, and of none.
+  __device__ __forceinline__ RowPart load_state(int split, int row) const {
+    const float2 state = params.partial_state[place_of(split, row)];
+    return {state.x, state.y, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+  }
+  __device__ __forceinline__ RowPart load(int split, int row, int column) const {
+    RowPart part = load_state(split, row);
+    const float* const out = params.partial_out + place_of(split, row) * width + column;
+    part.out = *reinterpret_cast<const float4*>(out);
+    return part;
+  }
+
+  // Calls `body(row, piece)` for every four columns of a row, by all threads.
+  template <typename F>
+  __device__ __forceinline__ void for_each_piece(F body) const {
+    const int pieces = width / 4;
 #pragma unroll 1
-  for (int before = 0; before < splits; before += lanes * kGroupSplits) {
-    const int split = before + lane * kGroupSplits;
-    const int end = min_int(split + kGroupSplits, splits);
-    // The split from which on each of the group is a part; up to there one thread block has added
-    // them up.
-    int cut = end;
-    RowPart part[kGroupSplits];
-#pragma unroll
-    for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
-    if (split < splits) {
-      const int unit = first_unit + (plan.unit_splits == 1 ? split : split / kGroupSplits);
-      cut = (plan.first_unit(plan.piece_of(unit) + 1) - first_unit) * plan.unit_splits;
-      // All loads are on their way before the first is needed.
-      part[0] = load(split);
-#pragma unroll
-      for (int i = 1; i < kGroupSplits; ++i) {
-        if (cut + i - 1 < end) part[i] = load(cut + i - 1);
-      }
-    }
-    RowPart group = part[0];
-#pragma unroll
-    for (int i = 1; i < kGroupSplits; ++i) {
-      if (cut + i - 1 < end) group.add(part[i]);
-    }
-#pragma unroll 1
-    for (int other = 0; other < lanes && before + other * kGroupSplits < splits; ++other) {
-      const RowPart next = part_of_lane(group, lane_id() - lane + other);
-      if (before + other == 0) {
-        total = next;
-      } else {
-        total.add(next);
-      }
+    for (int item = thread; item < rows * pieces; item += Config::kThreads) {
+      const int row = item / pieces;
+      body(row, item - row * pieces);
     }
   }
-  return total;
-}
 
-// The same where every group is one part: a plan of whole groups, and a lane for a row.
-template <typename Load>
-__device__ __forceinline__ RowPart add_up_whole_groups(Load load, int splits) {
-  constexpr int kBatch = 8;
-  RowPart total = RowPart::empty();
-#pragma unroll 1
-  for (int before = 0; before < splits; before += kBatch * kGroupSplits) {
+  __device__ __forceinline__ void finish_piece(int row, int piece_of_row,
+                                               const RowPart& sum) const {
+    finish<Config::kCache>(params, place.batch, place.kv_head, first_row + row, piece_of_row, sum);
+  }
+};
+
+// Adds up a group of splits that several thread blocks have had, if this is the last of them; the
+// sum is the result, or goes to the place of the group's first split. Whether it has. All threads
+// have stored their parts, behind a barrier.
+template <typename Config>
+__device__ __forceinline__ bool add_up_group(const DecodeParams& params,
+                                             const LeftTile<Config>& tile, int group) {
+  const int first = group * kGroupSplits;
+  const int end = min_int(first + kGroupSplits, tile.splits);
+  const int unit = tile.first_unit + first;  // each split is one
+  bool is_last = false;
+  if (tile.thread == 0) {
+    const auto others = static_cast<uint32_t>(tile.plan.piece_of(tile.first_unit + end - 1) -
+                                              tile.plan.piece_of(unit));
+    // Zero again after the last one, for the next launch.
+    is_last = ptx::atom_inc(tile.counter(params.counters + gridDim.x, unit), others) == others;
+  }
+  if (__syncthreads_count(is_last) == 0) return false;
+  // The split from which on each is a part; up to there one thread block has added them up.
+  const int cut = tile.plan.first_unit(tile.plan.piece_of(unit) + 1) - tile.first_unit;
+  const auto sum = [&](auto load) {
     // All loads are on their way before the first is needed.
-    RowPart group[kBatch];
+    RowPart total = load(first);
+    RowPart part[kGroupSplits - 1];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      group[i] = RowPart::empty();
-      if (before + i * kGroupSplits < splits) group[i] = load(before + i * kGroupSplits);
+    for (int i = 0; i < kGroupSplits - 1; ++i) {
+      part[i] = RowPart::empty();
+      if (cut + i < end) part[i] = load(cut + i);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (before + i == 0) {
-        total = group[0];
-      } else if (before + i * kGroupSplits < splits) {
-        total.add(group[i]);
-      }
+    for (int i = 0; i < kGroupSplits - 1; ++i) {
+      if (cut + i < end) total.add(part[i]);
     }
+    return total;
+  };
+  tile.for_each_piece([&](int row, int piece) {
+    const RowPart total = sum([&](int split) { return tile.load(split, row, 4 * piece); });
+    if (tile.groups == 1) {
+      tile.finish_piece(row, piece, total);
+    } else {
+      float* const out = params.partial_out + tile.place_of(first, row) * tile.width + 4 * piece;
+      *reinterpret_cast<float4*>(out) = total.out;
+    }
+  });
+  if (tile.groups == 1) return true;
+  // A row's state is needed for all of its columns: it changes when those are done.
+  __syncthreads();
+  static_assert(Config::kRows <= Config::kThreads);
+  const int row = tile.thread;
+  if (row < tile.rows) {
+    const RowPart total = sum([&](int split) { return tile.load_state(split, row); });
+    params.partial_state[tile.place_of(first, row)] = make_float2(total.maximum, total.sum);
   }
-  return total;
+  return true;
 }
 
-// Adds up the splits of the head tile that the thread block has just left, if others have had some
-// of them and are done, or if it has had them all and they are several groups. `place`: its last
-// one. Behind a barrier of all threads, which have stored their parts.
+// Adds up the splits of the head tile that the thread block has just left: a group that others have
+// had some of, if they are done; and the groups, if all are done. `place`: its last split. Behind a
+// barrier of all threads, which have stored their parts.
 template <typename Config>
 __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const Place& place,
                                               const Plan& plan) {
-  const int splits = place.sequence.splits;
   const bool alone = place.has_had_all();
-  if (alone && splits <= kGroupSplits) return;  // stored as the result
-  // What follows is computed here, not kept in registers while tiles are attended to.
-  const int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
-  const int block = static_cast<int>(ptx::fresh_address(blockIdx.x));
-  const int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
-  const int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
-  const int piece = params.crew_divisor.divide(block);
-  const int unit = plan.first_unit(piece + 1) - place.units;
-  const int first_unit = unit - (plan.unit_splits == 1 ? place.split : place.split / kGroupSplits);
+  if (alone && place.sequence.splits <= kGroupSplits) return;  // stored as the result
+  const LeftTile<Config> tile{params, place, plan};
   if (!alone) {
+    const int end = place.split + 1;
+    const int first_whole = (tile.from + kGroupSplits - 1) / kGroupSplits;
+    const int end_whole = end >= tile.splits ? tile.groups : end / kGroupSplits;
+    int done = max_int(end_whole - first_whole, 0);
+    // The first group may be cut before the thread block's splits, and the last one behind them.
+    if (tile.from % kGroupSplits != 0) {
+      done += add_up_group(params, tile, tile.from / kGroupSplits) ? 1 : 0;
+    }
+    if (end_whole >= first_whole && end < tile.splits && end % kGroupSplits != 0) {
+      done += add_up_group(params, tile, end_whole) ? 1 : 0;
+    }
+    if (tile.groups == 1 || done == 0) return;
+    __syncthreads();  // sums of groups are stored
     bool is_last = false;
-    if (thread == 0) {
-      // The head tile's counter is that of the thread block that begins it, which does not begin
-      // another one that it leaves to others.
-      const int first_piece = plan.piece_of(first_unit);
-      const int last_unit = first_unit + units_of(place.sequence, plan.unit_splits) - 1;
-      const int others = plan.piece_of(last_unit) - first_piece;
-      const int crew = static_cast<int>(params.crew_divisor.divisor);
-      uint32_t* const counter = params.counters + block - (piece - first_piece) * crew;
-      // Zero again after the last one, for the next launch.
-      is_last = ptx::atom_inc(counter, others) == static_cast<uint32_t>(others);
+    if (tile.thread == 0) {
+      uint32_t* const counter = tile.counter(params.counters, tile.first_unit);
+      const auto before = static_cast<int>(ptx::atom_add(counter, static_cast<uint32_t>(done)));
+      is_last = before + done == tile.groups;
+      if (is_last) *counter = 0;  // for the next launch
     }
     if (__syncthreads_count(is_last) == 0) return;
   }
-  const int first = place.row_tile * Config::kRows;
-  const int pieces = width / 4;
-  const int items = min_int(Config::kRows, split_rows - first) * pieces;
-  const int groups = (splits + kGroupSplits - 1) / kGroupSplits;
-  int bits = 0;
-  while (bits < 3 && groups > 1 << bits && items << bits + 1 <= Config::kThreads) ++bits;
-  const int64_t first_place = partial_row(params, place.batch, place.kv_head, 0, first);
+  tile.for_each_piece([&](int row, int piece) {
+    RowPart total = RowPart::empty();
 #pragma unroll 1
-  for (int item0 = 0; item0 < items; item0 += Config::kThreads >> bits) {
-    const int index = item0 + (thread >> bits);
-    const int item = min_int(index, items - 1);
-    const int row = item / pieces;
-    const int its_piece = item - row * pieces;
-    const auto load = [&](int split) -> RowPart {
-      const int64_t at = first_place + row + int64_t{split} * split_rows;
-      const float2 state = params.partial_state[at];
-      return {state.x, state.y,
-              *reinterpret_cast<const float4*>(params.partial_out + at * width + 4 * its_piece)};
-    };
-    const RowPart sum = bits == 0 && plan.unit_splits > 1
-                            ? add_up_whole_groups(load, splits)
-                            : add_up_groups(plan, load, bits, splits, first_unit);
-    if (index < items && (lane_id() & (1 << bits) - 1) == 0) {
-      finish<Config::kCache>(params, place.batch, place.kv_head, first + row, its_piece, sum);
+    for (int before = 0; before < tile.splits; before += kGroupSplits * kGroupSplits) {
+      RowPart group[kGroupSplits];
+#pragma unroll
+      for (int i = 0; i < kGroupSplits; ++i) {
+        const int split = before + i * kGroupSplits;
+        group[i] = RowPart::empty();
+        if (split < tile.splits) group[i] = tile.load(split, row, 4 * piece);
+      }
+#pragma unroll
+      for (int i = 0; i < kGroupSplits; ++i) {
+        if (before + i == 0) {
+          total = group[0];
+        } else if (before + i * kGroupSplits < tile.splits) {
+          total.add(group[i]);
+        }
+      }
     }
-  }
+    tile.finish_piece(row, piece, total);
+  });
 }
 
 }  // namespace jax_flash::decode

@@ -10,7 +10,7 @@ namespace jax_flash::decode {
 
 // Counters that a launch needs if a sequence can have several splits.
 inline int counters_of(const DeviceInfo& device) {
-  return kMostBlocksPerSm * device.multiprocessors;
+  return 2 * kMostBlocksPerSm * device.multiprocessors;
 }
 
 // Enqueues one kernel and nothing else.

@@ -45,8 +45,9 @@ struct DecodeParams {
   // token t of query head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
-  // How many thread blocks have done their splits of a head tile that several share: one for each
-  // thread block, zero before a launch and after it. Nobody else's, or null if nothing is shared.
+  // How many groups of splits are done of a head tile that several thread blocks share: one for
+  // each thread block; then how many of them have done theirs of a group that they share, as many.
+  // Zero before a launch and after it. Nobody else's, or null if nothing is shared.
   uint32_t* counters;
   int32_t batch;
   int32_t tokens;

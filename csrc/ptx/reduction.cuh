@@ -44,6 +44,16 @@ __device__ __forceinline__ uint32_t atom_inc(uint32_t* target, uint32_t last) {
   return before;
 }
 
+// The same for a sum: adds, and returns what was there.
+__device__ __forceinline__ uint32_t atom_add(uint32_t* target, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(target), "r"(value)
+               : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void red_add(int32_t* target, int32_t value) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(target), "r"(value) : "memory");
 }

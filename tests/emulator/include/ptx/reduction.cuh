@@ -27,6 +27,11 @@ inline uint32_t atom_inc(uint32_t* target, uint32_t last) {
   *target = before >= last ? 0 : before + 1;
   return before;
 }
+inline uint32_t atom_add(uint32_t* target, uint32_t value) {
+  const uint32_t before = *target;
+  *target += value;
+  return before;
+}
 // Thread blocks run one after another: to each but the last it looks as if the others had been
 // faster after a few tickets.
 inline int32_t take_ticket(int32_t* next) {
