@@ -250,7 +250,9 @@ def test_gradient_of_slopes(width: int) -> None:
         names = ("query", "key", "value", "slopes")
         for name, x in zip(names, found, strict=True):
             error = np.linalg.norm(x.astype(np.float64) - expected[name])
-            bound = 0.01 * np.linalg.norm(expected[name])
+            # Distances multiply the error that a rounded out puts into each row.
+            share = 0.03 if name == "slopes" else 0.01
+            bound = share * np.linalg.norm(expected[name])
             assert error <= bound + 1e-4, f"{kinds} {spec} {name}: {error} {bound}"
 
 
