@@ -87,11 +87,11 @@ def mha(
         one compilation (`jax.jit(compiler_options=...)`) are not seen. The jnp path has
         one way to compute gradients, as reproducible as XLA's matrix products.
       precision: how exact products of float32 are. None: to about 2^-16 or better
-        (docs/numerics.md); "highest": as float32; "tf32": factors may be rounded to TF32;
-        "bf16", "f16": query, key and value are rounded to that type first, and the call,
-        its gradients too, is one of that type (float16 ends at 65504). Other types:
-        "highest" and "tf32" keep weights from being rounded, "bf16" and "f16" change
-        nothing.
+        (docs/numerics.md); "highest": as float32; "tf32": factors may be rounded to
+        TF32; "bf16", "f16": query, key and value are rounded to that type first, and
+        the call, its gradients too, is one of that type (float16 ends at 65504). Other
+        types: "highest" and "tf32" keep weights from being rounded, "bf16" and "f16"
+        change nothing.
       return_lse: also return the log-sum-exp of the logits.
       implementation: None for the first backend that supports the call on the platform
         it is lowered for (`jax_flash.explain` tells), a name, or a tuple of names.

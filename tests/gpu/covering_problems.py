@@ -353,8 +353,8 @@ def _spared(clean: Problem) -> dict[str, float]:
 
     `delta` is the sum of `dout * out`. A plain computation has weights in its place, so
     it is spared that error, which is of random sign: one for each row, times weights.
-    Roundings are a quarter of a step in size, and of all sums over rows the largest error
-    is twice the usual one.
+    Roundings are a quarter of a step in size, and of all sums over rows the largest
+    error is twice the usual one.
     """
     query, key, value = (x.astype(np.float64) for x in clean.arrays)
     dout, given = clean.dout.astype(np.float64), clean.given
