@@ -88,6 +88,25 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   ptx::cluster_wait();
 }
 
+// Adds the parts `first`, first + step, ... below `end` to `total`, one after another. Of kBatch of
+// them all loads are on their way before the first is needed.
+template <int kBatch, typename Load>
+__device__ __forceinline__ void add_parts(RowPart& total, int first, int end, int step, Load load) {
+#pragma unroll 1
+  for (int before = first; before < end; before += kBatch * step) {
+    RowPart part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      part[i] = RowPart::empty();
+      if (before + i * step < end) part[i] = load(before + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (before + i * step < end) total.add(part[i]);
+    }
+  }
+}
+
 // The splits of a head tile that a thread block has just left, and where their parts are.
 template <typename Config>
 struct LeftTile {
@@ -101,6 +120,7 @@ struct LeftTile {
   int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
   int first_row = place.row_tile * Config::kRows;
   int rows = min_int(Config::kRows, split_rows - first_row);
+  int64_t first_place = partial_row(params, place.batch, place.kv_head, 0, first_row);
   int splits = place.sequence.splits;
   int groups = (splits + kGroupSplits - 1) / kGroupSplits;
   int piece = params.crew_divisor.divide(block);
@@ -118,7 +138,7 @@ struct LeftTile {
   }
 
   __device__ __forceinline__ int64_t place_of(int split, int row) const {
-    return partial_row(params, place.batch, place.kv_head, split, first_row) + row;
+    return first_place + row + int64_t{split} * split_rows;
   }
   // Of four columns, and of none.
   __device__ __forceinline__ RowPart load_state(int split, int row) const {
@@ -169,18 +189,8 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
   // The split from which on each is a part; up to there one thread block has added them up.
   const int cut = tile.plan.first_unit(tile.plan.piece_of(unit) + 1) - tile.first_unit;
   const auto sum = [&](auto load) {
-    // All loads are on their way before the first is needed.
     RowPart total = load(first);
-    RowPart part[kGroupSplits - 1];
-#pragma unroll
-    for (int i = 0; i < kGroupSplits - 1; ++i) {
-      part[i] = RowPart::empty();
-      if (cut + i < end) part[i] = load(cut + i);
-    }
-#pragma unroll
-    for (int i = 0; i < kGroupSplits - 1; ++i) {
-      if (cut + i < end) total.add(part[i]);
-    }
+    add_parts<Config::kBatchedParts>(total, cut, end, 1, load);
     return total;
   };
   tile.for_each_piece([&](int row, int piece) {
@@ -219,11 +229,13 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
     const int end_whole = end >= tile.splits ? tile.groups : end / kGroupSplits;
     int done = max_int(end_whole - first_whole, 0);
     // The first group may be cut before the thread block's splits, and the last one behind them.
-    if (tile.from % kGroupSplits != 0) {
-      done += add_up_group(params, tile, tile.from / kGroupSplits) ? 1 : 0;
-    }
-    if (end_whole >= first_whole && end < tile.splits && end % kGroupSplits != 0) {
-      done += add_up_group(params, tile, end_whole) ? 1 : 0;
+    const bool cut_before = tile.from % kGroupSplits != 0;
+    const bool cut_behind =
+        end_whole >= first_whole && end < tile.splits && end % kGroupSplits != 0;
+#pragma unroll 1
+    for (int i = cut_before ? 0 : 1; i < (cut_behind ? 2 : 1); ++i) {
+      const int group = i == 0 ? tile.from / kGroupSplits : end_whole;
+      done += add_up_group(params, tile, group) ? 1 : 0;
     }
     if (tile.groups == 1 || done == 0) return;
     __syncthreads();  // sums of groups are stored
@@ -237,25 +249,9 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
     if (__syncthreads_count(is_last) == 0) return;
   }
   tile.for_each_piece([&](int row, int piece) {
-    RowPart total = RowPart::empty();
-#pragma unroll 1
-    for (int before = 0; before < tile.splits; before += kGroupSplits * kGroupSplits) {
-      RowPart group[kGroupSplits];
-#pragma unroll
-      for (int i = 0; i < kGroupSplits; ++i) {
-        const int split = before + i * kGroupSplits;
-        group[i] = RowPart::empty();
-        if (split < tile.splits) group[i] = tile.load(split, row, 4 * piece);
-      }
-#pragma unroll
-      for (int i = 0; i < kGroupSplits; ++i) {
-        if (before + i == 0) {
-          total = group[0];
-        } else if (before + i * kGroupSplits < tile.splits) {
-          total.add(group[i]);
-        }
-      }
-    }
+    const auto load = [&](int split) { return tile.load(split, row, 4 * piece); };
+    RowPart total = load(0);
+    add_parts<Config::kBatchedParts>(total, kGroupSplits, tile.splits, kGroupSplits, load);
     tile.finish_piece(row, piece, total);
   });
 }

@@ -111,6 +111,9 @@ struct DecodeConfig {
   static constexpr int kCopyUnroll = kQueriesEarly || kF32 ? kCopyRows : 1;
   // Whether there are registers for the sum of a group of splits, which else goes to the L2.
   static constexpr bool kHolds = kColumns && kWidth <= 128;
+  // How many parts are loaded at a time where splits are added up: as many as there are registers
+  // for.
+  static constexpr int kBatchedParts = kQuantised ? 4 : 8;
   static constexpr int kStages = kTiles.stages;
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   static constexpr int kPairs = kWidth * sizeof(Stored) / 2;  // 16-bit pieces of a row of a tile
