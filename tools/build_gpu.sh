@@ -35,11 +35,18 @@ fi
 
 # scikit-build-core takes cmake and ninja from PATH.
 export PATH=$PWD/$env/bin:$PATH JAX_FLASH_CUDA=ON JAX_FLASH_STRICT=ON
+# A build that was interrupted may leave objects of which ninja knows no headers: it
+# would keep them whatever changes.
+objects=build/gpu-$tag
+if [ -e "$objects/.ninja_deps" ]; then
+  ninja -C "$objects" -t deps | sed -n 's/: #deps 0,.*//p' | (cd "$objects" && xargs -r rm -f)
+fi
+
 rm -rf build/gpu-wheel
 started=$SECONDS
 status=0
 "$env/bin/python" -m pip wheel -v . --no-build-isolation --no-deps \
-  --wheel-dir build/gpu-wheel -C build-dir="build/gpu-$tag" "$@" >"$log" 2>&1 || status=$?
+  --wheel-dir build/gpu-wheel -C build-dir="$objects" "$@" >"$log" 2>&1 || status=$?
 if [ "$status" -ne 0 ]; then
   grep -E -A20 'FAILED:|CMake Error|error:' "$log" | head -100 >&2
   echo "build_gpu.sh: failed; everything is in $log" >&2
