@@ -89,7 +89,7 @@ def name(
     return (
         "_ZN9jax_flash4sm9014mha_fwd_kernelINS0_9FwdConfigILNS_11ElementTypeE"
         f"{dtype}ELi{head_dim}ELi{head_dim_v}EXtlNS0_8FwdTilesELi{warpgroups}ELi{keys}"
-        f"ELi1ELi2ELi4EEELb{intervals or dense:d}ELb0ELb0ELb{dense:d}"
+        f"ELi1ELi2ELi4EEELb{intervals or dense:d}ELb0ELb{dense:d}"
         "EEEEEvNS_12MhaFwdParamsENS0_7FwdPlanE"
     )
 
@@ -197,11 +197,14 @@ def test_kernel_with_unknown_tiles() -> None:
     assert without == check_build.judge_hgmma({})
 
 
-# Head widths, keys of a tile, warpgroups, dense; products, fences, waits in the source.
+# Head widths, keys of a tile, warpgroups, more; products, fences, waits in the source.
 COLLECTIVES = [
     ((64, 64, 128, 3), (32, 5, 3)),
     ((128, 128, 128, 2), (40, 5, 5)),
-    ((128, 128, 128, 2, True), (40, 5, 5)),
+    ((128, 128, 128, 2, "dense"), (40, 5, 5)),
+    ((64, 64, 128, 2, "intervals"), (44, 7, 7)),
+    ((128, 128, 128, 2, "intervals"), (56, 7, 7)),
+    ((256, 256, 64, 2, "intervals"), (24, 3, 3)),
     ((192, 192, 112, 2), (45, 5, 5)),
     ((256, 256, 64, 2), (24, 3, 3)),
 ]
@@ -211,7 +214,8 @@ def judge_counts(
     kernel: tuple[Any, ...], products: int, fences: int, waits: int, predicate: str = ""
 ) -> list[str]:
     """Faults of a kernel with that many instructions of each kind."""
-    lines = [f"\t\tFunction : {name(0, *kernel)}"]
+    kind = dict.fromkeys(kernel[4:], True)
+    lines = [f"\t\tFunction : {name(0, *kernel[:4], **kind)}"]
     lines += ["  /*0a10*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;"] * products
     lines += ["  /*0b20*/  WARPGROUP.ARRIVE ;"] * fences
     lines += ["  /*0c30*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"] * (waits - 1)

@@ -44,11 +44,11 @@ HGMMA = re.compile(r"\bHGMMA\.\S+")
 # Instructions of a whole warpgroup, and whether they depend on a predicate.
 COLLECTIVE = re.compile(r"(@!?U?P\w+\s+)?\b(HGMMA|WARPGROUP\.(?:ARRIVE|DEPBAR))\b")
 # As the compiler writes sm90::mha_fwd_kernel<FwdConfig<type, head_dim, head_dim_v,
-# FwdTiles{warpgroups, keys, ...}, intervals, paired, options, dense>>.
+# FwdTiles{warpgroups, keys, ...}, intervals, options, dense>>.
 SM90_FORWARD = re.compile(
     r"4sm90\d+mha_fwd_kernelI.*?ElementTypeE(?P<type>\d)ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)E.*?FwdTilesELi(?P<warpgroups>\d+)ELi(?P<keys>\d+)E"
-    r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])E(?:Lb[01]E){3})?"
+    r"(?:(?:Li\d+E)+EELb(?P<intervals>[01])ELb[01]ELb(?P<dense>[01])E)?"
 )
 # sm90::mha_bwd_kernel<BwdConfig<type, head_dim, rows, deterministic, mask>> and, over
 # width 128, <BwdWideConfig<type, head_dim, head_dim_v, deterministic, mask>>.
@@ -279,9 +279,10 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
         if (match := SM90_FORWARD.search(name)) is None:
             continue
         head_dim, head_dim_v = int(match["head_dim"]), int(match["head_dim_v"])
-        # FwdConfig::kOneBody and kOverlaps; after the steps comes the last
-        # product.
-        bodies = 1 if head_dim_v > 192 else 2
+        # FwdConfig::kOneBody and kOverlaps, FwdConsumer::kQuickStart; after the steps
+        # comes the last product.
+        begins = match["intervals"] == "1" and match["dense"] == "0"
+        bodies = 1 if head_dim_v > 192 else 3 if begins else 2
         waits = 2 if match["warpgroups"] == "2" else 1
         dtype = TYPES[int(match["type"])]
         steps = bodies * head_dim // 16 + (bodies + 1) * int(match["keys"]) // 16
