@@ -109,7 +109,6 @@ def test_compiled_without_a_copy(axis: int | None) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"bias": np.zeros((ROWS, 1), np.float32)},
         {"implementation": "xla"},
         {"precision": "highest"},
     ],
