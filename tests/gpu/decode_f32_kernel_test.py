@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from decode_helpers import paged
-from decode_kernel_test import EDGES, check, problem, run
+from decode_kernel_test import EDGES, check, check_alone, problem, run
 
 from jax_flash import decode_mha
 
@@ -94,12 +94,7 @@ def test_same_bits_again_and_alone(
     lengths[:2] = room, 0
     first, again = (run(query, k, v, lengths) for _ in range(2))
     chex.assert_trees_all_equal(again, first)
-    for b in (0, 1, 2, batch - 1):
-        one = slice(b, b + 1)
-        alone = run(query[one], k[one], v[one], lengths[one])
-        chex.assert_trees_all_equal(alone, tuple(x[one] for x in first))
-    few = slice(0, 4)
-    check(tuple(x[few] for x in first), query[few], k[few], v[few], lengths[few])
+    check_alone(first, (query, k, v, lengths), (0, 1, 2, batch - 1), 4)
 
 
 def test_one_long_sequence() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,24 @@ def check(got: Any, query: Any, k: Any, v: Any, lengths: Any, **options: Any) ->
     # Logits are rounded to f32.
     logits = np.abs(np.where(empty, 0, want.lse)).max(initial=1)
     assert np.abs(difference).max(initial=0) <= 5e-6 + 2e-6 * logits
+
+
+def check_alone(
+    got: Any, arrays: tuple[np.ndarray, ...], alone: Sequence[int], few: int
+) -> None:
+    """Sequences that run alone give the same bits; the first `few` are right.
+
+    Args:
+      got: out and lse of a call.
+      arrays: its query, caches and lengths.
+      alone: which sequences run alone.
+      few: how many are compared with float64.
+    """
+    for b in alone:
+        one = slice(b, b + 1)
+        result = run(*(x[one] for x in arrays))
+        chex.assert_trees_all_equal(result, tuple(x[one] for x in got))
+    check(tuple(x[:few] for x in got), *(x[:few] for x in arrays))
 
 
 EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 15, 16, 17, 500, 1023, 1024, 2000, -3)
@@ -211,12 +230,7 @@ def test_same_bits_again_and_alone(
     first = run(query, k, v, lengths)
     for _ in range(5):
         chex.assert_trees_all_equal(run(query, k, v, lengths), first)
-    for b in (0, 1, 2, 5, batch - 1):
-        one = slice(b, b + 1)
-        alone = run(query[one], k[one], v[one], lengths[one])
-        chex.assert_trees_all_equal(alone, tuple(x[one] for x in first))
-    few = slice(0, 6)
-    check(tuple(x[few] for x in first), query[few], k[few], v[few], lengths[few])
+    check_alone(first, (query, k, v, lengths), (0, 1, 2, 5, batch - 1), 6)
 
 
 def test_programs_take_turns() -> None:

@@ -32,21 +32,6 @@ inline uint32_t atom_add(uint32_t* target, uint32_t value) {
   *target += value;
   return before;
 }
-// Thread blocks run one after another: to each but the last it looks as if the others had been
-// faster after a few tickets.
-inline int32_t take_ticket(int32_t* next) {
-  constexpr int kTickets = 3;
-  static int block = -1;
-  static int taken;
-  if (block != emulator::blockIdx.x) taken = 0;
-  block = emulator::blockIdx.x;
-  const bool is_last = block == emulator::gridDim.x - 1;
-  if (!is_last && ++taken > kTickets) {
-    taken = 0;  // the next launch may begin with this block
-    return INT32_MAX;
-  }
-  return (*next)++;
-}
 // Thread blocks run one after another: what one waits for must have been done.
 inline int32_t ld_acquire(const int32_t* source) {
   static long asked = 0;
