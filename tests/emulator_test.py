@@ -222,7 +222,7 @@ def test_forward_sm90(forward: ctypes.CDLL, widths: tuple[int, int], case: str) 
     number = list(CASES).index(case) + widths[0]
     dtype = ("bfloat16", "float16")[number % 2]
     arrays = problem(shape, *widths, dtype)
-    check_forward(forward, arrays, given, 1 + number % 3)
+    check_forward(forward.mha_fwd_sm90, arrays, given, 1 + number % 3)
 
 
 @pytest.mark.parametrize("jump", [5, 30, 100])
@@ -235,7 +235,7 @@ def test_forward_sm90_of_growing_scores(
     arrays["query"][..., 0] = 32
     shift = growing(600, jump) * width**0.5 / 32
     arrays["key"][..., 0] = shift[None, :, None]
-    check_forward(forward, arrays, {}, 1)
+    check_forward(forward.mha_fwd_sm90, arrays, {}, 1)
 
 
 SPLITS = {
@@ -260,11 +260,11 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     shape, width, given = SPLITS[case]
     dtype = ("bfloat16", "float16")[len(case) % 2]
     arrays = problem(shape, width, width, dtype)
-    check_forward(forward, arrays, given, 132)
+    check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
 def check_forward(
-    library: ctypes.CDLL,
+    function: Any,
     arrays: dict[str, np.ndarray],
     given: dict[str, Any],
     multiprocessors: int,
@@ -276,7 +276,7 @@ def check_forward(
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
     call(
-        library.mha_fwd_sm90,
+        function,
         given,
         arrays,
         {"out": out, "lse": lse},
