@@ -14,29 +14,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import decode, rotary
-from jax_flash._src import decode_call
+from jax_flash._src import decode_call, validate
 
 __all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCache"]
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def _check_sizes(**sizes: Any) -> None:
     """Sizes that a cache is created with."""
     for name, size in sizes.items():
-        integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
-        if not integer or size < 1:
+        if not _is_integer(size) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
-def _longer(lengths: jax.Array, k_new: Any, room: int) -> jax.Array:
+def _longer(lengths: Any, k_new: Any, room: int) -> jax.Array:
     """Lengths after new tokens; negative ones stay."""
     tokens = k_new.shape[1] if len(k_new.shape) == 4 else 1
-    longer = jnp.minimum(lengths + jnp.int32(tokens), jnp.int32(room))
+    lengths = jnp.asarray(lengths)
+    if lengths.dtype != jnp.int64:
+        lengths = validate.as_int32(lengths)
+    # The sum alone may be beyond the largest integer.
+    longer = jnp.where(lengths > room - tokens, room, lengths + tokens)
     return jnp.where(lengths < 0, lengths, longer)
 
 
 def _empty(dtype: Any, *shapes: tuple[int, ...]) -> list[jax.Array]:
     """Zeros for keys and values, of a type that a cache may have."""
-    if str(jnp.dtype(dtype)) not in decode_call.CACHE_DTYPES:
+    try:
+        # NumPy takes None for float64.
+        known = None if dtype is None else str(jnp.dtype(dtype))
+    except TypeError:
+        known = None
+    if known not in decode_call.CACHE_DTYPES:
         raise ValueError(
             f"dtype must be one of {decode_call.CACHE_DTYPES}, got {dtype!r}"
         )
@@ -49,6 +61,41 @@ def _scales(cache: jax.Array, **scales: Any) -> list[jax.Array | None]:
         None if x is None else decode_call.canonical_scale(name, x, cache)[0]
         for name, x in scales.items()
     ]
+
+
+def _page_numbers(name: str, x: Any) -> jax.Array:
+    """Pages to copy from or to as int32 [n]."""
+    if isinstance(x, list | tuple):
+        x = jnp.asarray(x) if x else np.zeros(0, np.int32)
+    got = decode_call.shape_of(name, x)
+    if not jnp.issubdtype(got.dtype, jnp.integer) or len(got.shape) != 1:
+        raise ValueError(f"{name} must be integers [n], got {got.dtype}{got.shape}")
+    return jnp.asarray(validate.as_int32(x))
+
+
+def _in_order(
+    source: jax.Array, target: jax.Array, pages: int
+) -> tuple[jax.Array, jax.Array]:
+    """Copies that may be done at once for copies that are done one after the other.
+
+    Returns:
+      Where each target's contents come from before all copies, in [0, pages), and the
+      targets, each once, `pages` where nothing is to be written.
+    """
+    count = source.shape[0]
+    exist = (source >= 0) & (source < pages) & (target >= 0) & (target < pages)
+    target = jnp.where(exist, target, pages)
+    at = jnp.arange(count, dtype=jnp.int32)
+    earlier = at[None, :] < at[:, None]
+    # What a copy reads was written by the last one before it that has it for target.
+    writes = earlier & (target[None, :] == source[:, None])
+    writer = jnp.max(jnp.where(writes, at[None, :], -1), axis=1)
+    first = jnp.where(writer < 0, at, writer)
+    for _ in range((count - 1).bit_length()):
+        first = first[first]
+    again = (earlier.T & (target[None, :] == target[:, None])).any(axis=1)
+    origin = jnp.clip(source[first], 0, pages - 1)
+    return origin, jnp.where(again, pages, target)
 
 
 class _Cache:
@@ -68,7 +115,8 @@ class _Cache:
     @property
     def _layout(self) -> dict[str, Any]:
         """How `append_kv` and `decode_mha` find and read a token."""
-        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {"page_table": None, **scales}
 
     def _with(self, k: jax.Array, v: jax.Array, k_new: Any) -> Self:
         """The cache after the tokens of `k_new` were written to `k` and `v`."""
@@ -290,7 +338,7 @@ class PagedKVCache(_Cache):
 
     @property
     def _layout(self) -> dict[str, Any]:
-        return {"page_table": self.page_table, **super()._layout}
+        return {**super()._layout, "page_table": self.page_table}
 
     def append(self, k_new: Any, v_new: Any) -> Self:
         """The cache with T more tokens of each sequence; see `append_kv`.
@@ -307,14 +355,29 @@ class PagedKVCache(_Cache):
     def copy_pages(self, source: Any, target: Any) -> Self:
         """The cache with pages copied: what copy on write asks for.
 
+        The pairs count as copied one after the other: later ones may read or write what
+        earlier ones wrote. So those of several `PageAllocator.extend` can be joined,
+        whatever was forked or freed in between.
+
         Args:
           source: integers [n], pages to read.
-          target: integers [n], pages to write, each at most once; out of range: none.
+          target: integers [n], pages to write. A pair with a page out of range is none.
+
+        Raises:
+          ValueError: an argument is wrong; the message names it and its value.
         """
-        source, target = (jnp.asarray(x, jnp.int32) for x in (source, target))
-        # A negative index would count from the end.
-        target = jnp.where(target < 0, self.k.shape[0], target)
-        k, v = (x.at[target].set(x[source], mode="drop") for x in (self.k, self.v))
+        source = _page_numbers("source", source)
+        target = _page_numbers("target", target)
+        if source.shape != target.shape:
+            raise ValueError(
+                f"target must be as long as source {source.shape}, got {target.shape}"
+            )
+        if not source.shape[0]:
+            return self
+        origin, target = _in_order(source, target, self.k.shape[0])
+        # NumPy arrays, as from a checkpoint, have no `at`.
+        k, v = (jnp.asarray(x) for x in (self.k, self.v))
+        k, v = (x.at[target].set(x[origin], mode="drop") for x in (k, v))
         return dataclasses.replace(self, k=k, v=v)
 
 
@@ -429,12 +492,7 @@ class PageAllocator:
         """
         own = self._sequence(sequence)
         length = own.length if length is None else length
-        _check_count("length", length)
-        if length > own.length:
-            raise ValueError(
-                f"length must be at most the {own.length} tokens of sequence "
-                f"{sequence}, got {length}"
-            )
+        _check_prefix(sequence, length, own.length)
         pages = own.pages[: self._pages_for(length)]
         for page in pages:
             self._owners[page] += 1
@@ -446,6 +504,18 @@ class PageAllocator:
         del self._sequences[sequence]
         self._release(reversed(own.pages))
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forgets the tokens of a sequence behind the first `length`, such as drafts.
+
+        Pages that nobody else owns are free again.
+        """
+        own = self._sequence(sequence)
+        _check_prefix(sequence, length, own.length)
+        kept = self._pages_for(length)
+        self._release(reversed(own.pages[kept:]))
+        del own.pages[kept:]
+        own.length = length
+
     def page_table(self, sequences: Sequence[int], max_pages: int) -> np.ndarray:
         """The pages of sequences for `PagedKVCache.page_table`.
 
@@ -455,6 +525,7 @@ class PageAllocator:
         Raises:
           ValueError: a sequence has more pages than `max_pages`.
         """
+        _check_count("max_pages", max_pages)
         table = np.full((len(sequences), max_pages), -1, np.int32)
         for row, sequence in enumerate(sequences):
             pages = self._sequence(sequence).pages
@@ -467,7 +538,7 @@ class PageAllocator:
         return table
 
     def _sequence(self, sequence: int) -> _Sequence:
-        if sequence not in self._sequences:
+        if not _is_integer(sequence) or sequence not in self._sequences:
             raise ValueError(f"sequence must be one that exists, got {sequence!r}")
         return self._sequences[sequence]
 
@@ -499,6 +570,15 @@ class PageAllocator:
 
 
 def _check_count(name: str, count: Any) -> None:
-    integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if not integer or count < 0:
+    if not _is_integer(count) or count < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")
+
+
+def _check_prefix(sequence: int, length: Any, tokens: int) -> None:
+    """A number of the first tokens of a sequence that has `tokens`."""
+    _check_count("length", length)
+    if length > tokens:
+        raise ValueError(
+            f"length must be at most the {tokens} tokens of sequence {sequence}, got "
+            f"{length}"
+        )

@@ -66,7 +66,8 @@ def decode_mha(
         holds beyond is not used, whatever it is.
       page_table: integers [B, max_pages]: page i of a sequence holds its tokens
         i * page to (i + 1) * page - 1, so that S = max_pages * page. Sequences may
-        share pages. Entries beyond the length may be anything.
+        share pages. Entries beyond the length may be anything; so may those of pages
+        wholly before the window, if what pages hold is finite.
       scale: factor of the logits, H ** -0.5 if None.
       window_size: (left, right): a query at p sees no key before p - left. Right only
         says what causality says already; None = unbounded.
@@ -192,7 +193,8 @@ def append_kv(
     batch = new["k_new"].shape[0]
     if not paged and k_cache.shape[0] != batch:
         raise ValueError(
-            f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}"
+            f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}; "
+            "a cache of pages needs page_table"
         )
     decode_call.check_integers("cache_seqlens", cache_seqlens, 1, "int32 [B]", batch)
     lengths = jnp.asarray(validate.as_int32(cache_seqlens))
@@ -230,7 +232,8 @@ def merge_partials(
     A part with lse -inf has no keys: it counts for nothing, whatever its output holds,
     and gets zero gradients. A row without keys in any part gives 0 and -inf.
 
-    A sink counts once: pass `sinks` to one of the parts only.
+    A sink counts once: pass `sinks` to one of the parts only. Parts by `decode_mha` are
+    those of a query [B, T, N, H], with T = 1 for a single token.
 
     Args:
       outs: a list or tuple of [*B, T, N, Hv], or one array [parts, *B, T, N, Hv].

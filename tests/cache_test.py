@@ -126,13 +126,23 @@ def test_layers_are_scanned() -> None:
 
 @pytest.mark.parametrize("kind", [0, 1])
 def test_full_and_inactive(kind: int) -> None:
-    cache = caches()[kind]
-    room = 10
-    lengths = jnp.array([room - 1, room, -1], jnp.int32)
-    cache = dataclasses.replace(cache, lengths=lengths)
+    empty, room = caches()[kind], 10
     _, key, value = (np.swapaxes(x, 0, 1) for x in tokens())
-    cache = cache.append(key, value)
-    np.testing.assert_array_equal(cache.lengths, [room, room, -1])
+    for full in (room, 2**31 - 1):
+        lengths = jnp.array([room - 1, full, -1], jnp.int32)
+        cache = dataclasses.replace(empty, lengths=lengths).append(key, value)
+        np.testing.assert_array_equal(cache.lengths, [room, room, -1])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_what_the_cache_has_is_no_option(kind: int) -> None:
+    """A page table would make a contiguous cache a pool of pages."""
+    cache, table = caches()[kind], np.zeros((BATCH, 1), np.int32)
+    query, key, value = (x[0] for x in tokens(1))
+    with pytest.raises(TypeError, match="page_table"):
+        cache.attend(query, page_table=table)
+    with pytest.raises(TypeError, match="page_table"):
+        cache.rope_append(query, key, value, page_table=table)
 
 
 def test_quantised_cache() -> None:
@@ -154,6 +164,12 @@ def test_errors_of_create() -> None:
         PagedKVCache.create(4, cast(int, 1.5), 2, 8, batch=1, max_pages=2)
     with pytest.raises(ValueError, match=r"dtype must be one of .*int32"):
         KVCache.create(1, 4, 2, 8, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got None"):
+        KVCache.create(1, 4, 2, 8, dtype=None)
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'bf16'"):
+        KVCache.create(1, 4, 2, 8, dtype="bf16")
+    with pytest.raises(ValueError, match=r"k_scale must be a number .* got 'x'"):
+        KVCache.create(1, 4, 2, 8, dtype=jnp.int8, k_scale="x")
     with pytest.raises(ValueError, match=r"k_scale is for caches of .* bfloat16: 2"):
         KVCache.create(1, 4, 2, 8, k_scale=2)
     with pytest.raises(ValueError, match=r"v_scale must be .* K=2 heads, .*\(3,\)"):
@@ -199,6 +215,45 @@ def test_copy_of_no_page() -> None:
     np.testing.assert_array_equal(got.k, cache.k)
 
 
+def test_copies_are_in_order() -> None:
+    """Chains, targets that return, and pages that do not exist, as if one by one."""
+    rng, pages = np.random.default_rng(0), 5
+    k = np.arange(1, pages + 1, dtype=np.float32)
+    cache = PagedKVCache.create(pages, 1, 1, 1, batch=1, max_pages=1)
+    cache = dataclasses.replace(
+        cache, k=k.reshape(cache.k.shape), v=-k.reshape(cache.v.shape)
+    )
+    source, target = rng.integers(-1, pages + 2, (2, 300, 6), dtype=np.int32)
+
+    @jax.jit
+    @jax.vmap
+    def copied(source: jax.Array, target: jax.Array) -> Any:
+        new = cache.copy_pages(source, target)
+        return new.k.ravel(), new.v.ravel()
+
+    got_k, got_v = copied(source, target)
+    for row, pairs in enumerate(zip(source, target, strict=True)):
+        want = k.copy()
+        for a, b in zip(*pairs, strict=True):
+            if 0 <= a < pages and 0 <= b < pages:
+                want[b] = want[a]
+        np.testing.assert_array_equal(got_k[row], want)
+        np.testing.assert_array_equal(got_v[row], -want)
+
+
+def test_errors_of_copy_pages() -> None:
+    cache = PagedKVCache.create(4, 2, 1, 8, batch=1, max_pages=1)
+    assert cache.copy_pages([], []) is cache
+    for source, target, message in (
+        ([0.5], [1], r"source must be integers \[n\], got float32\(1,\)"),
+        ([0], [[1]], r"target must be integers \[n\], got int32\(1, 1\)"),
+        (0, [1], "source must be an array, got int: 0"),
+        ([0], [1, 2], r"target must be as long as source \(1,\), got \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.copy_pages(source, target)
+
+
 def test_out_of_pages_loses_nothing() -> None:
     allocator = PageAllocator(4, 2)
     first = allocator.alloc(5)
@@ -224,7 +279,10 @@ def test_errors_of_the_allocator() -> None:
         (lambda: allocator.pages(7), "sequence must be one that exists, got 7"),
         (lambda: allocator.alloc(-1), "length must be .* got -1"),
         (lambda: allocator.extend(one, cast(int, 1.5)), "tokens must be .* got 1.5"),
+        (lambda: allocator.pages(cast(int, [one])), r"sequence must be .* got \[0\]"),
         (lambda: allocator.fork(one, 9), "length must be at most the 8 tokens"),
+        (lambda: allocator.truncate(one, 9), "length must be at most the 8 tokens"),
+        (lambda: allocator.page_table([one], -1), "max_pages must be .* got -1"),
         (lambda: allocator.page_table([one], 3), "max_pages must be at least the 4"),
         (lambda: allocator.owners(4), r"page must be in \[0, 4\), got 4"),
         (lambda: PageAllocator(0, 2), "num_pages must be .* got 0"),
@@ -302,6 +360,15 @@ class AllocatorMachine(RuleBasedStateMachine):
         child = self.allocator.fork(parent, length)
         assert self.allocator.free_pages == free
         self.tokens[child] = self.tokens[parent][:length]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def truncate(self, data: Any) -> None:
+        """A sequence that loses its last tokens, whoever shares them."""
+        sequence = self.pick(data)
+        length = data.draw(st.integers(0, len(self.tokens[sequence])))
+        self.allocator.truncate(sequence, length)
+        del self.tokens[sequence][length:]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())

@@ -463,7 +463,7 @@ def test_errors(args: Any, options: Any, error: Any, message: str) -> None:
         ((C, C, C.astype(int), C, L), {}, "k_new must be floating"),
         ((C, C, C, C[..., :3], L), {}, r"v_new must be \[B,T,K,Hv\]"),
         ((C, C, C, C[:, :2], L), {}, "v_new must have all but the width"),
-        ((C, C, C[:1], C[:1], L[:1]), {}, "k_new must have the batch B=2"),
+        ((C, C, C[:1], C[:1], L[:1]), {}, "batch B=2 .* needs page_table"),
         ((C, C, C, C, L[:1]), {}, "cache_seqlens must be"),
         ((C, C, C, C, L), {"page_table": L}, "page_table must be"),
         ((C, C, C, C, L), {"k_scale": 1.0}, "k_scale is for"),

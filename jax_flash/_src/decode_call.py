@@ -115,7 +115,12 @@ def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
     heads = cache.shape[2]
     if isinstance(x, int) and not isinstance(x, bool):
         x = float(x)
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a number or floating [K], got {x!r}"
+        ) from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
     if x.shape not in ((), (heads,)):
