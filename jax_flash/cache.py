@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jax_flash import decode, rotary
 from jax_flash._src import decode_call, validate
@@ -98,6 +99,17 @@ def _in_order(
     return origin, jnp.where(again, pages, target)
 
 
+def _exportable(cls: type) -> type:
+    """Lets programs with such caches be serialised by `jax.export`."""
+    return export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jax_flash.{cls.__name__}",
+        # All fields are children.
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )
+
+
 class _Cache:
     """What contiguous and paged caches do alike."""
 
@@ -172,6 +184,7 @@ class _Cache:
         )
 
 
+@_exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache(_Cache):
@@ -255,6 +268,7 @@ class KVCache(_Cache):
         return self._append(k_new, v_new)
 
 
+@_exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache(_Cache):

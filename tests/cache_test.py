@@ -107,6 +107,24 @@ def test_heads_on_a_mesh(kind: int) -> None:
     assert_close(out, want)
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_exported_step(kind: int) -> None:
+    """A program that takes and returns a cache, through bytes."""
+    cache = caches()[kind]
+    query, key, value = (x[0] for x in tokens(1))
+
+    @jax.jit
+    def step(cache: Any, query: Any, key: Any, value: Any) -> Any:
+        cache = cache.append(key, value)
+        return cache, cache.attend(query)
+
+    exported = jax.export.export(step)(cache, query, key, value)
+    loaded = jax.export.deserialize(exported.serialize())
+    got, want = (f(cache, query, key, value) for f in (loaded.call, step))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert_close(got, want)
+
+
 def test_layers_are_scanned() -> None:
     """A cache of several layers is a cache with a leading dimension."""
     one = KVCache.create(BATCH, 4, KV_HEADS, WIDTH, dtype=jnp.float32)

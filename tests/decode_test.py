@@ -195,6 +195,20 @@ def test_heads_and_batch_on_a_mesh(page: int | None) -> None:
     assert_close(jax.jit(mapped)(*args), with_lse(*args))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_more_devices_than_kv_heads(kv_heads: int) -> None:
+    """Query heads stay apart; each device has the one head of keys that they read."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("y",))
+    query, k, v, lengths = problem()
+    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+    put = jax.device_put(query, NamedSharding(mesh, P(None, None, "y")))
+    compiled = jax.jit(with_lse).lower(put, k, v, lengths).compile()
+    out, lse = compiled(put, k, v, lengths)
+    assert out.sharding.spec[2] == lse.sharding.spec[1] == "y"
+    assert "all-gather" not in str(compiled.as_text())
+    assert_close((out, lse), expected(query, k, v, lengths))
+
+
 def test_gradients() -> None:
     """Those of `mha`, through jnp."""
     query, k, v, lengths = problem()

@@ -94,9 +94,17 @@ def _partition(config: DecodeConfig, mesh: Any, operands: Any, results: Any):
         return ()
 
     batch = take(("b",), operands[0].shape[0])
-    # Query heads are split as the key/value heads are: each device has whole groups.
-    by_head = take(("n", "kh"), kv_heads)
-    chosen = {"b": batch, "n": by_head, "kh": by_head}
+    by_head = take(("n", "kh"), heads)
+    # Key/value heads are split as the query heads while they divide; beyond that every
+    # device needs exactly one of them, or query heads would miss the head they read.
+    count = 0
+    parts = 1
+    while count < len(by_head) and kv_heads % (parts * mesh.shape[by_head[count]]) == 0:
+        parts *= mesh.shape[by_head[count]]
+        count += 1
+    by_kv_head = by_head[:count]
+    by_query_head = by_head if parts == kv_heads else by_kv_head
+    chosen = {"b": batch, "n": by_query_head, "kh": by_kv_head}
 
     def local(name: str, x: Any) -> NamedSharding:
         spec = [
