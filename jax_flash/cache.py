@@ -127,8 +127,8 @@ class _Cache:
     @property
     def _layout(self) -> dict[str, Any]:
         """How `append_kv` and `decode_mha` find and read a token."""
-        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
-        return {"page_table": None, **scales}
+        # A page table, though not there, so that none is taken for an option.
+        return {"page_table": None, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
     def _with(self, k: jax.Array, v: jax.Array, k_new: Any) -> Self:
         """The cache after the tokens of `k_new` were written to `k` and `v`."""

@@ -153,6 +153,18 @@ def test_chunked(page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(jax.jit(with_lse)(*problem(page)), want)
 
 
+def test_pages_before_the_window_may_be_gone() -> None:
+    """Their entries may be anything: a serving loop gives their pages away."""
+    query, k, v, lengths, table = problem(8)
+    k, v = np.nan_to_num(k), np.nan_to_num(v)
+    want = with_lse(query, k, v, lengths, table, window_size=(3, 0))
+    table = np.array(table)
+    # Of 24 tokens the three queries see those from 18 on.
+    table[3, :2] = (-1, 10**6)
+    got = with_lse(query, k, v, lengths, table, window_size=(3, 0))
+    assert_close(got, want)
+
+
 @pytest.mark.parametrize("page", [None, 8])
 def test_vmap(page: int | None) -> None:
     """Over everything, and over queries alone with one cache."""
