@@ -12,7 +12,7 @@ import oracle
 import pytest
 from decode_helpers import paged
 from helpers import assert_close
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flash import append_kv, decode_mha
@@ -219,6 +219,28 @@ def test_more_devices_than_kv_heads(kv_heads: int) -> None:
     assert out.sharding.spec[2] == lse.sharding.spec[1] == "y"
     assert "all-gather" not in str(compiled.as_text())
     assert_close((out, lse), expected(query, k, v, lengths))
+
+
+def test_explicit_axes() -> None:
+    """Results and derivatives where shardings are part of types."""
+    mesh = Mesh(
+        np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"), (AxisType.Explicit,) * 2
+    )
+    arrays = problem()
+    specs = [P("x", None, "y")] * 3 + [P("x")]
+
+    def loss(query, k, v, lengths):
+        return jnp.sin(decode_mha(query, k, v, lengths)).sum()
+
+    with jax.set_mesh(mesh):
+        args = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+        out = jax.jit(decode_mha)(*args)
+        assert jax.typeof(out).sharding.spec[:3] == ("x", None, "y")
+        got = jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
+    assert_close((out, got), (decode_mha(*arrays), jax.grad(loss, (0, 1, 2))(*arrays)))
 
 
 def test_gradients() -> None:

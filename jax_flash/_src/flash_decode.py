@@ -104,12 +104,19 @@ def _batch(args: tuple, axes: tuple, *, config: DecodeConfig, **_: Any) -> Any:
     return [x.reshape(count, batch, *x.shape[1:]) for x in outs], [0] * len(outs)
 
 
+def _in_jnp(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
+    """The specification, which JAX may differentiate."""
+    results = decode_inner.abstract(*map(jax.typeof, operands), config=config)
+    fun = functools.partial(decode_reference.decode, config=config)
+    return compat.on_auto_axes(fun, results)(*operands)
+
+
 def _jvp(
     primals: Any, tangents: Any, *, config: DecodeConfig, needs_devices: Any
 ) -> tuple[Any, Any]:
     """Derivatives are those of the specification."""
     del needs_devices
-    fun = functools.partial(decode_reference.decode, config=config)
+    fun = functools.partial(_in_jnp, config=config)
     return _bind(config, *primals), derivatives._jvp_of(fun, primals, tangents)
 
 
