@@ -153,6 +153,21 @@ def test_chunked(page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(jax.jit(with_lse)(*problem(page)), want)
 
 
+@pytest.mark.parametrize("page", [None, 8])
+def test_gradients_in_chunks(page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of problems too large for all scores at once."""
+    query, k, v, *rest = problem(page)
+
+    def loss(query, k, v):
+        return jnp.sin(with_lse(query, k, v, *rest)[0]).sum()
+
+    want = jax.grad(loss, (0, 1, 2))(query, k, v)
+    monkeypatch.setattr(blocks, "MATERIALISE", 1)
+    monkeypatch.setattr(blocks, "KEY_BLOCK", 5)
+    jax.clear_caches()
+    assert_close(jax.grad(loss, (0, 1, 2))(query, k, v), want)
+
+
 def test_pages_before_the_window_may_be_gone() -> None:
     """Their entries may be anything: a serving loop gives their pages away."""
     query, k, v, lengths, table = problem(8)

@@ -38,15 +38,14 @@ def _dequantised(cache: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 @compat.allows_rank_promotion
-def decode(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
-    """Attention of canonical operands of decoding.
+def as_attention(
+    *operands: jax.Array, config: DecodeConfig
+) -> tuple[AttentionConfig, dict[str, jax.Array]]:
+    """A call of decoding as one of attention: its config and its operands by name.
 
     Args:
       *operands: the arrays named in `config.present`.
       config: the call.
-
-    Returns:
-      `[out, lse]`: [B, T, N, Hv] in the dtype of query, and float32 [B, N, T].
     """
     o = dict(zip(config.present, operands, strict=True))
     caches = {n: o[n] for n in ("k_cache", "v_cache")}
@@ -65,8 +64,22 @@ def decode(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
         softcap=config.softcap,
         present=tuple(given),
     )
+    return attention, given
+
+
+def decode(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
+    """Attention of canonical operands of decoding.
+
+    Args:
+      *operands: the arrays named in `config.present`.
+      config: the call.
+
+    Returns:
+      `[out, lse]`: [B, T, N, Hv] in the dtype of query, and float32 [B, N, T].
+    """
+    attention, given = as_attention(*operands, config=config)
     out, lse = reference.forward(*given.values(), config=attention)
-    return [out.astype(o["query"].dtype), lse]
+    return [out.astype(operands[0].dtype), lse]
 
 
 def quantised(x: jax.Array, dtype: jnp.dtype, scale: jax.Array | None) -> jax.Array:

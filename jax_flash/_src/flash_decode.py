@@ -22,6 +22,7 @@ from jax_flash._src import (
     primitives,
 )
 from jax_flash._src.decode_call import OPERANDS, DecodeConfig
+from jax_flash._src.flash_mha import flash_mha
 from jax_flash._src.inner import new_primitive
 
 CACHES = ("k_cache", "v_cache")
@@ -104,19 +105,24 @@ def _batch(args: tuple, axes: tuple, *, config: DecodeConfig, **_: Any) -> Any:
     return [x.reshape(count, batch, *x.shape[1:]) for x in outs], [0] * len(outs)
 
 
-def _in_jnp(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
-    """The specification, which JAX may differentiate."""
+def _as_mha(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
+    """The call as one of `mha` in jnp, whose derivatives are linear in memory."""
+
+    def attend(*operands: jax.Array) -> list[jax.Array]:
+        attention, given = decode_reference.as_attention(*operands, config=config)
+        out, lse = flash_mha(attention, given)
+        return [out.astype(operands[0].dtype), lse]
+
     results = decode_inner.abstract(*map(jax.typeof, operands), config=config)
-    fun = functools.partial(decode_reference.decode, config=config)
-    return compat.on_auto_axes(fun, results)(*operands)
+    return compat.on_auto_axes(attend, results)(*operands)
 
 
 def _jvp(
     primals: Any, tangents: Any, *, config: DecodeConfig, needs_devices: Any
 ) -> tuple[Any, Any]:
-    """Derivatives are those of the specification."""
+    """Derivatives are those of `mha`."""
     del needs_devices
-    fun = functools.partial(_in_jnp, config=config)
+    fun = functools.partial(_as_mha, config=config)
     return _bind(config, *primals), derivatives._jvp_of(fun, primals, tangents)
 
 
