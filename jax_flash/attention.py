@@ -269,7 +269,8 @@ def mha_qkvpacked(
         kv_heads = validate.static_int("num_kv_heads", num_kv_heads)
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}"
+            "num_heads must be a multiple of num_kv_heads, both at least 1, got "
+            f"{heads} and {kv_heads}"
         )
     shape = getattr(qkv, "shape", None)
     if shape is None or len(shape) < 2:
@@ -283,6 +284,8 @@ def mha_qkvpacked(
             f"shape {shape}"
         )
     qkv = jnp.asarray(qkv)
+    if not jnp.issubdtype(qkv.dtype, jnp.floating):
+        raise ValueError(f"qkv must be floating, got dtype {qkv.dtype}")
     implementation = options.pop("implementation", None)
     arrays = {n: options.pop(n, None) for n in ("bias", "mask", *backends.ARRAYS)}
     for name in options:

@@ -25,11 +25,13 @@ class AttentionOptions:
 
     Attributes:
       scale: multiplies the logits, `head_dim ** -0.5` if None.
-      is_causal: mask keys after the query, also when Flax asks for no mask.
+      is_causal: mask keys after the query, also when Flax asks for no mask. Adds
+        nothing to a step with Flax's cache, whose mask is causal by itself.
       causal_alignment: "top_left" is Flax's own rule (query i sees keys 0..i);
         "bottom_right" aligns the last query with the last key. They agree when the
         two lengths are equal.
-      window_size: (left, right), both inclusive, None = unbounded.
+      window_size: (left, right), both inclusive, None = unbounded. Not for steps with
+        Flax's cache, which does not say where the query stands.
       implementation: a name, a tuple of names in order of preference, or None.
     """
 
@@ -38,6 +40,13 @@ class AttentionOptions:
     causal_alignment: str = "top_left"
     window_size: tuple[int | None, int | None] | None = None
     implementation: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Makes tuples of lists, which have no hash."""
+        for name in ("window_size", "implementation"):
+            given = getattr(self, name)
+            if isinstance(given, list):
+                object.__setattr__(self, name, tuple(given))
 
 
 def mha_precision(precision: Any) -> str | None:
@@ -110,6 +119,11 @@ def attend(
       ValueError: `dropout_rng` is missing, or what `mha` says.
     """
     for name, argument in unsupported.items():
+        if name == "module" and argument is not None:
+            raise NotImplementedError(
+                "attention_fn does not support sow_weights=True (module="
+                f"{type(argument).__name__}): the weights never exist in memory"
+            )
         if argument is not None:
             raise NotImplementedError(
                 f"attention_fn does not support {name}={argument!r}"
@@ -125,6 +139,14 @@ def attend(
         raise ValueError(
             f"dropout_rng must be given with dropout_rate={dropout_rate}, got None"
         )
+    # With `decode=True` Flax asks for one query and all keys of its cache.
+    with_cache = query.shape[-3] == 1 != key.shape[-3] and mask is not None
+    if with_cache and options.window_size is not None:
+        raise NotImplementedError(
+            f"attention_fn does not support window_size={options.window_size} for one"
+            f" query on {key.shape[-3]} keys with a mask, a step with Flax's cache: it"
+            " does not say where the query stands"
+        )
     return mha(
         query,
         key,
@@ -132,7 +154,7 @@ def attend(
         bias=bias,
         mask=None if mask is None else mask.astype(bool),
         scale=options.scale,
-        is_causal=is_causal or options.is_causal,
+        is_causal=is_causal or (options.is_causal and not with_cache),
         causal_alignment=options.causal_alignment,
         window_size=options.window_size,
         dropout_rate=dropout_rate if drops else 0.0,

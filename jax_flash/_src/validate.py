@@ -6,6 +6,7 @@ is not decided here but in `Backend.supports`.
 """
 
 import dataclasses
+import math
 import numbers
 from typing import Any
 
@@ -27,7 +28,6 @@ ROUNDED = {"bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 LARGEST_WINDOW = 1 << 30
 """A window side this large is unbounded; smaller ones cannot overflow int32 rows."""
-
 
 LARGEST_NUMBER, SMALLEST_NUMBER = 3.4e38, 1.2e-38
 """Sizes within the normal numbers of float32, in which kernels and jnp compute."""
@@ -371,11 +371,15 @@ def number(name: str, x: Any) -> float:
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
         raise ValueError(f"{name} must be a number, got {x!r}")
-    if np.iscomplexobj(x) or not abs(x) <= LARGEST_NUMBER:
+    try:
+        result = math.nan if np.iscomplexobj(x) else float(x)
+    except OverflowError:
+        result = math.inf
+    if not abs(result) <= LARGEST_NUMBER:
         raise ValueError(
             f"{name} must be a finite real number, also in float32, got {x!r}"
         )
-    return float(x)
+    return result
 
 
 def softcap_number(x: Any) -> float:
