@@ -260,6 +260,11 @@ def test_kernel_limits(kernels: None, case: str) -> None:
     mha(**arrays)
 
 
+def test_no_slopes() -> None:
+    with pytest.raises(ValueError, match="slopes must be an array, got None"):
+        jax_flash.alibi(None)
+
+
 def test_cuda_without_extension_says_so() -> None:
     from jax_flash._src import registry
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_flash._src import validate
 from jax_flash.attention import mha
 
 
@@ -181,13 +182,20 @@ def apply_rotary(
       Array of the shape and dtype of `x`; the rotation is done in float32.
 
     Raises:
-      ValueError: H is odd, or `positions` does not broadcast to [*B, T].
+      ValueError: H is odd, theta is not positive, or `positions` are not integers or
+        do not broadcast to [*B, T].
     """
     *batch_and_length, _, width = x.shape
     if width % 2:
         raise ValueError(f"apply_rotary needs an even head width, got {width}")
+    theta = validate.number("theta", theta)
+    if theta <= 0:
+        raise ValueError(f"theta must be positive, got {theta}")
     if positions is None:
         positions = jnp.arange(batch_and_length[-1])
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, got dtype {positions.dtype}")
     try:
         positions = jnp.broadcast_to(positions, batch_and_length)
     except ValueError as error:
@@ -205,7 +213,7 @@ def apply_rotary(
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError unless the query heads can share the key/value heads."""
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
         )
