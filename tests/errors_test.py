@@ -305,7 +305,7 @@ def test_traced_statics(name: str, value: Any) -> None:
 
 def test_dot_product_attention() -> None:
     query, key = jnp.zeros((2, 6, 4, 8)), jnp.zeros((2, 5, 2, 8))
-    f = jax_flash.dot_product_attention
+    f: Any = jax_flash.dot_product_attention
     with pytest.raises(ValueError, match=r"value must have the shape of key"):
         f(query, key, jnp.zeros((2, 5, 2, 7)))
     with pytest.raises(ValueError, match=r"query must be \[B,T,N,H\] or \[T,N,H\]"):

@@ -194,7 +194,8 @@ def test_nnx_window_with_flax_caches_raises() -> None:
 
 
 def test_options_given_as_lists() -> None:
-    as_lists = jax_flash_nnx.AttentionFn(window_size=[2, 0], implementation=["xla"])
+    lists: dict[str, Any] = {"window_size": [2, 0], "implementation": ["xla"]}
+    as_lists = jax_flash_nnx.AttentionFn(**lists)
     as_tuples = jax_flash_nnx.AttentionFn(window_size=(2, 0), implementation=("xla",))
     assert as_lists == as_tuples
     assert hash(as_lists) == hash(as_tuples)
