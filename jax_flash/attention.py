@@ -12,6 +12,7 @@ from jax import lax
 
 from jax_flash import backends
 from jax_flash._src import compat, packed, validate
+from jax_flash._src.alibi import Alibi
 from jax_flash._src.config import QKV
 
 __all__ = ["dot_product_attention", "mha", "mha_qkvpacked", "mha_varlen"]
@@ -268,7 +269,8 @@ def mha_qkvpacked(
         kv_heads = validate.static_int("num_kv_heads", num_kv_heads)
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}"
+            "num_heads must be a multiple of num_kv_heads, both at least 1, got "
+            f"{heads} and {kv_heads}"
         )
     shape = getattr(qkv, "shape", None)
     if shape is None or len(shape) < 2:
@@ -282,6 +284,8 @@ def mha_qkvpacked(
             f"shape {shape}"
         )
     qkv = jnp.asarray(qkv)
+    if not jnp.issubdtype(qkv.dtype, jnp.floating):
+        raise ValueError(f"qkv must be floating, got dtype {qkv.dtype}")
     implementation = options.pop("implementation", None)
     arrays = {n: options.pop(n, None) for n in ("bias", "mask", *backends.ARRAYS)}
     for name in options:
@@ -338,14 +342,15 @@ def dot_product_attention(
     Where its rules differ from `mha` its own hold here: the causal mask and the window
     are aligned top-left, a query row whose keys are all masked returns the mean of
     value (0 at or beyond `query_seq_lengths`), and the residual is rounded to the dtype
-    of key, [B, T, N], without gradient. Two things are stricter: scale must be a Python
-    number, and a row whose bias is -inf everywhere returns 0, not NaN.
+    of key, [B, T, N], without gradient. Stricter: scale must be a Python number, flags
+    must be bools, window sides must not be negative, and a row whose bias is -inf
+    everywhere returns 0, not NaN.
 
     Args:
-      query: [B, T, N, H] or [T, N, H].
+      query: [B, T, N, H], or [T, N, H] for B = 1.
       key: [B, S, K, H] or [S, K, H].
-      value: the shape of key.
-      bias: floating, broadcastable to [B, N, T, S].
+      value: [B, S, K, H] or [S, K, H].
+      bias: broadcastable to [B, N, T, S].
       mask: bool, broadcastable to [B, N, T, S], True = attend.
       scale: factor of the logits, H ** -0.5 if None.
       is_causal: query i sees keys 0..i.
@@ -377,9 +382,23 @@ def dot_product_attention(
             implementation="cudnn",
             return_residual=return_residual,
         )
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    return_residual = validate._flag("return_residual", return_residual)
+    query = _array("query", query)
     if query.ndim not in (3, 4):
         raise ValueError(f"query must be [B,T,N,H] or [T,N,H], got shape {query.shape}")
+    has_batch = query.ndim == 4
+    query = _rank_4(query)
+    key, value = _rank_4(_array("key", key)), _rank_4(_array("value", value))
+    if mask is not None:
+        mask = _rank_4(_array("mask", mask))
+    if bias is not None and not isinstance(bias, Alibi):
+        bias = _rank_4(_array("bias", bias))
+        if bias.dtype == jnp.bool_ or jnp.issubdtype(bias.dtype, jnp.integer):
+            bias = bias.astype(jnp.promote_types(query.dtype, jnp.float32))
+    if query_seq_lengths is not None:
+        query_seq_lengths = _array("query_seq_lengths", query_seq_lengths)
+    if key_value_seq_lengths is not None:
+        key_value_seq_lengths = _array("key_value_seq_lengths", key_value_seq_lengths)
     if value.shape != key.shape:
         raise ValueError(
             f"value must have the shape of key, {key.shape}, got {value.shape}"
@@ -410,21 +429,35 @@ def dot_product_attention(
         implementation=implementation,
     )
     if not (some_row_is_empty or return_residual):
-        return result
+        return result if has_batch else result[0]
     out, lse = result
     lse = jnp.swapaxes(lse, -1, -2)
     if some_row_is_empty:
         empty = lse == -jnp.inf
         if query_seq_lengths is not None:
-            lengths = jnp.asarray(query_seq_lengths)
             row = jnp.arange(rows, dtype=jnp.int32).reshape(rows, 1)
-            empty = empty & (row < lengths.reshape(*lengths.shape, 1, 1))
+            empty = empty & (row < query_seq_lengths[..., None, None])
         out = jnp.where(empty[..., None], _mean_value(value, query), out)
+    out, lse = (out, lse) if has_batch else (out[0], lse[0])
     if not return_residual:
         return out
     # What logsumexp gives for logits that are all the large negative of jax.nn's mask.
     lse = jnp.maximum(lse, -0.7 * jnp.finfo(jnp.float32).max)
     return out, lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _array(name: str, x: Any) -> jax.Array:
+    """What `jax.nn` takes for an array: also a number, or a list of them."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        message = f"{name} must be an array, got {type(x).__name__}: {x!r}"
+        raise ValueError(message) from error
+
+
+def _rank_4(x: jax.Array) -> jax.Array:
+    """Adds a batch of 1 where there is none, as `jax.nn` takes one beside any other."""
+    return jnp.expand_dims(x, tuple(range(4 - x.ndim)))
 
 
 def _mean_value(value: jax.Array, query: jax.Array) -> jax.Array:

@@ -54,9 +54,11 @@ def register(backend: Backend, *, before: str | None = None) -> None:
         supports every call, it then runs only where `implementation` names it.
 
     Raises:
-      ValueError: the name is taken, `before` is unknown, a platform or the kv_layout is
-        not one we know.
+      ValueError: not a `Backend`, the name is taken, `before` is unknown, a platform or
+        the kv_layout is not one we know.
     """
+    if not isinstance(backend, Backend):
+        raise ValueError(f"backend must be a Backend, got {backend!r}")
     if backend.name in names():
         raise ValueError(f"backend name {backend.name!r} is taken: {names()}")
     if before is not None and before not in names():
@@ -171,6 +173,12 @@ def _branch(call: Call, backend: Backend):
             moved = {n: jnp.swapaxes(operands[n], -3, -2) for n in ("key", "value")}
             operands = {**operands, **moved}
         out, lse = backend.run(call, operands)
+        shape = (*call.query.shape[:-1], call.value_dim)
+        if out.shape != shape:
+            raise ValueError(
+                f"backend {backend.name!r} must return out of shape {shape}, got "
+                f"{out.shape}"
+            )
         if not call.return_lse:
             return out, jnp.zeros((), jnp.float32)
         if lse is None:

@@ -249,6 +249,7 @@ def test_under_strict_settings() -> None:
             *[x[..., :8] for x in qkv()],
             key_value_seq_lengths=jnp.array([1, 2, 3, 4], jnp.int32),
         )
+        mha(*qkv(), dropout_rate=0.5, dropout_key=jax.random.key(0))
     with jax.debug_nans(True):
         jax.grad(loss(flash), (0, 1, 2))(*qkv())
     with jax.checking_leaks():

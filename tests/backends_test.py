@@ -1,6 +1,7 @@
 """The registry of backends, the choice among them, and `explain`."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,9 +126,25 @@ def test_backend_without_lse() -> None:
         mha(*qkv(), implementation="seven", return_lse=True)
 
 
+@pytest.mark.usefixtures("restore")
+def test_backend_of_another_layout() -> None:
+    def run(call: backends.Call, operands: dict[str, jax.Array]):
+        out, lse = constant(call, operands)
+        return jnp.swapaxes(out, -3, -2), lse
+
+    backends.register(seven(run=run))
+    query, key, value = qkv()
+    *batch, rows, heads, width = (*query.shape[:-1], value.shape[-1])
+    want, got = (*batch, rows, heads, width), (*batch, heads, rows, width)
+    message = f"'seven' must return out of shape {want}, got {got}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mha(query, key, value, implementation="seven")
+
+
 @pytest.mark.parametrize(
     ("backend", "before", "message"),
     [
+        ("cuda", None, "backend must be a Backend, got 'cuda'"),
         (seven(name="xla"), None, "'xla' is taken"),
         (seven(), "eight", "before must be one of .* got 'eight'"),
         (seven(kv_layout="SBKH"), None, r"kv_layout must be one of .*'SBKH'"),

@@ -30,9 +30,23 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
 
 
+class Foreign:
+    """An array of another framework."""
+
+    shape, dtype = (4,), "other.float32"
+
+
 WRONG = {
     "query is None": ({"query": None}, "query must be an array, got None"),
     "query is a list": ({"query": [1.0, 2.0]}, r"query must be an array, got list"),
+    "query is a type": (
+        {"query": jax.ShapeDtypeStruct(SHAPES["query"], jnp.float32)},
+        r"query must be an array, got ShapeDtypeStruct\(",
+    ),
+    "sinks of another framework": (
+        {"sinks": Foreign()},
+        r"sinks must be an array of JAX or NumPy, got Foreign of dtype other.float32",
+    ),
     "rank 2": ({"query": (6, 8)}, r"query must have at least 3 .*\(6, 8\)"),
     "rank of key": (
         {"key": (5, 2, 8)},
@@ -138,7 +152,11 @@ WRONG = {
     "scale is nan": ({"scale": float("nan")}, r"scale must be a finite .*nan"),
     "scale is text": ({"scale": "1"}, r"scale must be a number, got '1'"),
     "scale is an array": ({"scale": zeros(2)}, r"scale must be a number"),
+    "scale beyond float32": ({"scale": 1e300}, r"scale must be .*float32, got 1e\+300"),
+    "scale beyond float64": ({"scale": 10**400}, r"scale must be .*float32, got 1000"),
     "softcap is 0": ({"softcap": 0.0}, r"softcap must be positive, got 0.0"),
+    "softcap is 0 in float32": ({"softcap": 1e-40}, r"softcap must be .*got 1e-40"),
+    "softcap beyond float32": ({"softcap": 1e39}, r"softcap must be .*got 1e\+39"),
     "causal is an int": ({"is_causal": 1}, r"is_causal must be True or False, got 1"),
     "alignment": (
         {"causal_alignment": "top"},
@@ -242,6 +260,11 @@ def test_kernel_limits(kernels: None, case: str) -> None:
     mha(**arrays)
 
 
+def test_no_slopes() -> None:
+    with pytest.raises(ValueError, match="slopes must be an array, got None"):
+        jax_flash.alibi(None)
+
+
 def test_cuda_without_extension_says_so() -> None:
     from jax_flash._src import registry
 
@@ -282,7 +305,7 @@ def test_traced_statics(name: str, value: Any) -> None:
 
 def test_dot_product_attention() -> None:
     query, key = jnp.zeros((2, 6, 4, 8)), jnp.zeros((2, 5, 2, 8))
-    f = jax_flash.dot_product_attention
+    f: Any = jax_flash.dot_product_attention
     with pytest.raises(ValueError, match=r"value must have the shape of key"):
         f(query, key, jnp.zeros((2, 5, 2, 7)))
     with pytest.raises(ValueError, match=r"query must be \[B,T,N,H\] or \[T,N,H\]"):
@@ -291,6 +314,12 @@ def test_dot_product_attention() -> None:
         f(query, key, key, local_window_size=(-1, 2))
     with pytest.raises(ValueError, match=r"implementation must be .*'triton'"):
         f(query, key, key, implementation="triton")
+    with pytest.raises(ValueError, match=r"return_residual must be .*got 1"):
+        f(query, key, key, return_residual=1)
+    with pytest.raises(ValueError, match=r"value must be an array, got None"):
+        f(query, key, None)
+    with pytest.raises(ValueError, match=r"bias must be an array, got str: 'x'"):
+        f(query, key, key, "x")
 
 
 def test_numpy_and_python_values_are_accepted() -> None:
@@ -302,6 +331,11 @@ def test_numpy_and_python_values_are_accepted() -> None:
         is_causal=np.bool_(False),
     )
     np.testing.assert_array_equal(got, expected)
+
+
+def test_lengths_beyond_int32() -> None:
+    got = call(query_seq_lengths=10**30, key_value_seq_lengths=-(10**30))
+    np.testing.assert_array_equal(got, call(key_value_seq_lengths=0))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64])

@@ -174,9 +174,36 @@ def test_nnx_broadcast_dropout_raises() -> None:
         layer(inputs(), deterministic=False)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nnx_decodes_with_flax_caches(is_causal: bool) -> None:
+    """Steps equal the whole sequence at once, however causality was asked for."""
+    attention_fn = jax_flash_nnx.AttentionFn(is_causal=is_causal)
+    layer = nnx_attention(attention_fn)
+    x = inputs(0, (BATCH, 4, FEATURES))
+    layer.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    steps = [step(layer, x[:, i : i + 1]) for i in range(x.shape[1])]
+    close(jnp.concatenate(steps, 1), layer(x, is_causal=True))
+
+
+def test_nnx_window_with_flax_caches_raises() -> None:
+    layer = nnx_attention(jax_flash_nnx.AttentionFn(window_size=(2, 0)))
+    layer.init_cache((BATCH, 4, FEATURES))
+    with pytest.raises(NotImplementedError, match=r"window_size=\(2, 0\) for one .* 4"):
+        layer(inputs(0, (BATCH, 1, FEATURES)), decode=True)
+
+
+def test_options_given_as_lists() -> None:
+    lists: dict[str, Any] = {"window_size": [2, 0], "implementation": ["xla"]}
+    as_lists = jax_flash_nnx.AttentionFn(**lists)
+    as_tuples = jax_flash_nnx.AttentionFn(window_size=(2, 0), implementation=("xla",))
+    assert as_lists == as_tuples
+    assert hash(as_lists) == hash(as_tuples)
+
+
 def test_nnx_sow_weights_raises() -> None:
     layer = nnx_attention(jax_flash_nnx.attention_fn)
-    with pytest.raises(NotImplementedError, match="module="):
+    with pytest.raises(NotImplementedError, match=r"sow_weights=True .*Multi"):
         layer(inputs(), sow_weights=True)
 
 
@@ -310,8 +337,24 @@ def test_linen_dropout() -> None:
     np.testing.assert_array_equal(run(1), run(1))
 
 
+def test_linen_decodes_with_flax_caches() -> None:
+    attention_fn = jax_flash_linen.AttentionFn(is_causal=True)
+    layer = linen.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn)
+    x = inputs(0, (BATCH, 4, FEATURES))
+    decoder = layer.clone(decode=True)
+    variables = decoder.init(jax.random.key(0), x)
+    cache = {"cache": variables["cache"]}
+    apply = jax.jit(functools.partial(decoder.apply, mutable=["cache"]))
+    steps = []
+    for i in range(x.shape[1]):
+        out, cache = apply({"params": variables["params"], **cache}, x[:, i : i + 1])
+        steps.append(out)
+    whole = layer.apply({"params": variables["params"]}, x)
+    close(jnp.concatenate(steps, 1), whole)
+
+
 def test_linen_sow_weights_raises() -> None:
-    with pytest.raises(NotImplementedError, match="module="):
+    with pytest.raises(NotImplementedError, match=r"sow_weights=True .*Multi"):
         linen_attention(jax_flash_linen.attention_fn).init(
             jax.random.key(0), inputs(), sow_weights=True
         )
@@ -454,6 +497,11 @@ def test_rotary_errors() -> None:
         jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 7)))
     with pytest.raises(ValueError, match=r"\(5,\)"):
         jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), jnp.arange(5))
+    with pytest.raises(ValueError, match="positions must be integers, got dtype f"):
+        jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), jnp.arange(3.0))
+    for theta in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"theta must be positive, got {theta}"):
+            jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), theta=theta)
 
 
 # Lowering for CUDA

@@ -112,11 +112,51 @@ def test_residual_does_not_change_the_output() -> None:
     np.testing.assert_array_equal(alone, out)
 
 
-def test_without_batch() -> None:
-    args = [x[0] for x in inputs(7, 9)]
-    given = {"is_causal": True}
+WITHOUT_BATCH = {
+    "causal": {"is_causal": True},
+    "mask of rank 4": {"mask": options(7, 9)["mask"]["mask"][:1]},
+    "bias of rank 4": {"bias": jnp.arange(9.0).reshape(1, 1, 1, 9)},
+    "lengths": {"query_seq_lengths": lengths(3), "key_value_seq_lengths": lengths(0)},
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_BATCH)
+def test_without_batch(case: str) -> None:
+    args, given = [x[0] for x in inputs(7, 9)], WITHOUT_BATCH[case]
     got = run(jax_flash.dot_product_attention, args, given, residual=True)
     expected = run(jax.nn.dot_product_attention, args, given, residual=True)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_batch_of_one_beside_none() -> None:
+    query, key, value = (x[:1] for x in inputs(7, 9))
+    f = jax_flash.dot_product_attention
+    for args in (
+        (query[0], key, value),
+        (query, key[0], value),
+        (query, key, value[0]),
+    ):
+        got, expected = f(*args), jax.nn.dot_product_attention(*args)
+        chex.assert_equal_shape([got, expected])
+        chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bias": 2.5, "mask": True},
+        {"bias": np.arange(9), "mask": [[True] * 4 + [False] * 5]},
+        {"bias": np.arange(9) % 2 == 0, "key_value_seq_lengths": [3, 9]},
+    ],
+    ids=["numbers", "integers", "bools"],
+)
+def test_what_becomes_an_array(given: dict[str, Any]) -> None:
+    """`jax.nn` takes all that `jnp.asarray` takes, and adds any bias."""
+    args = inputs(7, 9)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.nn.dot_product_attention(*args, **given)
+    got = jax_flash.dot_product_attention(*args, **given)
     chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)
 
 

@@ -37,7 +37,12 @@ def alibi(slopes: Any) -> Alibi:
     Returns:
       A value for `bias`.
 
+    Raises:
+      ValueError: slopes is None. What else is wrong about them `mha` says.
+
     Reference: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear
     Biases Enables Input Length Extrapolation", arXiv:2108.12409.
     """
+    if slopes is None:
+        raise ValueError("slopes must be an array, got None")
     return Alibi(slopes)

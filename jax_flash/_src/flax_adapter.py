@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_flash._src import validate
 from jax_flash.attention import mha
 
 
@@ -25,11 +26,13 @@ class AttentionOptions:
 
     Attributes:
       scale: multiplies the logits, `head_dim ** -0.5` if None.
-      is_causal: mask keys after the query, also when Flax asks for no mask.
+      is_causal: mask keys after the query, also when Flax asks for no mask. Adds
+        nothing to a step with Flax's cache, whose mask is causal by itself.
       causal_alignment: "top_left" is Flax's own rule (query i sees keys 0..i);
         "bottom_right" aligns the last query with the last key. They agree when the
         two lengths are equal.
-      window_size: (left, right), both inclusive, None = unbounded.
+      window_size: (left, right), both inclusive, None = unbounded. Not for steps with
+        Flax's cache, which does not say where the query stands.
       implementation: a name, a tuple of names in order of preference, or None.
     """
 
@@ -38,6 +41,13 @@ class AttentionOptions:
     causal_alignment: str = "top_left"
     window_size: tuple[int | None, int | None] | None = None
     implementation: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Makes tuples of lists, which have no hash."""
+        for name in ("window_size", "implementation"):
+            given = getattr(self, name)
+            if isinstance(given, list):
+                object.__setattr__(self, name, tuple(given))
 
 
 def mha_precision(precision: Any) -> str | None:
@@ -110,6 +120,11 @@ def attend(
       ValueError: `dropout_rng` is missing, or what `mha` says.
     """
     for name, argument in unsupported.items():
+        if name == "module" and argument is not None:
+            raise NotImplementedError(
+                "attention_fn does not support sow_weights=True (module="
+                f"{type(argument).__name__}): the weights never exist in memory"
+            )
         if argument is not None:
             raise NotImplementedError(
                 f"attention_fn does not support {name}={argument!r}"
@@ -125,6 +140,14 @@ def attend(
         raise ValueError(
             f"dropout_rng must be given with dropout_rate={dropout_rate}, got None"
         )
+    # With `decode=True` Flax asks for one query and all keys of its cache.
+    with_cache = query.shape[-3] == 1 != key.shape[-3] and mask is not None
+    if with_cache and options.window_size is not None:
+        raise NotImplementedError(
+            f"attention_fn does not support window_size={options.window_size} for one"
+            f" query on {key.shape[-3]} keys with a mask, a step with Flax's cache: it"
+            " does not say where the query stands"
+        )
     return mha(
         query,
         key,
@@ -132,7 +155,7 @@ def attend(
         bias=bias,
         mask=None if mask is None else mask.astype(bool),
         scale=options.scale,
-        is_causal=is_causal or options.is_causal,
+        is_causal=is_causal or (options.is_causal and not with_cache),
         causal_alignment=options.causal_alignment,
         window_size=options.window_size,
         dropout_rate=dropout_rate if drops else 0.0,
@@ -159,13 +182,20 @@ def apply_rotary(
       Array of the shape and dtype of `x`; the rotation is done in float32.
 
     Raises:
-      ValueError: H is odd, or `positions` does not broadcast to [*B, T].
+      ValueError: H is odd, theta is not positive, or `positions` are not integers or
+        do not broadcast to [*B, T].
     """
     *batch_and_length, _, width = x.shape
     if width % 2:
         raise ValueError(f"apply_rotary needs an even head width, got {width}")
+    theta = validate.number("theta", theta)
+    if theta <= 0:
+        raise ValueError(f"theta must be positive, got {theta}")
     if positions is None:
         positions = jnp.arange(batch_and_length[-1])
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, got dtype {positions.dtype}")
     try:
         positions = jnp.broadcast_to(positions, batch_and_length)
     except ValueError as error:
@@ -183,7 +213,7 @@ def apply_rotary(
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError unless the query heads can share the key/value heads."""
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
         )

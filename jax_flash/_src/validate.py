@@ -29,6 +29,9 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 LARGEST_WINDOW = 1 << 30
 """A window side this large is unbounded; smaller ones cannot overflow int32 rows."""
 
+LARGEST_NUMBER, SMALLEST_NUMBER = 3.4e38, 1.2e-38
+"""Sizes within the normal numbers of float32, in which kernels and jnp compute."""
+
 
 def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     """Validates a call of `mha`.
@@ -111,6 +114,8 @@ def canonical(
     for name in names:
         shape = getattr(call, name)
         x = arrays[name]
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(f"{name} must be an array, got {x}")
         if shape.dtype == jnp.int32:
             x = as_int32(x)
         x = jnp.asarray(x).reshape(shape.shape)
@@ -123,6 +128,8 @@ def as_int32(x: Any) -> Any:
     if getattr(x, "dtype", None) == jnp.int32:
         return x
     limits = np.iinfo(np.int32)
+    if isinstance(x, int):
+        return np.int32(min(max(x, limits.min), limits.max))
     if isinstance(x, jax.Array):
         info = jnp.iinfo(x.dtype)
         x = jnp.clip(x, max(info.min, limits.min), min(info.max, limits.max))
@@ -175,8 +182,15 @@ def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if shape is None or dtype is None:
         raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+    try:
+        is_integer = jnp.issubdtype(dtype, jnp.integer)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an array of JAX or NumPy, got {type(x).__name__} of dtype "
+            f"{dtype}"
+        ) from None
     if integers:
-        if not jnp.issubdtype(dtype, jnp.integer):
+        if not is_integer:
             raise ValueError(f"{name} must be integers, got dtype {dtype}")
         return jax.ShapeDtypeStruct(shape, jnp.int32)
     if isinstance(x, np.ndarray | np.generic):
@@ -357,9 +371,25 @@ def number(name: str, x: Any) -> float:
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
         raise ValueError(f"{name} must be a number, got {x!r}")
-    if np.iscomplexobj(x) or not math.isfinite(float(x)):
-        raise ValueError(f"{name} must be a finite real number, got {x!r}")
-    return float(x)
+    try:
+        result = math.nan if np.iscomplexobj(x) else float(x)
+    except OverflowError:
+        result = math.inf
+    if not abs(result) <= LARGEST_NUMBER:
+        raise ValueError(
+            f"{name} must be a finite real number, also in float32, got {x!r}"
+        )
+    return result
+
+
+def softcap_number(x: Any) -> float:
+    """A soft cap, by which logits are divided in float32."""
+    softcap = number("softcap", x)
+    if softcap < SMALLEST_NUMBER:
+        raise ValueError(
+            f"softcap must be positive, got {softcap} (at least {SMALLEST_NUMBER})"
+        )
+    return softcap
 
 
 def static_int(name: str, x: Any) -> int:
@@ -418,9 +448,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     scale = width**-0.5 if scale is None else number("scale", scale)
     softcap = options["softcap"]
     if softcap is not None:
-        softcap = number("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be positive, got {softcap}")
+        softcap = softcap_number(softcap)
     alignment = _static("causal_alignment", options["causal_alignment"])
     if alignment not in ALIGNMENTS:
         raise ValueError(
