@@ -32,7 +32,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 WRONG = {
     "query is None": ({"query": None}, "query must be an array, got None"),
-    "query is a list": ({"query": [1.0, 2.0]}, r"query must be an array, got list"),
+    "query is a list": (
+        {"query": [1.0] * 9},
+        r"query must be an array, got list: .*1\.0, \.\.\.\]$",
+    ),
     "rank 2": ({"query": (6, 8)}, r"query must have at least 3 .*\(6, 8\)"),
     "rank of key": (
         {"key": (5, 2, 8)},
@@ -128,7 +131,7 @@ WRONG = {
     ),
     "lengths is a float": (
         {"query_seq_lengths": 3.5},
-        r"query_seq_lengths must be an array, got float: 3.5",
+        r"query_seq_lengths must be an int or an array, got float: 3.5",
     ),
     "negative window": ({"window_size": (-1, 0)}, r"window_size must not .*\(-1, 0\)"),
     "window is int": ({"window_size": 4}, r"window_size must be None or .*got 4"),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash._src import mask, wide
+from jax_flash._src import compat, mask, wide
 from jax_flash._src.config import AttentionConfig
 from jax_flash._src.scores import accumulator
 
@@ -44,6 +44,7 @@ def threshold(rate: float) -> int:
     return min(max(round(rate * LEVELS), 1), LEVELS - 1)
 
 
+@compat.allows_rank_promotion
 def seeds(words: jax.Array, batch: tuple[Any, ...], heads: int) -> jax.Array:
     """A seed for each head of each batch entry: uint32 [*batch, heads, 2].
 
