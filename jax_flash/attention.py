@@ -65,8 +65,8 @@ def mha(
       window_size: (left, right): the query aligned with key p sees keys p - left to
         p + right, both inclusive; None = unbounded on that side.
       softcap: c of `c * tanh(logits / c)`.
-      sinks: floating [N] or broadcastable to [*B, N]: for each head a logit that takes
-        part in the softmax and has no value.
+      sinks: floating [N], or [..., N] broadcastable to [*B, N]: for each head a logit
+        that takes part in the softmax and has no value.
       q_segment_ids: integers [*B, T]; a query attends keys with its own id. Negative
         ids are padding, which neither attends nor is attended.
       kv_segment_ids: integers [*B, S]; needed together with q_segment_ids.

@@ -57,13 +57,20 @@ def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) ->
                 f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
             )
     flat = (math.prod(x.shape[:-1]), x.shape[-1])
-    outs = norm_op.rms_norm(
-        x.reshape(flat),
-        weight,
-        None if residual is None else residual.reshape(flat),
-        eps,
-    )
-    outs = [y.reshape(x.shape) for y in outs]
+
+    def of_rows(*args: jax.Array) -> list[jax.Array]:
+        x, weight, residual = args if len(args) == 3 else (*args, None)
+        outs = norm_op.rms_norm(
+            x.reshape(flat),
+            weight,
+            None if residual is None else residual.reshape(flat),
+            eps,
+        )
+        return [y.reshape(x.shape) for y in outs]
+
+    # Rows are joined into one dimension, for whose sharding there may be no name.
+    args = (x, weight) if residual is None else (x, weight, residual)
+    outs = compat.on_auto_axes(of_rows, [jax.typeof(x)] * (len(args) - 1))(*args)
     return outs[0] if residual is None else (outs[0], outs[1])
 
 

@@ -245,6 +245,7 @@ def test_under_strict_settings() -> None:
     """Users' debugging settings find nothing in our code."""
     with jax.numpy_rank_promotion("raise"):
         jax.grad(loss(flash), (0, 1, 2))(*qkv())
+        mha(*qkv(), dropout_rate=0.5, dropout_key=jax.random.key(0))
         jax_flash.dot_product_attention(
             *[x[..., :8] for x in qkv()],
             key_value_seq_lengths=jnp.array([1, 2, 3, 4], jnp.int32),

@@ -38,7 +38,10 @@ class Foreign:
 
 WRONG = {
     "query is None": ({"query": None}, "query must be an array, got None"),
-    "query is a list": ({"query": [1.0, 2.0]}, r"query must be an array, got list"),
+    "query is a list": (
+        {"query": [1.0] * 9},
+        r"query must be an array, got list: .*1\.0, \.\.\.\]$",
+    ),
     "query is a type": (
         {"query": jax.ShapeDtypeStruct(SHAPES["query"], jnp.float32)},
         r"query must be an array, got ShapeDtypeStruct\(",
@@ -142,7 +145,7 @@ WRONG = {
     ),
     "lengths is a float": (
         {"query_seq_lengths": 3.5},
-        r"query_seq_lengths must be an array, got float: 3.5",
+        r"query_seq_lengths must be an int or an array, got float: 3.5",
     ),
     "negative window": ({"window_size": (-1, 0)}, r"window_size must not .*\(-1, 0\)"),
     "window is int": ({"window_size": 4}, r"window_size must be None or .*got 4"),

@@ -295,6 +295,64 @@ def test_explicit_axes_and_sums_over_devices() -> None:
     assert_close(of_norm, jax.grad(norm, 1)(rows, weight))
 
 
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (P("x"), P(), P("x")),
+        (P(), P("x"), P()),
+        (P("x"), P(None, None, "y"), P("y")),
+        (P(None, None, "x"), P("x"), P("x")),
+    ],
+    ids=str,
+)
+def test_explicit_axes_that_differ(specs: tuple[P, P, P]) -> None:
+    """Gradients have the shardings of their operands, not those of the results."""
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    whole = qkv()
+    with jax.set_mesh(mesh):
+        args = put(mesh, whole, specs)
+        got = jax.jit(gradient(flash))(*args)
+        mapped = jax.jit(jax.vmap(gradient(flash), (0, None, 0)))(
+            jnp.stack([args[0], args[0]]), args[1], jnp.stack([args[2], args[2]])
+        )
+    assert_close(got, gradient(dense)(*whole))
+    assert_close(tuple(x[1] for x in mapped), gradient(dense)(*whole))
+    for x, arg in zip(got, args, strict=True):
+        assert x.sharding.is_equivalent_to(arg.sharding, x.ndim)
+
+
+def test_explicit_axes_of_a_norm_over_heads() -> None:
+    """Rows are sharded in two dimensions that are not neighbours."""
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    query, weight = qkv()[0], normal(16)
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y, total = jax_flash.rms_norm(x, weight, residual=x)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(total))
+
+    with jax.set_mesh(mesh):
+        args = put(mesh, (query, weight), [P("x", None, "y"), P()])
+        got = jax.jit(jax.grad(norm, (0, 1)))(*args)
+    assert_close(got, jax.grad(norm, (0, 1))(query, weight))
+
+
+@pytest.mark.parametrize("spec", [BATCH_AND_HEADS, P("y"), P(None, "x")], ids=str)
+def test_uneven_shards(spec: P) -> None:
+    """Three sequences and one key/value head over more devices, as XLA allows."""
+    mesh = mesh_of(2, 4)
+    query, key, value = (x[:3] for x in qkv())
+    whole = query, key[:, :7, :1], value[:, :7, :1]
+
+    def constrained(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return flash(
+            *(jax.lax.with_sharding_constraint(x, sharding) for x in (q, k, v))
+        )
+
+    assert_close(jax.jit(constrained)(*whole), dense(*whole))
+    assert_close(jax.jit(gradient(constrained))(*whole), gradient(dense)(*whole))
+
+
 def test_shard_map_with_vmap() -> None:
     """Vmap inside and around, and in what shard_map's older checks allow."""
     mesh = mesh_of(4, 2)

@@ -18,7 +18,7 @@ class Alibi:
     A pytree, so that it may be an argument of transformed functions.
 
     Attributes:
-      slopes: floating [N] or broadcastable to [*B, N], one for each query head.
+      slopes: floating [N], or [..., N] broadcastable to [*B, N].
     """
 
     slopes: Any
@@ -32,7 +32,7 @@ def alibi(slopes: Any) -> Alibi:
     and s the key. No array of biases is made. Differentiable in the slopes.
 
     Args:
-      slopes: floating [N], or broadcastable to [*B, N], one for each query head.
+      slopes: floating [N], or [..., N] broadcastable to [*B, N].
 
     Returns:
       A value for `bias`.

@@ -5,6 +5,7 @@ Results are derived from the query's type by `update`, so that the manual axes o
 are not the query's.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,14 +22,29 @@ def _like(query: Any, shape: tuple, dtype: Any, spec: tuple) -> Any:
     return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
+def _mesh_axes(entries: Iterable[Any]) -> set[str]:
+    """Mesh axes in entries of a PartitionSpec."""
+    axes: set[str] = set()
+    for entry in entries:
+        axes.update(entry if isinstance(entry, tuple) else (entry,))
+    return axes - {None}
+
+
 def _full_batch(named: list[tuple[str, Any]]) -> tuple[tuple, tuple]:
-    """The full batch dimensions, and for each the first sharding an operand has."""
+    """The full batch dimensions, and for each the first sharding an operand has.
+
+    An axis that splits another dimension of the batch, or heads or rows of the first
+    operand, is none of them.
+    """
     shape = jnp.broadcast_shapes(*(x.shape[: x.ndim - TRAILING[n]] for n, x in named))
     spec: list[Any] = [None] * len(shape)
+    used = _mesh_axes(named[0][1].sharding.spec[len(shape) :])
     for _, x in named:
         for i, size in enumerate(shape):
-            if x.shape[i] == size and spec[i] is None:
+            axes = _mesh_axes([x.sharding.spec[i]])
+            if x.shape[i] == size and spec[i] is None and not axes & used:
                 spec[i] = x.sharding.spec[i]
+                used |= axes
     return shape, tuple(spec)
 
 
@@ -83,7 +99,14 @@ def backward(
         for axis in shared:
             shape[axis], own[axis] = 1, None
         start = x.ndim - TRAILING[name]
-        full_spec = (*own, *x.sharding.spec[start:])
+        # A gradient is sharded as its operand is, where that has the dimension.
+        trailing = tuple(x.sharding.spec[start:])
+        for i, size in enumerate(shape):
+            if x.shape[i] == size:
+                own[i] = x.sharding.spec[i]
+            elif _mesh_axes([own[i]]) & _mesh_axes(trailing):
+                own[i] = None
+        full_spec = (*own, *trailing)
         results.append(_like(avals[0], (*shape, *x.shape[start:]), x.dtype, full_spec))
     return results
 

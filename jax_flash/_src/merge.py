@@ -3,6 +3,7 @@
 Lives here: the checks and the mathematics of `jax_flash.merge_partials`.
 """
 
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -19,9 +20,8 @@ def _parts(name: str, given: Arrays) -> list[jax.Array]:
     if isinstance(given, list | tuple):
         for i, part in enumerate(given):
             if not hasattr(part, "shape"):
-                raise ValueError(
-                    f"{name}[{i}] must be an array, got {type(part).__name__} {part!r}"
-                )
+                got = f"{type(part).__name__} {reprlib.repr(part)}"
+                raise ValueError(f"{name}[{i}] must be an array, got {got}")
     elif (shape := getattr(given, "shape", None)) is None:
         raise ValueError(
             f"{name} must be a list or tuple of arrays, or an array of them along its "

@@ -145,8 +145,13 @@ def _prime_factors(n: int) -> Iterator[int]:
 
 
 def axes_of(mesh: Mesh, x: Any) -> list[Axes]:
-    """For each dimension of x the axes of `mesh` that split it, major to minor."""
-    where = x.sharding.devices_indices_map(tuple(x.shape))
+    """For each dimension of x the axes of `mesh` that split it, major to minor.
+
+    They are those of an array that every number of parts divides: the compiler may
+    split a dimension unevenly, and then JAX does not name indices.
+    """
+    shape = tuple(mesh.size if n else 0 for n in x.shape)
+    where = x.sharding.devices_indices_map(shape)
     spec = []
     for dim in range(len(x.shape)):
         starts = [where[device][dim].start or 0 for device in mesh.devices.flat]

@@ -8,6 +8,7 @@ is not decided here but in `Backend.supports`.
 import dataclasses
 import math
 import numbers
+import reprlib
 from typing import Any
 
 import jax
@@ -181,7 +182,9 @@ def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), jnp.int32)
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if shape is None or dtype is None:
-        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+        kinds = "an int or an array" if "lengths" in name else "an array"
+        got = f"{type(x).__name__}: {reprlib.repr(x)}"
+        raise ValueError(f"{name} must be {kinds}, got {got}")
     try:
         is_integer = jnp.issubdtype(dtype, jnp.integer)
     except TypeError:
