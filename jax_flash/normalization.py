@@ -3,7 +3,6 @@
 Lives here: signatures, docstrings, and the checks of the arguments.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -56,14 +55,7 @@ def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) ->
             raise ValueError(
                 f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
             )
-    flat = (math.prod(x.shape[:-1]), x.shape[-1])
-    outs = norm_op.rms_norm(
-        x.reshape(flat),
-        weight,
-        None if residual is None else residual.reshape(flat),
-        eps,
-    )
-    outs = [y.reshape(x.shape) for y in outs]
+    outs = norm_op.rms_norm(x, weight, residual, eps)
     return outs[0] if residual is None else (outs[0], outs[1])
 
 

@@ -157,26 +157,37 @@ def test_what_the_kernel_takes(kernels: None, change: Any, calls: int) -> None:
     assert kernel_calls(ours, x, weight, target=registry.RMS_NORM_TARGET) == calls
 
 
-def test_sharded_rows_need_no_communication() -> None:
+@pytest.mark.parametrize(
+    ("batch", "spec"),
+    [((16,), P(("x", "y"))), ((8, 2), P("x", "y")), ((2, 8), P(None, ("x", "y")))],
+)
+def test_sharded_rows_need_no_communication(batch: tuple[int, ...], spec: P) -> None:
+    """Whichever of their dimensions are sharded: sequences, tokens or both."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    x, weight, residual = inputs(True, 16, 24)
-    rows = NamedSharding(mesh, P(("x", "y")))
+    flat = x, weight, residual = inputs(True, 16, 24)
     put = [
-        jax.device_put(x, rows),
+        jax.device_put(x.reshape(*batch, 24), NamedSharding(mesh, spec)),
         jax.device_put(weight, NamedSharding(mesh, P())),
-        jax.device_put(residual, rows),
+        jax.device_put(residual.reshape(*batch, 24), NamedSharding(mesh, spec)),
     ]
     f = jax.jit(ours)
-    compiled = f.lower(*put).compile().as_text()
-    assert compiled is not None
-    for name in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
-        assert f" {name}(" not in compiled
-    assert_close(f(*put), plain(x, weight, residual))
     gradient = jax.jit(jax.grad(functools.partial(loss, ours), (0, 1, 2)))
-    want = jax.grad(functools.partial(loss, plain), (0, 1, 2))(x, weight, residual)
-    assert_close(gradient(*put), want)
-    columns = [jax.device_put(x, NamedSharding(mesh, P("x", "y"))), *put[1:]]
-    assert_close(gradient(*columns), want)
+    moves = ("all-gather", "all-to-all", "collective-permute")
+    # The gradient of the weight is a sum over devices.
+    for g, names in ((f, (*moves, "all-reduce")), (gradient, moves)):
+        compiled = g.lower(*put).compile().as_text()
+        assert compiled is not None
+        for name in names:
+            assert f" {name}(" not in compiled
+
+    def of_rows(results: Any) -> Any:
+        return jax.tree.map(lambda y: y.reshape(-1, 24) if y.ndim > 1 else y, results)
+
+    want = jax.grad(functools.partial(loss, plain), (0, 1, 2))(*flat)
+    assert_close(of_rows(f(*put)), plain(*flat))
+    assert_close(of_rows(gradient(*put)), want)
+    columns = NamedSharding(mesh, P(*(None,) * len(batch), "y"))
+    assert_close(of_rows(gradient(jax.device_put(put[0], columns), *put[1:])), want)
 
 
 def test_shard_map() -> None:
