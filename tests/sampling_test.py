@@ -435,7 +435,11 @@ WRONG = {
     "bool": ({"top_k": True}, ValueError, r"top_k must be an integer .* got True"),
     "k array": ({"top_k": X[:, 0]}, ValueError, r"top_k .* got dtype float32"),
     "p": ({"top_p": 1.5}, ValueError, r"top_p must be from 0 to 1, got 1.5"),
-    "scalar": ({"top_p": np.float32(2)}, ValueError, r"top_p .* from 0 to 1, got 2.0"),
+    "p scalar": (
+        {"top_p": np.float32(2)},
+        ValueError,
+        r"top_p .* from 0 to 1, got 2.0",
+    ),
     "k scalar": ({"top_k": np.int32(0)}, ValueError, r"top_k .* from 1 to inf, got 0"),
     "p shape": (
         {"top_p": X[0]},

@@ -73,9 +73,8 @@ def _scale(x: jax.Array, eps: float) -> jax.Array:
 
 def _of_rows(weight: jax.Array, like: jax.Array) -> jax.Array:
     """A weight [G, C] beside rows [G, *R, C], in their dtype."""
-    groups, width = weight.shape
-    ones = (1,) * (like.ndim - 2)
-    return weight.astype(like.dtype).reshape(groups, *ones, width)
+    rows = tuple(range(1, like.ndim - 1))
+    return jnp.expand_dims(weight.astype(like.dtype), rows)
 
 
 def _forward_results(*avals: Any, options: NormOptions) -> list[Result]:

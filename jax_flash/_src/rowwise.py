@@ -225,7 +225,7 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
 def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
     @custom_partitioning
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(_of_flat_rows(op, options, *operands))
+        return tuple(_whole(op, options, *operands))
 
     run.def_partition(
         functools.partial(_partition, op, options),
@@ -254,6 +254,13 @@ def _of_flat_rows(op: RowOp, options: Options, *operands: jax.Array) -> list[jax
         x.reshape(*sizes, *x.shape[2:]) if kind == "row" else x
         for kind, x in zip(options.result_kinds, outs, strict=True)
     ]
+
+
+def _whole(op: RowOp, options: Options, *operands: jax.Array) -> list[jax.Array]:
+    """The operation where nobody splits it."""
+    results = _abstract(op, *map(jax.typeof, operands), options=options)
+    fun = functools.partial(_of_flat_rows, op, options)
+    return compat.on_auto_axes(fun, results)(*operands)
 
 
 @functools.cache
@@ -288,7 +295,7 @@ def primitive(op: RowOp) -> Primitive:
     def lowered(*operands: Any, options: Options, needs_devices: Any) -> Any:
         if compat.partly_manual():
             # The callback would be given shardings without a mesh.
-            return _of_flat_rows(op, options, *operands)
+            return _whole(op, options, *operands)
         return _partitioned(op, options)(*operands)
 
     outer = new_primitive(

@@ -11,6 +11,7 @@ is six uint32, in the order of `csrc/host/params.h`:
     distance                  units by which min-p lets a token fall short of the best
 """
 
+import functools
 import math
 from typing import Any
 
@@ -97,7 +98,9 @@ def parameters(
         mass,
         distance,
     )
-    return jnp.stack(columns, -1)
+    # Under explicit mesh axes all columns must be sharded alike.
+    nothing = functools.reduce(jnp.bitwise_or, columns) & jnp.uint32(0)
+    return jnp.stack([column | nothing for column in columns], -1)
 
 
 def order(logits: jax.Array) -> jax.Array:
