@@ -25,7 +25,8 @@ def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) ->
       x: [*B, C], floating.
       weight: floating [C]. Add 1 yourself where a model stores it without.
       residual: [*B, C], the dtype of x.
-      eps: number, not negative.
+      eps: number, not negative. Where it is 0, or too small for the arithmetic, rows of
+        zeros give NaN.
 
     Returns:
       y [*B, C] in the dtype of x; with a residual (y, x + residual).

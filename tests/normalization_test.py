@@ -258,6 +258,7 @@ WRONG = {
         r"residual must have the dtype of x, float32, got bfloat16",
     ),
     "eps": (lambda: rms_norm(X, W, eps=-1.0), r"eps must not be negative, got -1.0"),
+    "huge eps": (lambda: rms_norm(X, W, eps=10**400), r"eps must be a finite real"),
     "traced eps": (
         lambda: jax.jit(lambda e: rms_norm(X, W, eps=e))(0.1),
         r"eps must be static, got a traced value",

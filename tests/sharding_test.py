@@ -316,9 +316,15 @@ def test_explicit_axes_of_rows(spec: P) -> None:
         y = jax.jit(jax_flash.rms_norm)(*given)
         tokens = jax.jit(draw)(*put(mesh, (x, temperature), [spec, P(*spec[:2])]))
         values, _ = jax.jit(lambda x: jax_flash.top_k(x, 5))(given[0])
+        # A weight in parts, as fully sharded models keep it, and its gradient.
+        parts = put(mesh, (x, weight), [P("y", None, "x"), P("x")])
+        of_parts = jax.jit(jax.grad(norm, (0, 1)))(*parts)
+        for z, part in zip(of_parts, parts, strict=True):
+            assert jax.typeof(z).sharding == jax.typeof(part).sharding
         for z in (got[0], y, tokens, values):
             assert tuple(jax.typeof(z).sharding.spec)[:2] == tuple(spec)[:2]
     assert_close(got, jax.grad(norm, (0, 1))(x, weight))
+    assert_close(of_parts, jax.grad(norm, (0, 1))(x, weight))
     assert_close(y, jax_flash.rms_norm(x, weight))
     np.testing.assert_array_equal(tokens, draw(x, temperature))
     np.testing.assert_array_equal(values, jax_flash.top_k(x, 5)[0])

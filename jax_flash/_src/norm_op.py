@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from jax_flash._src import registry, rowwise
+from jax_flash._src import compat, registry, rowwise
 from jax_flash._src.rowwise import Result, RowOp
 from jax_flash._src.scores import accumulator
 
@@ -285,7 +285,8 @@ def _tangent_transpose(
         gradient, shape = by_name[name], linear.aval.shape
         # What is shared along groups or rows has the sum of their gradients.
         axes = [i for i, n in enumerate(shape) if n != gradient.shape[i]]
-        return gradient.sum(axes, keepdims=True) if axes else gradient
+        gradient = gradient.sum(axes, keepdims=True) if axes else gradient
+        return compat.sharded_like(gradient, linear.aval)
 
     return [None] * 3 + [
         of(name, linear)

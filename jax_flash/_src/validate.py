@@ -357,9 +357,13 @@ def number(name: str, x: Any) -> float:
     is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
     if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
         raise ValueError(f"{name} must be a number, got {x!r}")
-    if np.iscomplexobj(x) or not math.isfinite(float(x)):
+    try:
+        result = math.nan if np.iscomplexobj(x) else float(x)
+    except OverflowError:  # an int
+        result = math.inf
+    if not math.isfinite(result):
         raise ValueError(f"{name} must be a finite real number, got {x!r}")
-    return float(x)
+    return result
 
 
 def static_int(name: str, x: Any) -> int:
