@@ -138,6 +138,10 @@ def test_one_kernel_each(kernels: None) -> None:
     line = next(t for t in text.splitlines() if target in t)
     # A gradient of the weight for each element, in parts by thread block.
     assert "tensor<5x6x24xf32>) -> (tensor<5x6x24xf32>, tensor<5x6x24xf32>)" in line
+    # The kernel's rows have one dimension, whatever the batch has.
+    text = cuda_text(ours, jnp.zeros((2, 3, 5, 24)), jnp.zeros(24))
+    line = next(t for t in text.splitlines() if registry.RMS_NORM_TARGET in t)
+    assert "(tensor<1x30x24xf32>, tensor<1x24xf32>) -> (tensor<1x30x24xf32>," in line
 
 
 @pytest.mark.parametrize(
