@@ -176,7 +176,7 @@ def _parameter(
                 f"{name} must be from {limits[0]} to {limits[1]}, got {x!r}"
             )
         most = sample_reference.MAX_VOCABULARY if integer else LARGEST
-        x = np.asarray(min(x, most))
+        x = np.asarray(min(x, most), np.int32 if integer else np.float32)
     wanted = jnp.integer if integer else jnp.number
     if not jnp.issubdtype(x.dtype, wanted) or jnp.iscomplexobj(x):
         raise ValueError(f"{name} must be {kind} or an array, got dtype {x.dtype}")
