@@ -101,7 +101,17 @@ def test_higher_orders(residual: bool) -> None:
         assert_close(hessian(ours, outer), hessian(plain, outer), 1e-4)
 
 
-@pytest.mark.parametrize("axes", [(0, None, 0), (1, 0, 1), (None, 0, None), (0, 0, 2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (0, None, 0),
+        (1, 0, 1),
+        (None, 0, None),
+        (0, 0, 2),
+        (0, None, None),
+        (None, 0, 0),
+    ],
+)
 def test_vmap(axes: tuple[int | None, ...]) -> None:
     n = 3
     x = normal(*((n,) if axes[0] is not None else ()), 6, 24)

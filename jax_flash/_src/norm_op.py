@@ -227,8 +227,9 @@ def _forward_jvp(
     )
     x = outs[1] if options.with_sum else primals[0]
     dx, dweight = tangents[:2]
-    if options.with_sum:
-        dx = ad.add_tangents(dx, tangents[2])
+    if options.with_sum and not _is_zero(tangents[2]):
+        # Groups share one of them, perhaps: a plain sum broadcasts it.
+        dx = tangents[2] if _is_zero(dx) else dx + tangents[2]
     live = [(n, t) for n, t in (("x", dx), ("weight", dweight)) if not _is_zero(t)]
     which = NormOptions(
         options.eps, "tangent", options.with_sum, tuple(n for n, _ in live)
