@@ -3,7 +3,6 @@
 Lives here: signatures, docstrings, and the checks of the arguments.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -26,7 +25,8 @@ def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) ->
       x: [*B, C], floating.
       weight: floating [C]. Add 1 yourself where a model stores it without.
       residual: [*B, C], the dtype of x.
-      eps: number, not negative.
+      eps: number, not negative. Where it is 0, or too small for the arithmetic, rows of
+        zeros give NaN.
 
     Returns:
       y [*B, C] in the dtype of x; with a residual (y, x + residual).
@@ -56,21 +56,7 @@ def rms_norm(x: Any, weight: Any, *, residual: Any = None, eps: float = 1e-6) ->
             raise ValueError(
                 f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}"
             )
-    flat = (math.prod(x.shape[:-1]), x.shape[-1])
-
-    def of_rows(*args: jax.Array) -> list[jax.Array]:
-        x, weight, residual = args if len(args) == 3 else (*args, None)
-        outs = norm_op.rms_norm(
-            x.reshape(flat),
-            weight,
-            None if residual is None else residual.reshape(flat),
-            eps,
-        )
-        return [y.reshape(x.shape) for y in outs]
-
-    # Rows are joined into one dimension, for whose sharding there may be no name.
-    args = (x, weight) if residual is None else (x, weight, residual)
-    outs = compat.on_auto_axes(of_rows, [jax.typeof(x)] * (len(args) - 1))(*args)
+    outs = norm_op.rms_norm(x, weight, residual, eps)
     return outs[0] if residual is None else (outs[0], outs[1])
 
 

@@ -16,6 +16,7 @@ from jax_flash._src import compat, sample_op, sample_reference, validate
 __all__ = ["sample", "top_k"]
 
 FLOATING = ("float32", "bfloat16", "float16")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @compat.allows_rank_promotion
@@ -51,7 +52,8 @@ def sample(
       top_p: broadcastable to [*B]; at or below 0 only the first token remains, at or
         above 1 all do. Rounded up to a multiple of 2^-20.
       min_p: broadcastable to [*B], from 0 (all tokens) to 1.
-      mask: bool, broadcastable to [*B, V]: True = may be drawn.
+      mask: bool [V], or broadcastable to [*B, V] with an entry for each token: True =
+        may be drawn.
 
     Returns:
       int32 [*B]. -1 where no token may be drawn.
@@ -63,7 +65,6 @@ def sample(
     """
     logits = _check_logits(logits)
     batch, size = logits.shape[:-1], logits.shape[-1]
-    rows = math.prod(batch)
     degrees = _parameter("temperature", temperature, batch, (0, math.inf))
     if degrees is None:
         raise ValueError("temperature must be a number or an array, got None")
@@ -72,18 +73,13 @@ def sample(
         "top_p": _parameter("top_p", top_p, batch, (0, 1)),
         "min_p": _parameter("min_p", min_p, batch, (0, 1)),
     }
-    table = sample_reference.parameters(_key_words(key), rows, degrees, **parameters)
+    table = sample_reference.parameters(_key_words(key), degrees, **parameters)
     if mask is not None:
         mask = _check_mask(mask, (*batch, size))
-        # One row for all where it is the same for all.
-        shared = math.prod(mask.shape[:-1]) == 1
-        full = (1, size) if shared else (*batch, size)
-        mask = jnp.broadcast_to(mask.reshape(-1) if shared else mask, full)
-        mask = mask.reshape(-1 if size else rows, size)
+        mask = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape)
     if size == 0:
         return jnp.full(batch, -1, jnp.int32)
-    tokens = sample_op.sample(logits.reshape(rows, size), table, mask)
-    return tokens.reshape(batch)
+    return sample_op.sample(logits, table, mask)
 
 
 @compat.allows_rank_promotion
@@ -105,12 +101,10 @@ def top_k(logits: Any, k: int) -> tuple[jax.Array, jax.Array]:
     """
     logits = _check_logits(logits)
     k = validate.static_int("k", k)
-    batch, size = logits.shape[:-1], logits.shape[-1]
+    size = logits.shape[-1]
     if not 0 <= k <= size:
         raise ValueError(f"k must be from 0 to V={size}, got {k}")
-    rows = math.prod(batch)
-    values, indices = sample_op.top_k(logits.reshape(rows, size), k)
-    return values.reshape(*batch, k), indices.reshape(*batch, k)
+    return sample_op.top_k(logits, k)
 
 
 def _check_logits(logits: Any) -> jax.Array:
@@ -142,17 +136,15 @@ def _key_words(key: Any) -> jax.Array:
             raise NotImplementedError(
                 f"key of the generator {name} is not supported, only threefry2x32"
             )
-        shape = key.shape
-        words = jax.random.key_data(key)
-    else:
-        if dtype != jnp.uint32:
+        if key.shape:
             raise ValueError(
-                f"key must be a typed key or uint32 [2], got {dtype or repr(key)}"
+                f"key must be one key, got an array of keys of shape {key.shape}"
             )
-        words, shape = jnp.asarray(key), key.shape[:-1]
-    if words.shape != (2,):
-        raise ValueError(f"key must be one key, got an array of keys of shape {shape}")
-    return words
+        return jax.random.key_data(key)
+    if dtype != jnp.uint32 or key.shape != (2,):
+        got = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
+        raise ValueError(f"key must be a typed key or uint32 [2], got {got}")
+    return jnp.asarray(key)
 
 
 def _parameter(
@@ -163,10 +155,15 @@ def _parameter(
     *,
     integer: bool = False,
 ) -> jax.Array | None:
-    """A parameter as an array of one number for each row."""
+    """A parameter as an array of one number for each row, [*B]."""
     if x is None:
         return None
     kind = "an integer" if integer else "a number"
+    if isinstance(x, np.generic):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = int(x)
+        elif jnp.issubdtype(x.dtype, jnp.floating):
+            x = float(x)
     if isinstance(x, bool) or not (
         isinstance(x, int | float) or (hasattr(x, "shape") and hasattr(x, "dtype"))
     ):
@@ -178,7 +175,8 @@ def _parameter(
             raise ValueError(
                 f"{name} must be from {limits[0]} to {limits[1]}, got {x!r}"
             )
-        x = np.asarray(min(x, sample_reference.MAX_VOCABULARY) if integer else x)
+        most = sample_reference.MAX_VOCABULARY if integer else LARGEST
+        x = np.asarray(min(x, most), np.int32 if integer else np.float32)
     wanted = jnp.integer if integer else jnp.number
     if not jnp.issubdtype(x.dtype, wanted) or jnp.iscomplexobj(x):
         raise ValueError(f"{name} must be {kind} or an array, got dtype {x.dtype}")
@@ -187,7 +185,7 @@ def _parameter(
             f"{name} must broadcast to [*B] = {batch}, got shape {x.shape}"
         )
     x = validate.as_int32(x) if integer else jnp.asarray(x).astype(jnp.float32)
-    return jnp.broadcast_to(jnp.asarray(x), batch).reshape(-1)
+    return jnp.broadcast_to(jnp.asarray(x), batch)
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array:

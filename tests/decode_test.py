@@ -497,6 +497,18 @@ HALF = C.astype(jnp.bfloat16)
             r"v_scale .* K=2 heads, got shape \(3,\)",
         ),
         (
+            (Q, C.astype(np.int8), C.astype(np.int8), L),
+            {"k_scale": 0},
+            ValueError,
+            "k_scale must be positive, got 0",
+        ),
+        (
+            (Q, C.astype(np.int8), C.astype(np.int8), L),
+            {"v_scale": np.float32("nan")},
+            ValueError,
+            "v_scale must be a finite real number, got .*nan",
+        ),
+        (
             (Q, C.astype(np.int16), C.astype(np.int16), L),
             {},
             NotImplementedError,

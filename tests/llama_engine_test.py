@@ -341,6 +341,9 @@ def test_errors() -> None:
         ([5, 97], {}, "prompt must be from 0 to 96, got 97"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([5], {"seed": -1}, "seed must be from 0 .* got -1"),
+        ([5], {"sampling": Sampling(-1.0)}, "temperature must be from 0.0 .* got -1.0"),
+        ([5], {"sampling": Sampling(top_p=90)}, "top_p must be from 0.0 .* got 90"),
+        ([5], {"sampling": Sampling(top_k=1 << 40)}, "top_k must be from 1 .* got"),
     ):
         given: dict[str, Any] = {"prompt": prompt, "max_new_tokens": 3, **options}
         with pytest.raises(ValueError, match=message):

@@ -250,7 +250,7 @@ def test_kernels_on_a_gpu(kernels: None, kind: str, first: bool) -> None:
         (["--chunk", "65"], "--chunk from 1 to 64, got 65"),
         (["--tokens", "0"], "--tokens >= 1, got 0"),
         (["--temperature", "-1"], "--temperature from 0.0 to inf, got -1.0"),
-        (["--top-k", "0"], "--top-k from 1 to inf, got 0"),
+        (["--top-k", "0"], "--top-k from 1 to 2147483647, got 0"),
         (["--top-p", "1.5"], "--top-p from 0.0 to 1.0, got 1.5"),
         (["--min-p", "nan"], "--min-p from 0.0 to 1.0, got nan"),
         (["--raw", "--system", "x"], "--system needs the chat template"),

@@ -101,7 +101,17 @@ def test_higher_orders(residual: bool) -> None:
         assert_close(hessian(ours, outer), hessian(plain, outer), 1e-4)
 
 
-@pytest.mark.parametrize("axes", [(0, None, 0), (1, 0, 1), (None, 0, None), (0, 0, 2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (0, None, 0),
+        (1, 0, 1),
+        (None, 0, None),
+        (0, 0, 2),
+        (0, None, None),
+        (None, 0, 0),
+    ],
+)
 def test_vmap(axes: tuple[int | None, ...]) -> None:
     n = 3
     x = normal(*((n,) if axes[0] is not None else ()), 6, 24)
@@ -138,6 +148,10 @@ def test_one_kernel_each(kernels: None) -> None:
     line = next(t for t in text.splitlines() if target in t)
     # A gradient of the weight for each element, in parts by thread block.
     assert "tensor<5x6x24xf32>) -> (tensor<5x6x24xf32>, tensor<5x6x24xf32>)" in line
+    # The kernel's rows have one dimension, whatever the batch has.
+    text = cuda_text(ours, jnp.zeros((2, 3, 5, 24)), jnp.zeros(24))
+    line = next(t for t in text.splitlines() if registry.RMS_NORM_TARGET in t)
+    assert "(tensor<1x30x24xf32>, tensor<1x24xf32>) -> (tensor<1x30x24xf32>," in line
 
 
 @pytest.mark.parametrize(
@@ -157,26 +171,37 @@ def test_what_the_kernel_takes(kernels: None, change: Any, calls: int) -> None:
     assert kernel_calls(ours, x, weight, target=registry.RMS_NORM_TARGET) == calls
 
 
-def test_sharded_rows_need_no_communication() -> None:
+@pytest.mark.parametrize(
+    ("batch", "spec"),
+    [((16,), P(("x", "y"))), ((8, 2), P("x", "y")), ((2, 8), P(None, ("x", "y")))],
+)
+def test_sharded_rows_need_no_communication(batch: tuple[int, ...], spec: P) -> None:
+    """Whichever of their dimensions are sharded: sequences, tokens or both."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    x, weight, residual = inputs(True, 16, 24)
-    rows = NamedSharding(mesh, P(("x", "y")))
+    flat = x, weight, residual = inputs(True, 16, 24)
     put = [
-        jax.device_put(x, rows),
+        jax.device_put(x.reshape(*batch, 24), NamedSharding(mesh, spec)),
         jax.device_put(weight, NamedSharding(mesh, P())),
-        jax.device_put(residual, rows),
+        jax.device_put(residual.reshape(*batch, 24), NamedSharding(mesh, spec)),
     ]
     f = jax.jit(ours)
-    compiled = f.lower(*put).compile().as_text()
-    assert compiled is not None
-    for name in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
-        assert f" {name}(" not in compiled
-    assert_close(f(*put), plain(x, weight, residual))
     gradient = jax.jit(jax.grad(functools.partial(loss, ours), (0, 1, 2)))
-    want = jax.grad(functools.partial(loss, plain), (0, 1, 2))(x, weight, residual)
-    assert_close(gradient(*put), want)
-    columns = [jax.device_put(x, NamedSharding(mesh, P("x", "y"))), *put[1:]]
-    assert_close(gradient(*columns), want)
+    moves = ("all-gather", "all-to-all", "collective-permute")
+    # The gradient of the weight is a sum over devices.
+    for g, names in ((f, (*moves, "all-reduce")), (gradient, moves)):
+        compiled = g.lower(*put).compile().as_text()
+        assert compiled is not None
+        for name in names:
+            assert f" {name}(" not in compiled
+
+    def of_rows(results: Any) -> Any:
+        return jax.tree.map(lambda y: y.reshape(-1, 24) if y.ndim > 1 else y, results)
+
+    want = jax.grad(functools.partial(loss, plain), (0, 1, 2))(*flat)
+    assert_close(of_rows(f(*put)), plain(*flat))
+    assert_close(of_rows(gradient(*put)), want)
+    columns = NamedSharding(mesh, P(*(None,) * len(batch), "y"))
+    assert_close(of_rows(gradient(jax.device_put(put[0], columns), *put[1:])), want)
 
 
 def test_shard_map() -> None:
@@ -247,6 +272,7 @@ WRONG = {
         r"residual must have the dtype of x, float32, got bfloat16",
     ),
     "eps": (lambda: rms_norm(X, W, eps=-1.0), r"eps must not be negative, got -1.0"),
+    "huge eps": (lambda: rms_norm(X, W, eps=10**400), r"eps must be a finite real"),
     "traced eps": (
         lambda: jax.jit(lambda e: rms_norm(X, W, eps=e))(0.1),
         r"eps must be static, got a traced value",

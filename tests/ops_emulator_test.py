@@ -87,7 +87,6 @@ def test_sample(ops: ctypes.CDLL, size: int, name: str) -> None:
     for seed in range(2):
         table = sample_reference.parameters(
             jax.random.key_data(jax.random.key(seed)),
-            8,
             jnp.full(8, temperature, jnp.float32),
             full(k, jnp.int32),
             full(p, jnp.float32),
@@ -111,7 +110,7 @@ def test_shared_logits_and_mask(ops: ctypes.CDLL) -> None:
     x = rows_of_every_kind(500, "float32")[:2]
     mask = np.arange(500) % 3 > 0
     table = sample_reference.parameters(
-        jax.random.key_data(jax.random.key(0)), 6, jnp.ones(6), None, None, None
+        jax.random.key_data(jax.random.key(0)), jnp.ones(6), None, None, None
     )
     every = jnp.tile(x, (3, 1))
     expected = sample_reference.sample(every, table, jnp.tile(mask, (6, 1)))

@@ -169,7 +169,7 @@ def test_the_draw_is_the_one_defined(name: str, dtype: str) -> None:
     for seed in range(3):
         key = jax.random.key(seed)
         table = sample_reference.parameters(
-            jax.random.key_data(key), 8, temperature, **given
+            jax.random.key_data(key), temperature, **given
         )
         got = sample(logits, key, **options, mask=mask)
         expected = [
@@ -192,7 +192,7 @@ def test_weights() -> None:
 def test_random_bits_are_those_of_jax() -> None:
     """What `jax.random.bits` makes of the same key and counters."""
     table = sample_reference.parameters(
-        jax.random.key_data(KEY), 9, jnp.ones(9), None, None, None
+        jax.random.key_data(KEY), jnp.ones(9), None, None, None
     )
     with jax.threefry_partitionable(True):
         bits = jax.random.bits(KEY, (9,))
@@ -224,6 +224,14 @@ def test_greedy() -> None:
 def best_of(x: np.ndarray) -> np.ndarray:
     """Where ties are drawn from, what `sample` draws."""
     return np.asarray(sample(np.where(x == x.max(-1, keepdims=True), 0, -np.inf), KEY))
+
+
+@pytest.mark.parametrize("temperature", [1e39, 10**400, math.inf])
+def test_temperatures_beyond_float32(temperature: float) -> None:
+    """Every token is as likely as the others."""
+    x = logits_of(4, 30)
+    got = sample(x, KEY, temperature=temperature)
+    np.testing.assert_array_equal(got, sample(np.zeros_like(x), KEY))
 
 
 def test_parameters_of_rows() -> None:
@@ -296,18 +304,22 @@ def test_one_kernel_call(kernels: None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 2)])
-def test_sharded_rows_need_no_communication(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("batch", [(16,), (2, 8)])
+def test_sharded_rows_need_no_communication(
+    batch: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
     names = ("x", "y")[: len(shape)]
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
-    x = logits_of(16, 96)
-    put = jax.device_put(x, NamedSharding(mesh, P("x")))
+    x = logits_of(16, 96).reshape(*batch, 96)
+    put = jax.device_put(x, NamedSharding(mesh, P(*(None,) * (len(batch) - 1), "x")))
     f = jax.jit(functools.partial(sample, top_k=20, top_p=0.9))
     compiled = f.lower(put, KEY).compile().as_text()
     assert compiled is not None
     for name in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
         assert f" {name}(" not in compiled
     np.testing.assert_array_equal(f(put, KEY), f(x, KEY))
-    split = jax.device_put(x, NamedSharding(mesh, P(None, names[-1:])))
+    vocabulary = P(*(None,) * len(batch), names[-1:])
+    split = jax.device_put(x, NamedSharding(mesh, vocabulary))
     np.testing.assert_array_equal(f(split, KEY), f(x, KEY))
 
 
@@ -397,6 +409,11 @@ WRONG = {
         ValueError,
         r"key must be one key, got an array of keys of shape \(3,\)",
     ),
+    "words": (
+        {"key": np.zeros(4, np.uint32)},
+        ValueError,
+        r"key must be a typed key or uint32 \[2\], got uint32\[4\]",
+    ),
     "generator": (
         {"key": jax.random.key(0, impl="rbg")},
         NotImplementedError,
@@ -418,6 +435,12 @@ WRONG = {
     "bool": ({"top_k": True}, ValueError, r"top_k must be an integer .* got True"),
     "k array": ({"top_k": X[:, 0]}, ValueError, r"top_k .* got dtype float32"),
     "p": ({"top_p": 1.5}, ValueError, r"top_p must be from 0 to 1, got 1.5"),
+    "p scalar": (
+        {"top_p": np.float32(2)},
+        ValueError,
+        r"top_p .* from 0 to 1, got 2.0",
+    ),
+    "k scalar": ({"top_k": np.int32(0)}, ValueError, r"top_k .* from 1 to inf, got 0"),
     "p shape": (
         {"top_p": X[0]},
         ValueError,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import (
     KEY_LENGTHS,
@@ -351,6 +352,40 @@ def test_uneven_shards(spec: P) -> None:
 
     assert_close(jax.jit(constrained)(*whole), dense(*whole))
     assert_close(jax.jit(gradient(constrained))(*whole), gradient(dense)(*whole))
+
+
+@pytest.mark.parametrize("spec", [P("y", "x", None), P(None, "x", None)])
+def test_explicit_axes_of_rows(spec: P) -> None:
+    """Norms and draws keep every dimension of the batch, whichever is sharded."""
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    x, weight, key = normal(2, 4, 16), normal(16), jax.random.key(3)
+    temperature = jnp.array([[0.0, 0.5, 1.0, 2.0]] * 2)
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y, total = jax_flash.rms_norm(x, weight, residual=x)
+        return jnp.sum(jnp.sin(y + total))
+
+    def draw(x: jax.Array, temperature: jax.Array) -> jax.Array:
+        return jax_flash.sample(x, key, temperature=temperature, top_k=9)
+
+    with jax.set_mesh(mesh):
+        given = put(mesh, (x, weight), [spec, P()])
+        got = jax.jit(jax.grad(norm, (0, 1)))(*given)
+        y = jax.jit(jax_flash.rms_norm)(*given)
+        tokens = jax.jit(draw)(*put(mesh, (x, temperature), [spec, P(*spec[:2])]))
+        values, _ = jax.jit(lambda x: jax_flash.top_k(x, 5))(given[0])
+        # A weight in parts, as fully sharded models keep it, and its gradient.
+        parts = put(mesh, (x, weight), [P("y", None, "x"), P("x")])
+        of_parts = jax.jit(jax.grad(norm, (0, 1)))(*parts)
+        for z, part in zip(of_parts, parts, strict=True):
+            assert jax.typeof(z).sharding == jax.typeof(part).sharding
+        for z in (got[0], y, tokens, values):
+            assert tuple(jax.typeof(z).sharding.spec)[:2] == tuple(spec)[:2]
+    assert_close(got, jax.grad(norm, (0, 1))(x, weight))
+    assert_close(of_parts, jax.grad(norm, (0, 1))(x, weight))
+    assert_close(y, jax_flash.rms_norm(x, weight))
+    np.testing.assert_array_equal(tokens, draw(x, temperature))
+    np.testing.assert_array_equal(values, jax_flash.top_k(x, 5)[0])
 
 
 def test_shard_map_with_vmap() -> None:

@@ -19,7 +19,14 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from llama_model import MOST_NEW_TOKENS, Caches, Llama, Sampling, next_tokens
+from llama_model import (
+    MOST_NEW_TOKENS,
+    SAMPLING_LIMITS,
+    Caches,
+    Llama,
+    Sampling,
+    next_tokens,
+)
 from llama_tokenizer import load_tokenizer
 from llama_weights import default_weights, load_model
 
@@ -104,6 +111,17 @@ def written(
         )
 
 
+def check_sampling(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    """Ends the program if an option of `Sampling` is out of its limits."""
+    for name, (least, most) in SAMPLING_LIMITS.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            option = "--" + name.replace("_", "-")
+            parser.error(f"needs {option} from {least} to {most}, got {value}")
+
+
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Answers a prompt.")
@@ -134,17 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     chunk = arguments.chunk
     if chunk is not None and not 1 <= chunk <= MOST_NEW_TOKENS:
         parser.error(f"needs --chunk from 1 to {MOST_NEW_TOKENS}, got {chunk}")
-    limits = {
-        "temperature": (0.0, float("inf")),
-        "top_k": (1, float("inf")),
-        "top_p": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(arguments, name)
-        if value is not None and not least <= value <= most:
-            option = "--" + name.replace("_", "-")
-            parser.error(f"needs {option} from {least} to {most}, got {value}")
+    check_sampling(parser, arguments)
     if arguments.raw and arguments.system is not None:
         parser.error("--system needs the chat template, which --raw leaves out")
     return arguments

@@ -320,13 +320,16 @@ class Engine:
           ends: tokens that end the answer.
 
         Raises:
-          ValueError: it does not fit, even with all other requests gone.
+          ValueError: an argument is wrong, or it does not fit, even with all other
+            requests gone.
         """
         prompt = self._checked("prompt", prompt)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must be from 0 to 2^32 - 1, got {seed}")
+        sampling = Sampling() if sampling is None else sampling
+        sampling.check()
         total = len(prompt) + max_new_tokens
         request = f"a prompt of {len(prompt)} tokens with an answer of {max_new_tokens}"
         if total > self.max_tokens:
@@ -347,7 +350,7 @@ class Engine:
             number=self._submitted,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            sampling=Sampling() if sampling is None else sampling,
+            sampling=sampling,
             seed=seed,
             ends=frozenset(ends),
         )

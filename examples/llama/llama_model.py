@@ -179,6 +179,15 @@ class Caches:
         )
 
 
+SAMPLING_LIMITS = {
+    "temperature": (0.0, math.inf),
+    "top_k": (1, (1 << 31) - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+}
+"""Least and most of the numbers in `Sampling`."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -191,6 +200,16 @@ class Sampling:
     top_k: Any = None
     top_p: Any = None
     min_p: Any = None
+
+    def check(self) -> None:
+        """Raises ValueError for a number that is out of its limits.
+
+        As an operand of a compiled program it is no number any more: nobody else looks.
+        """
+        for name, (least, most) in SAMPLING_LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
 
     def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
         """float32 [B, V] -> int32 [B]."""

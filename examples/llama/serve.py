@@ -21,7 +21,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from generate import empty_caches, written
+from generate import check_sampling, empty_caches, written
 from llama_display import Lines, Live, Meter, Texts
 from llama_engine import Engine, Request
 from llama_model import MOST_NEW_TOKENS, Llama, Sampling
@@ -199,8 +199,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"needs --chunk <= {MOST_NEW_TOKENS}, got {arguments.chunk}")
     if not 0 <= arguments.every < float("inf"):
         parser.error(f"needs --every >= 0, got {arguments.every}")
-    if not 0 <= arguments.temperature < float("inf"):
-        parser.error(f"needs --temperature >= 0, got {arguments.temperature}")
+    check_sampling(parser, arguments)
     if arguments.check and arguments.temperature > 0:
         parser.error("--check compares the likeliest answers: it needs --temperature 0")
     if arguments.file is not None:

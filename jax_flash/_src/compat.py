@@ -81,6 +81,14 @@ def on_auto_axes(fun: Callable, results: Sequence[Any]) -> Callable:
     return under_mesh
 
 
+def sharded_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x` with the sharding of the type `like` along explicit mesh axes."""
+    wanted = like.sharding
+    if not wanted.mesh.explicit_axes or jax.typeof(x).sharding == wanted:
+        return x
+    return jax.reshard(x, wanted)
+
+
 def allows_rank_promotion(fun: Fun) -> Fun:
     """Keeps a user's `jax_numpy_rank_promotion="raise"` out of our own code."""
 

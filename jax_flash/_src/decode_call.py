@@ -113,8 +113,10 @@ def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
             f"{cache.dtype}: {x!r}"
         )
     heads = cache.shape[2]
-    if isinstance(x, int) and not isinstance(x, bool):
-        x = float(x)
+    if isinstance(x, int | float | np.number) and not isinstance(x, bool):
+        x = validate.number(name, x)
+        if x <= 0:
+            raise ValueError(f"{name} must be positive, got {x}")
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):

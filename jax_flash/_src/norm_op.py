@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from jax_flash._src import registry, rowwise
+from jax_flash._src import compat, registry, rowwise
 from jax_flash._src.rowwise import Result, RowOp
 from jax_flash._src.scores import accumulator
 
@@ -71,8 +71,10 @@ def _scale(x: jax.Array, eps: float) -> jax.Array:
     return jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + jnp.asarray(eps, x.dtype))
 
 
-def _of_rows(weight: jax.Array, dtype: Any) -> jax.Array:
-    return weight.astype(dtype)[:, None, :]
+def _of_rows(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """A weight [G, C] beside rows [G, *R, C], in their dtype."""
+    rows = tuple(range(1, like.ndim - 1))
+    return jnp.expand_dims(weight.astype(like.dtype), rows)
 
 
 def _forward_results(*avals: Any, options: NormOptions) -> list[Result]:
@@ -91,7 +93,7 @@ def _forward(*operands: jax.Array, options: NormOptions) -> list[jax.Array]:
     if options.with_sum:
         x = (widened(x) + widened(operands[2])).astype(x.dtype)
     scale = _scale(x, options.eps)
-    y = widened(x) * scale * _of_rows(weight, scale.dtype)
+    y = widened(x) * scale * _of_rows(weight, scale)
     rows = [jnp.broadcast_to(y.astype(x.dtype), (*sizes, x.shape[-1]))]
     if options.with_sum:
         rows.append(jnp.broadcast_to(x, (*sizes, x.shape[-1])))
@@ -123,9 +125,9 @@ def _tangent(
     if "x" in given:
         dx = widened(given["x"])
         along = jnp.mean(unit * dx, -1, keepdims=True)
-        dy += scale * (dx - unit * along) * _of_rows(weight, scale.dtype)
+        dy += scale * (dx - unit * along) * _of_rows(weight, unit)
     if "weight" in given:
-        dy += unit * _of_rows(given["weight"], scale.dtype)
+        dy += unit * _of_rows(given["weight"], unit)
     full = (*sizes, x.shape[-1])
     results = [jnp.broadcast_to(dy.astype(x.dtype), full)]
     if options.with_sum:
@@ -151,12 +153,12 @@ def _backward(
     sizes = rowwise.leading_sizes(options, [a.shape for a in operands])
     scale = scale[..., None] if saved else _scale(x, options.eps)
     unit, dy = widened(x) * scale, widened(dy)
-    dunit = dy * _of_rows(weight, scale.dtype)
+    dunit = dy * _of_rows(weight, unit)
     dx = scale * (dunit - unit * jnp.mean(unit * dunit, -1, keepdims=True))
     if options.with_sum:
         dx += widened(operands[4])
     full = (*sizes, x.shape[-1])
-    dweight = jnp.broadcast_to(dy * unit, full).sum(1)
+    dweight = jnp.broadcast_to(dy * unit, full).sum(tuple(range(1, len(sizes))))
     return [
         jnp.broadcast_to(dx.astype(x.dtype), full),
         dweight.astype(weight.dtype),
@@ -225,8 +227,9 @@ def _forward_jvp(
     )
     x = outs[1] if options.with_sum else primals[0]
     dx, dweight = tangents[:2]
-    if options.with_sum:
-        dx = ad.add_tangents(dx, tangents[2])
+    if options.with_sum and not _is_zero(tangents[2]):
+        # Groups share one of them, perhaps: a plain sum broadcasts it.
+        dx = tangents[2] if _is_zero(dx) else dx + tangents[2]
     live = [(n, t) for n, t in (("x", dx), ("weight", dweight)) if not _is_zero(t)]
     which = NormOptions(
         options.eps, "tangent", options.with_sum, tuple(n for n, _ in live)
@@ -283,7 +286,8 @@ def _tangent_transpose(
         gradient, shape = by_name[name], linear.aval.shape
         # What is shared along groups or rows has the sum of their gradients.
         axes = [i for i, n in enumerate(shape) if n != gradient.shape[i]]
-        return gradient.sum(axes, keepdims=True) if axes else gradient
+        gradient = gradient.sum(axes, keepdims=True) if axes else gradient
+        return compat.sharded_like(gradient, linear.aval)
 
     return [None] * 3 + [
         of(name, linear)
@@ -309,7 +313,7 @@ ad.primitive_jvps[rowwise.primitive(BACKWARD)] = _backward_jvp
 def rms_norm(
     x: jax.Array, weight: jax.Array, residual: jax.Array | None, eps: float
 ) -> list[jax.Array]:
-    """[y] or [y, x + residual] of rows [R, C] and a weight [C]."""
+    """[y] or [y, x + residual] of rows [*R, C] and a weight [C]."""
     options = NormOptions(eps, "forward", residual is not None)
     operands = [x[None], weight[None]]
     if residual is not None:

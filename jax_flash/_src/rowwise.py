@@ -3,15 +3,17 @@
 Lives here: what `sample`, `top_k` and `rms_norm` share (abstract evaluation, batching,
 sharding, lowering). Each of them describes itself by a `RowOp`.
 
-Operands are of two kinds. One of rows is [G, R, ...]: G groups of R rows each. One of
-groups is [G, ...], such as the weight of a norm. Either size is 1 where the operand is
-shared along it. `vmap` only makes more groups, so it copies nothing that it does not
-map, and a result of groups (the gradient of a weight) stays apart for each of its
-elements.
+Operands are of two kinds. One of rows is [G, *R, ...]: G groups of rows, numbered by
+any number of dimensions. One of groups is [G, ...], such as the weight of a norm. Each
+of these sizes is 1 where the operand is shared along it. `vmap` only makes more groups,
+so it copies nothing that it does not map, and a result of groups (the gradient of a
+weight) stays apart for each of its elements. Every dimension of rows may be sharded;
+they become one only on a device, for jnp and the kernels, which see [G, R, ...].
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -28,8 +30,6 @@ from jax_flash._src.inner import new_primitive
 from jax_flash._src.primitives import device_hint
 
 Axes = partitioning.Axes
-LEADING = {"row": 2, "group": 1}
-"""How many leading dimensions, of group and row, a kind of operand has."""
 
 
 class Options(Protocol):
@@ -60,7 +60,8 @@ class RowOp:
 
     Attributes:
       name: of the primitive.
-      results: (*operand types, options) -> its results.
+      results: (*operand types, options) -> its results. The first operand is one of
+        rows with one dimension more, [G, *R, V].
       reference: (*operands, options) -> the results in jnp.
       kernel: the same through an FFI call; None where there is no kernel.
       why_not: (*operand types, options) -> why the kernel cannot run it, or None.
@@ -73,29 +74,35 @@ class RowOp:
     why_not: Callable[..., str | None] = lambda *avals, options: None
 
 
-def leading_sizes(options: Options, shapes: Sequence[tuple]) -> tuple[int, int]:
-    """G and R of a call."""
-    pairs = [
-        shape[:2] if kind == "row" else (shape[0], 1)
+def _leading(kind: str, shapes: Sequence[tuple]) -> int:
+    """How many dimensions, of group and rows, an operand of a call begins with."""
+    return len(shapes[0]) - 1 if kind == "row" else 1
+
+
+def leading_sizes(options: Options, shapes: Sequence[tuple]) -> tuple[int, ...]:
+    """G and the sizes of the dimensions of rows of a call."""
+    count = _leading("row", shapes)
+    sizes = [
+        shape[:count] if kind == "row" else (shape[0], *(1,) * (count - 1))
         for kind, shape in zip(options.kinds, shapes, strict=True)
     ]
-    groups, rows = jnp.broadcast_shapes(*pairs)
-    return groups, rows
+    return jnp.broadcast_shapes(*sizes)
 
 
 def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
-    groups, rows = leading_sizes(options, [x.shape for x in avals])
-    spec: list[Any] = [None, None]
+    shapes = [x.shape for x in avals]
+    sizes = leading_sizes(options, shapes)
+    spec: list[Any] = [None] * len(sizes)
     for kind, x in zip(options.kinds, avals, strict=True):
-        for i, size in enumerate((groups, rows)[: LEADING[kind]]):
+        for i, size in enumerate(sizes[: _leading(kind, shapes)]):
             if spec[i] is None and x.shape[i] == size:
                 spec[i] = x.sharding.spec[i]
 
     def result(kind: str, r: Result) -> Any:
-        count = LEADING[kind]
+        count = _leading(kind, shapes)
         own = PartitionSpec(*spec[:count], *(None,) * len(r.trailing))
         return avals[0].update(
-            shape=((groups, rows)[:count] + r.trailing),
+            shape=(sizes[:count] + r.trailing),
             dtype=r.dtype,
             weak_type=False,
             sharding=avals[0].sharding.update(spec=own),
@@ -114,7 +121,7 @@ def _batch(
         x[None] if a is None else jnp.moveaxis(x, a, 0)
         for x, a in zip(args, axes, strict=True)
     ]
-    groups, _ = leading_sizes(options, [x.shape[1:] for x in moved])
+    groups = leading_sizes(options, [x.shape[1:] for x in moved])[0]
 
     def folded(x: jax.Array) -> jax.Array:
         if x.shape[:2] == (1, 1):
@@ -133,18 +140,19 @@ def _sharding_rule(options: Options, mesh: Any, args: Any, results: Any):
     del mesh
     fresh = iter(f"u{i}" for i in range(10**6))
     whole: list[str] = []
+    shapes = [tuple(x.shape) for x in args]
 
     def text(kind: str, shape: tuple[int, ...]) -> str:
         dims = []
         for i, size in enumerate(shape):
-            if i < LEADING[kind] and size != 1:
-                dims.append("gr"[i])
+            if i < _leading(kind, shapes) and size != 1:
+                dims.append(f"r{i}" if i else "g")
             else:
                 dims.append(next(fresh))
                 whole.append(dims[-1])
         return " ".join(dims)
 
-    left = [text(k, tuple(x.shape)) for k, x in zip(options.kinds, args, strict=True)]
+    left = [text(k, shape) for k, shape in zip(options.kinds, shapes, strict=True)]
     kinds = options.result_kinds
     right = [text(k, tuple(x.shape)) for k, x in zip(kinds, results, strict=True)]
     rule = f"{', '.join(left)} -> {', '.join(right)}"
@@ -170,7 +178,8 @@ def _take(mesh: Mesh, candidates: Iterator[Axes], size: int, used: set[str]) -> 
 def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
     mesh = partitioning.refine(mesh)
-    sizes = leading_sizes(options, [tuple(x.shape) for x in args])
+    shapes = [tuple(x.shape) for x in args]
+    sizes = leading_sizes(options, shapes)
     kinds = options.result_kinds
     arrays = [*zip(options.kinds, args, strict=True), *zip(kinds, results, strict=True)]
     proposals = [(k, tuple(x.shape), partitioning.axes_of(mesh, x)) for k, x in arrays]
@@ -181,27 +190,29 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
             (
                 axes[i]
                 for kind, shape, axes in proposals
-                if i < LEADING[kind] and shape[i] > 1
+                if i < _leading(kind, shapes) and shape[i] > 1
             ),
-            sizes[i],
+            size,
             used,
         )
-        for i in range(2)
+        for i, size in enumerate(sizes)
     ]
 
     def local(kind: str, x: Any) -> NamedSharding:
         spec = [
-            (split[i] or None) if i < LEADING[kind] and size > 1 else None
+            (split[i] or None) if i < _leading(kind, shapes) and size > 1 else None
             for i, size in enumerate(x.shape)
         ]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
+    over_rows = tuple(axis for axes in split[1:] for axis in axes)
+
     def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
         with compat.without_mesh():
-            outs = _inner(op).bind(*xs, options=options)
+            outs = _of_flat_rows(op, options, *xs)
             # What devices add up over rows of a group is partial.
             return tuple(
-                lax.psum(x, split[1]) if kind == "group" and split[1] else x
+                lax.psum(x, over_rows) if kind == "group" and over_rows else x
                 for kind, x in zip(kinds, outs, strict=True)
             )
 
@@ -214,7 +225,7 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
 def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
     @custom_partitioning
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(_inner(op).bind(*operands, options=options))
+        return tuple(_whole(op, options, *operands))
 
     run.def_partition(
         functools.partial(_partition, op, options),
@@ -222,6 +233,34 @@ def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
         decode_shardings=False,
     )
     return run
+
+
+def _of_flat_rows(op: RowOp, options: Options, *operands: jax.Array) -> list[jax.Array]:
+    """The operation on one device, where rows have one dimension."""
+    sizes = leading_sizes(options, [x.shape for x in operands])
+    count, rows = len(sizes), math.prod(sizes[1:])
+
+    def flat(kind: str, x: jax.Array) -> jax.Array:
+        if kind == "group":
+            return x
+        shared = math.prod(x.shape[1:count]) == 1
+        if not shared:
+            x = jnp.broadcast_to(x, (x.shape[0], *sizes[1:], *x.shape[count:]))
+        return x.reshape(x.shape[0], 1 if shared else rows, *x.shape[count:])
+
+    flattened = [flat(k, x) for k, x in zip(options.kinds, operands, strict=True)]
+    outs = _inner(op).bind(*flattened, options=options)
+    return [
+        x.reshape(*sizes, *x.shape[2:]) if kind == "row" else x
+        for kind, x in zip(options.result_kinds, outs, strict=True)
+    ]
+
+
+def _whole(op: RowOp, options: Options, *operands: jax.Array) -> list[jax.Array]:
+    """The operation where nobody splits it."""
+    results = _abstract(op, *map(jax.typeof, operands), options=options)
+    fun = functools.partial(_of_flat_rows, op, options)
+    return compat.on_auto_axes(fun, results)(*operands)
 
 
 @functools.cache
@@ -256,7 +295,7 @@ def primitive(op: RowOp) -> Primitive:
     def lowered(*operands: Any, options: Options, needs_devices: Any) -> Any:
         if compat.partly_manual():
             # The callback would be given shardings without a mesh.
-            return _inner(op).bind(*operands, options=options)
+            return _whole(op, options, *operands)
         return _partitioned(op, options)(*operands)
 
     outer = new_primitive(

@@ -139,7 +139,10 @@ ad.primitive_jvps[rowwise.primitive(TOP_K)] = _top_k_jvp
 
 
 def sample(logits: jax.Array, table: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """int32 [R] from logits [R, V], parameters [R, 6] and a mask [R or 1, V]."""
+    """int32 [*R] from logits [*R, V], parameters [*R, 6] and a mask [*R, V].
+
+    Sizes of the mask's rows may be 1: the same for all.
+    """
     operands = [logits[None], table[None]]
     if mask is not None:
         operands.append(mask[None])
@@ -147,6 +150,6 @@ def sample(logits: jax.Array, table: jax.Array, mask: jax.Array | None) -> jax.A
 
 
 def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Values and indices [R, k] of logits [R, V]."""
+    """Values and indices [*R, k] of logits [*R, V]."""
     values, indices = rowwise.bind(TOP_K, TopKOptions(k), logits[None])
     return values[0], indices[0]

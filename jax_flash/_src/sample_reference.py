@@ -11,6 +11,7 @@ is six uint32, in the order of `csrc/host/params.h`:
     distance                  units by which min-p lets a token fall short of the best
 """
 
+import functools
 import math
 from typing import Any
 
@@ -54,7 +55,6 @@ def threefry(key: tuple[Any, Any], counter: tuple[Any, Any]) -> wide.Wide:
 
 def parameters(
     key: jax.Array,
-    rows: int,
     temperature: jax.Array,
     top_k: jax.Array | None,
     top_p: jax.Array | None,
@@ -64,28 +64,28 @@ def parameters(
 
     Args:
       key: uint32 [2].
-      rows: how many.
-      temperature: float32 [rows]; 0 is greedy.
-      top_k: int32 [rows] or None.
-      top_p: float32 [rows] or None.
-      min_p: float32 [rows] or None.
+      temperature: float32 [*R], of rows numbered in this order; 0 is greedy.
+      top_k: int32 [*R] or None.
+      top_p: float32 [*R] or None.
+      min_p: float32 [*R] or None.
 
     Returns:
-      uint32 [rows, 6].
+      uint32 [*R, 6].
     """
-    row = lax.iota(jnp.uint32, rows)
-    words = [jnp.broadcast_to(word, (rows,)) for word in key]
+    rows = temperature.shape
+    row = lax.iota(jnp.uint32, math.prod(rows)).reshape(rows)
+    words = [jnp.broadcast_to(word, rows) for word in key]
     high, low = threefry((words[0], words[1]), (jnp.zeros_like(row), row))
     greedy = temperature <= 0
     scale = jnp.float32(math.log2(math.e) * 2**UNIT_BITS)
     factor = scale / jnp.where(greedy, jnp.float32(1), temperature)
-    k = jnp.full((rows,), MAX_VOCABULARY, jnp.int32) if top_k is None else top_k
+    k = jnp.full(rows, MAX_VOCABULARY, jnp.int32) if top_k is None else top_k
     k = jnp.where(greedy, jnp.int32(1), jnp.maximum(k, 1))
-    mass = jnp.full((rows,), ALL_MASS, jnp.uint32)
+    mass = jnp.full(rows, ALL_MASS, jnp.uint32)
     if top_p is not None:
         kept = jnp.ceil(jnp.clip(top_p, 0, 1) * jnp.float32(1 << UNIT_BITS))
         mass = jnp.where(top_p >= 1, mass, kept.astype(jnp.uint32))
-    distance = jnp.full((rows,), MAX_DISTANCE, jnp.uint32)
+    distance = jnp.full(rows, MAX_DISTANCE, jnp.uint32)
     if min_p is not None:
         bits = -jnp.log2(jnp.clip(min_p, jnp.float32(1e-30), 1))
         units = jnp.floor(bits * jnp.float32(1 << UNIT_BITS)).astype(jnp.uint32)
@@ -98,7 +98,9 @@ def parameters(
         mass,
         distance,
     )
-    return jnp.stack(columns, -1)
+    # Under explicit mesh axes all columns must be sharded alike.
+    nothing = functools.reduce(jnp.bitwise_or, columns) & jnp.uint32(0)
+    return jnp.stack([column | nothing for column in columns], -1)
 
 
 def order(logits: jax.Array) -> jax.Array:

@@ -57,7 +57,6 @@ def test_sample(size: int, name: str) -> None:
         # One table for both: a division may differ by a rounding.
         table = sample_reference.parameters(
             jax.random.key_data(jax.random.key(size)),
-            7,
             full(temperature, jnp.float32),
             full(k, jnp.int32),
             full(p, jnp.float32),
