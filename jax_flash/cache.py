@@ -7,7 +7,7 @@ compute is in `decode`.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ import numpy as np
 from jax import export
 
 from jax_flash import decode, rotary
-from jax_flash._src import decode_call, validate
+from jax_flash._src import decode_call, page_copies, validate
 
 __all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCache"]
+
+C = TypeVar("C")
 
 
 def _is_integer(x: Any) -> bool:
@@ -64,42 +66,7 @@ def _scales(cache: jax.Array, **scales: Any) -> list[jax.Array | None]:
     ]
 
 
-def _page_numbers(name: str, x: Any) -> jax.Array:
-    """Pages to copy from or to as int32 [n]."""
-    if isinstance(x, list | tuple):
-        x = jnp.asarray(x) if x else np.zeros(0, np.int32)
-    got = decode_call.shape_of(name, x)
-    if not jnp.issubdtype(got.dtype, jnp.integer) or len(got.shape) != 1:
-        raise ValueError(f"{name} must be integers [n], got {got.dtype}{got.shape}")
-    return jnp.asarray(validate.as_int32(x))
-
-
-def _in_order(
-    source: jax.Array, target: jax.Array, pages: int
-) -> tuple[jax.Array, jax.Array]:
-    """Copies that may be done at once for copies that are done one after the other.
-
-    Returns:
-      Where each target's contents come from before all copies, in [0, pages), and the
-      targets, each once, `pages` where nothing is to be written.
-    """
-    count = source.shape[0]
-    exist = (source >= 0) & (source < pages) & (target >= 0) & (target < pages)
-    target = jnp.where(exist, target, pages)
-    at = jnp.arange(count, dtype=jnp.int32)
-    earlier = at[None, :] < at[:, None]
-    # What a copy reads was written by the last one before it that has it for target.
-    writes = earlier & (target[None, :] == source[:, None])
-    writer = jnp.max(jnp.where(writes, at[None, :], -1), axis=1)
-    first = jnp.where(writer < 0, at, writer)
-    for _ in range((count - 1).bit_length()):
-        first = first[first]
-    again = (earlier.T & (target[None, :] == target[:, None])).any(axis=1)
-    origin = jnp.clip(source[first], 0, pages - 1)
-    return origin, jnp.where(again, pages, target)
-
-
-def _exportable(cls: type) -> type:
+def _exportable(cls: type[C]) -> type[C]:
     """Lets programs with such caches be serialised by `jax.export`."""
     return export.register_pytree_node_serialization(
         cls,
@@ -380,15 +347,15 @@ class PagedKVCache(_Cache):
         Raises:
           ValueError: an argument is wrong; the message names it and its value.
         """
-        source = _page_numbers("source", source)
-        target = _page_numbers("target", target)
+        source = page_copies.page_numbers("source", source)
+        target = page_copies.page_numbers("target", target)
         if source.shape != target.shape:
             raise ValueError(
                 f"target must be as long as source {source.shape}, got {target.shape}"
             )
         if not source.shape[0]:
             return self
-        origin, target = _in_order(source, target, self.k.shape[0])
+        origin, target = page_copies.in_order(source, target, self.k.shape[0])
         # NumPy arrays, as from a checkpoint, have no `at`.
         k, v = (jnp.asarray(x) for x in (self.k, self.v))
         k, v = (x.at[target].set(x[origin], mode="drop") for x in (k, v))

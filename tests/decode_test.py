@@ -506,7 +506,7 @@ HALF = C.astype(jnp.bfloat16)
             (Q, C.astype(np.int8), C.astype(np.int8), L),
             {"v_scale": np.float32("nan")},
             ValueError,
-            "v_scale must be a finite real number, got .*nan",
+            "v_scale must be a finite real number.*nan",
         ),
         (
             (Q, C.astype(np.int16), C.astype(np.int16), L),

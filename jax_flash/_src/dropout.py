@@ -8,6 +8,7 @@ Random Numbers: As Easy as 1, 2, 3", SC 2011. One call serves 16 probabilities, 
 bits each.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ def threshold(rate: float) -> int:
     return min(max(round(rate * LEVELS), 1), LEVELS - 1)
 
 
+# Compiled as one for calls without jit: its operations take far longer one by one.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 @compat.allows_rank_promotion
 def seeds(words: jax.Array, batch: tuple[Any, ...], heads: int) -> jax.Array:
     """A seed for each head of each batch entry: uint32 [*batch, heads, 2].

@@ -4,6 +4,7 @@ Lives here: their descriptions, the FFI calls of their kernels, and their deriva
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -48,9 +49,9 @@ class TopKOptions:
         return ("row", "row")
 
 
-def _flat(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
-    x = jnp.broadcast_to(x, (*sizes, x.shape[2]))
-    return x.reshape(sizes[0] * sizes[1], x.shape[2])
+def _flat(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    x = jnp.broadcast_to(x, (*sizes, x.shape[-1]))
+    return x.reshape(math.prod(sizes), x.shape[-1])
 
 
 def _sample_results(*avals: Any, options: SampleOptions) -> list[Result]:
