@@ -1,5 +1,7 @@
 """Sinks on the kernels: joined to the results of a call that knows none."""
 
+import contextlib
+import functools
 import re
 from typing import Any
 
@@ -24,7 +26,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_flash import explain, mha
-from jax_flash._src import registry, sinks
+from jax_flash._src import blocks, registry, sinks
 from jax_flash._src.config import AttentionConfig
 
 SHAPES = ((4, 8, 4, 16), (4, 8, 2, 16), (4, 8, 2, 8))
@@ -134,6 +136,54 @@ def test_a_row_of_infinite_logits_has_the_sink_as_its_lse() -> None:
     assert_close((out, lse), expected, RULE)
     np.testing.assert_array_equal(lse[0, :, 2], sink)
     assert not np.asarray(out[0, 2]).any()
+
+
+@pytest.mark.parametrize("route", ["small", "chunked", "kernel"])
+def test_an_infinite_sink_takes_all(monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+    """As one far above all logits, but for its lse. Rows without keys stay theirs."""
+    args = [x.astype(jnp.float32) for x in arrays()]
+    sink = args.pop().at[0].set(80.0)
+    infinite = sink.at[0].set(jnp.inf)
+    if route == "kernel":
+        args = [x.astype(jnp.bfloat16) for x in args]
+    else:
+        monkeypatch.setattr(blocks, "small", lambda operands: route == "small")
+    options = {"is_causal": True, "key_value_seq_lengths": jnp.asarray([8, 8, 5, 0])}
+
+    def f(implementation: str, *args: Any) -> Any:
+        def call(*args: Any) -> Any:
+            return attend(*args, **options, implementation=implementation)
+
+        def weighted(*args: Any) -> Any:
+            out, lse = call(*args)
+            one = jnp.where(jnp.isfinite(lse), lse, 0).sum()
+            return jnp.sin(out).sum() + one
+
+        gradient = jax.grad(weighted, (0, 1, 2, 3))
+        tangent = jax.jvp(gradient, args, tuple(map(jnp.ones_like, args)))[1]
+        return call(*args), gradient(*args), tangent
+
+    def run(sink: jax.Array) -> Any:
+        program = functools.partial(f, "cuda" if route == "kernel" else "xla")
+        emulation = fake_kernel.emulated if route == "kernel" else contextlib.nullcontext
+        with emulation():
+            return jax.jit(program)(*args, sink)
+
+    (out, lse), *derivatives = run(infinite)
+    (expected_out, expected_lse), *expected = run(sink)
+    assert not np.asarray(out[..., 0, :]).any()
+    live = np.isfinite(expected_lse[:, 0])
+    assert live.any()
+    assert not live.all()
+    np.testing.assert_array_equal(lse[:, 0], np.where(live, np.inf, -np.inf))
+    assert_close((out, lse[:, 1:]), (expected_out, expected_lse[:, 1:]), 1e-6)
+    for got, wanted in zip(derivatives, expected, strict=True):
+        *tensors, of_sink = got
+        *expected_tensors, expected_of_sink = wanted
+        assert_close(tensors, expected_tensors, 1e-5)
+        # Where the lse is inf, this loss does not take it.
+        assert_close(of_sink[1:], expected_of_sink[1:], 1e-5)
+        assert not np.asarray(of_sink[0]).any()
 
 
 SUBSETS = [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (1, 2, 3), (0, 1, 2, 3)]

@@ -16,6 +16,7 @@ from jax_flash._src.scores import (
     accumulator,
     batch_shape,
     logits,
+    sink_share,
     weights_value,
 )
 
@@ -67,7 +68,7 @@ def materialised(config: AttentionConfig, o: Operands) -> tuple[jax.Array, jax.A
     e = jnp.exp(s - shift[..., None])
     total = e.sum(-1)
     if "sinks" in o:
-        total = total + jnp.exp(o["sinks"].astype(s.dtype)[..., None] - shift)
+        total = total + sink_share(o, shift)
     kept = e * dropout.factors(config, o, where, key)
     return _finish(weights_value(config, kept, o["value"]), shift, total, some)
 
@@ -148,7 +149,8 @@ def _online(
         new_top = jnp.maximum(top, jnp.max(s, -1))
         shift = jnp.where(new_top == -jnp.inf, 0, new_top)
         e = jnp.exp(s - shift[..., None])
-        decay = jnp.exp(top - shift)
+        # An infinite sink stays on top of all keys.
+        decay = jnp.where(top == jnp.inf, 1, jnp.exp(top - shift))
         total = total * decay + e.sum(-1)
         acc = acc * jnp.swapaxes(decay, -1, -2)[..., None]
         kept = e * dropout.factors(config, mine, where, key)

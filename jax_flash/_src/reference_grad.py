@@ -20,6 +20,7 @@ from jax_flash._src.scores import (
     batch_shape,
     logits,
     query_key,
+    sink_share,
     weights_query,
     weights_value,
 )
@@ -123,9 +124,7 @@ def _weights(
 
 def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
     """Probability of the sink logit, [*B, N, t], 0 in rows that attend nothing."""
-    lse = jnp.where(live, o["lse"], 0)
-    sink = o["sinks"].astype(lse.dtype)[..., None]
-    return jnp.where(live, jnp.exp(jnp.where(live, sink - lse, 0)), 0)
+    return jnp.where(live, sink_share(o, jnp.where(live, o["lse"], 0)), 0)
 
 
 @compat.allows_rank_promotion

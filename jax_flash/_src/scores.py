@@ -108,3 +108,14 @@ def logits(
         slopes = o["alibi_slopes"].astype(s.dtype)[..., None, None]
         s = s - slopes * mask.distance(where, key)[..., None, :, :].astype(s.dtype)
     return s, slope
+
+
+def sink_share(o: Operands, shift: jax.Array) -> jax.Array:
+    """`exp(sinks - shift)`, 1 where the sink is inf: nothing can be above it.
+
+    Args:
+      o: the operands, sinks [*B, N] among them.
+      shift: [*B, N, T], at least the sink, in the dtype of the result.
+    """
+    sink = o["sinks"].astype(shift.dtype)[..., None]
+    return jnp.exp(jnp.where(sink == jnp.inf, 0, sink - shift))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jax_flash._src import mask
 from jax_flash._src.config import AttentionConfig
-from jax_flash._src.scores import Operands
+from jax_flash._src.scores import Operands, sink_share
 
 
 def join(
@@ -83,6 +83,5 @@ def gradients_by_row(o: Operands) -> jax.Array:
     delta = jnp.swapaxes((dout * o["out"].astype(lse.dtype)).sum(-1), -1, -2)
     if "dlse" in o:
         delta = delta - jnp.where(live, o["dlse"], 0)
-    sink = o["sinks"].astype(lse.dtype)[..., None]
-    share = jnp.where(live, jnp.exp(jnp.where(live, sink - lse, 0)), 0)
+    share = jnp.where(live, sink_share(o, jnp.where(live, lse, 0)), 0)
     return -(share * delta)
