@@ -6,7 +6,7 @@ Tests under `gpu/` need an NVIDIA GPU and run only when asked for (`pytest tests
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -19,6 +19,28 @@ CPU_FLAGS = (
 
 # Modules of other people's code, which mixes dtypes.
 LOOSE_DTYPES = ("flax_test", "examples_test", "readme_test")
+
+# What those of examples/llama import, from the extra `examples`.
+LLAMA = ("llama_", "serve_test", "smollm2_test")
+LLAMA_PACKAGES = ("flax", "gguf", "jinja2", "safetensors", "tokenizers", "tqdm")
+
+
+class LlamaModule(pytest.Module):
+    """Skipped as a whole where the packages of the examples are not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        for name in LLAMA_PACKAGES:
+            pytest.importorskip(name)
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(
+    module_path: pathlib.Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Tests of examples/llama, told by their names."""
+    if module_path.stem.startswith(LLAMA):
+        return LlamaModule.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -196,6 +196,14 @@ def test_vmap(page: int | None) -> None:
 
 
 @pytest.mark.parametrize("page", [None, 8])
+def test_vmap_of_nothing(page: int | None) -> None:
+    args = problem(page)
+    out, lse = jax.vmap(with_lse)(*(np.stack([x])[:0] for x in args))
+    one = with_lse(*args)
+    assert (out.shape, lse.shape) == ((0, *one[0].shape), (0, *one[1].shape))
+
+
+@pytest.mark.parametrize("page", [None, 8])
 def test_heads_and_batch_on_a_mesh(page: int | None) -> None:
     """Named shardings stay; heads need no communication."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
@@ -399,6 +407,21 @@ def test_gradients_of_append(page: int | None) -> None:
     for i in range(8):
         want[i // 2, i % 2] = np.where(places == 1 + i, weight, 0).sum((0, 1))
     assert_close(got, (np.where(places, 0, weight), want), 1e-6)
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_gradients_of_append_without_room(page: int | None) -> None:
+    """A cache of no tokens or no pages takes nothing."""
+    empty = np.zeros((0, page, 2, 4) if page else (2, 0, 2, 4), np.float32)
+    table = np.zeros((2, 3), np.int32) if page else None
+    new, lengths = np.ones((2, 1, 2, 4), np.float32), np.array([0, 1], np.int32)
+
+    def loss(cache, new):
+        k, v = append_kv(cache, cache, new, new, lengths, page_table=table)
+        return k.sum() + v.sum()
+
+    got = jax.grad(loss, (0, 1))(empty, new)
+    assert_close(got, (empty, np.zeros_like(new)), 0)
 
 
 # Not bfloat16: XLA's scatter on the CPU may take it through float32. For GPUs

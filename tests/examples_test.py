@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 
-import llama_helpers
 import pytest
 
 import jax_flash
@@ -75,7 +74,22 @@ def test_generate_rejects_nonsense() -> None:
     assert "--temperature >= 0" in out
 
 
+def test_tests_of_llama_are_skipped_without_its_packages() -> None:
+    program = (
+        "import pytest, sys; sys.modules['gguf'] = None; "
+        "sys.exit(pytest.main(['--collect-only', '-rs', '-p', 'no:cacheprovider', "
+        "'tests/llama_engine_test.py', 'tests/examples_test.py::test_llama']))"
+    )
+    out = run_python("-c", program)
+    assert "could not import 'gguf'" in out
+    assert "1 test collected" in out, out
+
+
 def test_llama(tmp_path: pathlib.Path) -> None:
+    for name in ("gguf", "jinja2", "safetensors", "tokenizers", "tqdm"):
+        pytest.importorskip(name)
+    import llama_helpers
+
     file = tmp_path / "tiny.gguf"
     metadata = llama_helpers.tokenizer_metadata()
     size = len(metadata["tokenizer.ggml.tokens"])

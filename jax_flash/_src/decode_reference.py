@@ -127,6 +127,8 @@ def _written(
     lengths: jax.Array,
     page_table: jax.Array | None,
 ) -> jax.Array:
+    if 0 in cache.shape:  # the gradient of a scatter would take from it
+        return cache
     position = lengths[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)
     active = (lengths >= 0)[:, None]
     # Of a single token XLA would make the update of a slice, and a kernel ahead of it

@@ -80,11 +80,11 @@ def _batch(args: tuple, axes: tuple, *, config: DecodeConfig, **_: Any) -> Any:
     cache_is_mapped = any(mapped[name] for name in CACHES)
     table = stacked("page_table") if "page_table" in o else None
     if cache_is_mapped:
+        pages = o["k_cache"].shape[1 if mapped["k_cache"] else 0]
         for name in CACHES:
             x = stacked(name)
             o[name] = x.reshape(count * x.shape[1], *x.shape[2:])
         if table is not None:
-            pages = o["k_cache"].shape[0] // count
             start = pages * jnp.arange(count, dtype=jnp.int32)
             table = jnp.clip(table, 0, pages - 1) + start[:, None, None]
     elif table is None:
