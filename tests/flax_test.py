@@ -201,6 +201,13 @@ def test_options_given_as_lists() -> None:
     assert hash(as_lists) == hash(as_tuples)
 
 
+@pytest.mark.parametrize("module", [jax_flash_nnx, jax_flash_linen], ids=["nnx", "linen"])
+def test_is_causal_must_be_a_flag(module: Any) -> None:
+    x = jnp.ones((1, 3, 2, 8))
+    with pytest.raises(ValueError, match="is_causal must be True or False, got 3"):
+        module.AttentionFn(is_causal=3)(x, x, x)
+
+
 def test_nnx_sow_weights_raises() -> None:
     layer = nnx_attention(jax_flash_nnx.attention_fn)
     with pytest.raises(NotImplementedError, match=r"sow_weights=True .*Multi"):

@@ -129,6 +129,8 @@ def attend(
             raise NotImplementedError(
                 f"attention_fn does not support {name}={argument!r}"
             )
+    is_causal = validate._flag("is_causal", is_causal)
+    wants_causal = validate._flag("is_causal", options.is_causal)
     drops = dropout_rate > 0.0 and not deterministic
     if drops and broadcast_dropout:
         raise NotImplementedError(
@@ -155,7 +157,7 @@ def attend(
         bias=bias,
         mask=None if mask is None else mask.astype(bool),
         scale=options.scale,
-        is_causal=is_causal or (options.is_causal and not with_cache),
+        is_causal=is_causal or (wants_causal and not with_cache),
         causal_alignment=options.causal_alignment,
         window_size=options.window_size,
         dropout_rate=dropout_rate if drops else 0.0,
