@@ -29,6 +29,7 @@ class LlamaModule(pytest.Module):
     """Skipped as a whole where the packages of the examples are not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """The tests of the module."""
         for name in LLAMA_PACKAGES:
             pytest.importorskip(name)
         return super().collect()

@@ -201,7 +201,9 @@ def test_options_given_as_lists() -> None:
     assert hash(as_lists) == hash(as_tuples)
 
 
-@pytest.mark.parametrize("module", [jax_flash_nnx, jax_flash_linen], ids=["nnx", "linen"])
+@pytest.mark.parametrize(
+    "module", [jax_flash_nnx, jax_flash_linen], ids=["nnx", "linen"]
+)
 def test_is_causal_must_be_a_flag(module: Any) -> None:
     x = jnp.ones((1, 3, 2, 8))
     with pytest.raises(ValueError, match="is_causal must be True or False, got 3"):

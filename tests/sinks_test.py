@@ -139,7 +139,9 @@ def test_a_row_of_infinite_logits_has_the_sink_as_its_lse() -> None:
 
 
 @pytest.mark.parametrize("route", ["small", "chunked", "kernel"])
-def test_an_infinite_sink_takes_all(monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+def test_an_infinite_sink_takes_all(
+    monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
     """As one far above all logits, but for its lse. Rows without keys stay theirs."""
     args = [x.astype(jnp.float32) for x in arrays()]
     sink = args.pop().at[0].set(80.0)
@@ -165,7 +167,9 @@ def test_an_infinite_sink_takes_all(monkeypatch: pytest.MonkeyPatch, route: str)
 
     def run(sink: jax.Array) -> Any:
         program = functools.partial(f, "cuda" if route == "kernel" else "xla")
-        emulation = fake_kernel.emulated if route == "kernel" else contextlib.nullcontext
+        emulation = (
+            fake_kernel.emulated if route == "kernel" else contextlib.nullcontext
+        )
         with emulation():
             return jax.jit(program)(*args, sink)
 
