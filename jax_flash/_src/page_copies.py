@@ -40,7 +40,9 @@ def in_order(
     writes = earlier & (target[None, :] == source[:, None])
     writer = jnp.max(jnp.where(writes, at[None, :], -1), axis=1)
     first = jnp.where(writer < 0, at, writer)
-    for _ in range((count - 1).bit_length()):
+    # `jax.export` may leave the number of copies open.
+    doublings = (count - 1).bit_length() if isinstance(count, int) else 31
+    for _ in range(doublings):
         first = first[first]
     again = (earlier.T & (target[None, :] == target[:, None])).any(axis=1)
     origin = jnp.clip(source[first], 0, pages - 1)
