@@ -3,6 +3,7 @@
 Lives here: what `PagedKVCache.copy_pages` makes of its lists of pages.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ def page_numbers(name: str, x: Any) -> jax.Array:
     return jnp.asarray(validate.as_int32(x))
 
 
+# Compiled as one for calls without jit, as are the seeds of dropout.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def in_order(
     source: jax.Array, target: jax.Array, pages: int
 ) -> tuple[jax.Array, jax.Array]:
