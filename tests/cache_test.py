@@ -269,7 +269,8 @@ def test_any_number_of_copies_is_exported() -> None:
     copies = jax.export.export(jax.jit(PagedKVCache.copy_pages))(cache, pages, pages)
     for pairs in (([3], [1]), ([1, 0, 2], [0, 2, 3])):
         source, target = (np.asarray(x, np.int32) for x in pairs)
-        got, want = copies.call(cache, source, target), cache.copy_pages(source, target)
+        got: Any = copies.call(cache, source, target)
+        want = cache.copy_pages(source, target)
         np.testing.assert_array_equal(got.k, want.k)
 
 
