@@ -259,6 +259,21 @@ def test_copies_are_in_order() -> None:
         np.testing.assert_array_equal(got_v[row], -want)
 
 
+def test_any_number_of_copies_is_exported() -> None:
+    cache = PagedKVCache.create(4, 1, 1, 1, batch=1, max_pages=1)
+    cache = dataclasses.replace(
+        cache, k=jnp.arange(4, dtype=jnp.bfloat16).reshape(4, 1, 1, 1)
+    )
+    (count,) = jax.export.symbolic_shape("n")
+    pages = jax.ShapeDtypeStruct((count,), jnp.int32)
+    copies = jax.export.export(jax.jit(PagedKVCache.copy_pages))(cache, pages, pages)
+    for pairs in (([3], [1]), ([1, 0, 2], [0, 2, 3])):
+        source, target = (np.asarray(x, np.int32) for x in pairs)
+        got: Any = copies.call(cache, source, target)
+        want = cache.copy_pages(source, target)
+        np.testing.assert_array_equal(got.k, want.k)
+
+
 def test_errors_of_copy_pages() -> None:
     cache = PagedKVCache.create(4, 2, 1, 8, batch=1, max_pages=1)
     assert cache.copy_pages([], []) is cache

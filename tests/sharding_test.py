@@ -388,6 +388,24 @@ def test_explicit_axes_of_rows(spec: P) -> None:
     np.testing.assert_array_equal(values, jax_flash.top_k(x, 5)[0])
 
 
+@pytest.mark.parametrize("specs", [(P("x"), P(None, "x")), (P("x", "y"), P("y", "x"))])
+def test_explicit_axes_of_rows_that_differ(specs: tuple[P, P]) -> None:
+    """An axis splits one dimension of the results, wherever it splits operands."""
+    mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)
+    x, residual, weight = normal(4, 4, 16), normal(4, 4, 16), normal(16)
+
+    def norm(x: jax.Array, residual: jax.Array) -> jax.Array:
+        y, total = jax_flash.rms_norm(x, weight, residual=residual)
+        return jnp.sum(jnp.sin(y) * total)
+
+    with jax.set_mesh(mesh):
+        given = put(mesh, (x, residual), list(specs))
+        got = jax.jit(jax.grad(norm, (0, 1)))(*given)
+    for z, operand in zip(got, given, strict=True):
+        assert jax.typeof(z).sharding == jax.typeof(operand).sharding
+    assert_close(got, jax.grad(norm, (0, 1))(x, residual))
+
+
 def test_shard_map_with_vmap() -> None:
     """Vmap inside and around, and in what shard_map's older checks allow."""
     mesh = mesh_of(4, 2)

@@ -22,7 +22,7 @@ def _like(query: Any, shape: tuple, dtype: Any, spec: tuple) -> Any:
     return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def _mesh_axes(entries: Iterable[Any]) -> set[str]:
+def mesh_axes(entries: Iterable[Any]) -> set[str]:
     """Mesh axes in entries of a PartitionSpec."""
     axes: set[str] = set()
     for entry in entries:
@@ -38,10 +38,10 @@ def _full_batch(named: list[tuple[str, Any]]) -> tuple[tuple, tuple]:
     """
     shape = jnp.broadcast_shapes(*(x.shape[: x.ndim - TRAILING[n]] for n, x in named))
     spec: list[Any] = [None] * len(shape)
-    used = _mesh_axes(named[0][1].sharding.spec[len(shape) :])
+    used = mesh_axes(named[0][1].sharding.spec[len(shape) :])
     for _, x in named:
         for i, size in enumerate(shape):
-            axes = _mesh_axes([x.sharding.spec[i]])
+            axes = mesh_axes([x.sharding.spec[i]])
             if x.shape[i] == size and spec[i] is None and not axes & used:
                 spec[i] = x.sharding.spec[i]
                 used |= axes
@@ -104,7 +104,7 @@ def backward(
         for i, size in enumerate(shape):
             if x.shape[i] == size:
                 own[i] = x.sharding.spec[i]
-            elif _mesh_axes([own[i]]) & _mesh_axes(trailing):
+            elif mesh_axes([own[i]]) & mesh_axes(trailing):
                 own[i] = None
         full_spec = (*own, *trailing)
         results.append(_like(avals[0], (*shape, *x.shape[start:]), x.dtype, full_spec))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
+from jax.sharding import PartitionSpec
 
 from jax_flash._src import compat, registry, rowwise
 from jax_flash._src.rowwise import Result, RowOp
@@ -219,6 +220,19 @@ def _no_tangent(x: jax.Array) -> Any:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
+def _sharded_as(total: jax.Array, part: jax.Array) -> jax.Array:
+    """One of what is added up, under explicit mesh axes sharded as the sum is."""
+    aval, like = jax.typeof(part), jax.typeof(total)
+    spec = [
+        axes if size == n else None
+        for axes, size, n in zip(
+            like.sharding.spec, like.shape, aval.shape, strict=True
+        )
+    ]
+    sharding = like.sharding.update(spec=PartitionSpec(*spec))
+    return compat.sharded_like(part, aval.update(sharding=sharding))
+
+
 def _forward_jvp(
     primals: Any, tangents: Any, *, options: NormOptions, needs_devices: Any
 ) -> tuple[Any, Any]:
@@ -229,7 +243,11 @@ def _forward_jvp(
     dx, dweight = tangents[:2]
     if options.with_sum and not _is_zero(tangents[2]):
         # Groups share one of them, perhaps: a plain sum broadcasts it.
-        dx = tangents[2] if _is_zero(dx) else dx + tangents[2]
+        dx = (
+            tangents[2]
+            if _is_zero(dx)
+            else _sharded_as(outs[1], dx) + _sharded_as(outs[1], tangents[2])
+        )
     live = [(n, t) for n, t in (("x", dx), ("weight", dweight)) if not _is_zero(t)]
     which = NormOptions(
         options.eps, "tangent", options.with_sum, tuple(n for n, _ in live)

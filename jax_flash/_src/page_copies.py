@@ -3,6 +3,7 @@
 Lives here: what `PagedKVCache.copy_pages` makes of its lists of pages.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ def page_numbers(name: str, x: Any) -> jax.Array:
     return jnp.asarray(validate.as_int32(x))
 
 
+# Compiled as one for calls without jit, as are the seeds of dropout.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def in_order(
     source: jax.Array, target: jax.Array, pages: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +43,9 @@ def in_order(
     writes = earlier & (target[None, :] == source[:, None])
     writer = jnp.max(jnp.where(writes, at[None, :], -1), axis=1)
     first = jnp.where(writer < 0, at, writer)
-    for _ in range((count - 1).bit_length()):
+    # `jax.export` may leave the number of copies open.
+    doublings = (count - 1).bit_length() if isinstance(count, int) else 31
+    for _ in range(doublings):
         first = first[first]
     again = (earlier.T & (target[None, :] == target[:, None])).any(axis=1)
     origin = jnp.clip(source[first], 0, pages - 1)

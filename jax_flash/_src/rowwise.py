@@ -26,6 +26,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_flash._src import compat, partitioning, registry
+from jax_flash._src.avals import mesh_axes
 from jax_flash._src.inner import new_primitive
 from jax_flash._src.primitives import device_hint
 
@@ -95,7 +96,9 @@ def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
     spec: list[Any] = [None] * len(sizes)
     for kind, x in zip(options.kinds, avals, strict=True):
         for i, size in enumerate(sizes[: _leading(kind, shapes)]):
-            if spec[i] is None and x.shape[i] == size:
+            axes = mesh_axes([x.sharding.spec[i]])
+            # An axis splits one dimension only.
+            if spec[i] is None and x.shape[i] == size and not axes & mesh_axes(spec):
                 spec[i] = x.sharding.spec[i]
 
     def result(kind: str, r: Result) -> Any:
