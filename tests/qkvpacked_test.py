@@ -126,7 +126,7 @@ def test_arguments_are_those_of_mha() -> None:
         attend(qkv, max_seqlen_q=3)
     with pytest.raises(ValueError, match=r"sinks must broadcast .*\(3,\)"):
         attend(qkv, sinks=jnp.zeros(3))
-    with pytest.raises(ValueError, match="query must be floating, got dtype int32"):
+    with pytest.raises(ValueError, match="qkv must be floating, got dtype int32"):
         attend(qkv.astype(jnp.int32))
     reason = "precision='highest'"
     with registry.assume_kernels(), pytest.raises(NotImplementedError, match=reason):
