@@ -382,7 +382,7 @@ def dot_product_attention(
             implementation="cudnn",
             return_residual=return_residual,
         )
-    return_residual = validate._flag("return_residual", return_residual)
+    return_residual = validate.flag("return_residual", return_residual)
     query = _array("query", query)
     if query.ndim not in (3, 4):
         raise ValueError(f"query must be [B,T,N,H] or [T,N,H], got shape {query.shape}")

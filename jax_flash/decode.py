@@ -116,7 +116,7 @@ def decode_mha(
         "num_splits": num_splits,
         "implementation": implementation,
     }
-    wants_lse = validate._flag("return_lse", return_lse)
+    wants_lse = validate.flag("return_lse", return_lse)
     config, operands = decode_call.check_call(arrays, options)
     if config.implementations == ("cuda",):
         reason = decode_kernel.cuda_supports(config, operands)

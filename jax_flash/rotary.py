@@ -57,7 +57,7 @@ def rope(
     if len(given.shape) < 2:
         raise ValueError(f"x must be [*B,N,H], got shape {given.shape}")
     frequencies = _frequencies(given, theta, inv_freq, rotary_dim)
-    interleaved = validate._flag("interleaved", interleaved)
+    interleaved = validate.flag("interleaved", interleaved)
     at = decode_call.shape_of("positions", positions)
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise ValueError(f"positions must be integers, got dtype {at.dtype}")
@@ -137,7 +137,7 @@ def rope_append_kv(
     layout, batch = "int32 [B]", q.shape[0]
     decode_call.check_integers("cache_seqlens", cache_seqlens, 1, layout, batch)
     frequencies = _frequencies(q, theta, inv_freq, rotary_dim)
-    interleaved = validate._flag("interleaved", interleaved)
+    interleaved = validate.flag("interleaved", interleaved)
     positions = lengths = jnp.asarray(validate.as_int32(cache_seqlens))
     if len(q.shape) == 4:
         positions = lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from llama_model import (
     MOST_NEW_TOKENS,
-    SAMPLING_LIMITS,
     Caches,
     Llama,
     Sampling,
+    beyond_limits,
     next_tokens,
 )
 from llama_tokenizer import load_tokenizer
@@ -115,11 +115,8 @@ def check_sampling(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> None:
     """Ends the program if an option of `Sampling` is out of its limits."""
-    for name, (least, most) in SAMPLING_LIMITS.items():
-        value = getattr(arguments, name)
-        if value is not None and not least <= value <= most:
-            option = "--" + name.replace("_", "-")
-            parser.error(f"needs {option} from {least} to {most}, got {value}")
+    for name, limits in beyond_limits(arguments):
+        parser.error(f"needs --{name.replace('_', '-')} {limits}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -188,6 +188,18 @@ SAMPLING_LIMITS = {
 """Least and most of the numbers in `Sampling`."""
 
 
+def beyond_limits(numbers: Any) -> Iterator[tuple[str, str]]:
+    """Names of numbers of `Sampling` that are out of their limits, and what is wrong.
+
+    Args:
+      numbers: has them by their names; None is right.
+    """
+    for name, (least, most) in SAMPLING_LIMITS.items():
+        value = getattr(numbers, name)
+        if value is not None and not least <= value <= most:
+            yield name, f"from {least} to {most}, got {value}"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -206,10 +218,8 @@ class Sampling:
 
         As an operand of a compiled program it is no number any more: nobody else looks.
         """
-        for name, (least, most) in SAMPLING_LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
+        for name, limits in beyond_limits(self):
+            raise ValueError(f"{name} must be {limits}")
 
     def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
         """float32 [B, V] -> int32 [B]."""

@@ -129,8 +129,8 @@ def attend(
             raise NotImplementedError(
                 f"attention_fn does not support {name}={argument!r}"
             )
-    is_causal = validate._flag("is_causal", is_causal)
-    wants_causal = validate._flag("is_causal", options.is_causal)
+    is_causal = validate.flag("is_causal", is_causal)
+    wants_causal = validate.flag("is_causal", options.is_causal)
     drops = dropout_rate > 0.0 and not deterministic
     if drops and broadcast_dropout:
         raise NotImplementedError(

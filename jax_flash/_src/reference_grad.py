@@ -20,7 +20,7 @@ from jax_flash._src.scores import (
     batch_shape,
     logits,
     query_key,
-    sink_share,
+    sink_probability,
     weights_query,
     weights_value,
 )
@@ -122,11 +122,6 @@ def _weights(
     return _Weights(p, live, slope, distance, kept)
 
 
-def _sink_probability(o: Operands, live: jax.Array) -> jax.Array:
-    """Probability of the sink logit, [*B, N, t], 0 in rows that attend nothing."""
-    return jnp.where(live, sink_share(o, jnp.where(live, o["lse"], 0)), 0)
-
-
 @compat.allows_rank_promotion
 @packed.splits_tangent
 def tangent(
@@ -171,7 +166,7 @@ def tangent(
         pds = w.p * ds
         dlse = pds.sum(-1)
         if "sinks" in t:
-            sink = _sink_probability(o, w.live)
+            sink = sink_probability(o, w.live)
             dlse = dlse + sink * t["sinks"].astype(dtype)[..., None]
         dout = weights_value(config, pds * w.kept, o["value"])
         dout = dout - jnp.swapaxes(dlse, -1, -2)[..., None] * o["out"].astype(dtype)
@@ -239,7 +234,7 @@ def backward(
         if "value" in shapes:
             summed["value"] = weights_query(config, w.p * w.kept, dout, kv_heads)
         if "sinks" in shapes:
-            summed["sinks"] = -(_sink_probability(o, w.live) * delta).sum(-1)
+            summed["sinks"] = -(sink_probability(o, w.live) * delta).sum(-1)
         if {"query", "key", "bias", "alibi_slopes"} & set(shapes):
             dp = query_key(config, dout, o["value"]) * w.kept
             ds = w.p * (dp - delta[..., None])

@@ -119,3 +119,8 @@ def sink_share(o: Operands, shift: jax.Array) -> jax.Array:
     """
     sink = o["sinks"].astype(shift.dtype)[..., None]
     return jnp.exp(jnp.where(sink == jnp.inf, 0, sink - shift))
+
+
+def sink_probability(o: Operands, live: jax.Array) -> jax.Array:
+    """Probability of the sink logit, [*B, N, T], 0 in rows that attend nothing."""
+    return jnp.where(live, sink_share(o, jnp.where(live, o["lse"], 0)), 0)

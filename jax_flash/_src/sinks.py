@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jax_flash._src import mask
 from jax_flash._src.config import AttentionConfig
-from jax_flash._src.scores import Operands, sink_share
+from jax_flash._src.scores import Operands, sink_probability
 
 
 def join(
@@ -83,5 +83,4 @@ def gradients_by_row(o: Operands) -> jax.Array:
     delta = jnp.swapaxes((dout * o["out"].astype(lse.dtype)).sum(-1), -1, -2)
     if "dlse" in o:
         delta = delta - jnp.where(live, o["dlse"], 0)
-    share = jnp.where(live, sink_share(o, jnp.where(live, lse, 0)), 0)
-    return -(share * delta)
+    return -(sink_probability(o, live) * delta)

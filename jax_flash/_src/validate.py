@@ -412,7 +412,7 @@ def _bound(name: str, x: Any) -> int | None:
     return x
 
 
-def _flag(name: str, x: Any) -> bool:
+def flag(name: str, x: Any) -> bool:
     x = _static(name, x)
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {x!r}")
@@ -472,7 +472,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
         check_key("dropout_key", dropout_key)
     return {
         "scale": scale,
-        "is_causal": _flag("is_causal", options["is_causal"]),
+        "is_causal": flag("is_causal", options["is_causal"]),
         "causal_alignment": alignment,
         "window_size": check_window("window_size", options["window_size"]),
         "softcap": softcap,
@@ -481,7 +481,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
             name: _bound(name, options.get(name))
             for name in ("max_seqlen_q", "max_seqlen_k")
         },
-        "deterministic": _flag("deterministic", options["deterministic"]),
+        "deterministic": flag("deterministic", options["deterministic"]),
         "precision": precision,
-        "return_lse": _flag("return_lse", options["return_lse"]),
+        "return_lse": flag("return_lse", options["return_lse"]),
     }
