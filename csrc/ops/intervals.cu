@@ -19,7 +19,8 @@ cudaError_t launch_intervals(const IntervalsParams& params, cudaStream_t stream)
   const size_t bytes = has_ids ? sizeof(IntervalRowsShared) : offsetof(IntervalRowsShared, found);
   error = launch_dependent_kernel(interval_rows_kernel, row_grid,
                                   has_ids ? kRowThreads : kIntervalRows, bytes, stream, params);
-  if (error != cudaSuccess) return error;
+  const bool has_key_tiles = !has_ids && params.row_ranges == nullptr;
+  if (error != cudaSuccess || has_key_tiles) return error;
   return launch_dependent_kernel(interval_key_tiles_kernel, key_grid, kKeyThreads, 0, stream,
                                  params);
 }

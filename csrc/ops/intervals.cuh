@@ -2,137 +2,25 @@
 //
 // Tiles of rows ask for ids of all keys, and tiles of keys for all rows, so there are three
 // kernels: ids of keys, with the smallest and the largest of each tile; rows and their tiles; tiles
-// of keys. Without ids the first two are one. Each is started while the one before still runs, for
-// whose results it waits. A warp looks for the keys of an id among the tiles of keys, 32 at a time,
-// and reads ids of those alone that may hold it. If keys of one id follow each other, that is all
-// for all rows of a tile that have this id. Otherwise a warp looks for the keys of one row after
-// the other. What the row before has found is where the next one begins; ids in no order take more
-// steps.
+// of keys. Each is started while the one before still runs, for whose results it waits. Without ids
+// the first two are one, and without a boolean mask all are: what rows see follows from numbers.
+// A warp looks for the keys of an id among the tiles of keys, 32 at a time, and reads ids of those
+// alone that may hold it. If keys of one id follow each other, that is all for all rows of a tile
+// that have this id. Otherwise a warp looks for the keys of one row after the other. What the row
+// before has found is where the next one begins; ids in no order take more steps.
 #pragma once
 
 #include <cstdint>
 
 #include "host/launch.h"
 #include "ops/block.cuh"
+#include "ops/interval_source.cuh"
 #include "ops/intervals.h"
 #include "ptx/griddepcontrol.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::ops {
-
-// A place in a packed dimension: offsets[sequence] <= place < offsets[sequence + 1].
-struct PackedPlace {
-  int sequence;  // -1: before the first; the number of sequences: after the last
-  bool inside;
-};
-
-__device__ __forceinline__ PackedPlace find_place(const int32_t* offsets, int count, int size,
-                                                  int place) {
-  int begin = 0;  // offsets before it are at most `place`
-  int end = count;
-  while (begin < end) {
-    const int middle = (begin + end) / 2;
-    if (min(max(offsets[middle], 0), size) <= place) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return {begin - 1, begin > 0 && begin < count};
-}
-
-// Where a sequence begins and ends; a range beyond the offsets reaches to the end of the dimension.
-__device__ __forceinline__ KeyInterval sequence_range(const int32_t* offsets, int count, int size,
-                                                      int sequence) {
-  const int first = sequence >= 0 ? min(max(offsets[sequence], 0), size) : 0;
-  const int end = sequence + 1 < count ? min(max(offsets[sequence + 1], 0), size) : size;
-  return {first, max(first, end)};
-}
-
-// One sequence of the mask.
-struct IntervalSource {
-  const IntervalsParams& params;
-  int sequence;
-  int rows;
-  int keys;
-  const int32_t* row_offsets;  // of packed sequences, in any memory
-  const int32_t* key_offsets;
-
-  __device__ __forceinline__ static IntervalSource make(const IntervalsParams& params,
-                                                        int sequence) {
-    const int64_t first = int64_t{sequence} * params.offsets;
-    return {params,
-            sequence,
-            __ldg(params.sizes),
-            __ldg(params.sizes + 1),
-            params.row_offsets + first,
-            params.key_offsets + first};
-  }
-
-  __device__ __forceinline__ int given_id(int key) const {
-    return __ldg(params.key_ids + int64_t{sequence} * keys + key);
-  }
-
-  // The id of a key as the kernels see it: -1 if it is dead.
-  __device__ __forceinline__ int key_id(int key) const {
-    if (key >= keys) return -1;
-    int id = 0;
-    if (params.key_ids != nullptr) id = max(given_id(key), -1);
-    if (params.key_lengths != nullptr && key >= __ldg(params.key_lengths + sequence)) id = -1;
-    if (params.key_offsets != nullptr) {
-      const PackedPlace place = find_place(key_offsets, params.offsets, keys, key);
-      const KeyInterval range = sequence_range(key_offsets, params.offsets, keys, place.sequence);
-      const bool some =
-          place.inside && key - range.first < min(range.end - range.first, params.most_keys);
-      if (!some) id = -1;
-    }
-    return id;
-  }
-
-  // The record of a row without regard to the ids of keys; empty: first >= end.
-  __device__ __forceinline__ RowRecord row(int row) const {
-    int query_length = rows;
-    int key_length = keys;
-    int start = 0;
-    int place = row;
-    if (params.row_offsets != nullptr) {
-      const PackedPlace found = find_place(row_offsets, params.offsets, rows, row);
-      const KeyInterval queries = sequence_range(row_offsets, params.offsets, rows, found.sequence);
-      const KeyInterval columns = sequence_range(key_offsets, params.offsets, keys, found.sequence);
-      place = row - queries.first;
-      start = columns.first;
-      query_length = found.inside ? min(queries.end - queries.first, params.most_queries) : 0;
-      key_length = min(columns.end - columns.first, params.most_keys);
-    } else {
-      if (params.query_lengths != nullptr) {
-        query_length = min(max(__ldg(params.query_lengths + sequence), 0), rows);
-      }
-      if (params.key_lengths != nullptr) {
-        key_length = min(max(__ldg(params.key_lengths + sequence), 0), keys);
-      }
-    }
-    const int position = place + (params.bottom_right ? key_length - query_length : 0);
-    int first = 0;
-    int end = key_length;
-    if (params.window_left != kUnbounded) first = max(first, position - params.window_left);
-    if (params.window_right != kUnbounded) end = min(end, position + params.window_right + 1);
-    if (place >= query_length) first = end = 0;
-    int id = 0;
-    if (params.row_ids != nullptr) {
-      id = row < rows ? __ldg(params.row_ids + int64_t{sequence} * rows + row) : -1;
-      if (id < 0) first = end = 0;
-    }
-    first = min(max(start + first, 0), keys);
-    end = min(max(start + end, 0), keys);
-    if (params.row_ranges != nullptr && row < rows) {
-      const int32_t* const range = params.row_ranges + 2 * (int64_t{sequence} * rows + row);
-      first = max(first, min(__ldg(range), keys));
-      end = min(end, __ldg(range + 1));
-    }
-    return {first, end, id, start + position};
-  }
-};
 
 // The smallest and the largest id of a tile of keys lie where its record has no field until
 // interval_key_tiles_kernel writes it.
@@ -405,6 +293,22 @@ __device__ __forceinline__ void write_row_tile(const IntervalsParams& params,
   if (lane_id() == 0) params.row_tiles[tile] = sum;
 }
 
+// The keys of a tile and its record, without ids, by a thread block of a thread for each key. With
+// a boolean mask interval_key_tiles_kernel finds the rows.
+__device__ __forceinline__ void write_key_tile(const IntervalSource& source, int tile,
+                                               int first_key) {
+  const IntervalsParams& params = source.params;
+  const int id = source.key_id(first_key + threadIdx.x);
+  params.keys[int64_t{tile} * kIntervalKeys + threadIdx.x] = id;
+  if (params.row_ranges != nullptr) return;
+  RowInterval rows = {0, 0};
+  if (threadIdx.x < kWarp) rows = tiles_that_meet(source, first_key);
+  const bool dead = __syncthreads_count(id < 0) != 0;
+  if (threadIdx.x != 0) return;
+  params.key_tiles[tile] = {
+      rows.first * kIntervalRows, rows.end * kIntervalRows, dead ? 1 : 0, {0, 0, 0, 0, 0}};
+}
+
 // A thread block for each tile of rows, and without ids one for each tile of keys after those.
 __global__ void __launch_bounds__(kRowThreads)
     interval_rows_kernel(const __grid_constant__ IntervalsParams params) {
@@ -431,13 +335,14 @@ __global__ void __launch_bounds__(kRowThreads)
     // Orders offsets before they are read.
     __syncthreads();
   }
-  const int place = (tile - sequence * count) * 64 + thread;
+  static_assert(kIntervalRows == kIntervalKeys, "so many threads there are without ids");
+  const int first = (tile - sequence * count) * kIntervalRows;
   if (!is_rows) {
-    params.keys[int64_t{tile} * kIntervalKeys + thread] = source.key_id(place);
+    write_key_tile(source, tile, first);
     return;
   }
   if (thread < kIntervalRows) {
-    const RowRecord record = source.row(place);
+    const RowRecord record = source.row(first + thread);
     shared.records[thread] = record;
     shared.mixed[thread] = false;
     if (has_ids) {
@@ -477,7 +382,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (thread < kWarp) write_row_tile(params, shared, tile);
 }
 
-// A warp for each tile of keys.
+// A warp for each tile of keys, with ids or a boolean mask.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_key_tiles_kernel(const __grid_constant__ IntervalsParams params) {
   ptx::griddepcontrol_launch_dependents();
