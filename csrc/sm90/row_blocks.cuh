@@ -47,10 +47,13 @@ struct RowListShared {
   uint64_t cuts[kRowListThreads + 1];  // of each tile: bit r: a document begins with row r
   int before[kRowListThreads + 1];     // the last row before the tile that a document begins with
   int warp_last[kRowListThreads / kWarp];
-  int chunk_starts[kBlocks];
-  int starts[kBlocks + 1];  // of blocks, then where the last one ends
-  int documents[kBlocks];   // how many tiles of keys the document of a block has
-  int count;                // of blocks
+  int chunk_starts[kBlocks];         // of the blocks of each chunk, as many as it may have
+  int chunk_begins[kRowListChunks];  // the number of its first block
+  int chunk_counts[kRowListChunks];
+  int chunk_stops[kRowListChunks];  // where its last block ends
+  int starts[kBlocks + 1];          // of blocks, then where the last one ends
+  int documents[kBlocks];           // how many tiles of keys the document of a block has
+  int count;                        // of blocks
 };
 
 // Finds the blocks of at most kSize rows of one sequence.
@@ -92,29 +95,34 @@ struct RowListMaker {
     bool inside = false;
     uint64_t own = 0;
     if (row <= mask.query_length) {
+      // Asked for beside the records, not after them.
+      const RowTile* const tile = mask.row_tiles + min(row, mask.query_length - 1) / kIntervalRows;
+      const int4 keys = __ldg(reinterpret_cast<const int4*>(tile));  // hull and core
+      const int dead = __ldg(&tile->dead);
       own = begins(row) ? 1 : 0;
-      if (cutting && row < mask.query_length) {
-        const RowTile& tile = mask.row_tiles[row / kIntervalRows];
-        // Otherwise all rows see some key, the same, or none does.
-        inside = tile.core_first >= tile.core_end || (tile.dead != 0 && tile.first < tile.end);
-      }
+      // Otherwise all rows see some key, the same, or none does.
+      inside = cutting && row < mask.query_length &&
+               (keys.z >= keys.w || (dead != 0 && keys.x < keys.y));
     }
-    const uint32_t all = __ballot_sync(0xffffffffu, inside);
-    constexpr int kTogether = 4;  // whose records are asked for at the same time
+    uint32_t all = __ballot_sync(0xffffffffu, inside);
 #pragma unroll 1
-    for (int group = 0; group < kWarp; group += kTogether) {
-      if ((all >> group & ((1u << kTogether) - 1)) == 0) continue;
+    while (all != 0) {
+      constexpr int kTogether = 4;  // tiles whose records are asked for at the same time
+      int tiles[kTogether];
       bool flags[2 * kTogether];
 #pragma unroll
-      for (int i = 0; i < 2 * kTogether; ++i) {
-        const int other = first + (thread - lane + group) * kIntervalRows + i * kWarp + lane;
-        flags[i] = begins(other) && other <= mask.query_length;
+      for (int i = 0; i < kTogether; ++i) {
+        tiles[i] = __ffs(all) - 1;  // -1: there are no more
+        all &= all - 1;
+        const int other = first + (thread - lane + max(tiles[i], 0)) * kIntervalRows + lane;
+        flags[2 * i] = begins(other) && other <= mask.query_length;
+        flags[2 * i + 1] = begins(other + kWarp) && other + kWarp <= mask.query_length;
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const uint32_t low = __ballot_sync(0xffffffffu, flags[2 * i]);
         const uint32_t high = __ballot_sync(0xffffffffu, flags[2 * i + 1]);
-        if (inside && lane == group + i) own = uint64_t{high} << 32 | low;
+        if (lane == tiles[i]) own = uint64_t{high} << 32 | low;
       }
     }
     return own;
@@ -135,11 +143,16 @@ struct RowListMaker {
     const int previous = __shfl_sync(0xffffffffu, running, (lane - 1) & (kWarp - 1));
     shared.cuts[thread] = own;
     if (lane == kWarp - 1) shared.warp_last[warp] = running;
-    if (thread == 0) shared.cuts[kRowListThreads] = begins(first + kRowListPiece) ? 1 : 0;
+    if (thread == 0) {
+      const int row = first + kRowListPiece;
+      shared.cuts[kRowListThreads] = row <= mask.query_length && begins(row) ? 1 : 0;
+    }
     // Orders the warps' last cuts before they are read.
     __syncthreads();
-    int before = lane == 0 ? last : max(last, previous);
-    for (int i = 0; i < warp; ++i) before = max(before, shared.warp_last[i]);
+    static_assert(kRowListThreads / kWarp <= kWarp, "a lane for each warp");
+    const unsigned others = lane < warp ? max(0, shared.warp_last[lane]) : 0;
+    int before = max(last, static_cast<int>(__reduce_max_sync(0xffffffffu, others)));
+    if (lane != 0) before = max(before, previous);
     shared.before[thread] = before;
     if (thread == kRowListThreads - 1) {
       shared.before[kRowListThreads] = max(before, shared.warp_last[warp]);
@@ -153,7 +166,8 @@ struct RowListMaker {
     const int tile = (row - first) / kIntervalRows;
     const int bit = (row - first) % kIntervalRows;
     const uint64_t cuts = shared.cuts[tile] & (~uint64_t{0} >> (63 - bit));
-    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : shared.before[tile];
+    const int before = shared.before[tile];  // asked for in any case: nothing waits for `cuts`
+    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : before;
   }
 
   // Where a block begins, whatever came before: that of the document of `row` with this row, if its
@@ -174,7 +188,7 @@ struct RowListMaker {
     return ends && (!fits || full - cut >= kLeastRest) ? full : cut;
   }
 
-  // Fills `starts` and `count`, by one warp, each lane for a chunk.
+  // Fills what is of chunks, and `count`, by one warp, each lane for a chunk.
   __device__ __forceinline__ void walk() {
     const int lane = lane_id();
     int* const own = shared.chunk_starts + lane * chunk_blocks(kSize);
@@ -189,8 +203,9 @@ struct RowListMaker {
       const int other = __shfl_sync(0xffffffffu, running, (lane - step) & (kWarp - 1));
       if (lane >= step) running += other;
     }
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) shared.starts[running - count + i] = own[i];
+    shared.chunk_begins[lane] = running - count;
+    shared.chunk_counts[lane] = count;
+    shared.chunk_stops[lane] = stop;
     if (lane == kWarp - 1) {
       shared.count = running;
       shared.starts[running] = stop;
@@ -212,23 +227,39 @@ struct RowListMaker {
 
   // Adds the blocks of the piece before those at `target`, in their order; returns how many.
   __device__ __forceinline__ int sort(RowBlock* target) {
-    const int count = shared.count;
+    const int thread = threadIdx.x;
+    constexpr int kOfChunk = kRowListThreads / kRowListChunks;  // threads
+    const int chunk = thread / kOfChunk;
+    const int* const own = shared.chunk_starts + chunk * chunk_blocks(kSize);
+    const int blocks = shared.chunk_counts[chunk];
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
-      shared.documents[i] = document(shared.starts[i], shared.starts[i + 1]);
+    for (int i = thread % kOfChunk; i < blocks; i += kOfChunk) {
+      const int stop = i + 1 < blocks ? own[i + 1] : shared.chunk_stops[chunk];
+      const int number = shared.chunk_begins[chunk] + i;
+      shared.starts[number] = own[i];
+      shared.documents[number] = document(own[i], stop);
     }
-    // Orders the lengths before they are read.
+    // Orders blocks and lengths before they are read.
     __syncthreads();
+    // Two threads find the place of a block.
+    constexpr int kTogether = kRowListThreads / 2;
+    const int count = shared.count;
+    const int side = thread % 2;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
-      const int own = shared.documents[i];
+    for (int first = 0; first < count; first += kTogether) {
+      const int i = first + thread / 2;
+      if (first + thread / kWarp * (kWarp / 2) >= count) continue;  // nothing for this warp
+      const int own_length = i < count ? shared.documents[i] : 0;
       int place = 0;
 #pragma unroll 8
-      for (int other = 0; other < count; ++other) {
-        const int document = shared.documents[other];
-        place += document > own || (document == own && other > i) ? 1 : 0;
+      for (int other = side; other < count; other += 2) {
+        const int length = shared.documents[other];
+        place += length > own_length || (length == own_length && other > i) ? 1 : 0;
       }
-      target[place - count] = {shared.starts[i], shared.starts[i + 1] - shared.starts[i]};
+      place += __shfl_xor_sync(0xffffffffu, place, 1);
+      if (side == 0 && i < count) {
+        target[place - count] = {shared.starts[i], shared.starts[i + 1] - shared.starts[i]};
+      }
     }
     return count;
   }
@@ -240,11 +271,11 @@ __global__ void __launch_bounds__(kRowListThreads)
     row_list_kernel(const __grid_constant__ MhaParams params, bool cutting) {
   extern __shared__ __align__(1024) unsigned char memory[];
   ptx::griddepcontrol_launch_dependents();
-  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
-  ptx::griddepcontrol_wait();
   const int batch = blockIdx.x;
   const IntervalMask mask = IntervalMask::make(params, batch);
   RowBlock* const list = row_list(params, batch);
+  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
+  ptx::griddepcontrol_wait();
   if (batch == 0 && threadIdx.x == 0) *params.intervals.queue = 0;
   RowListShared<kSize>& shared = *reinterpret_cast<RowListShared<kSize>*>(memory);
   RowListMaker<kSize> maker = {mask, shared, cutting};
@@ -284,10 +315,12 @@ __device__ __forceinline__ int most_row_blocks(const MhaParams& params) {
   return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(most)));
 }
 
-// The block with place `rank` in the order of its sequence; no rows: there are not so many.
-__device__ __forceinline__ RowBlock row_block_at(const MhaParams& params, int batch, int rank) {
+// The block with place `rank` in the order of its sequence; no rows: there are not so many. most:
+// that of most_row_blocks.
+__device__ __forceinline__ RowBlock row_block_at(const MhaParams& params, int batch, int rank,
+                                                 int most) {
   const RowBlock* const list = row_list(params, batch);
-  const int count = list->rows;
+  const int count = params.batch == 1 ? most : list->rows;
   if (rank >= count) return {0, 0};
   return list[row_list_entries(params.query_length) - count + rank];
 }
