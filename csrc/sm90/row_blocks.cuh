@@ -44,8 +44,10 @@ template <int kSize>
 struct RowListShared {
   static constexpr int kBlocks = kRowListChunks * chunk_blocks(kSize);
 
-  uint64_t cuts[kRowListThreads + 1];  // of each tile: bit r: a document begins with row r
-  int before[kRowListThreads + 1];     // the last row before the tile that a document begins with
+  // Of each tile of rows, and the one after them, read at once: 64 bits, the low ones first,
+  // whether a document begins with row r; the last row before the tile that one begins with; the
+  // end of the tile's hull.
+  int4 tiles[kRowListThreads + 1];
   int warp_last[kRowListThreads / kWarp];
   int chunk_starts[kBlocks];         // of the blocks of each chunk, as many as it may have
   int chunk_begins[kRowListChunks];  // the number of its first block
@@ -87,8 +89,8 @@ struct RowListMaker {
            (cutting && (live != (other.first < other.end) || (live && apart)));
   }
 
-  // Each thread finds `cuts` of one tile, a warp those of its lanes.
-  __device__ __forceinline__ uint64_t find_cuts() const {
+  // Each thread finds the cuts of one tile, a warp those of its lanes, and the end of its hull.
+  __device__ __forceinline__ uint64_t find_cuts(int& hull_end) const {
     const int thread = threadIdx.x;
     const int lane = lane_id();
     const int row = first + thread * kIntervalRows;
@@ -99,6 +101,7 @@ struct RowListMaker {
       const RowTile* const tile = mask.row_tiles + min(row, mask.query_length - 1) / kIntervalRows;
       const int4 keys = __ldg(reinterpret_cast<const int4*>(tile));  // hull and core
       const int dead = __ldg(&tile->dead);
+      hull_end = keys.y;
       own = begins(row) ? 1 : 0;
       // Otherwise all rows see some key, the same, or none does.
       inside = cutting && row < mask.query_length &&
@@ -128,12 +131,13 @@ struct RowListMaker {
     return own;
   }
 
-  // Fills `cuts` and `before`. last: before the piece.
+  // Fills `tiles`. last: before the piece.
   __device__ __forceinline__ void index_cuts(int last) {
     const int thread = threadIdx.x;
     const int lane = lane_id();
     const int warp = thread / kWarp;
-    const uint64_t own = find_cuts();
+    int hull_end = 0;
+    const uint64_t own = find_cuts(hull_end);
     int running = own != 0 ? first + thread * kIntervalRows + 63 - __clzll(own) : -1;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -141,11 +145,11 @@ struct RowListMaker {
       if (lane >= step) running = max(running, other);
     }
     const int previous = __shfl_sync(0xffffffffu, running, (lane - 1) & (kWarp - 1));
-    shared.cuts[thread] = own;
     if (lane == kWarp - 1) shared.warp_last[warp] = running;
-    if (thread == 0) {
+    int next = 0;  // whether a document begins right after the piece
+    if (thread == kRowListThreads - 1) {
       const int row = first + kRowListPiece;
-      shared.cuts[kRowListThreads] = row <= mask.query_length && begins(row) ? 1 : 0;
+      next = row <= mask.query_length && begins(row) ? 1 : 0;
     }
     // Orders the warps' last cuts before they are read.
     __syncthreads();
@@ -153,9 +157,10 @@ struct RowListMaker {
     const unsigned others = lane < warp ? max(0, shared.warp_last[lane]) : 0;
     int before = max(last, static_cast<int>(__reduce_max_sync(0xffffffffu, others)));
     if (lane != 0) before = max(before, previous);
-    shared.before[thread] = before;
+    shared.tiles[thread] = {static_cast<int>(static_cast<uint32_t>(own)),
+                            static_cast<int>(own >> 32), before, hull_end};
     if (thread == kRowListThreads - 1) {
-      shared.before[kRowListThreads] = max(before, shared.warp_last[warp]);
+      shared.tiles[kRowListThreads] = {next, 0, max(before, running), 0};
     }
     // Orders cuts before they are looked at.
     __syncthreads();
@@ -165,9 +170,11 @@ struct RowListMaker {
   __device__ __forceinline__ int last_cut(int row) const {
     const int tile = (row - first) / kIntervalRows;
     const int bit = (row - first) % kIntervalRows;
-    const uint64_t cuts = shared.cuts[tile] & (~uint64_t{0} >> (63 - bit));
-    const int before = shared.before[tile];  // asked for in any case: nothing waits for `cuts`
-    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : before;
+    const int4 words = shared.tiles[tile];
+    const uint64_t all =
+        uint64_t{static_cast<uint32_t>(words.y)} << 32 | static_cast<uint32_t>(words.x);
+    const uint64_t cuts = all & (~uint64_t{0} >> (63 - bit));
+    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : words.z;
   }
 
   // Where a block begins, whatever came before: that of the document of `row` with this row, if its
@@ -221,8 +228,11 @@ struct RowListMaker {
     if (seen.first >= seen.end) return -1;
     const int row_tiles = interval_tiles(mask.query_length);
     const KeyTile& keys = mask.key_tiles[seen.first / kIntervalKeys];
-    const RowTile& last = mask.row_tiles[max(1, min(keys.end / kIntervalRows, row_tiles)) - 1];
-    return max(0, interval_tiles(last.end) - seen.first / kIntervalKeys);
+    const int last = max(1, min(keys.end / kIntervalRows, row_tiles)) - 1;
+    const int place = last - first / kIntervalRows;  // in the piece, or outside
+    const bool is_here = place >= 0 && place < kRowListThreads;
+    const int end = is_here ? shared.tiles[place].w : mask.row_tiles[last].end;
+    return max(0, interval_tiles(end) - seen.first / kIntervalKeys);
   }
 
   // Adds the blocks of the piece before those at `target`, in their order; returns how many.
@@ -287,7 +297,7 @@ __global__ void __launch_bounds__(kRowListThreads)
     maker.end = min(maker.first + kRowListPiece, params.query_length);
     maker.index_cuts(last);
     if (threadIdx.x < kWarp) maker.walk();
-    last = shared.before[kRowListThreads];
+    last = shared.tiles[kRowListThreads].z;
     // Orders blocks before they are read.
     __syncthreads();
     total += maker.sort(list + row_list_entries(params.query_length) - total);
