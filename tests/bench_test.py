@@ -30,6 +30,7 @@ from benchmarks import (
     growing,
     memory,
     options,
+    timeline,
     timing,
 )
 from benchmarks.baselines import Cell
@@ -420,6 +421,16 @@ def test_growing_smoke(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert len(re.findall(r" \d+\.\d+", lines[-1])) == len(growing.ROWS)
+
+
+def test_timeline_smoke(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["timeline", "--smoke"])
+    timeline.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == ["segments", "varlen"]
+    assert lines[1::2] == [f"  0 kernels in {timeline.CALLS} calls"] * 2
 
 
 @pytest.fixture

@@ -146,6 +146,11 @@ LARGER: dict[str, tuple[tuple[int, int], dict[str, np.ndarray], dict[str, Any]]]
         segments(ids(2, 300, 50), ids(2, 2200, 50)),
         {"window_left": 1500, "window_right": 200},
     ),
+    "many packed": (
+        (900, 1100),
+        offsets(*[sorted(_rng.integers(0, n, 300)) for n in (900, 1100)]),
+        CAUSAL,
+    ),
     "one id, top left": (
         (700, 2200),
         segments(np.zeros((1, 700), int), np.zeros((1, 2200), int)),

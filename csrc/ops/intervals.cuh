@@ -1,132 +1,26 @@
 // The arrays of calls with intervals: what jax_flash/_src/intervals.py says, number for number.
 //
-// Three kernels, because tiles of rows ask for ids of all keys, and tiles of keys for all rows:
-// ids of keys, with the smallest and the largest of each tile; rows and their tiles; tiles of keys.
-// Each is started while the one before still runs, for whose results it waits.
-// A warp looks for the keys of a row among the tiles of keys, 32 at a time, and reads ids of those
-// alone that may hold the row's. What the row before has found is where the next one begins, so
-// that documents, sorted or not, take few steps a row; ids in no order take more.
+// Tiles of rows ask for ids of all keys, and tiles of keys for all rows, so there are three
+// kernels: ids of keys, with the smallest and the largest of each tile; rows and their tiles; tiles
+// of keys. Each is started while the one before still runs, for whose results it waits. Without ids
+// the first two are one, and without a boolean mask all are: what rows see follows from numbers.
+// A warp looks for the keys of an id among the tiles of keys, 32 at a time, and reads ids of those
+// alone that may hold it. If keys of one id follow each other, that is all for all rows of a tile
+// that have this id. Otherwise a warp looks for the keys of one row after the other. What the row
+// before has found is where the next one begins; ids in no order take more steps.
 #pragma once
 
 #include <cstdint>
 
 #include "host/launch.h"
 #include "ops/block.cuh"
+#include "ops/interval_source.cuh"
 #include "ops/intervals.h"
 #include "ptx/griddepcontrol.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::ops {
-
-// A place in a packed dimension: offsets[sequence] <= place < offsets[sequence + 1].
-struct PackedPlace {
-  int sequence;  // -1: before the first; the number of sequences: after the last
-  bool inside;
-};
-
-__device__ __forceinline__ PackedPlace find_place(const int32_t* offsets, int count, int size,
-                                                  int place) {
-  int begin = 0;  // offsets before it are at most `place`
-  int end = count;
-  while (begin < end) {
-    const int middle = (begin + end) / 2;
-    if (min(max(__ldg(offsets + middle), 0), size) <= place) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return {begin - 1, begin > 0 && begin < count};
-}
-
-// Where a sequence begins and ends; a range beyond the offsets reaches to the end of the dimension.
-__device__ __forceinline__ KeyInterval sequence_range(const int32_t* offsets, int count, int size,
-                                                      int sequence) {
-  const int first = sequence >= 0 ? min(max(__ldg(offsets + sequence), 0), size) : 0;
-  const int end = sequence + 1 < count ? min(max(__ldg(offsets + sequence + 1), 0), size) : size;
-  return {first, max(first, end)};
-}
-
-// One sequence of the mask.
-struct IntervalSource {
-  const IntervalsParams& params;
-  int sequence;
-  int rows;
-  int keys;
-
-  __device__ __forceinline__ static IntervalSource make(const IntervalsParams& params,
-                                                        int sequence) {
-    return {params, sequence, __ldg(params.sizes), __ldg(params.sizes + 1)};
-  }
-
-  __device__ __forceinline__ int given_id(int key) const {
-    return __ldg(params.key_ids + int64_t{sequence} * keys + key);
-  }
-
-  // The id of a key as the kernels see it: -1 if it is dead.
-  __device__ __forceinline__ int key_id(int key) const {
-    if (key >= keys) return -1;
-    int id = 0;
-    if (params.key_ids != nullptr) id = max(given_id(key), -1);
-    if (params.key_lengths != nullptr && key >= __ldg(params.key_lengths + sequence)) id = -1;
-    if (params.key_offsets != nullptr) {
-      const int32_t* const offsets = params.key_offsets + int64_t{sequence} * params.offsets;
-      const PackedPlace place = find_place(offsets, params.offsets, keys, key);
-      const KeyInterval range = sequence_range(offsets, params.offsets, keys, place.sequence);
-      const bool some =
-          place.inside && key - range.first < min(range.end - range.first, params.most_keys);
-      if (!some) id = -1;
-    }
-    return id;
-  }
-
-  // The record of a row without regard to the ids of keys; empty: first >= end.
-  __device__ __forceinline__ RowRecord row(int row) const {
-    int query_length = rows;
-    int key_length = keys;
-    int start = 0;
-    int place = row;
-    if (params.row_offsets != nullptr) {
-      const int64_t first = int64_t{sequence} * params.offsets;
-      const PackedPlace found = find_place(params.row_offsets + first, params.offsets, rows, row);
-      const KeyInterval queries =
-          sequence_range(params.row_offsets + first, params.offsets, rows, found.sequence);
-      const KeyInterval columns =
-          sequence_range(params.key_offsets + first, params.offsets, keys, found.sequence);
-      place = row - queries.first;
-      start = columns.first;
-      query_length = found.inside ? min(queries.end - queries.first, params.most_queries) : 0;
-      key_length = min(columns.end - columns.first, params.most_keys);
-    } else {
-      if (params.query_lengths != nullptr) {
-        query_length = min(max(__ldg(params.query_lengths + sequence), 0), rows);
-      }
-      if (params.key_lengths != nullptr) {
-        key_length = min(max(__ldg(params.key_lengths + sequence), 0), keys);
-      }
-    }
-    const int position = place + (params.bottom_right ? key_length - query_length : 0);
-    int first = 0;
-    int end = key_length;
-    if (params.window_left != kUnbounded) first = max(first, position - params.window_left);
-    if (params.window_right != kUnbounded) end = min(end, position + params.window_right + 1);
-    if (place >= query_length) first = end = 0;
-    int id = 0;
-    if (params.row_ids != nullptr) {
-      id = row < rows ? __ldg(params.row_ids + int64_t{sequence} * rows + row) : -1;
-      if (id < 0) first = end = 0;
-    }
-    first = min(max(start + first, 0), keys);
-    end = min(max(start + end, 0), keys);
-    if (params.row_ranges != nullptr && row < rows) {
-      const int32_t* const range = params.row_ranges + 2 * (int64_t{sequence} * rows + row);
-      first = max(first, min(__ldg(range), keys));
-      end = min(end, __ldg(range + 1));
-    }
-    return {first, end, id, start + position};
-  }
-};
 
 // The smallest and the largest id of a tile of keys lie where its record has no field until
 // interval_key_tiles_kernel writes it.
@@ -138,8 +32,11 @@ __device__ __forceinline__ int2 id_range(const KeyTile* tiles, int tile) {
 // A warp for each tile of keys.
 inline constexpr int kKeyThreads = 128;
 
+// With ids.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_keys_kernel(const __grid_constant__ IntervalsParams params) {
+  // In this order: the next kernel reads what this one reads, too.
+  ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int tile = blockIdx.x * (kKeyThreads / kWarp) + threadIdx.x / kWarp;
   if (tile >= params.sequences * params.key_count) return;
@@ -152,7 +49,7 @@ __global__ void __launch_bounds__(kKeyThreads)
   for (int i = 0; i < kIntervalKeys; i += kWarp) {
     const int key = first_key + i + lane_id();
     params.keys[int64_t{tile} * kIntervalKeys + i + lane_id()] = source.key_id(key);
-    if (params.key_ids == nullptr || key >= source.keys) continue;
+    if (key >= source.keys) continue;
     smallest = min(smallest, source.given_id(key));
     largest = max(largest, source.given_id(key));
   }
@@ -223,26 +120,104 @@ inline constexpr int kRowThreads = 512;
 // Of so many tiles of keys the id ranges are read once, all together.
 inline constexpr int kIdRanges = 2048;
 
+// So many offsets of packed sequences are read at once, rather than in the steps of a search.
+inline constexpr int kSharedOffsets = 256;
+
 struct IntervalRowsShared {
   RowRecord records[kIntervalRows];
   bool mixed[kIntervalRows];
-  int2 ranges[kIdRanges];  // not there if there are no ids
+  int32_t row_offsets[kSharedOffsets];
+  int32_t key_offsets[kSharedOffsets];
+  // What follows is not there if there are no ids.
+  KeyInterval found[kIntervalRows];  // what is left of the interval of a row
+  bool pending[kIntervalRows];       // unless it has to be looked for row by row
+  int2 ranges[kIdRanges];
 };
 
-// Narrows the records of `count` rows, from the first, to the keys of their ids.
+__device__ __forceinline__ KeySearch key_search(const IntervalSource& source,
+                                                const IntervalRowsShared& shared) {
+  const IntervalsParams& params = source.params;
+  return {source, params.key_tiles + int64_t{source.sequence} * params.key_count,
+          params.key_count <= kIdRanges ? shared.ranges : nullptr};
+}
+
+// Ids of a tile of rows for which a warp looks once.
+inline constexpr int kRowIds = 32;
+
+// Narrows the records of all rows whose id is one of the first kRowIds of the tile, if the keys
+// with that id follow each other. Returns whether rows of this warp's ids are left.
+__device__ __forceinline__ bool narrow_ids(const IntervalSource& source,
+                                           IntervalRowsShared& shared) {
+  constexpr unsigned kAll = 0xffffffffu;
+  static_assert(kIntervalRows == 2 * kWarp);
+  const KeySearch search = key_search(source, shared);
+  const int warp = threadIdx.x / kWarp;
+  RowRecord rows[2];  // of this lane
+  uint32_t left[2];   // rows that are still to be seen
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows[i] = shared.records[i * kWarp + lane_id()];
+    left[i] = __ballot_sync(kAll, rows[i].first < rows[i].end);
+  }
+  bool pending = false;
+#pragma unroll 1
+  for (int number = 0; (left[0] | left[1]) != 0; ++number) {
+    const bool low = left[0] != 0;
+    const int id =
+        __shfl_sync(kAll, low ? rows[0].id : rows[1].id, __ffs(low ? left[0] : left[1]) - 1);
+    bool own[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      own[i] = (left[i] >> lane_id() & 1) != 0 && (number >= kRowIds || rows[i].id == id);
+      left[i] &= ~__ballot_sync(kAll, own[i]);
+    }
+    if (number % (kRowThreads / kWarp) != warp) continue;
+    // All keys of the id that some row looks at.
+    unsigned first = kMaxLength;
+    unsigned end = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!own[i]) continue;
+      first = min(first, static_cast<unsigned>(rows[i].first));
+      end = max(end, static_cast<unsigned>(rows[i].end));
+    }
+    const int least = static_cast<int>(__reduce_min_sync(kAll, first));
+    const int most = static_cast<int>(__reduce_max_sync(kAll, end));
+    KeyInterval keys = {0, 0};
+    bool apart = number >= kRowIds;
+    if (!apart) {
+      const auto matches = [id](int other) { return other == id; };
+      const auto may_match = [id](int2 range) { return range.x <= id && id <= range.y; };
+      keys.first = search.find<false>(least, most, matches, may_match);
+      keys.end = search.find<true>(keys.first, most, matches, may_match) + 1;
+      apart = keys.end > search.find<false>(
+                             keys.first, keys.end, [id](int other) { return other != id; },
+                             [id](int2 range) { return range.x != id || range.y != id; });
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!own[i]) continue;
+      const int row = i * kWarp + lane_id();
+      shared.found[row] = {max(rows[i].first, keys.first), min(rows[i].end, keys.end)};
+      shared.pending[row] = apart;
+    }
+    pending = pending || apart;
+  }
+  return pending;
+}
+
+// Narrows the records of those of `count` rows, from the first, that are left.
 __device__ __forceinline__ void narrow_rows(const IntervalSource& source,
                                             IntervalRowsShared& shared, int first_row, int count) {
-  const IntervalsParams& params = source.params;
-  const KeySearch search = {source, params.key_tiles + int64_t{source.sequence} * params.key_count,
-                            params.key_count <= kIdRanges ? shared.ranges : nullptr};
+  const KeySearch search = key_search(source, shared);
   RowRecord before = {0, 0, -1, 0};  // of the last row that sees a key, as it was asked for
   int before_first = 0;              // and what was found
   int before_last = 0;
   bool before_mixed = false;
 #pragma unroll 1
   for (int i = first_row; i < first_row + count; ++i) {
+    if (!shared.pending[i]) continue;
     const RowRecord row = shared.records[i];
-    if (row.first >= row.end) continue;
     const int id = row.id;
     const auto matches = [id](int other) { return other == id; };
     const auto may_match = [id](int2 range) { return range.x <= id && id <= range.y; };
@@ -318,32 +293,84 @@ __device__ __forceinline__ void write_row_tile(const IntervalsParams& params,
   if (lane_id() == 0) params.row_tiles[tile] = sum;
 }
 
+// The keys of a tile and its record, without ids, by a thread block of a thread for each key. With
+// a boolean mask interval_key_tiles_kernel finds the rows.
+__device__ __forceinline__ void write_key_tile(const IntervalSource& source, int tile,
+                                               int first_key) {
+  const IntervalsParams& params = source.params;
+  const int id = source.key_id(first_key + threadIdx.x);
+  params.keys[int64_t{tile} * kIntervalKeys + threadIdx.x] = id;
+  if (params.row_ranges != nullptr) return;
+  RowInterval rows = {0, 0};
+  if (threadIdx.x < kWarp) rows = tiles_that_meet(source, first_key);
+  const bool dead = __syncthreads_count(id < 0) != 0;
+  if (threadIdx.x != 0) return;
+  params.key_tiles[tile] = {
+      rows.first * kIntervalRows, rows.end * kIntervalRows, dead ? 1 : 0, {0, 0, 0, 0, 0}};
+}
+
+// A thread block for each tile of rows, and without ids one for each tile of keys after those.
 __global__ void __launch_bounds__(kRowThreads)
     interval_rows_kernel(const __grid_constant__ IntervalsParams params) {
   IntervalRowsShared& shared = *reinterpret_cast<IntervalRowsShared*>(memory);
-  const int tile = blockIdx.x;
-  const int sequence = tile / params.row_count;
-  const IntervalSource source = IntervalSource::make(params, sequence);
-  const int thread = threadIdx.x;
+  const bool has_ids = params.key_ids != nullptr;
+  // Without ids this is the first kernel. Otherwise it starts when what the one before reads, and
+  // this one, is there.
+  if (!has_ids) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (thread < kIntervalRows) {
-    shared.records[thread] =
-        source.row((tile - sequence * params.row_count) * kIntervalRows + thread);
-    shared.mixed[thread] = false;
+  const int row_tiles = params.sequences * params.row_count;
+  const bool is_rows = static_cast<int>(blockIdx.x) < row_tiles;
+  const int tile = is_rows ? blockIdx.x : blockIdx.x - row_tiles;
+  const int count = is_rows ? params.row_count : params.key_count;
+  const int sequence = tile / count;
+  const int thread = threadIdx.x;
+  IntervalSource source = IntervalSource::make(params, sequence);
+  if (params.row_offsets != nullptr && params.offsets <= kSharedOffsets) {
+    for (int i = thread; i < params.offsets; i += blockDim.x) {
+      shared.row_offsets[i] = __ldg(source.row_offsets + i);
+      shared.key_offsets[i] = __ldg(source.key_offsets + i);
+    }
+    source.row_offsets = shared.row_offsets;
+    source.key_offsets = shared.key_offsets;
+    // Orders offsets before they are read.
+    __syncthreads();
   }
-  // Without ids nothing of the kernel before is needed, but by the one after it.
-  if (params.key_ids != nullptr) ptx::griddepcontrol_wait();
-  if (params.key_ids != nullptr && params.key_count <= kIdRanges) {
-    const KeyTile* const tiles = params.key_tiles + int64_t{sequence} * params.key_count;
-    for (int i = thread; i < params.key_count; i += kRowThreads) {
-      shared.ranges[i] = id_range(tiles, i);
+  static_assert(kIntervalRows == kIntervalKeys, "so many threads there are without ids");
+  const int first = (tile - sequence * count) * kIntervalRows;
+  if (!is_rows) {
+    write_key_tile(source, tile, first);
+    return;
+  }
+  if (thread < kIntervalRows) {
+    const RowRecord record = source.row(first + thread);
+    shared.records[thread] = record;
+    shared.mixed[thread] = false;
+    if (has_ids) {
+      shared.found[thread] = {record.first, record.end};
+      shared.pending[thread] = false;
+    }
+  }
+  if (has_ids) {
+    ptx::griddepcontrol_wait();
+    if (params.key_count <= kIdRanges) {
+      const KeyTile* const tiles = params.key_tiles + int64_t{sequence} * params.key_count;
+      for (int i = thread; i < params.key_count; i += kRowThreads) {
+        shared.ranges[i] = id_range(tiles, i);
+      }
     }
   }
   // Orders records and ranges before they are narrowed or read.
   __syncthreads();
-  if (params.key_ids != nullptr) {
-    const int count = kIntervalRows / (kRowThreads / kWarp);
-    narrow_rows(source, shared, thread / kWarp * count, count);
+  if (has_ids) {
+    const int left = __syncthreads_count(narrow_ids(source, shared));
+    if (thread < kIntervalRows && !shared.pending[thread]) {
+      shared.records[thread].first = shared.found[thread].first;
+      shared.records[thread].end = shared.found[thread].end;
+    }
+    if (left != 0) {
+      const int own = kIntervalRows / (kRowThreads / kWarp);
+      narrow_rows(source, shared, thread / kWarp * own, own);
+    }
     // Orders what was found before it is read.
     __syncthreads();
   }
@@ -353,10 +380,9 @@ __global__ void __launch_bounds__(kRowThreads)
   if (!live) record = {0, 0, -1, 0};
   params.rows[int64_t{tile} * kIntervalRows + thread] = record;
   if (thread < kWarp) write_row_tile(params, shared, tile);
-  ptx::griddepcontrol_wait();
 }
 
-// A warp for each tile of keys.
+// A warp for each tile of keys, with ids or a boolean mask.
 __global__ void __launch_bounds__(kKeyThreads)
     interval_key_tiles_kernel(const __grid_constant__ IntervalsParams params) {
   ptx::griddepcontrol_launch_dependents();

@@ -33,6 +33,16 @@ __device__ __forceinline__ int32_t atom_acquire_add(int32_t* target, int32_t val
   return before;
 }
 
+// The same without an order.
+__device__ __forceinline__ int32_t atom_relaxed_add(int32_t* target, int32_t value) {
+  int32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(target), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Counts up, and from `last` on from zero again; returns what was there. It comes behind all that
 // this thread has observed and written; what follows comes after what others did before theirs.
 __device__ __forceinline__ uint32_t atom_inc(uint32_t* target, uint32_t last) {

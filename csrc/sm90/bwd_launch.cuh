@@ -54,9 +54,12 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
     if (plan->queued) {
-      // Who adds in an order waits for the memory; the sums of a section stay in the L2.
-      const double bytes = bwd_head_bytes(params, query_heads);
-      section = std::clamp<int64_t>(static_cast<int64_t>(0.8 * l2_bytes / bytes), 1, section);
+      // Who adds in an order waits for the memory; the sums of a section, which may be wider than
+      // heads, stay in the L2. Of what both of its halves read, it holds about half of its size.
+      const double row_bytes =
+          2.0 * (params.head_dim + params.head_dim_v) + 4.0 * Config::kSumWidth;
+      const double bytes = row_bytes * query_heads * params.query_length;
+      section = std::clamp<int64_t>(static_cast<int64_t>(0.55 * l2_bytes / bytes), 1, section);
     } else {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);

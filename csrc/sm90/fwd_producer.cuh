@@ -72,7 +72,7 @@ struct FwdPlanner {
       const SectionOrder::Place place = plan.order.place_of(id, most);
       const int batch = plan.head_groups.divide(place.head);
       const int head = place.head - batch * static_cast<int>(plan.head_groups.divisor);
-      const RowBlock rows = row_block_at(params, batch, place.block);
+      const RowBlock rows = row_block_at(params, batch, place.block, most);
       if (rows.rows == 0) continue;
       FwdBlock<Config>& block = shared.blocks[ring.stage()];
       look_at_rows(params, rows, batch, block);

@@ -44,13 +44,18 @@ template <int kSize>
 struct RowListShared {
   static constexpr int kBlocks = kRowListChunks * chunk_blocks(kSize);
 
-  uint64_t cuts[kRowListThreads + 1];  // of each tile: bit r: a document begins with row r
-  int before[kRowListThreads + 1];     // the last row before the tile that a document begins with
+  // Of each tile of rows, and the one after them, read at once: 64 bits, the low ones first,
+  // whether a document begins with row r; the last row before the tile that one begins with; the
+  // end of the tile's hull.
+  int4 tiles[kRowListThreads + 1];
   int warp_last[kRowListThreads / kWarp];
-  int chunk_starts[kBlocks];
-  int starts[kBlocks + 1];  // of blocks, then where the last one ends
-  int documents[kBlocks];   // how many tiles of keys the document of a block has
-  int count;                // of blocks
+  int chunk_starts[kBlocks];         // of the blocks of each chunk, as many as it may have
+  int chunk_begins[kRowListChunks];  // the number of its first block
+  int chunk_counts[kRowListChunks];
+  int chunk_stops[kRowListChunks];  // where its last block ends
+  int starts[kBlocks + 1];          // of blocks, then where the last one ends
+  int documents[kBlocks];           // how many tiles of keys the document of a block has
+  int count;                        // of blocks
 };
 
 // Finds the blocks of at most kSize rows of one sequence.
@@ -84,48 +89,55 @@ struct RowListMaker {
            (cutting && (live != (other.first < other.end) || (live && apart)));
   }
 
-  // Each thread finds `cuts` of one tile, a warp those of its lanes.
-  __device__ __forceinline__ uint64_t find_cuts() const {
+  // Each thread finds the cuts of one tile, a warp those of its lanes, and the end of its hull.
+  __device__ __forceinline__ uint64_t find_cuts(int& hull_end) const {
     const int thread = threadIdx.x;
     const int lane = lane_id();
     const int row = first + thread * kIntervalRows;
     bool inside = false;
     uint64_t own = 0;
     if (row <= mask.query_length) {
+      // Asked for beside the records, not after them.
+      const RowTile* const tile = mask.row_tiles + min(row, mask.query_length - 1) / kIntervalRows;
+      const int4 keys = __ldg(reinterpret_cast<const int4*>(tile));  // hull and core
+      const int dead = __ldg(&tile->dead);
+      hull_end = keys.y;
       own = begins(row) ? 1 : 0;
-      if (cutting && row < mask.query_length) {
-        const RowTile& tile = mask.row_tiles[row / kIntervalRows];
-        // Otherwise all rows see some key, the same, or none does.
-        inside = tile.core_first >= tile.core_end || (tile.dead != 0 && tile.first < tile.end);
-      }
+      // Otherwise all rows see some key, the same, or none does.
+      inside = cutting && row < mask.query_length &&
+               (keys.z >= keys.w || (dead != 0 && keys.x < keys.y));
     }
-    const uint32_t all = __ballot_sync(0xffffffffu, inside);
-    constexpr int kTogether = 4;  // whose records are asked for at the same time
+    uint32_t all = __ballot_sync(0xffffffffu, inside);
 #pragma unroll 1
-    for (int group = 0; group < kWarp; group += kTogether) {
-      if ((all >> group & ((1u << kTogether) - 1)) == 0) continue;
+    while (all != 0) {
+      constexpr int kTogether = 4;  // tiles whose records are asked for at the same time
+      int tiles[kTogether];
       bool flags[2 * kTogether];
 #pragma unroll
-      for (int i = 0; i < 2 * kTogether; ++i) {
-        const int other = first + (thread - lane + group) * kIntervalRows + i * kWarp + lane;
-        flags[i] = begins(other) && other <= mask.query_length;
+      for (int i = 0; i < kTogether; ++i) {
+        tiles[i] = __ffs(all) - 1;  // -1: there are no more
+        all &= all - 1;
+        const int other = first + (thread - lane + max(tiles[i], 0)) * kIntervalRows + lane;
+        flags[2 * i] = begins(other) && other <= mask.query_length;
+        flags[2 * i + 1] = begins(other + kWarp) && other + kWarp <= mask.query_length;
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const uint32_t low = __ballot_sync(0xffffffffu, flags[2 * i]);
         const uint32_t high = __ballot_sync(0xffffffffu, flags[2 * i + 1]);
-        if (inside && lane == group + i) own = uint64_t{high} << 32 | low;
+        if (lane == tiles[i]) own = uint64_t{high} << 32 | low;
       }
     }
     return own;
   }
 
-  // Fills `cuts` and `before`. last: before the piece.
+  // Fills `tiles`. last: before the piece.
   __device__ __forceinline__ void index_cuts(int last) {
     const int thread = threadIdx.x;
     const int lane = lane_id();
     const int warp = thread / kWarp;
-    const uint64_t own = find_cuts();
+    int hull_end = 0;
+    const uint64_t own = find_cuts(hull_end);
     int running = own != 0 ? first + thread * kIntervalRows + 63 - __clzll(own) : -1;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -133,16 +145,22 @@ struct RowListMaker {
       if (lane >= step) running = max(running, other);
     }
     const int previous = __shfl_sync(0xffffffffu, running, (lane - 1) & (kWarp - 1));
-    shared.cuts[thread] = own;
     if (lane == kWarp - 1) shared.warp_last[warp] = running;
-    if (thread == 0) shared.cuts[kRowListThreads] = begins(first + kRowListPiece) ? 1 : 0;
+    int next = 0;  // whether a document begins right after the piece
+    if (thread == kRowListThreads - 1) {
+      const int row = first + kRowListPiece;
+      next = row <= mask.query_length && begins(row) ? 1 : 0;
+    }
     // Orders the warps' last cuts before they are read.
     __syncthreads();
-    int before = lane == 0 ? last : max(last, previous);
-    for (int i = 0; i < warp; ++i) before = max(before, shared.warp_last[i]);
-    shared.before[thread] = before;
+    static_assert(kRowListThreads / kWarp <= kWarp, "a lane for each warp");
+    const unsigned others = lane < warp ? max(0, shared.warp_last[lane]) : 0;
+    int before = max(last, static_cast<int>(__reduce_max_sync(0xffffffffu, others)));
+    if (lane != 0) before = max(before, previous);
+    shared.tiles[thread] = {static_cast<int>(static_cast<uint32_t>(own)),
+                            static_cast<int>(own >> 32), before, hull_end};
     if (thread == kRowListThreads - 1) {
-      shared.before[kRowListThreads] = max(before, shared.warp_last[warp]);
+      shared.tiles[kRowListThreads] = {next, 0, max(before, running), 0};
     }
     // Orders cuts before they are looked at.
     __syncthreads();
@@ -152,8 +170,11 @@ struct RowListMaker {
   __device__ __forceinline__ int last_cut(int row) const {
     const int tile = (row - first) / kIntervalRows;
     const int bit = (row - first) % kIntervalRows;
-    const uint64_t cuts = shared.cuts[tile] & (~uint64_t{0} >> (63 - bit));
-    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : shared.before[tile];
+    const int4 words = shared.tiles[tile];
+    const uint64_t all =
+        uint64_t{static_cast<uint32_t>(words.y)} << 32 | static_cast<uint32_t>(words.x);
+    const uint64_t cuts = all & (~uint64_t{0} >> (63 - bit));
+    return cuts != 0 ? first + tile * kIntervalRows + 63 - __clzll(cuts) : words.z;
   }
 
   // Where a block begins, whatever came before: that of the document of `row` with this row, if its
@@ -174,7 +195,7 @@ struct RowListMaker {
     return ends && (!fits || full - cut >= kLeastRest) ? full : cut;
   }
 
-  // Fills `starts` and `count`, by one warp, each lane for a chunk.
+  // Fills what is of chunks, and `count`, by one warp, each lane for a chunk.
   __device__ __forceinline__ void walk() {
     const int lane = lane_id();
     int* const own = shared.chunk_starts + lane * chunk_blocks(kSize);
@@ -189,8 +210,9 @@ struct RowListMaker {
       const int other = __shfl_sync(0xffffffffu, running, (lane - step) & (kWarp - 1));
       if (lane >= step) running += other;
     }
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) shared.starts[running - count + i] = own[i];
+    shared.chunk_begins[lane] = running - count;
+    shared.chunk_counts[lane] = count;
+    shared.chunk_stops[lane] = stop;
     if (lane == kWarp - 1) {
       shared.count = running;
       shared.starts[running] = stop;
@@ -206,29 +228,48 @@ struct RowListMaker {
     if (seen.first >= seen.end) return -1;
     const int row_tiles = interval_tiles(mask.query_length);
     const KeyTile& keys = mask.key_tiles[seen.first / kIntervalKeys];
-    const RowTile& last = mask.row_tiles[max(1, min(keys.end / kIntervalRows, row_tiles)) - 1];
-    return max(0, interval_tiles(last.end) - seen.first / kIntervalKeys);
+    const int last = max(1, min(keys.end / kIntervalRows, row_tiles)) - 1;
+    const int place = last - first / kIntervalRows;  // in the piece, or outside
+    const bool is_here = place >= 0 && place < kRowListThreads;
+    const int end = is_here ? shared.tiles[place].w : mask.row_tiles[last].end;
+    return max(0, interval_tiles(end) - seen.first / kIntervalKeys);
   }
 
   // Adds the blocks of the piece before those at `target`, in their order; returns how many.
   __device__ __forceinline__ int sort(RowBlock* target) {
-    const int count = shared.count;
+    const int thread = threadIdx.x;
+    constexpr int kOfChunk = kRowListThreads / kRowListChunks;  // threads
+    const int chunk = thread / kOfChunk;
+    const int* const own = shared.chunk_starts + chunk * chunk_blocks(kSize);
+    const int blocks = shared.chunk_counts[chunk];
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
-      shared.documents[i] = document(shared.starts[i], shared.starts[i + 1]);
+    for (int i = thread % kOfChunk; i < blocks; i += kOfChunk) {
+      const int stop = i + 1 < blocks ? own[i + 1] : shared.chunk_stops[chunk];
+      const int number = shared.chunk_begins[chunk] + i;
+      shared.starts[number] = own[i];
+      shared.documents[number] = document(own[i], stop);
     }
-    // Orders the lengths before they are read.
+    // Orders blocks and lengths before they are read.
     __syncthreads();
+    // Two threads find the place of a block.
+    constexpr int kTogether = kRowListThreads / 2;
+    const int count = shared.count;
+    const int side = thread % 2;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kRowListThreads) {
-      const int own = shared.documents[i];
+    for (int first = 0; first < count; first += kTogether) {
+      const int i = first + thread / 2;
+      if (first + thread / kWarp * (kWarp / 2) >= count) continue;  // nothing for this warp
+      const int own_length = i < count ? shared.documents[i] : 0;
       int place = 0;
 #pragma unroll 8
-      for (int other = 0; other < count; ++other) {
-        const int document = shared.documents[other];
-        place += document > own || (document == own && other > i) ? 1 : 0;
+      for (int other = side; other < count; other += 2) {
+        const int length = shared.documents[other];
+        place += length > own_length || (length == own_length && other > i) ? 1 : 0;
       }
-      target[place - count] = {shared.starts[i], shared.starts[i + 1] - shared.starts[i]};
+      place += __shfl_xor_sync(0xffffffffu, place, 1);
+      if (side == 0 && i < count) {
+        target[place - count] = {shared.starts[i], shared.starts[i + 1] - shared.starts[i]};
+      }
     }
     return count;
   }
@@ -240,11 +281,11 @@ __global__ void __launch_bounds__(kRowListThreads)
     row_list_kernel(const __grid_constant__ MhaParams params, bool cutting) {
   extern __shared__ __align__(1024) unsigned char memory[];
   ptx::griddepcontrol_launch_dependents();
-  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
-  ptx::griddepcontrol_wait();
   const int batch = blockIdx.x;
   const IntervalMask mask = IntervalMask::make(params, batch);
   RowBlock* const list = row_list(params, batch);
+  // For the arrays, and for whatever else the main kernel needs, which waits for this one alone.
+  ptx::griddepcontrol_wait();
   if (batch == 0 && threadIdx.x == 0) *params.intervals.queue = 0;
   RowListShared<kSize>& shared = *reinterpret_cast<RowListShared<kSize>*>(memory);
   RowListMaker<kSize> maker = {mask, shared, cutting};
@@ -256,7 +297,7 @@ __global__ void __launch_bounds__(kRowListThreads)
     maker.end = min(maker.first + kRowListPiece, params.query_length);
     maker.index_cuts(last);
     if (threadIdx.x < kWarp) maker.walk();
-    last = shared.before[kRowListThreads];
+    last = shared.tiles[kRowListThreads].z;
     // Orders blocks before they are read.
     __syncthreads();
     total += maker.sort(list + row_list_entries(params.query_length) - total);
@@ -284,10 +325,12 @@ __device__ __forceinline__ int most_row_blocks(const MhaParams& params) {
   return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(most)));
 }
 
-// The block with place `rank` in the order of its sequence; no rows: there are not so many.
-__device__ __forceinline__ RowBlock row_block_at(const MhaParams& params, int batch, int rank) {
+// The block with place `rank` in the order of its sequence; no rows: there are not so many. most:
+// that of most_row_blocks.
+__device__ __forceinline__ RowBlock row_block_at(const MhaParams& params, int batch, int rank,
+                                                 int most) {
   const RowBlock* const list = row_list(params, batch);
-  const int count = list->rows;
+  const int count = params.batch == 1 ? most : list->rows;
   if (rank >= count) return {0, 0};
   return list[row_list_entries(params.query_length) - count + rank];
 }

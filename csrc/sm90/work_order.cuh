@@ -113,9 +113,10 @@ inline cudaLaunchAttribute after_work_order() {
 }
 __device__ __forceinline__ void wait_for_work_order() { ptx::griddepcontrol_wait(); }
 
-// The number of the next block of work, for the first lane.
+// The number of the next block of work, for the first lane. What the order says was there before
+// the first one was taken, so nothing has to be ordered, and what the L1 has of it stays.
 __device__ __forceinline__ int take_work(const MhaParams& params) {
-  return ptx::atom_acquire_add(params.intervals.queue, 1);
+  return ptx::atom_relaxed_add(params.intervals.queue, 1);
 }
 
 // The block of keys with place `rank` in the order of its sequence.

@@ -22,10 +22,11 @@ from jax_flash import mha
 CALLS = 12
 SPEC = specs.Spec(3, 200, 1000, 8, 2, 128)
 SHORT = 5  # queries of a second call, which splits its keys
+SOFTCAP = 3.0  # of a third one, whose kernels have intervals
 
 
 def program(query: Any, key: Any, value: Any, dout: Any, lengths: Any) -> Any:
-    """Two calls and a gradient with operations around them."""
+    """Three calls and a gradient with operations around them."""
     options: dict[str, Any] = {
         "key_value_seq_lengths": lengths,
         "is_causal": True,
@@ -35,7 +36,9 @@ def program(query: Any, key: Any, value: Any, dout: Any, lengths: Any) -> Any:
     doubled = query + query
     first, vjp = jax.vjp(lambda *x: mha(*x, **options), doubled, key, value)
     gradients = vjp((dout, jax.numpy.zeros_like(first[1])))
-    return first, mha(doubled[:, :SHORT], key, value, **options), gradients
+    short = mha(doubled[:, :SHORT], key, value, **options)
+    capped = mha(doubled, key, value, softcap=SOFTCAP, **options)
+    return (first, short, capped), gradients
 
 
 def main() -> None:
@@ -64,11 +67,13 @@ def main() -> None:
         query, key, value, dout = (np.asarray(x) for x in device)
         query = query + query
         given = {"key_value_seq_lengths": values, "is_causal": True}
-        gradients = tuple(np.asarray(x) for x in results[2])
+        gradients = tuple(np.asarray(x) for x in results[1])
         assert_gradients(gradients, Problem((query, key, value), given, dout))
-        for rows, result in zip((query, query[:, :SHORT]), results[:2], strict=True):
+        capped = given | {"softcap": SOFTCAP}
+        calls = (query, given), (query[:, :SHORT], given), (query, capped)
+        for (rows, own), result in zip(calls, results[0], strict=True):
             out, lse = (np.asarray(x) for x in result)
-            assert_result((out, lse), ((rows, key, value), given))
+            assert_result((out, lse), ((rows, key, value), own))
         del results
     print("correct calls:", CALLS)
 

@@ -77,3 +77,46 @@ def test_more_rows_than_a_piece_of_the_list() -> None:
         rtol=2.0**-7,
         atol=2.0**-7,
     )
+
+
+def test_masks_are_there_before_they_are_read() -> None:
+    """Offsets and ids are made right before the calls, whose kernels start early."""
+    length, width, count = 3000, 64, 6
+    keys = jax.random.split(jax.random.key(0), 3)
+    tensors = [jax.random.normal(key, (length, 2, width)) for key in keys]
+    query, key, value = (x.astype(jnp.bfloat16) for x in tensors)
+    options: dict[str, Any] = {"is_causal": True, "implementation": "cuda"}
+
+    def packed(query: Any, offsets: Any) -> jax.Array:
+        return mha_varlen(query, key, value, offsets, **options)
+
+    def segments(query: Any, offsets: Any) -> jax.Array:
+        ids = (jnp.arange(length)[:, None] >= offsets[1:]).sum(-1, dtype=jnp.int32)
+        given = {"q_segment_ids": ids[None], "kv_segment_ids": ids[None]}
+        return mha(query[None], key[None], value[None], **given, **options)[0]
+
+    def next_offsets(out: Any, i: int) -> jax.Array:
+        # Long to make, and of what the call before has written.
+        noise = jnp.abs(jnp.sin(out.astype(jnp.float32) * (i + 1))).sum((1, 2))
+        cuts = jnp.argsort(noise)[: 7 + i].astype(jnp.int32)
+        return jnp.sort(jnp.concatenate([cuts, jnp.array([0, length], jnp.int32)]))
+
+    @jax.jit
+    def chain(query: Any) -> list[tuple[jax.Array, jax.Array]]:
+        found, out = [], query
+        for i in range(count):
+            offsets = next_offsets(out, i)
+            out = (packed if i % 2 == 0 else segments)(query, offsets)
+            found.append((offsets, out))
+        return found
+
+    alone = [jax.jit(f) for f in (packed, segments)]
+    runs = [chain(query) for _ in range(20)]
+    for i, (offsets, out) in enumerate(runs[0]):
+        expected = alone[i % 2](query, jax.block_until_ready(offsets))
+        for run in runs:
+            np.testing.assert_array_equal(run[i][0], offsets)
+            np.testing.assert_array_equal(
+                np.asarray(run[i][1], np.float32), np.asarray(expected, np.float32)
+            )
+        assert np.isfinite(np.asarray(out, np.float32)).all()

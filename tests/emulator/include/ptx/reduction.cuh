@@ -22,6 +22,9 @@ inline int32_t atom_acquire_add(int32_t* target, int32_t value) {
   *target += value;
   return before;
 }
+inline int32_t atom_relaxed_add(int32_t* target, int32_t value) {
+  return atom_acquire_add(target, value);
+}
 inline uint32_t atom_inc(uint32_t* target, uint32_t last) {
   const uint32_t before = *target;
   *target = before >= last ? 0 : before + 1;
