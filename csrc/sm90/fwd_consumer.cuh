@@ -199,7 +199,7 @@ struct FwdConsumer {
   __device__ __forceinline__ void add_bias(float factor) {
     const uint32_t row = tiles + Config::kBiasOffset + warpgroup * Config::kBiasTileBytes +
                          warp_row() * Config::kBiasRowBytes;
-    Dense::take_bias(s, factor, params, shared, warpgroup, key_ring.count(), row);
+    dense.take_bias(s, factor, params, shared, warpgroup, key_ring.count(), row);
   }
 
   // Exponentials of a tile. careful: as for `step`; its scores are logits. is_inside: as for
@@ -218,7 +218,7 @@ struct FwdConsumer {
   // Lets the keys of a tile pass, and the biases.
   __device__ __forceinline__ void skip_keys() {
     if constexpr (Config::kDense) {
-      Dense::pass_bias(params, shared, warpgroup, key_ring.count());
+      dense.pass_bias(params, shared, warpgroup, key_ring.count());
       dense.load(params, shared, key_ring.count());
     }
     take_turn();
@@ -556,6 +556,7 @@ struct FwdConsumer {
 #pragma unroll
     for (int i = 0; i < kOuts; ++i) out[i] = 0.0f;
     softmax.init();
+    if constexpr (Config::kDense) dense.begin();
     if (warpgroup == Config::kWarpgroups - 1) pass_turn();
     while (true) {
       ptx::mbarrier_wait(

@@ -33,13 +33,20 @@ struct FwdDense {
   using Bits = FwdBitMaker<Config::kKeys>;
 
   FwdTileBits bits;
+  // Of the thread block's; a value that is known to be uniform. Of addresses of barriers that are
+  // not, the compiler thinks that a warp may part at the wait, and from there on every descriptor
+  // of a product goes through the lanes' registers.
+  int warp;
+
+  __device__ __forceinline__ void begin() {
+    warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  }
 
   // Of the `count`-th tile. Before the wait for its scores, beside the products.
   __device__ __forceinline__ void load(const MhaFwdParams& params, FwdShared<Config>& shared,
                                        uint32_t count) {
     if (!Config::kFeedsBits || !has_bits(params)) return;
     const int stage = count % FwdShared<Config>::kBitStages;
-    const int warp = threadIdx.x / 32;
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_full[stage][warp]),
                        count / FwdShared<Config>::kBitStages % 2);
     bits = shared.bits[stage][threadIdx.x];
@@ -49,10 +56,9 @@ struct FwdDense {
 
   // Logits: scores times `factor`, and the bias that is in shared memory from `row` on, the warp's
   // first, if there is one. Of the `count`-th tile.
-  static __device__ __forceinline__ void take_bias(float (&s)[kScores], float factor,
-                                                   const MhaFwdParams& params,
-                                                   FwdShared<Config>& shared, int warpgroup,
-                                                   uint32_t count, uint32_t row) {
+  __device__ __forceinline__ void take_bias(float (&s)[kScores], float factor,
+                                            const MhaFwdParams& params, FwdShared<Config>& shared,
+                                            int warpgroup, uint32_t count, uint32_t row) const {
     const int share = bias_share(warpgroup);
     const BiasView& bias = params.intervals.bias;
     if (bias.data == nullptr) return;
@@ -64,9 +70,8 @@ struct FwdDense {
     }
   }
   // Lets the biases of a tile pass.
-  static __device__ __forceinline__ void pass_bias(const MhaFwdParams& params,
-                                                   FwdShared<Config>& shared, int warpgroup,
-                                                   uint32_t count) {
+  __device__ __forceinline__ void pass_bias(const MhaFwdParams& params, FwdShared<Config>& shared,
+                                            int warpgroup, uint32_t count) const {
     const BiasView& bias = params.intervals.bias;
     if (bias.data == nullptr) return;
     const int share = bias_share(warpgroup);
@@ -141,8 +146,8 @@ struct FwdDense {
   }
 
   // See FwdDenseShared.
-  static __device__ __forceinline__ int bias_share(int warpgroup) {
-    return Config::kFeeders == 1 ? warpgroup : threadIdx.x / 32;
+  __device__ __forceinline__ int bias_share(int warpgroup) const {
+    return Config::kFeeders == 1 ? warpgroup : warp;
   }
 
   // Calls add() when the biases are there, at a parity.

@@ -34,15 +34,11 @@ struct FwdFeeder {
   const MhaFwdParams& params;
   Shared& shared;
   uint32_t tiles;  // shared address of the first query stage
+  int number;      // among the feeders; known to be uniform
 
   // The same number, with what follows from it computed anew: registers are few.
   static __device__ __forceinline__ int fresh(int x) {
     return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(x)));
-  }
-
-  // Its number among the feeders.
-  static __device__ __forceinline__ int number() {
-    return Config::kFeeders == 1 ? 0 : fresh(threadIdx.x / 32 % 4);
   }
 
   // Whether warpgroup `w` passes over tile `tile`.
@@ -57,7 +53,7 @@ struct FwdFeeder {
     tile = fresh(tile);
     const int lane = fresh(lane_id());
     const int stage = count % Shared::kBitStages;
-    const int warp = 4 * w + number();
+    const int warp = 4 * w + number;
     const bool passed = passes(block, w, tile);
     const bool masks = !passed && params.intervals.mask.data != nullptr;
     const int row = block.first_row + 16 * warp + lane / 4;
@@ -142,7 +138,7 @@ struct FwdFeeder {
           for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
             for (int w = 0; w < Config::kWarpgroups; ++w) {
-              const int share = Config::kFeeders * w + number();
+              const int share = Config::kFeeders * w + number;
               ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[share]),
                                  (two ? part : count % 2) ^ 1);
               copy_bias(block, share, tile, part);
