@@ -73,11 +73,15 @@ struct FwdFeeder {
 #pragma unroll
         for (int h = 0; h < 2; ++h) bits.seen[h] = seen[h];
       }
-      if (params.intervals.dropout != 0) {
-        uint32_t kept[2];
-        Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
-        bits.kept[0] = kept[0];
-        bits.kept[1] = kept[1];
+      if constexpr (Config::kFedDraws > 0) {
+        if (params.intervals.dropout != 0) {
+          constexpr int kBeside = Config::kFedDraws % 2 == 0 ? 2 : 1;
+          uint32_t kept[2];
+          Bits::template draw<kBeside, 0, Config::kFedDraws>(block, row, tile * Config::kKeys,
+                                                             kept);
+          bits.kept[0] = kept[0];
+          bits.kept[1] = kept[1];
+        }
       }
     }
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_full[stage][warp]));
@@ -128,7 +132,7 @@ struct FwdFeeder {
       int tile = block.last_tile;
 #pragma unroll 1
       while (block.last_tile - tile < block.tiles) {
-        if (Config::kFeedsBits && has_bits(params)) {
+        if (feeds_bits<Config>(params)) {
 #pragma unroll 1
           for (int w = 0; w < Config::kWarpgroups; ++w) make_bits(block, w, tile, count);
         }
