@@ -62,9 +62,9 @@ struct FwdConsumer {
   FwdLogits<Config> logits;  // of the block at work; with kOptions
   Dense dense;               // of the tile at work
 
-  // With kDense little is kept: registers are few.
   __device__ __forceinline__ int fresh_warpgroup() const {
-    return Config::kDense ? static_cast<int>(ptx::fresh_address(warpgroup)) : warpgroup;
+    if constexpr (!Config::kDense) return warpgroup;
+    return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // few registers
   }
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
