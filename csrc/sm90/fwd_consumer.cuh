@@ -279,7 +279,7 @@ struct FwdConsumer {
       loads = load_mask<!kClean>(block, tile);
     }
     if (!careful) {
-      dense.load_and_draw(params, shared, key_ring.count(), block, head_row(block), tile);
+      dense.load_and_draw(params, shared, key_ring, block, head_row(block), tile);
     }
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);

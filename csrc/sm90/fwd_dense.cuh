@@ -51,12 +51,13 @@ struct FwdDense {
     add_own(own);
   }
   // Both, the draws first: feeders may still be at work.
+  template <typename Ring>
   __device__ __forceinline__ void load_and_draw(const MhaFwdParams& params,
-                                                FwdShared<Config>& shared, uint32_t count,
+                                                FwdShared<Config>& shared, const Ring& keys,
                                                 const FwdDenseBlock& block, int row, int tile) {
     uint32_t own[2] = {0, 0};
     draw_own(own, params, block, row, tile);
-    load(params, shared, count);
+    load(params, shared, keys.count());
     add_own(own);
   }
 
@@ -292,9 +293,10 @@ struct FwdDense<Config, false> {
                                                bool, float (&tile_sum)[2]) const {
     return softmax.exponentials(s, params.scale, tile_sum);
   }
+  template <typename Ring>
   __device__ __forceinline__ void load_and_draw(const MhaFwdParams&, const FwdShared<Config>&,
-                                                uint32_t, const FwdBlock<Config>&, int, int) const {
-  }
+                                                const Ring&, const FwdBlock<Config>&, int,
+                                                int) const {}
   __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&,
                                        const FwdBlock<Config>&, int, int) const {}
   __device__ __forceinline__ void drop_late(uint32_t (&)[kWords], const MhaFwdParams&) const {}
