@@ -1,4 +1,4 @@
-// With kDense, beside the producer: copies biases, reads masks of bits, draws dropout.
+// With kDense, beside the producer: copies biases, reads masks of bits, draws a part of dropout.
 #pragma once
 
 #include <cstdint>
