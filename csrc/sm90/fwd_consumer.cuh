@@ -37,8 +37,7 @@ struct FwdConsumer {
   using Shared = FwdShared<Config>;
   using Dense = FwdDense<Config, Config::kDense>;
   static constexpr int kScores = Config::kKeys / 2;
-  // Clean tiles may have options, too.
-  static constexpr bool kLogits = Config::kOptions && !Config::kDense;
+  static constexpr bool kLogits = Config::kOptions && !Config::kDense;  // of clean tiles, too
   static constexpr int kOuts = Config::kHeadDimV / 2;
   // A block's first step has a body of its own; what masks need is asked for before the turn comes.
   static constexpr bool kQuickStart = Config::kIntervals && !Config::kDense && !Config::kOneBody;
@@ -63,6 +62,10 @@ struct FwdConsumer {
   FwdLogits<Config> logits;  // of the block at work; with kOptions
   Dense dense;               // of the tile at work
 
+  __device__ __forceinline__ int fresh_warpgroup() const {
+    if constexpr (!Config::kDense) return warpgroup;
+    return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // few registers
+  }
   __device__ __forceinline__ int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   }
@@ -212,7 +215,7 @@ struct FwdConsumer {
                                    is_inside);
       }
     }
-    return softmax.exponentials(s, params.scale, tile_sum);
+    return dense.exponentials(s, softmax, params, careful, tile_sum);
   }
 
   // Lets the keys of a tile pass, and the biases.
@@ -259,6 +262,7 @@ struct FwdConsumer {
     MaskLoads loads{};
     if constexpr (kQuickStart && !kClean) loads.ask(block, tile, warpgroup, head_row(block));
     issue(previous, fresh, [&] {
+      dense.drop_late(p, params);
       if constexpr (kLogits) {
         if (!careful) watching = logits.is_special(softmax.watching, tile * Config::kKeys);
       }
@@ -274,8 +278,8 @@ struct FwdConsumer {
                (Config::kMasksClean && tile < block.full_first[warpgroup])) {
       loads = load_mask<!kClean>(block, tile);
     }
-    if constexpr (Config::kDense) {
-      if (!careful) dense.load(params, shared, key_ring.count());
+    if (!careful) {
+      dense.load_and_draw(params, shared, key_ring, block, head_row(block), tile);
     }
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);
@@ -299,7 +303,7 @@ struct FwdConsumer {
       loads.mask.apply(s);
     } else if constexpr (Config::kDense) {
       if constexpr (Config::kBiasClean) add_bias(plan.logit_scale);
-      dense.hide(s, params, block, head_row(block), tile);
+      if constexpr (!Dense::kHidesBeside) dense.hide(s, params, block, head_row(block), tile);
     }
     if constexpr (kBegins) {
       finish_products(previous);
@@ -335,6 +339,7 @@ struct FwdConsumer {
       scale_out(factor);
     }
     if constexpr (!Config::kDense) finish_step(tile_sum);
+    if (careful) dense.draw(params, block, head_row(block), tile);
     dense.drop(p, params, block, head_row(block), tile);
     if constexpr (Config::kIntervals) {
       if (loads.dead_keys != 0) clear_dead_values(block, tile);
@@ -383,6 +388,7 @@ struct FwdConsumer {
       if constexpr (kLogits) {
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
+      if constexpr (Dense::kHidesBeside) dense.hide(s, params, block, head_row(block), tile);
       moved = softmax.template follow_maximum<false>(s, params.scale, factor);
       if (softmax.exponentials(s, params.scale, tile_sum)) left = Left::kRange;
     }
@@ -429,13 +435,13 @@ struct FwdConsumer {
     clear_dead_rows<Config>(value_tile(), block, block.key_of(tile), 5 + warpgroup);
   }
 
-  // Normalisation of the rows of block `number`, which is finished; the storer warp gets what lse
-  // needs.
+  // Normalisation of the rows of block `number`; the storer warp gets what lse needs.
   __device__ __forceinline__ void finish_rows(int number) {
     if constexpr (Config::kDense) number = static_cast<int>(ptx::fresh_address(number));
     const FwdBlock<Config>& block = shared.blocks[number % Shared::kBlockSlots];
     const int row = 64 * warpgroup + warp_row() + fragment_row();
-    ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[warpgroup]), (number + 1) % 2);
+    ptx::mbarrier_wait(ptx::shared_address(&shared.rows_empty[fresh_warpgroup()]),
+                       (number + 1) % 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse[h] = softmax.finish(h);
@@ -488,7 +494,7 @@ struct FwdConsumer {
   }
 
   __device__ __forceinline__ void finish_store(int slot) {
-    ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[warpgroup]));
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.rows_full[fresh_warpgroup()]));
     __syncwarp();
     warp_arrive(shared.block_empty[slot]);
   }
@@ -501,7 +507,8 @@ struct FwdConsumer {
       for (const int start = block.start[warpgroup]; tile > start; --tile) skip_keys();
     }
     const int clean_first = block.clean_first[warpgroup];
-    const int clean_end = block.clean_end[warpgroup];
+    const int kept_end = block.clean_end[warpgroup];
+    const auto clean_end = [&] { return Config::kDense ? block.clean_end[warpgroup] : kept_end; };
     bool first = true;
     float tile_sum[2];
     if constexpr (kQuickStart) {
@@ -518,12 +525,14 @@ struct FwdConsumer {
     while (tile >= lowest()) {
       Left left = Left::kNothing;
       if constexpr (Config::kOneBody) {
-        left = step(block, tile, tile >= clean_end || tile < clean_first, first, fresh, tile_sum);
+        left = step(block, tile, tile >= clean_end() || tile < clean_first, first, fresh, tile_sum);
         fresh = first;
         first = false;
       } else {
+        const bool below = Config::kDense && tile < clean_end();
 #pragma unroll 1
-        for (; tile < clean_end && tile >= clean_first; tile = next(tile)) {
+        for (; (Config::kDense ? below : tile < clean_end()) && tile >= clean_first;
+             tile = next(tile)) {
           left = step(block, tile, std::false_type(), false, fresh, tile_sum);
           fresh = false;
           if (left != Left::kNothing) [[unlikely]]
@@ -559,7 +568,7 @@ struct FwdConsumer {
     if (warpgroup == Config::kWarpgroups - 1) pass_turn();
     while (true) {
       ptx::mbarrier_wait(
-          ptx::shared_address(&shared.query_full[blocks % Config::kQueryStages][warpgroup]),
+          ptx::shared_address(&shared.query_full[blocks % Config::kQueryStages][fresh_warpgroup()]),
           blocks / Config::kQueryStages % 2);
       const FwdBlock<Config>& block = shared.blocks[blocks % Shared::kBlockSlots];
       if (block.tiles < 0) break;
@@ -573,6 +582,7 @@ struct FwdConsumer {
     if (pending) {
       ptx::mbarrier_wait(ptx::shared_address(&shared.value_full[value_ring.stage()]),
                          value_ring.parity());
+      dense.drop_late(p, params);
       ptx::wgmma_fence();
       issue_values(!fresh);
       ptx::wgmma_commit_group();

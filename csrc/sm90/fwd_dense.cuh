@@ -22,7 +22,8 @@
 namespace jax_flash::sm90 {
 
 // Of one thread, for one key tile. Feeders (FwdFeeder) leave its biases in shared memory and, with
-// kFeedsBits, what the mask and dropout say; where not, that is found where it is used.
+// kFeedsBits, what the mask says and a part of the draws for dropout; where not, that is found
+// where it is used.
 template <typename Config, bool kDense>
 struct FwdDense {
   static constexpr int kScores = Config::kKeys / 2;
@@ -30,16 +31,42 @@ struct FwdDense {
   // Masks of bounds are made before the wait for the scores.
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
 
+  // The mask of a clean tile is applied beside its exponentials, which leave that pipe to others.
+  static constexpr bool kHidesBeside = Config::kFeedsBits;
+  // Dropout is applied beside the next tile's first product.
+  static constexpr bool kDropsLate = Config::kFeedsBits;
+
   using Bits = FwdBitMaker<Config::kKeys>;
 
-  FwdTileBits bits;
+  FwdTileBits bits{};
 
-  // Of the `count`-th tile. Before the wait for its scores, beside the products.
+  // Draws that feeders leave to consumers.
+  static constexpr int kOwnDraws = Config::kFeedsBits ? Bits::kDraws - Config::kFedDraws : 0;
+
+  // Draws them, of a tile for which `load` was called.
+  __device__ __forceinline__ void draw(const MhaFwdParams& params, const FwdDenseBlock& block,
+                                       int row, int tile) {
+    uint32_t own[2] = {0, 0};
+    draw_own(own, params, block, row, tile);
+    add_own(own);
+  }
+  // Both, the draws first: feeders may still be at work.
+  template <typename Ring>
+  __device__ __forceinline__ void load_and_draw(const MhaFwdParams& params,
+                                                FwdShared<Config>& shared, const Ring& keys,
+                                                const FwdDenseBlock& block, int row, int tile) {
+    uint32_t own[2] = {0, 0};
+    draw_own(own, params, block, row, tile);
+    load(params, shared, keys.count());
+    add_own(own);
+  }
+
+  // What feeders have for the `count`-th tile.
   __device__ __forceinline__ void load(const MhaFwdParams& params, FwdShared<Config>& shared,
                                        uint32_t count) {
-    if (!Config::kFeedsBits || !has_bits(params)) return;
+    if (!feeds_bits<Config>(params)) return;
+    const int warp = uniform_warp();
     const int stage = count % FwdShared<Config>::kBitStages;
-    const int warp = threadIdx.x / 32;
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_full[stage][warp]),
                        count / FwdShared<Config>::kBitStages % 2);
     bits = shared.bits[stage][threadIdx.x];
@@ -87,11 +114,20 @@ struct FwdDense {
         bits.seen[h] = Bits::lane_bits(words);
       }
     }
-    if (!__any_sync(0xffffffffu, (bits.seen[0] & bits.seen[1]) != 0xffffffffu)) return;
-    FwdMask<Config::kKeys> mask;
-    mask.seen[0] = bits.seen[0];
-    mask.seen[1] = bits.seen[1];
-    mask.apply(s);
+    if (any_hidden()) mask().apply(s);
+  }
+
+  // Exponentials of a tile, by RowSoftmax. careful: as for the consumer's step.
+  template <typename Softmax>
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores], const Softmax& softmax,
+                                               const MhaFwdParams& params, bool careful,
+                                               float (&tile_sum)[2]) const {
+    if constexpr (kHidesBeside) {
+      if (!careful && params.intervals.mask.data != nullptr && any_hidden()) {
+        return softmax.masked_exponentials(s, mask(), params.scale, tile_sum);
+      }
+    }
+    return softmax.exponentials(s, params.scale, tile_sum);
   }
 
   // What softmax is taken of, of a clean tile's `row` and `key`: as the mask has it, and with the
@@ -118,11 +154,43 @@ struct FwdDense {
   // Zeros in place of the packed probabilities that dropout drops.
   __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], const MhaFwdParams& params,
                                        const FwdDenseBlock& block, int row, int tile) {
-    if (params.intervals.dropout == 0) return;
-    if constexpr (!Config::kFeedsBits) {
+    if constexpr (!kDropsLate) {
+      if (params.intervals.dropout == 0) return;
       ptx::forget_memory();
-      Bits::template draw<1>(block, fresh(row), tile * Config::kKeys, bits.kept);
+      Bits::template draw<1, 0, Bits::kDraws>(block, fresh(row), tile * Config::kKeys, bits.kept);
+      clear(p);
     }
+  }
+  // The same with kDropsLate.
+  __device__ __forceinline__ void drop_late(uint32_t (&p)[kScores / 2],
+                                            const MhaFwdParams& params) const {
+    if constexpr (kDropsLate) {
+      if (params.intervals.dropout != 0) clear(p);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void draw_own(uint32_t (&own)[2], const MhaFwdParams& params,
+                                                  const FwdDenseBlock& block, int row, int tile) {
+    if constexpr (kOwnDraws > 0) {
+      constexpr int kBeside = kOwnDraws % 2 == 0 ? 2 : 1;
+      if (params.intervals.dropout != 0) {
+        Bits::template draw<kBeside, Config::kFedDraws, Bits::kDraws>(block, row,
+                                                                      tile * Config::kKeys, own);
+      }
+    }
+  }
+  __device__ __forceinline__ void add_own(const uint32_t (&own)[2]) {
+    if constexpr (kOwnDraws > 0) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t fed = Config::kFedDraws > 0 ? bits.kept[e] >> 2 * kOwnDraws : 0;
+        bits.kept[e] = fed | own[e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void clear(uint32_t (&p)[kScores / 2]) const {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const uint32_t words[2] = {bits.kept[0] << (kTiles - 1 - i),
@@ -134,7 +202,20 @@ struct FwdDense {
     }
   }
 
- private:
+  __device__ __forceinline__ FwdMask<Config::kKeys> mask() const {
+    return {{bits.seen[0], bits.seen[1]}};
+  }
+  __device__ __forceinline__ bool any_hidden() const {
+    return __any_sync(0xffffffffu, (bits.seen[0] & bits.seen[1]) != 0xffffffffu);
+  }
+
+  // This warp's number in the thread block, known to be uniform. Where the address of a barrier is
+  // not, ptxas thinks that a warp may part at the wait, and from there on every descriptor of a
+  // product goes through the lanes' registers.
+  static __device__ __forceinline__ int uniform_warp() {
+    return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  }
+
   // Computed anew: registers are few.
   static __device__ __forceinline__ int fresh(int row) {
     return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(row)));
@@ -142,7 +223,7 @@ struct FwdDense {
 
   // See FwdDenseShared.
   static __device__ __forceinline__ int bias_share(int warpgroup) {
-    return Config::kFeeders == 1 ? warpgroup : threadIdx.x / 32;
+    return Config::kFeeders == 1 ? warpgroup : uniform_warp();
   }
 
   // Calls add() when the biases are there, at a parity.
@@ -205,9 +286,22 @@ template <typename Config>
 struct FwdDense<Config, false> {
   static constexpr bool kEarly = true;
   static constexpr int kWords = Config::kParts * Config::kKeys / 4;
-  __device__ __forceinline__ void load(const MhaFwdParams&, FwdShared<Config>&, uint32_t) const {}
+  static constexpr bool kHidesBeside = false;
+  template <typename Softmax>
+  __device__ __forceinline__ bool exponentials(float (&s)[Config::kKeys / 2],
+                                               const Softmax& softmax, const MhaFwdParams& params,
+                                               bool, float (&tile_sum)[2]) const {
+    return softmax.exponentials(s, params.scale, tile_sum);
+  }
+  template <typename Ring>
+  __device__ __forceinline__ void load_and_draw(const MhaFwdParams&, const FwdShared<Config>&,
+                                                const Ring&, const FwdBlock<Config>&, int,
+                                                int) const {}
   __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&,
                                        const FwdBlock<Config>&, int, int) const {}
+  __device__ __forceinline__ void drop_late(uint32_t (&)[kWords], const MhaFwdParams&) const {}
+  __device__ __forceinline__ void draw(const MhaFwdParams&, const FwdBlock<Config>&, int,
+                                       int) const {}
 };
 
 }  // namespace jax_flash::sm90

@@ -1,4 +1,4 @@
-// With kDense, beside the producer: copies biases, reads masks of bits, draws dropout.
+// With kDense, beside the producer: copies biases, reads masks of bits, draws a part of dropout.
 #pragma once
 
 #include <cstdint>
@@ -34,15 +34,11 @@ struct FwdFeeder {
   const MhaFwdParams& params;
   Shared& shared;
   uint32_t tiles;  // shared address of the first query stage
+  int number;      // among the feeders; known to be uniform
 
   // The same number, with what follows from it computed anew: registers are few.
   static __device__ __forceinline__ int fresh(int x) {
     return static_cast<int>(ptx::fresh_address(static_cast<uint32_t>(x)));
-  }
-
-  // Its number among the feeders.
-  static __device__ __forceinline__ int number() {
-    return Config::kFeeders == 1 ? 0 : fresh(threadIdx.x / 32 % 4);
   }
 
   // Whether warpgroup `w` passes over tile `tile`.
@@ -57,7 +53,7 @@ struct FwdFeeder {
     tile = fresh(tile);
     const int lane = fresh(lane_id());
     const int stage = count % Shared::kBitStages;
-    const int warp = 4 * w + number();
+    const int warp = 4 * w + number;
     const bool passed = passes(block, w, tile);
     const bool masks = !passed && params.intervals.mask.data != nullptr;
     const int row = block.first_row + 16 * warp + lane / 4;
@@ -77,11 +73,15 @@ struct FwdFeeder {
 #pragma unroll
         for (int h = 0; h < 2; ++h) bits.seen[h] = seen[h];
       }
-      if (params.intervals.dropout != 0) {
-        uint32_t kept[2];
-        Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
-        bits.kept[0] = kept[0];
-        bits.kept[1] = kept[1];
+      if constexpr (Config::kFedDraws > 0) {
+        if (params.intervals.dropout != 0) {
+          constexpr int kBeside = Config::kFedDraws % 2 == 0 ? 2 : 1;
+          uint32_t kept[2];
+          Bits::template draw<kBeside, 0, Config::kFedDraws>(block, row, tile * Config::kKeys,
+                                                             kept);
+          bits.kept[0] = kept[0];
+          bits.kept[1] = kept[1];
+        }
       }
     }
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_full[stage][warp]));
@@ -132,7 +132,7 @@ struct FwdFeeder {
       int tile = block.last_tile;
 #pragma unroll 1
       while (block.last_tile - tile < block.tiles) {
-        if (Config::kFeedsBits && has_bits(params)) {
+        if (feeds_bits<Config>(params)) {
 #pragma unroll 1
           for (int w = 0; w < Config::kWarpgroups; ++w) make_bits(block, w, tile, count);
         }
@@ -142,7 +142,7 @@ struct FwdFeeder {
           for (int part = 0; part < parts_of(params.intervals.bias); ++part) {
 #pragma unroll 1
             for (int w = 0; w < Config::kWarpgroups; ++w) {
-              const int share = Config::kFeeders * w + number();
+              const int share = Config::kFeeders * w + number;
               ptx::mbarrier_wait(ptx::shared_address(&shared.bias_empty[share]),
                                  (two ? part : count % 2) ^ 1);
               copy_bias(block, share, tile, part);

@@ -89,14 +89,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       storer.run();
     } else if (Config::kFeeders == 1 && warp == 3) {
       if constexpr (Config::kDense) {
-        FwdFeeder<Config> feeder{params, shared, tiles};
+        FwdFeeder<Config> feeder{params, shared, tiles, 0};
         feeder.run();
       }
     }
   } else if (Config::kFeedsBits && warpgroup > Config::kWarpgroups) {
     if constexpr (Config::kFeedsBits) {
       ptx::setmaxnreg_dec<Config::kFeederRegisters>();
-      FwdFeeder<Config> feeder{params, shared, tiles};
+      const int number = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 % 4, 0);
+      FwdFeeder<Config> feeder{params, shared, tiles, number};
       feeder.run();
     }
   } else {

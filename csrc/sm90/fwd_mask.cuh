@@ -53,11 +53,16 @@ struct FwdMask {
     return (seen[h] >> (column / 8 * 2 + column % 8) & 1) != 0;
   }
 
+  // Of score `i`.
+  __device__ __forceinline__ bool sees_score(int i) const {
+    return (seen[i / 2 % 2] & 1u << (i / 4 * 2 + i % 2)) != 0;
+  }
+
   // Keys that are not seen get a score of -inf.
   __device__ __forceinline__ void apply(float (&s)[kScores]) const {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      if ((seen[i / 2 % 2] & 1u << (i / 4 * 2 + i % 2)) == 0) s[i] = kMinusInfinity;
+      if (!sees_score(i)) s[i] = kMinusInfinity;
     }
   }
 

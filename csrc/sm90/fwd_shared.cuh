@@ -32,9 +32,12 @@ struct FwdQueueShared {
 };
 struct NoQueue {};
 
-// Whether tiles have FwdTileBits.
-__device__ __forceinline__ bool has_bits(const MhaFwdParams& params) {
-  return params.intervals.mask.data != nullptr || params.intervals.dropout != 0;
+// Whether feeders give FwdTileBits.
+template <typename Config>
+__device__ __forceinline__ bool feeds_bits(const MhaFwdParams& params) {
+  if (!Config::kFeedsBits) return false;
+  return params.intervals.mask.data != nullptr ||
+         (Config::kFedDraws > 0 && params.intervals.dropout != 0);
 }
 
 // In how many parts the biases of a tile come: those of f32 in two halves.

@@ -97,6 +97,23 @@ struct RowSoftmax {
     return exponentials(s, scale, tile_sum, [](int) {});
   }
 
+  // The same of scores that a mask is still to be applied to.
+  template <typename Mask>
+  __device__ __forceinline__ bool masked_exponentials(float (&s)[kScores], const Mask& mask,
+                                                      const SoftmaxScale& scale,
+                                                      float (&tile_sum)[2]) const {
+    const float shift[2] = {fmaxf(reference[0] * scale.log2, kLowest),
+                            fmaxf(reference[1] * scale.log2, kLowest)};
+    tile_sum[0] = tile_sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float score = mask.sees_score(i) ? s[i] : kMinusInfinity;
+      s[i] = ptx::ex2_approx_ftz(fmaf(score, scale.log2, -shift[i / 2 % 2]));
+      tile_sum[i / 2 % 2] += s[i];
+    }
+    return has_left(tile_sum, false);
+  }
+
   // The largest absolute value of a lane's scores.
   static __device__ __forceinline__ float largest_size(const float (&s)[kScores]) {
     float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};

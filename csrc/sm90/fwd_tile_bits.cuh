@@ -21,6 +21,7 @@ struct alignas(16) FwdTileBits {
 template <int kKeys>
 struct FwdBitMaker {
   static constexpr int kWords = kKeys / 32;  // of a row of the mask
+  static constexpr bool kNarrow = true;      // see Dropout::begin
 
   // A row's words of the mask, of which rows past the last one have those of the last one. Rows are
   // of whole 16 bytes, so that every tile is there.
@@ -55,22 +56,29 @@ struct FwdBitMaker {
                      0x5410);
   }
 
-  // See FwdTileBits::kept. kBeside: so many draws beside each other.
-  template <int kBeside>
+  // In how many parts of 32 keys the bits of a tile are drawn.
+  static constexpr int kDraws = kKeys / 32;
+
+  // Of parts [kFirst, kEnd) of a tile, FwdTileBits::kept as if they were the tile's last. kBeside:
+  // so many draws beside each other.
+  template <int kBeside, int kFirst, int kEnd>
   static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
                                               uint32_t (&kept)[2]) {
+    static_assert((kEnd - kFirst) % kBeside == 0);
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
 #pragma unroll
-    for (int i = 0; i < kKeys / 32; i += kBeside) {
+    for (int i = kFirst; i < kEnd; i += kBeside) {
       Dropout dropout = block.dropout;
       // What ptxas takes for other numbers, so that the keys of rounds are computed where they are
       // used: registers are few.
-      for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
+      if constexpr (kBeside < kEnd - kFirst) {
+        for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
+      }
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
-        dropout.template begin<false, 2>(x[k], row, first_key + 32 * (i + k));
+        dropout.template begin<false, 2, kNarrow>(x[k], row, first_key + 32 * (i + k));
       }
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
