@@ -2,6 +2,7 @@
 
     python -m benchmarks.options               # about 5 minutes
     python -m benchmarks.options --widths 128  # a third of it
+    python -m benchmarks.options --rows 'bias|mask'  # beside the dense call alone
     python -m benchmarks.options --smoke       # tiny, on any machine
 
 The time is that of all kernels of a call: those that look at segment ids or offsets
@@ -19,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -333,8 +335,13 @@ def prepare(
     return calls, skipped
 
 
-def measure(problem: Problem, protocol: timing.Protocol, implementation: str) -> bool:
+def measure(
+    problem: Problem, protocol: timing.Protocol, implementation: str, names: str = ""
+) -> bool:
     """Prints one line for each call, forward and with the backward.
+
+    `names` is a regular expression on the names of rows; the dense one and those
+    that the peers' are compared with are always there.
 
     Returns:
       Whether all of this package's calls ran.
@@ -343,7 +350,11 @@ def measure(problem: Problem, protocol: timing.Protocol, implementation: str) ->
     inputs = jax.block_until_ready(problem.inputs())
     for backward in (False, True):
         own = rows(problem, implementation)
+        first = next(iter(own))
         table = own | peers(problem, own, backward)
+        asked = {name for name in table if re.search(names, name)} | {first}
+        asked |= {table[name].like or name for name in asked}
+        table = {name: row for name, row in table.items() if name in asked}
         calls, skipped = prepare(table, inputs, backward)
         samples = timing.measure(calls, protocol)
         skipped |= {name: one.errors[0] for name, one in samples.items() if one.errors}
@@ -354,7 +365,7 @@ def measure(problem: Problem, protocol: timing.Protocol, implementation: str) ->
             f"{'us':>10} {'wall':>8} {'work':>7} {'rate':>7} kernels, time over ours",
             flush=True,
         )
-        first, times = next(iter(table)), {}
+        times: dict[str, float] = {}
         for name, row in table.items():
             if name in skipped:
                 print(f"  {name:38} {skipped[name]}")
@@ -381,15 +392,17 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny, by plain JAX")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, choices=WIDTHS)
+    parser.add_argument("--rows", default="", help="regular expression on their names")
     arguments = parser.parse_args()
     print(jax.devices()[0].device_kind, "CUPTI" if timing.cupti() else "wall time")
     if arguments.smoke:
         protocol = timing.Protocol(rounds=1, seconds=0.0, idle=0.0)
-        return int(not measure(Problem(96, 2, 16), protocol, "xla"))
+        problem = Problem(96, 2, 16)
+        return int(not measure(problem, protocol, "xla", arguments.rows))
     protocol, complete = timing.Protocol(rounds=2, seconds=0.04), True
     for width in arguments.widths:
         problem = Problem(arguments.length, 2048 // width, width)
-        complete = measure(problem, protocol, "cuda") and complete
+        complete = measure(problem, protocol, "cuda", arguments.rows) and complete
     return int(not complete)
 
 
