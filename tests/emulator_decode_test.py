@@ -197,6 +197,26 @@ def problem(
     return query, k, v
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_an_infinite_sink_takes_all(library: ctypes.CDLL, splits: int) -> None:
+    query, k, v = problem(5, 2, 2, 4, 2, 96, 64)
+    lengths = np.array([96, 0], np.int32)
+    sinks = np.array([[1, np.inf, 2, 3]], np.float32)
+
+    def call(sinks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ways: dict[str, Any] = {"sinks": sinks, "num_splits": splits}
+        return run(library, query, k, v, lengths, **ways)
+
+    out, lse = call(sinks)
+    finite = np.where(np.isinf(sinks), np.float32(0), sinks)
+    expected, expected_lse = call(finite)
+    check((expected, expected_lse), query, k, v, lengths, sinks=finite)
+    expected[:, :, 1] = 0
+    expected_lse[0, 1] = np.inf
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(lse, expected_lse)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("page", [None, 1, 16, 48])
 def test_lengths(library: ctypes.CDLL, page: int | None, dtype: str) -> None:

@@ -174,6 +174,26 @@ def test_parts_without_keys() -> None:
     assert (np.asarray(dlses[1])[everywhere] == 0).all()
 
 
+def test_a_part_with_an_infinite_sink_takes_all() -> None:
+    outs = [normal(3, 2, 4) for _ in range(3)]
+    lses = [normal(2, 3) for _ in range(3)]
+    lses[1] = lses[1].at[0].set(jnp.inf)
+    lses[2] = lses[2].at[0].set(-jnp.inf)
+    out, lse = merge_partials(outs, lses)
+    chex.assert_trees_all_equal(out[:, 0], outs[1][:, 0])
+    assert np.isposinf(lse[0]).all()
+    finite = merge_partials([x[:, 1:] for x in outs], [x[1:] for x in lses])
+    chex.assert_trees_all_equal((out[:, 1:], lse[1:]), finite)
+
+    def loss(outs: Any, lses: Any) -> jax.Array:
+        out, lse = merge_partials(outs, lses)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse[1:] ** 2)
+
+    douts, dlses = jax.grad(loss, (0, 1))(outs, lses)
+    chex.assert_tree_all_finite((douts, dlses))
+    assert not any(np.asarray(x[0]).any() for x in dlses)
+
+
 def test_types_are_kept_and_sums_are_float32() -> None:
     count = 64
     outs = [jnp.full((1, 1, 8), 1 + 2.0**-7, jnp.bfloat16)] * count

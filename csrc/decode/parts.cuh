@@ -28,7 +28,8 @@ __device__ __forceinline__ RowResult finish_row(const DecodeParams& params, int 
     const float sink = params.sinks[int64_t{batch} * params.sink_stride + head] * kLog2e;
     const float larger = fmaxf(maximum, sink);
     factor = ptx::ex2_approx_ftz(maximum - larger);
-    sum = sum * factor + ptx::ex2_approx_ftz(sink - larger);
+    // A sink of +inf takes everything: not inf - inf.
+    sum = sum * factor + (sink == larger ? 1.0f : ptx::ex2_approx_ftz(sink - larger));
     maximum = larger;
   }
   return {__fdividef(factor, sum), fmaf(maximum, 1.0f / kLog2e, logf(sum))};

@@ -73,9 +73,13 @@ def merge_partials(outs: Arrays, lses: Arrays) -> tuple[jax.Array, jax.Array]:
     top = lses[0]
     for lse in lses[1:]:
         top = jnp.maximum(top, lse)
+    # A sink of +inf takes everything: beside its part, no other counts.
+    infinite = jnp.isposinf(top)
+    shares = [jnp.where(lse == top, 0, -jnp.inf).astype(dtype) for lse in lses]
+    logits = [jnp.where(infinite, *both) for both in zip(shares, lses, strict=True)]
     # Any reference gives the same result, so it has no gradient.
-    top = lax.stop_gradient(jnp.where(jnp.isneginf(top), jnp.zeros_like(top), top))
-    weights = [jnp.exp(lse - top) for lse in lses]
+    top = lax.stop_gradient(jnp.where(jnp.isinf(top), jnp.zeros_like(top), top))
+    weights = [jnp.exp(logit - top) for logit in logits]
     total = sum(weights[1:], start=weights[0])
     empty = total == 0
     # Not 0, whose division and logarithm would send NaN backwards.
@@ -91,4 +95,5 @@ def merge_partials(outs: Arrays, lses: Arrays) -> tuple[jax.Array, jax.Array]:
         term = jnp.where(seen, out.astype(dtype), jnp.zeros((), dtype))
         merged = merged + by_row(weight / safe) * term
     lse = jnp.where(empty, jnp.full_like(total, -jnp.inf), top + jnp.log(safe))
+    lse = jnp.where(infinite, jnp.full_like(total, jnp.inf), lse)
     return merged.astype(outs[0].dtype), lse

@@ -126,6 +126,19 @@ def test_lengths(width: int, page: int | None, tokens: int) -> None:
     check(got, query, k, v, lengths)
 
 
+def test_an_infinite_sink_takes_all() -> None:
+    query, k, v = problem(5, 2, 2, 8, 2, 4096, 128)
+    lengths = np.array([4000, 0], np.int32)
+    sinks = np.arange(8, dtype=np.float32)
+    sinks[3] = np.inf
+    out, lse = run(query, k, v, lengths, sinks=sinks)
+    finite = np.where(np.isinf(sinks), np.float32(0), sinks)
+    expected, expected_lse = (x.copy() for x in run(query, k, v, lengths, sinks=finite))
+    expected[:, :, 3] = 0
+    expected_lse[0, 3] = np.inf
+    chex.assert_trees_all_equal((out, lse), (expected, expected_lse))
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_random(seed: int) -> None:
     pick, rng = random.Random(seed), np.random.default_rng(seed)
