@@ -110,14 +110,11 @@ struct FwdConfig {
   static constexpr int kKeyStages = kTiles.key_stages;
   static constexpr int kValueStages = kTiles.value_stages;
   static constexpr int kRows = 64 * kWarpgroups;  // queries of a thread block
-  // Warps that feed the consumers (FwdFeeder), with kDense: a warpgroup, which makes bits of masks
-  // and dropout, too, or the last warp of the producer's. Four warpgroups begin with 128 registers
-  // a thread, too few for a product of 256 columns.
+  // Warps that feed the consumers (FwdFeeder), with kDense: a warpgroup, which reads masks, too, or
+  // the last warp of the producer's. Four warpgroups begin with 128 registers a thread, too few for
+  // a product of 256 columns.
   static constexpr int kFeeders = !kDense ? 0 : kHeadDimVArg <= 128 ? 4 : 1;
   static constexpr bool kFeedsBits = kFeeders == 4;
-  // Of the draws of a tile for a consumer warpgroup, one for 32 keys, so many are made by feeders
-  // and the others by the consumers themselves, while their scores are computed.
-  static constexpr int kFedDraws = kFeedsBits ? 2 : 0;
   static constexpr int kHelpers = kFeedsBits ? 2 : 1;  // warpgroups that are not consumers
   static constexpr int kThreads = 128 * (kWarpgroups + kHelpers);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;

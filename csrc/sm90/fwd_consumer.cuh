@@ -188,7 +188,7 @@ struct FwdConsumer {
         logits.template apply<false>(s, params, plan, tile * Config::kKeys);
       }
       add_bias(optional ? 1.0f : plan.logit_scale);
-      dense.load(params, shared, key_ring.count());  // not before: registers are few
+      dense.load(params, shared, key_ring);  // not before: registers are few
       dense.hide(s, params, block, head_row(block), tile);
       if constexpr (!Dense::kEarly) loads = load_mask<true>(block, tile);
     } else if constexpr (Config::kOptions) {
@@ -222,7 +222,7 @@ struct FwdConsumer {
   __device__ __forceinline__ void skip_keys() {
     if constexpr (Config::kDense) {
       Dense::pass_bias(params, shared, warpgroup, key_ring.count());
-      dense.load(params, shared, key_ring.count());
+      dense.load(params, shared, key_ring);
     }
     take_turn();
     pass_turn();
@@ -279,7 +279,8 @@ struct FwdConsumer {
       loads = load_mask<!kClean>(block, tile);
     }
     if (!careful) {
-      dense.load_and_draw(params, shared, key_ring, block, head_row(block), tile);
+      dense.draw(params, block, head_row(block), tile);  // feeders may still be at work
+      dense.load(params, shared, key_ring);
     }
     // Uniform over the warp, and known to be.
     if (!kLogits) watching = !careful && __any_sync(0xffffffffu, softmax.watching);

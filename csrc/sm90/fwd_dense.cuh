@@ -22,8 +22,7 @@
 namespace jax_flash::sm90 {
 
 // Of one thread, for one key tile. Feeders (FwdFeeder) leave its biases in shared memory and, with
-// kFeedsBits, what the mask says and a part of the draws for dropout; where not, that is found
-// where it is used.
+// kFeedsBits, what the mask says; where not, that is found where it is used.
 template <typename Config, bool kDense>
 struct FwdDense {
   static constexpr int kScores = Config::kKeys / 2;
@@ -38,38 +37,32 @@ struct FwdDense {
 
   using Bits = FwdBitMaker<Config::kKeys>;
 
-  FwdTileBits bits{};
+  uint32_t seen[2] = {0, 0};  // by the mask: see FwdMask
+  uint32_t kept[2] = {0, 0};  // by dropout: see FwdBitMaker::draw
 
-  // Draws that feeders leave to consumers.
-  static constexpr int kOwnDraws = Config::kFeedsBits ? Bits::kDraws - Config::kFedDraws : 0;
-
-  // Draws them, of a tile for which `load` was called.
+  // Draws for dropout, with kDropsLate.
   __device__ __forceinline__ void draw(const MhaFwdParams& params, const FwdDenseBlock& block,
                                        int row, int tile) {
-    uint32_t own[2] = {0, 0};
-    draw_own(own, params, block, row, tile);
-    add_own(own);
-  }
-  // Both, the draws first: feeders may still be at work.
-  template <typename Ring>
-  __device__ __forceinline__ void load_and_draw(const MhaFwdParams& params,
-                                                FwdShared<Config>& shared, const Ring& keys,
-                                                const FwdDenseBlock& block, int row, int tile) {
-    uint32_t own[2] = {0, 0};
-    draw_own(own, params, block, row, tile);
-    load(params, shared, keys.count());
-    add_own(own);
+    if constexpr (kDropsLate) {
+      if (params.intervals.dropout != 0) {
+        Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
+      }
+    }
   }
 
-  // What feeders have for the `count`-th tile.
+  // What feeders have for the tile that `keys` is at.
+  template <typename Ring>
   __device__ __forceinline__ void load(const MhaFwdParams& params, FwdShared<Config>& shared,
-                                       uint32_t count) {
+                                       const Ring& keys) {
     if (!feeds_bits<Config>(params)) return;
+    const uint32_t count = keys.count();
     const int warp = uniform_warp();
     const int stage = count % FwdShared<Config>::kBitStages;
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_full[stage][warp]),
                        count / FwdShared<Config>::kBitStages % 2);
-    bits = shared.bits[stage][threadIdx.x];
+    const uint2 words = shared.seen[stage][threadIdx.x];
+    seen[0] = words.x;
+    seen[1] = words.y;
     // By all lanes, which have all read it: what racecheck understands.
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_empty[stage][warp]));
   }
@@ -111,7 +104,7 @@ struct FwdDense {
         ptx::forget_memory();  // one row after the other: registers are few
         uint32_t words[Bits::kWords];
         Bits::load_words(params, block, fresh(row) + 8 * h, tile, words);
-        bits.seen[h] = Bits::lane_bits(words);
+        seen[h] = Bits::lane_bits(words);
       }
     }
     if (any_hidden()) mask().apply(s);
@@ -157,7 +150,7 @@ struct FwdDense {
     if constexpr (!kDropsLate) {
       if (params.intervals.dropout == 0) return;
       ptx::forget_memory();
-      Bits::template draw<1, 0, Bits::kDraws>(block, fresh(row), tile * Config::kKeys, bits.kept);
+      Bits::template draw<1>(block, fresh(row), tile * Config::kKeys, kept);
       clear(p);
     }
   }
@@ -170,31 +163,10 @@ struct FwdDense {
   }
 
  private:
-  static __device__ __forceinline__ void draw_own(uint32_t (&own)[2], const MhaFwdParams& params,
-                                                  const FwdDenseBlock& block, int row, int tile) {
-    if constexpr (kOwnDraws > 0) {
-      constexpr int kBeside = kOwnDraws % 2 == 0 ? 2 : 1;
-      if (params.intervals.dropout != 0) {
-        Bits::template draw<kBeside, Config::kFedDraws, Bits::kDraws>(block, row,
-                                                                      tile * Config::kKeys, own);
-      }
-    }
-  }
-  __device__ __forceinline__ void add_own(const uint32_t (&own)[2]) {
-    if constexpr (kOwnDraws > 0) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t fed = Config::kFedDraws > 0 ? bits.kept[e] >> 2 * kOwnDraws : 0;
-        bits.kept[e] = fed | own[e];
-      }
-    }
-  }
-
   __device__ __forceinline__ void clear(uint32_t (&p)[kScores / 2]) const {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint32_t words[2] = {bits.kept[0] << (kTiles - 1 - i),
-                                 bits.kept[1] << (kTiles - 1 - i)};
+      const uint32_t words[2] = {kept[0] << (kTiles - 1 - i), kept[1] << (kTiles - 1 - i)};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         p[4 * i + j] &= Dropout::pair_mask(words, Dropout::byte_of<false>(j % 2, j / 2));
@@ -202,11 +174,9 @@ struct FwdDense {
     }
   }
 
-  __device__ __forceinline__ FwdMask<Config::kKeys> mask() const {
-    return {{bits.seen[0], bits.seen[1]}};
-  }
+  __device__ __forceinline__ FwdMask<Config::kKeys> mask() const { return {{seen[0], seen[1]}}; }
   __device__ __forceinline__ bool any_hidden() const {
-    return __any_sync(0xffffffffu, (bits.seen[0] & bits.seen[1]) != 0xffffffffu);
+    return __any_sync(0xffffffffu, (seen[0] & seen[1]) != 0xffffffffu);
   }
 
   // This warp's number in the thread block, known to be uniform. Where the address of a barrier is
@@ -294,9 +264,8 @@ struct FwdDense<Config, false> {
     return softmax.exponentials(s, params.scale, tile_sum);
   }
   template <typename Ring>
-  __device__ __forceinline__ void load_and_draw(const MhaFwdParams&, const FwdShared<Config>&,
-                                                const Ring&, const FwdBlock<Config>&, int,
-                                                int) const {}
+  __device__ __forceinline__ void load(const MhaFwdParams&, const FwdShared<Config>&,
+                                       const Ring&) const {}
   __device__ __forceinline__ void drop(uint32_t (&)[kWords], const MhaFwdParams&,
                                        const FwdBlock<Config>&, int, int) const {}
   __device__ __forceinline__ void drop_late(uint32_t (&)[kWords], const MhaFwdParams&) const {}

@@ -1,4 +1,4 @@
-// With kDense, beside the producer: copies biases, reads masks of bits, draws a part of dropout.
+// With kDense, beside the producer: copies biases, reads masks of bits.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ namespace jax_flash::sm90 {
 // One warp. Of four (Config::kFeeders), each works for one warp of each consumer warpgroup, whose
 // rows no other consumer needs; a single one works for all, but only copies biases.
 //
-// Bits of the mask and of dropout are made up to two tiles ahead, and lie in shared memory as the
-// consumer's lanes need them. Biases come by cp.async, since any dim may be shared by all heads or
+// Bits of the mask are read up to two tiles ahead, and lie in shared memory as the consumer's lanes
+// need them. Biases come by cp.async, since any dim may be shared by all heads or
 // rows, which a tensor map cannot say, and copies of single rows by TMA would be issued lane by
 // lane. There is one tile of them, which is free again as soon as the scores have the biases. Those
 // of f32 come in two halves.
@@ -46,8 +46,8 @@ struct FwdFeeder {
     return tile > block.start[w] || tile < block.lowest[w];
   }
 
-  // Bits of tile `tile`, the `count`-th of all, for warpgroup `w`.
-  __device__ __forceinline__ void make_bits(const FwdBlock<Config>& block, int w, int tile,
+  // Bits of the mask for tile `tile`, the `count`-th of all, and warpgroup `w`.
+  __device__ __forceinline__ void read_mask(const FwdBlock<Config>& block, int w, int tile,
                                             uint32_t count) const {
     count = ptx::fresh_address(count);
     tile = fresh(tile);
@@ -55,10 +55,9 @@ struct FwdFeeder {
     const int stage = count % Shared::kBitStages;
     const int warp = 4 * w + number;
     const bool passed = passes(block, w, tile);
-    const bool masks = !passed && params.intervals.mask.data != nullptr;
     const int row = block.first_row + 16 * warp + lane / 4;
     uint32_t seen[2];
-    if (masks) {  // before the wait: there is time
+    if (!passed) {  // before the wait: there is time
       uint32_t words[2][Bits::kWords];
 #pragma unroll
       for (int h = 0; h < 2; ++h) Bits::load_words(params, block, row + 8 * h, tile, words[h]);
@@ -67,23 +66,7 @@ struct FwdFeeder {
     }
     ptx::mbarrier_wait(ptx::shared_address(&shared.bits_empty[stage][warp]),
                        count / Shared::kBitStages % 2 ^ 1);
-    if (!passed) {
-      FwdTileBits& bits = shared.bits[stage][32 * warp + lane];
-      if (masks) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) bits.seen[h] = seen[h];
-      }
-      if constexpr (Config::kFedDraws > 0) {
-        if (params.intervals.dropout != 0) {
-          constexpr int kBeside = Config::kFedDraws % 2 == 0 ? 2 : 1;
-          uint32_t kept[2];
-          Bits::template draw<kBeside, 0, Config::kFedDraws>(block, row, tile * Config::kKeys,
-                                                             kept);
-          bits.kept[0] = kept[0];
-          bits.kept[1] = kept[1];
-        }
-      }
-    }
+    if (!passed) shared.seen[stage][32 * warp + lane] = make_uint2(seen[0], seen[1]);
     ptx::mbarrier_arrive(ptx::shared_address(&shared.bits_full[stage][warp]));
   }
 
@@ -134,7 +117,7 @@ struct FwdFeeder {
       while (block.last_tile - tile < block.tiles) {
         if (feeds_bits<Config>(params)) {
 #pragma unroll 1
-          for (int w = 0; w < Config::kWarpgroups; ++w) make_bits(block, w, tile, count);
+          for (int w = 0; w < Config::kWarpgroups; ++w) read_mask(block, w, tile, count);
         }
         if (params.intervals.bias.data != nullptr) {
           const bool two = parts_of(params.intervals.bias) == 2;

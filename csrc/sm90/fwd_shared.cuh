@@ -7,7 +7,6 @@
 #include "host/params.h"
 #include "sm90/fwd_block.cuh"
 #include "sm90/fwd_config.cuh"
-#include "sm90/fwd_tile_bits.cuh"
 #include "sm90/ring.cuh"
 
 namespace jax_flash::sm90 {
@@ -16,7 +15,7 @@ namespace jax_flash::sm90 {
 template <typename Config>
 struct FwdDenseShared {
   static constexpr int kBitStages = 2;
-  FwdTileBits bits[kBitStages][32 * Config::kConsumerWarps];
+  uint2 seen[kBitStages][32 * Config::kConsumerWarps];  // what FwdMask says, of each lane
   uint64_t bits_full[kBitStages][Config::kConsumerWarps];
   uint64_t bits_empty[kBitStages][Config::kConsumerWarps];
   // Of the rows of a warpgroup each feeder has an equal share.
@@ -32,12 +31,10 @@ struct FwdQueueShared {
 };
 struct NoQueue {};
 
-// Whether feeders give FwdTileBits.
+// Whether feeders read a mask.
 template <typename Config>
 __device__ __forceinline__ bool feeds_bits(const MhaFwdParams& params) {
-  if (!Config::kFeedsBits) return false;
-  return params.intervals.mask.data != nullptr ||
-         (Config::kFedDraws > 0 && params.intervals.dropout != 0);
+  return Config::kFeedsBits && params.intervals.mask.data != nullptr;
 }
 
 // In how many parts the biases of a tile come: those of f32 in two halves.

@@ -11,17 +11,9 @@
 
 namespace jax_flash::sm90 {
 
-struct alignas(16) FwdTileBits {
-  uint32_t seen[2];  // by the mask: see FwdMask
-  // By dropout, of columns with e = column % 2. The highest bits of bytes as Dropout::draw has them
-  // belong to the tile's last 16 columns, the bits below to those before, and so on.
-  uint32_t kept[2];
-};
-
 template <int kKeys>
 struct FwdBitMaker {
   static constexpr int kWords = kKeys / 32;  // of a row of the mask
-  static constexpr bool kNarrow = true;      // see Dropout::begin
 
   // A row's words of the mask, of which rows past the last one have those of the last one. Rows are
   // of whole 16 bytes, so that every tile is there.
@@ -56,29 +48,26 @@ struct FwdBitMaker {
                      0x5410);
   }
 
-  // In how many parts of 32 keys the bits of a tile are drawn.
-  static constexpr int kDraws = kKeys / 32;
-
-  // Of parts [kFirst, kEnd) of a tile, FwdTileBits::kept as if they were the tile's last. kBeside:
-  // so many draws beside each other.
-  template <int kBeside, int kFirst, int kEnd>
+  // What dropout keeps, of columns with e = column % 2. The highest bits of bytes as Dropout::draw
+  // has them belong to the tile's last 16 columns, the bits below to those before, and so on. Drawn
+  // for 32 keys at a time, kBeside of such draws beside each other.
+  template <int kBeside>
   static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
                                               uint32_t (&kept)[2]) {
-    static_assert((kEnd - kFirst) % kBeside == 0);
+    static_assert(kKeys % (32 * kBeside) == 0);
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
 #pragma unroll
-    for (int i = kFirst; i < kEnd; i += kBeside) {
+    for (int first = 0; first < kKeys; first += 32 * kBeside) {
       Dropout dropout = block.dropout;
       // What ptxas takes for other numbers, so that the keys of rounds are computed where they are
       // used: registers are few.
-      if constexpr (kBeside < kEnd - kFirst) {
-        for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
-      }
+      for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
-        dropout.template begin<false, 2, kNarrow>(x[k], row, first_key + 32 * (i + k));
+        constexpr bool kNarrow = true;
+        dropout.template begin<false, 2, kNarrow>(x[k], row, first_key + first + 32 * k);
       }
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
