@@ -47,9 +47,8 @@ struct Dropout {
   }
 
   // The same by products of one register each, which write -1 - low word in place of the low one:
-  // for where tensor cores are at work. There a product of two registers waits for some ten clocks
-  // to be dispatched (docs/design/intervals.md). x[1] and x[3] and the keys are complements, too,
-  // of which an even number is in each sum.
+  // for where registers are few (docs/design/intervals.md). x[1] and x[3] and the keys are
+  // complements, too, of which an even number is in each sum.
   static __device__ __forceinline__ void narrow_philox(uint32_t (&x)[4], uint32_t k0, uint32_t k1) {
     constexpr uint32_t kFirst = 0xD2511F53u;
     constexpr uint32_t kSecond = 0xCD9E8D57u;
