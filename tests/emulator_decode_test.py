@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def run(
     softcap: float = 0.0,
     scale: float | None = None,
     num_splits: int | None = None,
+    capability: int = 90,
     multiprocessors: int = 3,
     order: int = 0,
     counters: np.ndarray | None = None,
@@ -133,7 +135,8 @@ def run(
         softcap=softcap,
     )
     cache = CACHE_TYPES.index(str(k.dtype))
-    assert library.decode(ctypes.byref(params), cache, multiprocessors, order) == 0
+    device = capability, multiprocessors
+    assert library.decode(ctypes.byref(params), cache, *device, order) == 0
     np.testing.assert_array_equal(counters, 0)  # as the next launch needs them
     return held["out"], held["lse"]
 
@@ -248,14 +251,31 @@ def test_random_float32(library: ctypes.CDLL, seed: int) -> None:
     check_random(library, seed, "float32", 4)
 
 
-def check_random(library: ctypes.CDLL, seed: int, dtype: str, multiple: int) -> None:
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("seed", range(15))
+def test_random_many_rows(library: ctypes.CDLL, seed: int, capability: int) -> None:
+    """More than a warp's, which on 9.0 are those of one or two warpgroups."""
+    check_random(library, 100 + seed, "float16", 8, (11, 17, 40), 128, capability)
+
+
+def check_random(
+    library: ctypes.CDLL,
+    seed: int,
+    dtype: str,
+    multiple: int,
+    token_counts: Sequence[int] = (1, 1, 2, 5, 9),
+    widest: int = 256,
+    capability: int = 90,
+) -> None:
     pick, rng = random.Random(seed), np.random.default_rng(seed)
     batch, kv_heads = pick.randint(1, 3), pick.randint(1, 2)
     heads = kv_heads * pick.choice((1, 3, 4, 8, 16))
-    tokens = pick.choice((1, 1, 2, 5, 9))
+    tokens = pick.choice(token_counts)
+    if tokens > 9:
+        heads = kv_heads * pick.choice((2, 3, 5))
     page, slots = pick.choice((8, 16, 32, 40)), pick.randint(1, 9)
     room = page * slots
-    most = 256 // multiple
+    most = widest // multiple
     widths = [
         multiple * pick.randint(1, pick.choice((most // 4, most // 2, most)))
         for _ in range(2)
@@ -278,6 +298,7 @@ def check_random(library: ctypes.CDLL, seed: int, dtype: str, multiple: int) -> 
         options["scale"] = pick.choice((0.0, -0.2, 1.0))
     ways: dict[str, Any] = {"num_splits": pick.choice((None, 1, 2, 5))}
     ways["multiprocessors"] = pick.randint(1, 5)
+    ways["capability"] = capability
     for b, length in enumerate(lengths):
         k[b, length:] = v[b, length:] = np.nan
     if pick.random() < 0.5:
@@ -358,11 +379,18 @@ def test_scales_may_be_left_out(library: ctypes.CDLL, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype"),
-    [(2, "float16"), (10, "float16"), (2, "float32"), (5, "float32")],
+    ("tokens", "dtype", "capability"),
+    [
+        (2, "float16", 90),
+        (10, "float16", 80),
+        (10, "float16", 90),
+        (40, "float16", 90),
+        (2, "float32", 90),
+        (5, "float32", 90),
+    ],
 )
 def test_neighbours_do_not_matter(
-    library: ctypes.CDLL, tokens: int, dtype: str
+    library: ctypes.CDLL, tokens: int, dtype: str, capability: int
 ) -> None:
     """The same bits alone and in a batch, wherever thread blocks cut the work.
 
@@ -371,6 +399,7 @@ def test_neighbours_do_not_matter(
     query, k, v = problem(3, 4, tokens, 4, 2, 1100, 64, dtype=dtype)
     lengths = np.array([1000, 0, 130, 1100], np.int32)
     ways: dict[str, Any] = {"sinks": np.ones((1, 4), np.float32), "num_splits": 18}
+    ways["capability"] = capability
     together = run(library, query, k, v, lengths, multiprocessors=1, **ways)
     check(together, query, k, v, lengths, sinks=ways["sinks"])
     for multiprocessors in (2, 3, 5):
@@ -387,16 +416,22 @@ def test_neighbours_do_not_matter(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "widths", "dtype"),
+    ("tokens", "heads", "widths", "dtype", "capability"),
     [
-        (1, 2, (64,), "float16"),  # lanes share the groups of splits of a row
-        (2, 8, (64, 40), "float16"),
-        (10, 8, (16, 72), "float16"),
-        (3, 6, (16,), "int8"),
+        (1, 2, (64,), "float16", 90),  # lanes share the groups of splits of a row
+        (2, 8, (64, 40), "float16", 90),
+        (10, 8, (16, 72), "float16", 80),
+        (10, 8, (16, 72), "float16", 90),
+        (3, 6, (16,), "int8", 90),
     ],
 )
 def test_whoever_comes_last(
-    library: ctypes.CDLL, tokens: int, heads: int, widths: tuple[int, ...], dtype: str
+    library: ctypes.CDLL,
+    tokens: int,
+    heads: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    capability: int,
 ) -> None:
     """Thread blocks in any order give the same bits, one launch after the other.
 
@@ -408,7 +443,7 @@ def test_whoever_comes_last(
     if dtype == "int8":
         k, v = (quantised(dtype, x, np.ones((1, 2), np.float32))[0] for x in (k, v))
     given = query, k, v, lengths
-    ways: dict[str, Any] = {"num_splits": 18}
+    ways: dict[str, Any] = {"num_splits": 18, "capability": capability}
     first = run(library, *given, multiprocessors=1, **ways)
     check(first, query, k.astype(np.float32), v.astype(np.float32), lengths)
     for ways["multiprocessors"] in (2, 5, 30):

@@ -19,6 +19,12 @@ template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,
                           cudaStream_t stream);
 
+// The same on compute capability 9.0 for more than 16 rows, 16-bit caches and widths up to 128.
+// `params` is as launch_decode has completed it.
+template <CacheType kCache, int kWidth>
+cudaError_t launch_warpgroups(const DecodeParams& params, const DeviceInfo& device,
+                              cudaStream_t stream);
+
 // The same for any widths up to kMaxWidth.
 inline constexpr int kMaxWidth = 256;
 cudaError_t launch(CacheType cache, const DecodeParams& params, const DeviceInfo& device,

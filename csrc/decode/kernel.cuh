@@ -16,16 +16,21 @@
 #include "decode/parts.cuh"
 #include "decode/plan.cuh"
 #include "decode/warp.cuh"
+#include "decode/warpgroup.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
 
 namespace jax_flash::decode {
 
 template <typename Config>
+using RowsOfWarp =
+    std::conditional_t<Config::kWarpgroups, DecodeWarpgroup<Config>, DecodeWarp<Config>>;
+template <typename Config>
 using WarpOf = std::conditional_t<
     Config::kF32, DecodeF32<Config>,
-    std::conditional_t<Config::kColumns, DecodeColumns<Config>, DecodeWarp<Config>>>;
+    std::conditional_t<Config::kColumns, DecodeColumns<Config>, RowsOfWarp<Config>>>;
 
 // The team of this thread's warp.
 template <typename Config>
@@ -210,6 +215,17 @@ __device__ __forceinline__ int first_row(const Place& place) {
          static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
 }
 
+template <typename Config>
+__device__ __forceinline__ void load_queries(const DecodeParams& params, const Place& place,
+                                             uint32_t shared, WarpOf<Config>& warp) {
+  const int row = first_row<Config>(place);
+  if constexpr (Config::kWarpgroups) {
+    warp.load_queries(params, place.batch, place.kv_head, row, shared + Config::kQueryOffset);
+  } else {
+    warp.load_queries(params, place.batch, place.kv_head, row);
+  }
+}
+
 // Walks over this team's tiles of a split, copying later ones. `stage`: of the next tile, in bytes
 // from `stages`.
 template <typename Config>
@@ -222,12 +238,18 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
 #pragma unroll 1
   for (; keys.first < keys.end; keys.first += Config::kKeys * Config::kTeams) {
     ptx::cp_async_wait_group<Config::kStages - 2>();
+    if constexpr (Config::kWarpgroups) ptx::fence_proxy_async_shared();
     // Orders this tile's copies by all threads before the reads below, and all reads of the
     // previous tile before the copies that now overwrite it.
     sync_team<Config>();
     copies.copy(params, stages);
     copies.look_up(params, copied_place);
-    warp.attend(params, rows, stages + stage, keys.first, keys.end);
+    if constexpr (Config::kWarpgroups) {
+      const uint32_t queries = stages - Config::kTileOffset + Config::kQueryOffset;
+      warp.attend(params, rows, queries, stages + stage, keys.first, keys.end);
+    } else {
+      warp.attend(params, rows, stages + stage, keys.first, keys.end);
+    }
     stage += Config::kStageBytes;
     if (stage == Config::kTeamBytes) stage = 0;
   }
@@ -260,15 +282,9 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                                       const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const int splits = place.sequence.splits;
   const bool clustered = Config::kClusters && params.cluster_bits > 0;
-  const int within = place.split % kGroupSplits;
-  // Whether the thread block has had the group from its first split on.
-  const bool has_group = place.done >= within;
-  const bool begins = clustered || !has_group || within == 0;
-  const int slot = has_group ? place.split - within : place.split;
-  const bool ends_alone = splits <= kGroupSplits && place.has_had_all();
-  const bool holds = has_group && next.units > 0 && next.split % kGroupSplits != 0;
+  const GroupEnd end = GroupEnd::of(place, next);
+  const bool begins = clustered || end.begins;
   // The row's state is read by all its threads and written by one: to another place.
   const uint32_t before = shared + Config::kGroupOffset + place.done % 2 * 8 * Config::kRows;
   const uint32_t after = shared + Config::kGroupOffset + (place.done + 1) % 2 * 8 * Config::kRows;
@@ -286,7 +302,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
     value_factor = kUnit<Config::kCache> *
                    scale_of(params.v_scale, place.batch * params.v_scale_stride + place.kv_head);
   }
-  const int64_t place_row = partial_row(params, place.batch, place.kv_head, slot, first);
+  const int64_t place_row = partial_row(params, place.batch, place.kv_head, end.slot, first);
   float* const partial = params.partial_out + place_row * params.head_dim_v + 4 * piece;
 #pragma unroll 1
   for (int row0 = static_cast<int>(threadIdx.x) / kLanesOfRow; row0 < rows;
@@ -325,7 +341,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
           group.add(part);
         }
         held.rows[i] = group;
-        if (holds && !clustered) continue;
+        if (end.holds && !clustered) continue;
       } else if (!begins) {
         group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
                  sums[i]};
@@ -341,7 +357,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
         if (piece == 0) ptx::st_shared_v2(record, part.maximum, part.sum);
         continue;
       }
-      if (ends_alone) {
+      if (end.ends_alone) {
         finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
         continue;
       }
@@ -401,28 +417,35 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     keep(2, place);
     copies.enter(params, place);
     begin_copies();
-    warp.load_queries(params, place.batch, place.kv_head, first_row<Config>(place));
+    load_queries<Config>(params, place, shared, warp);
   }
   uint32_t stage = 0;
+  if constexpr (Config::kWarpgroups) warp.hold_nothing();
 #pragma unroll 1
   while (true) {
     warp.init();
     attend<Config>(params, *place_at(0), copies, place_at(2), stages, stage, warp);
-    sync_team<Config>();  // no warp of the team reads tiles any more
     const Place& now = *place_at(0);
     const Place& next = *place_at(1);
-    const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
-    share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
+    if constexpr (!Config::kWarpgroups) {
+      sync_team<Config>();  // no warp of the team reads tiles any more
+      const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
+      share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
+    }
     keep(1, next_place(params, now));
     const auto load_other_queries = [&] {
       if (next.units > 0 && next.split == 0) {
-        warp.load_queries(params, next.batch, next.kv_head, first_row<Config>(next));
+        load_queries<Config>(params, next, shared, warp);
       }
     };
     // On their way meanwhile, where there are registers for them.
     if constexpr (Config::kQueriesEarly) load_other_queries();
-    __syncthreads();
-    store<Config>(params, now, next, shared, held);
+    if constexpr (Config::kWarpgroups) {
+      warp.store(params, GroupEnd::of(now, next), now, first_row<Config>(now));
+    } else {
+      __syncthreads();
+      store<Config>(params, now, next, shared, held);
+    }
     __syncthreads();  // before the next outputs, and copies to where these were
     if (!clustered && (next.units == 0 || next.split == 0)) {
       add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));

@@ -57,11 +57,13 @@ cudaError_t allow(const DeviceInfo& info) {
   error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Config::kSharedBytes + (clusters ? Config::kPartBytes : 0));
   if (error != cudaSuccess) return error;
-  if (clusters) {
+  if (clusters || Config::kWarpgroups) {
     // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
+  }
+  if (clusters) {
     // Sizes above 8 are not portable.
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
@@ -140,6 +142,12 @@ cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cu
   if constexpr (kCache == CacheType::kF32) {
     return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
   } else {
+    constexpr bool kHasWarpgroups = sizeof(typename CacheElement<kCache>::Stored) == 2;
+    if constexpr (kHasWarpgroups && kWidth <= 128) {
+      if (rows > 16 && device.compute_capability == 90) {
+        return launch_warpgroups<kCache, kWidth>(params, device, stream);
+      }
+    }
     if (rows <= 8) {
       return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
     }

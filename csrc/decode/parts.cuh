@@ -102,6 +102,11 @@ __device__ __forceinline__ int64_t partial_row(const DecodeParams& params, int b
   return at * params.tokens * params.group + row;
 }
 
+__device__ __forceinline__ void store_lse(const DecodeParams& params, int batch, int token,
+                                          int head, const RowResult& result) {
+  params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
+}
+
 // Writes a row's columns of `out` and its lse.
 template <CacheType kCache>
 __device__ __forceinline__ void finish(const DecodeParams& params, int batch, int kv_head, int row,
@@ -110,9 +115,7 @@ __device__ __forceinline__ void finish(const DecodeParams& params, int batch, in
   const int head = kv_head * params.group + row - token * params.group;
   const RowResult result = finish_row(params, batch, head, part.maximum, part.sum);
   store_out<kCache>(params, batch, token, head, 4 * piece, part.out, result.factor);
-  if (piece == 0) {
-    params.lse[(int64_t{batch} * params.heads + head) * params.tokens + token] = result.lse;
-  }
+  if (piece == 0) store_lse(params, batch, token, head, result);
 }
 
 }  // namespace jax_flash::decode

@@ -141,6 +141,24 @@ struct Place {
   }
 };
 
+// What becomes of the sum of a group's splits when a thread block has done one of them.
+struct GroupEnd {
+  bool begins;      // with this split: nothing to add it to
+  bool holds;       // the thread block does the next split of the group, too
+  bool ends_alone;  // the group is the sequence, and the thread block has had it all
+  int slot;         // where the sum is stored as a part
+
+  static __device__ __forceinline__ GroupEnd of(const Place& place, const Place& next) {
+    const int within = place.split % kGroupSplits;
+    // Whether the thread block has had the group from its first split on.
+    const bool has_group = place.done >= within;
+    return {!has_group || within == 0,
+            has_group && next.units > 0 && next.split % kGroupSplits != 0,
+            place.sequence.splits <= kGroupSplits && place.has_had_all(),
+            has_group ? place.split - within : place.split};
+  }
+};
+
 // The first split of a thread block; without any if `units` is 0. By a whole warp.
 __device__ __forceinline__ Place first_place(const DecodeParams& params, const Plan& plan,
                                              int block) {

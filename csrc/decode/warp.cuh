@@ -1,4 +1,4 @@
-// One warp's 16 rows: registers, and the two products with the softmax between them.
+// One warp's 16 rows: registers, and the two products by mma.sync with the softmax between them.
 #pragma once
 
 #include <cstdint>
@@ -78,15 +78,13 @@ __device__ __forceinline__ uint32_t output_offset(int row, int column) {
   return 4 * row * Config::kWidth + (4 * column ^ row % 4 << 5);
 }
 
+// The rows of a warp between and behind the products: logits, softmax and outputs in the registers
+// that mma.sync and wgmma have them in.
 template <typename Config>
-struct DecodeWarp {
-  using Element = typename Config::Element;
-  using Layout = typename Config::Layout;
-  static constexpr int kSteps = Config::kWidth / 16;
+struct DecodeRows {
   static constexpr int kScoreTiles = Config::kKeys / 8;
   static constexpr int kOutTiles = Config::kWidth / 8;
 
-  uint32_t query[kSteps][4];
   float out[kOutTiles][4];
   float maximum[2];     // of the logits, base 2
   float sum[2];         // this lane's part
@@ -101,6 +99,106 @@ struct DecodeWarp {
     maximum[0] = maximum[1] = kMinusInfinity;
     sum[0] = sum[1] = 0.0f;
   }
+
+  // Scores of the keys from `key` on, those before `end`, become weights relative to the maximum so
+  // far, by which the outputs are rescaled.
+  __device__ __forceinline__ void weigh(float (&scores)[kScoreTiles][4], const DecodeParams& params,
+                                        const RowPositions& rows, int key, int end) {
+    scale(scores, params);
+    if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
+      mask(scores, params, rows, key, end);
+    }
+    soften(scores);
+  }
+
+ private:
+  // Scores become logits in base 2.
+  __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
+                                        const DecodeParams& params) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float factor = params.logit_factor;
+      if constexpr (Config::kQuantised) factor *= key_factor[h];
+#pragma unroll
+      for (int j = 0; j < kScoreTiles; ++j) {
+        scores[j][2 * h] *= factor;
+        scores[j][2 * h + 1] *= factor;
+      }
+    }
+    if (params.cap == 0.0f) return;
+#pragma unroll
+    for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
+    }
+  }
+
+  static __device__ __forceinline__ void mask(float (&scores)[kScoreTiles][4],
+                                              const DecodeParams& params, const RowPositions& rows,
+                                              int key, int end) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = rows.warp_row + fragment_row() + 8 * h;
+      const int position = rows.shift + params.group_divisor.divide(row);
+      const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
+      const int last = min_int(position, end - 1);
+#pragma unroll
+      for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = key + 8 * j + fragment_column() + e;
+          if (column < first || column > last) scores[j][2 * h + e] = kMinusInfinity;
+        }
+      }
+    }
+  }
+
+  // Logits become exponentials relative to the maximum so far, by which the outputs are rescaled.
+  __device__ __forceinline__ void soften(float (&scores)[kScoreTiles][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = kMinusInfinity;
+#pragma unroll
+      for (int j = 0; j < kScoreTiles; ++j) {
+        largest = fmaxf(largest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
+      }
+      largest = fmaxf(quad_max(largest), maximum[h]);
+      // A row without any key so far: exponents are -inf, not -inf + inf.
+      const float shift = largest == kMinusInfinity ? 0.0f : largest;
+      const float factor = ptx::ex2_approx_ftz(maximum[h] - shift);
+      maximum[h] = largest;
+      sum[h] *= factor;
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j) {
+        out[j][2 * h] *= factor;
+        out[j][2 * h + 1] *= factor;
+      }
+#pragma unroll
+      for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          scores[j][e] = ptx::ex2_approx_ftz(scores[j][e] - shift);
+          sum[h] += scores[j][e];
+        }
+      }
+    }
+  }
+};
+
+template <typename Config>
+struct DecodeWarp : DecodeRows<Config> {
+  using Base = DecodeRows<Config>;
+  using Element = typename Config::Element;
+  using Layout = typename Config::Layout;
+  using Base::key_factor;
+  using Base::kOutTiles;
+  using Base::kScoreTiles;
+  using Base::maximum;
+  using Base::out;
+  using Base::sum;
+  static constexpr int kSteps = Config::kWidth / 16;
+
+  uint32_t query[kSteps][4];
 
   __device__ __forceinline__ void load_queries(const DecodeParams& params, int batch, int kv_head,
                                                int first_row) {
@@ -119,11 +217,7 @@ struct DecodeWarp {
                                          uint32_t tile, int key, int end) {
     float scores[kScoreTiles][4];
     multiply_keys(scores, tile);
-    scale(scores, params);
-    if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
-      mask(scores, params, rows, key, end);
-    }
-    soften(scores);
+    this->weigh(scores, params, rows, key, end);
     multiply_values(scores, tile + Config::kTileBytes);
   }
 
@@ -219,78 +313,6 @@ struct DecodeWarp {
         } else {
           ptx::mma_m16n8k16<Element>(scores[2 * j], query[pair], b[0], b[1]);
           ptx::mma_m16n8k16<Element>(scores[2 * j + 1], query[pair], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  // Scores become logits in base 2.
-  __device__ __forceinline__ void scale(float (&scores)[kScoreTiles][4],
-                                        const DecodeParams& params) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float factor = params.logit_factor;
-      if constexpr (Config::kQuantised) factor *= key_factor[h];
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-        scores[j][2 * h] *= factor;
-        scores[j][2 * h + 1] *= factor;
-      }
-    }
-    if (params.cap == 0.0f) return;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
-    }
-  }
-
-  static __device__ __forceinline__ void mask(float (&scores)[kScoreTiles][4],
-                                              const DecodeParams& params, const RowPositions& rows,
-                                              int key, int end) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = rows.warp_row + fragment_row() + 8 * h;
-      const int position = rows.shift + params.group_divisor.divide(row);
-      const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
-      const int last = min_int(position, end - 1);
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = key + 8 * j + fragment_column() + e;
-          if (column < first || column > last) scores[j][2 * h + e] = kMinusInfinity;
-        }
-      }
-    }
-  }
-
-  // Logits become exponentials relative to the maximum so far, by which the outputs are rescaled.
-  __device__ __forceinline__ void soften(float (&scores)[kScoreTiles][4]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float largest = kMinusInfinity;
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-        largest = fmaxf(largest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
-      }
-      largest = fmaxf(quad_max(largest), maximum[h]);
-      // A row without any key so far: exponents are -inf, not -inf + inf.
-      const float shift = largest == kMinusInfinity ? 0.0f : largest;
-      const float factor = ptx::ex2_approx_ftz(maximum[h] - shift);
-      maximum[h] = largest;
-      sum[h] *= factor;
-#pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) {
-        out[j][2 * h] *= factor;
-        out[j][2 * h + 1] *= factor;
-      }
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          scores[j][e] = ptx::ex2_approx_ftz(scores[j][e] - shift);
-          sum[h] += scores[j][e];
         }
       }
     }

@@ -8,6 +8,7 @@
 #include "tile/element.cuh"
 #include "tile/intervals.cuh"
 #include "tile/mask.cuh"
+#include "tile/swizzle.cuh"
 
 namespace jax_flash::sm90 {
 
@@ -51,20 +52,6 @@ template <>
 inline constexpr FwdTiles kFwdDenseTiles<128, 128>{2, 128, 1, 2, 2};
 template <>
 inline constexpr FwdTiles kFwdDenseTiles<256, 256>{2, 64, 1, 2, 2};
-
-// A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
-// bytes, 16-byte chunks of a row XORed with the row's low three bits.
-template <int kRows, int kWidth>
-struct SlabLayout {
-  static constexpr int kSlabs = (kWidth + 63) / 64;
-  static constexpr int kSlabBytes = kRows * 128;
-  static constexpr int kBytes = kSlabs * kSlabBytes;
-
-  // Byte offset of a 16-byte chunk.
-  static constexpr __host__ __device__ uint32_t offset(uint32_t row, uint32_t chunk) {
-    return chunk / 8 * kSlabBytes + row * 128 + (((chunk ^ row) & 7) << 4);
-  }
-};
 
 // Of operands that are split: a tile has twice the columns.
 template <int kWidth>

@@ -38,4 +38,22 @@ struct TileLayout {
   }
 };
 
+// A tile in shared memory as TMA writes it and wgmma reads it: slabs of 64 columns, each row 128
+// bytes, 16-byte chunks of a row XORed with the row's low three bits.
+template <int kRows, int kWidth>
+struct SlabLayout {
+  static constexpr int kSlabs = (kWidth + 63) / 64;
+  static constexpr int kSlabBytes = kRows * 128;
+  static constexpr int kBytes = kSlabs * kSlabBytes;
+  static constexpr int kChunks = kWidth / 8;  // 16-byte chunks in a row
+  static constexpr int kPitch = 128;          // bytes from row to row
+
+  static constexpr __host__ __device__ uint32_t phase(uint32_t row) { return row & 7; }
+
+  // Byte offset of a 16-byte chunk.
+  static constexpr __host__ __device__ uint32_t offset(uint32_t row, uint32_t chunk) {
+    return chunk / 8 * kSlabBytes + row * 128 + ((chunk & 7 ^ phase(row)) << 4);
+  }
+};
+
 }  // namespace jax_flash

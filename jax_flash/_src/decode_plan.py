@@ -24,7 +24,8 @@ multiprocessors."""
 
 FEW_ROWS, MANY_ROWS, F32_ROWS = 16, 64, 8
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile,
-and of the one kind for float32."""
+and of the one kind for float32. On compute capability 9.0 twice the many, where there
+are more and two warpgroups fit (16-bit caches, widths up to 128): so counted for all."""
 
 MHA_KEYS = 1024
 """Keys from which the decode kernel runs the few queries of a call of `mha`.
@@ -85,16 +86,25 @@ def serves_forward(
     )
 
 
-def row_tiles(rows: int, cache_bytes: int) -> int:
-    """Tiles of the rows of a key/value head; bytes of an element of the caches."""
+def row_tiles(rows: int, cache_bytes: int, width: int) -> int:
+    """Tiles of the rows of a key/value head.
+
+    Args:
+      rows: T times the query heads of a key/value head.
+      cache_bytes: of an element of the caches.
+      width: the larger one of H and Hv.
+    """
     if cache_bytes == 4:
         return -(-rows // F32_ROWS)
-    return -(-rows // (FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS))
+    if rows <= FEW_ROWS:
+        return 1
+    two = rows > MANY_ROWS and cache_bytes == 2 and width <= 128
+    return -(-rows // ((2 if two else 1) * MANY_ROWS))
 
 
-def enough_splits(rows: int, kv_heads: int, cache_bytes: int) -> int:
-    """Splits of one sequence that fill a GPU."""
-    tiles = kv_heads * row_tiles(rows, cache_bytes)
+def enough_splits(rows: int, kv_heads: int, cache_bytes: int, width: int) -> int:
+    """Splits of one sequence that fill a GPU, of rows as `row_tiles` takes them."""
+    tiles = kv_heads * row_tiles(rows, cache_bytes, width)
     return min(MOST_SPLITS, max(1, UNITS // tiles))
 
 
@@ -145,8 +155,8 @@ def splits_of(
         span = min(span, window_left + tokens)
     least = SPLIT_UNIT
     if num_splits is None:
-        num_splits = enough_splits(rows, kv_heads, cache_bytes)
-        heads = kv_heads * row_tiles(rows, cache_bytes)
+        num_splits = enough_splits(rows, kv_heads, cache_bytes, width)
+        heads = kv_heads * row_tiles(rows, cache_bytes, width)
         least = _least_keys(span, width, cache_bytes, rows, heads)
     units = -(-span // SPLIT_UNIT)
     keys = max(least, SPLIT_UNIT * -(-units // num_splits))

@@ -1,7 +1,7 @@
 // The decode kernels' host code and kernels on the CPU.
 #include <cuda_runtime.h>
 
-#include "decode/launch.cuh"
+#include "decode/warpgroup_launch.cuh"
 
 // What `extern __shared__ unsigned char memory[]` of the kernels means here.
 namespace jax_flash::decode {
@@ -25,12 +25,12 @@ cudaError_t launch(const decode::DecodeParams& params, const DeviceInfo& device)
 
 // `params` as tests/emulator_decode_test.py fills it, up to what the launch sets; `cache` is a
 // CacheType, `order` that of thread blocks.
-extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache, int multiprocessors,
-                      unsigned order) {
+extern "C" int decode(const jax_flash::decode::DecodeParams* params, int cache, int capability,
+                      int multiprocessors, unsigned order) {
   using jax_flash::decode::CacheType;
   emulator::order = order;
   emulator::largest_cluster = 0;
-  const DeviceInfo device{90, 50 << 20, multiprocessors};
+  const DeviceInfo device{capability, 50 << 20, multiprocessors};
   switch (static_cast<CacheType>(cache)) {
     case CacheType::kBf16:
       return launch<CacheType::kBf16>(*params, device);
