@@ -351,6 +351,41 @@ def test_many_rows(tokens: int, heads: int, width: int, window: int | None) -> N
         chex.assert_trees_all_equal(alone, tuple(x[one] for x in got))
 
 
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "widths"),
+    [(5, 32, (128,)), (16, 32, (128,)), (40, 24, (128, 72)), (9, 40, (64,))],
+)
+def test_rows_of_warpgroups(
+    tokens: int, heads: int, widths: tuple[int, ...], page: int | None
+) -> None:
+    """Over 16 rows on Hopper: every option, and the same bits alone as in a batch."""
+    room = 4160
+    lengths = np.array([room, 0, 1, tokens - 1, tokens, 1000, 4101, -3], np.int32)
+    query, k, v = problem(0, len(lengths), tokens, heads, 8, room, *widths)
+    for b, length in enumerate(lengths):
+        k[b, max(length, 0) :] = v[b, max(length, 0) :] = np.nan
+    sinks = np.linspace(-2, 4, heads, dtype=np.float32)
+    options = {"window_size": (3000, None), "softcap": 3.0, "sinks": sinks}
+    keys, values, ways = k, v, {}
+    if page is not None:
+        rng = np.random.default_rng(1)
+        keys, values, table = paged(rng, (k, v), lengths, page, np.nan)
+        ways["page_table"] = table
+    got = run(query, keys, values, lengths, **ways)
+    check(got, query, k, v, lengths)
+    limited = run(query, keys, values, lengths, **ways, **options)
+    check(limited, query, k, v, lengths, **options)
+    for b in (0, 3, 6):
+        one = slice(b, b + 1)
+        if page is None:
+            alone = run(query[one], k[one], v[one], lengths[one])
+        else:
+            way = {"page_table": ways["page_table"][one]}
+            alone = run(query[one], keys, values, lengths[one], **way)
+        chex.assert_trees_all_equal(alone, tuple(x[one] for x in got))
+
+
 def test_many_sequences() -> None:
     query, k, v = problem(0, 1300, 1, 4, 1, 80, 64)
     lengths = np.random.default_rng(0).integers(0, 81, 1300).astype(np.int32)

@@ -131,7 +131,7 @@ def decode_calls() -> Iterator[Call]:
     """Query, caches and lengths; all kinds of tile, pages, and every option."""
     for dtype in (*DTYPES, np.float32):
         for width in (64, 128, 256, 72, 8):
-            for tokens in (1, 9):
+            for tokens in (1, 9, 30):
                 query, _, _ = arrays(dtype, (4, tokens, 8), (1, 2), width)
                 _, k, v = arrays(dtype, (4, 1, 8), (300, 2), width)
                 lengths = np.array([0, 1, 129, 300], np.int32)
