@@ -30,13 +30,15 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   constexpr int kItems = Config::kThreads / kLanes;
   ptx::cluster_arrive();
   const int bits = params.cluster_bits;
-  const int tile = static_cast<int>(blockIdx.x) >> bits;
-  const int rank = static_cast<int>(blockIdx.x) - (tile << bits);
+  const int cluster = static_cast<int>(blockIdx.x) >> bits;
+  const int rank = static_cast<int>(blockIdx.x) - (cluster << bits);
+  const int batch = cluster / params.head_tiles;
+  const int tile = cluster - batch * params.head_tiles;
   const int kv_head = params.row_tile_divisor.divide(tile);
   const int first = (tile - kv_head * params.row_tiles) * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
   const int pieces = params.head_dim_v / 4;
-  const int splits = max_int(sequence_splits(params, 0).splits, 1);
+  const int splits = max_int(sequence_splits(params, batch).splits, 1);
   const int lane = lane_id() % kLanes;
   const int first_split = lane * kGroupSplits;
   uint32_t parts[kGroupSplits];
@@ -80,7 +82,7 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
       total.add(part_of_lane(group, lane_id() - lane + other));
     }
     if (lane == 0 && item < rows * pieces) {
-      finish<Config::kCache>(params, 0, kv_head, first + row, piece, total);
+      finish<Config::kCache>(params, batch, kv_head, first + row, piece, total);
     }
   }
   // Nobody's shared memory goes before all have read it.

@@ -23,19 +23,26 @@ inline int crew_of(int head_tiles, int capacity) {
   return 1;
 }
 
-// Bits of the size of a cluster for each head tile, or 0. For one short sequence: with more, or
-// with one that keeps the GPU busy for long, thread blocks that take pieces of all the work are
-// better balanced, and the sum of splits costs little.
+// Bits of the size of a cluster for each head tile, or 0. For short sequences: if one keeps the GPU
+// busy for long, thread blocks that take pieces of all the work are better balanced, and the sum of
+// splits costs little. One sequence has a thread block on a multiprocessor, more have two on most;
+// their lengths may differ, so less of one is left to its own thread blocks.
 template <typename Config>
 int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
-  if (!Config::kClusters || device.compute_capability != 90 || params.batch > 1) return 0;
+  if (!Config::kClusters || device.compute_capability != 90) return 0;
   if (params.splits == 1 || params.splits > kClusterSplits) return 0;
-  const int bits = params.splits <= 8 ? 3 : 4;
+  const bool alone = params.batch == 1;
+  const int64_t tiles = int64_t{params.batch} * params.head_tiles;
+  const int64_t room = (alone ? 1 : 2) * int64_t{device.multiprocessors};
+  int bits = params.splits <= 8 ? 3 : 4;
+  while (!alone && bits > 0 && tiles << bits > room) --bits;
   const int size = 1 << bits;
-  const int64_t blocks = int64_t{params.head_tiles} << bits;
-  const bool fits = blocks <= device.multiprocessors;
-  const bool fills = params.splits <= size || 5 * blocks >= 2 * device.multiprocessors;
-  const bool is_short = int64_t{params.splits} * params.split_keys <= 1024 * size;
+  const int64_t blocks = tiles << bits;
+  const bool fits = bits > 0 && blocks <= room;
+  const bool fills =
+      alone ? params.splits <= size || 5 * blocks >= 2 * room : 5 * blocks >= 4 * room;
+  const bool is_short =
+      int64_t{params.splits} * params.split_keys <= int64_t{alone ? 1024 : 512} * size;
   const int rows = std::min(Config::kRows, params.tokens * params.group);
   const int slots = (params.splits + size - 1) / size;
   const bool has_room = slots * rows * Config::kRecordBytes <= Config::kPartBytes;
@@ -81,7 +88,8 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {1u << kBits, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(params.head_tiles) << kBits);
+  const int tiles = params.batch * params.head_tiles;
+  config.gridDim = dim3(static_cast<unsigned>(tiles) << kBits);
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
@@ -89,7 +97,7 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   config.numAttrs = 1;
   int clusters = 0;
   cudaError_t error = max_active_clusters<kKernel, kBits>(config, &clusters);
-  *launched = error == cudaSuccess && clusters >= params.head_tiles;
+  *launched = error == cudaSuccess && clusters >= tiles;
   if (!*launched) return error;
   params.cluster_bits = kBits;
   return cudaLaunchKernelEx(&config, kKernel, params);
@@ -106,8 +114,10 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   if (error != cudaSuccess) return error;
   if (const int bits = cluster_bits_of<Config>(params, device); bits > 0) {
     bool launched = false;
-    error = bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
-                      : try_clusters<Config, 4>(params, stream, &launched);
+    error = bits == 1   ? try_clusters<Config, 1>(params, stream, &launched)
+            : bits == 2 ? try_clusters<Config, 2>(params, stream, &launched)
+            : bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
+                        : try_clusters<Config, 4>(params, stream, &launched);
     if (launched || error != cudaSuccess) return error;
   }
   const int64_t heads = int64_t{params.batch} * params.head_tiles;

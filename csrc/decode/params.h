@@ -72,7 +72,7 @@ struct DecodeParams {
   // Set by the launch.
   float logit_factor;    // of scores: to logits in base 2, or to what is under the cap's tanh
   float cap;             // of logits in base 2; 0: none
-  int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
+  int32_t cluster_bits;  // 0, or a head tile of a sequence has 1 << cluster_bits thread blocks
   int32_t whole_groups;  // whether thread blocks must do whole groups of splits
   int32_t page_rows;     // rows of the caches that a page has: page_size, or room without pages
   int32_t group;         // heads / kv_heads
