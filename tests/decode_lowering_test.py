@@ -106,7 +106,7 @@ def test_float32(kernels: None, page: int | None) -> None:
     cache = "24x128x2" if page else "3x1024x2"
     assert f"(tensor<3x2x8x12xf32>, tensor<{cache}x12xf32>, tensor<{cache}x8" in line
     assert "-> (tensor<3x2x8x8xf32>, tensor<3x8x2xf32>, " in line
-    assert "by_forward = false" in line
+    assert "forward_parts = 0 : i64" in line
 
 
 @pytest.mark.parametrize(("dtype", "splits"), [("bfloat16", 32), ("float32", 16)])
@@ -238,7 +238,7 @@ def test_many_rows_may_go_to_the_forward_kernel(kernels: None) -> None:
 
     def taken(*args: Any, **options: Any) -> bool:
         line = call_of(TARGET, cuda_text(lambda *a: decode(*a, **options), *args))
-        return "by_forward = true" in line
+        return "forward_parts = 2 : i64" in line
 
     def arrays(tokens: int, heads: int, room: int) -> list[jax.Array]:
         query = jnp.zeros((2, tokens, heads, 16), jnp.bfloat16)
