@@ -263,7 +263,7 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
-PARTS = {
+PARTS: dict[str, Any] = {
     "empty sequences, short and long ones": (
         (6, 33, 1100, 8, 1),
         (128, 128),
@@ -291,9 +291,9 @@ def test_forward_sm90_of_parts(forward: ctypes.CDLL, case: str) -> None:
 
     A sequence has the same bits alone, on another number of multiprocessors.
     """
-    shape, widths, parts, given = PARTS[case]
+    shape, (width, value_width), parts, given = PARTS[case]
     dtype = ("bfloat16", "float16")[len(case) % 2]
-    arrays = problem(shape, *widths, dtype)
+    arrays = problem(shape, width, value_width, dtype)
     given = given | {"is_causal": True}
     got = check_forward(forward.mha_fwd_sm90, arrays, given, 3, parts)
     last = slice(shape[0] - 1, None)

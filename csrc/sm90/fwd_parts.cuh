@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(kFwdPartsThreads)
 }
 
 inline cudaError_t launch_fwd_parts(const FwdParts& parts, cudaStream_t stream) {
-  const int64_t count =
-      int64_t{parts.batch} * parts.query_length * parts.heads * (parts.width / 8);
+  const int64_t count = int64_t{parts.batch} * parts.query_length * parts.heads * (parts.width / 8);
   if (parts.parts > kMaxKeyParts || count > std::numeric_limits<int32_t>::max() / 2) {
     return cudaErrorInvalidValue;
   }

@@ -41,8 +41,8 @@ extern "C" int mha_fwd_sm90(const jax_flash::Arguments* arguments) {
     // lse of parts, then their outputs.
     params.key_parts = arguments->parts;
     params.lse = arguments->workspace;
-    params.out = params.lse + int64_t{params.batch} * params.key_parts * params.heads *
-                                  params.query_length;
+    params.out =
+        params.lse + int64_t{params.batch} * params.key_parts * params.heads * params.query_length;
   }
   const cudaError_t error = arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
                                                 : launch_sm90<ElementType::kBf16>(params, device);
