@@ -106,7 +106,7 @@ def test_float32(kernels: None, page: int | None) -> None:
     cache = "24x128x2" if page else "3x1024x2"
     assert f"(tensor<3x2x8x12xf32>, tensor<{cache}x12xf32>, tensor<{cache}x8" in line
     assert "-> (tensor<3x2x8x8xf32>, tensor<3x8x2xf32>, " in line
-    assert "by_forward = false" in line
+    assert "forward_parts = 0 : i64" in line
 
 
 @pytest.mark.parametrize(("dtype", "splits"), [("bfloat16", 32), ("float32", 16)])
@@ -238,7 +238,7 @@ def test_many_rows_may_go_to_the_forward_kernel(kernels: None) -> None:
 
     def taken(*args: Any, **options: Any) -> bool:
         line = call_of(TARGET, cuda_text(lambda *a: decode(*a, **options), *args))
-        return "by_forward = true" in line
+        return "forward_parts = 0 : i64" not in line
 
     def arrays(tokens: int, heads: int, room: int) -> list[jax.Array]:
         query = jnp.zeros((2, tokens, heads, 16), jnp.bfloat16)
@@ -261,7 +261,44 @@ def test_many_rows_may_go_to_the_forward_kernel(kernels: None) -> None:
     assert not taken(*arrays(32, 16, 4096))
     assert not taken(*arrays(64, 12, 4096))
     explanation = explain(*args[:3], cache_seqlens=lengths)
-    assert "on compute capability 9.0 the forward kernel" in str(explanation)
+    text = "on compute capability 9.0 the forward kernel, 4 parts of the keys"
+    assert text in str(explanation)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "room", "width", "parts", "splits"),
+    [
+        (64, 32, 8, 65536, 128, 8, 8),
+        (64, 32, 8, 8192, 128, 8, 8),
+        (32, 32, 8, 65536, 128, 16, 16),
+        (64, 32, 8, 8192, 256, 8, 8),
+        (64, 24, 12, 65536, 128, 11, 11),
+        (64, 128, 1, 65536, 128, 2, 2),
+        (5, 2048, 64, 8192, 64, 2, 1),  # room for parts where there are no splits
+    ],
+)
+def test_parts_of_the_keys(
+    kernels: None,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    room: int,
+    width: int,
+    parts: int,
+    splits: int,
+) -> None:
+    """As many as suit one sequence, and room for their results or those of splits."""
+    query = jax.ShapeDtypeStruct((batch, tokens, heads, width), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((batch, room, kv_heads, width), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    line = call_of(TARGET, cuda_text(decode, query, cache, cache, lengths))
+    assert f"forward_parts = {parts} : i64" in line
+    assert f" splits = {splits} : i64" in line
+    count = max(splits if splits > 1 else 0, (parts + 1) // 2)
+    rows = tokens * heads // kv_heads
+    assert f"tensor<{batch}x{kv_heads}x{count}x{rows}x{width}xf32>" in line
 
 
 def test_num_splits(kernels: None) -> None:

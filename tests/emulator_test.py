@@ -263,24 +263,71 @@ def test_forward_sm90_of_split_keys(forward: ctypes.CDLL, case: str) -> None:
     check_forward(forward.mha_fwd_sm90, arrays, given, 132)
 
 
+PARTS: dict[str, Any] = {
+    "empty sequences, short and long ones": (
+        (6, 33, 1100, 8, 1),
+        (128, 128),
+        4,
+        {"key_value_seq_lengths": (1100, 0, 1, 20, 700, 1063)},
+    ),
+    "a window, rows without keys, padding rows of three warpgroups": (
+        (2, 30, 1500, 8, 1),
+        (64, 40),
+        5,
+        {"key_value_seq_lengths": (1500, 17), "window_size": (900, 0)},
+    ),
+    "all tiles in one part, another sequence in many": (
+        (2, 17, 1030, 8, 1),
+        (256, 136),
+        16,
+        {"key_value_seq_lengths": (18, 1030)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_forward_sm90_of_parts(forward: ctypes.CDLL, case: str) -> None:
+    """Parts of the keys with results of their own, as decoding asks for them.
+
+    A sequence has the same bits alone, on another number of multiprocessors.
+    """
+    shape, (width, value_width), parts, given = PARTS[case]
+    dtype = ("bfloat16", "float16")[len(case) % 2]
+    arrays = problem(shape, width, value_width, dtype)
+    given = given | {"is_causal": True}
+    got = check_forward(forward.mha_fwd_sm90, arrays, given, 3, parts)
+    last = slice(shape[0] - 1, None)
+    given["key_value_seq_lengths"] = given["key_value_seq_lengths"][last]
+    alone = {name: x[last] for name, x in arrays.items()}
+    again = check_forward(forward.mha_fwd_sm90, alone, given, 132, parts)
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(x[last], y)
+
+
 def check_forward(
     function: Any,
     arrays: dict[str, np.ndarray],
     given: dict[str, Any],
     multiprocessors: int,
-) -> None:
+    parts: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
     query, value = arrays["query"], arrays["value"]
     expected = oracle.attention(query, arrays["key"], value, **given)
     spoil_keys(arrays, given)
     batch, rows, heads, _ = query.shape
     out = aligned((batch, rows, heads, value.shape[-1]), query.dtype)
     lse = aligned((batch, heads, rows), np.float32)
+    results = {"out": out, "lse": lse}
+    if parts > 1:
+        floats = parts * (lse.size + -(-out.size // 2))
+        results["workspace"] = aligned((floats,), np.float32)
     call(
         function,
         given,
         arrays,
-        {"out": out, "lse": lse},
+        results,
         multiprocessors=multiprocessors,
+        parts=parts,
     )
     dead = np.isneginf(expected.lse)
     np.testing.assert_array_equal(np.isneginf(lse), dead)
@@ -289,6 +336,7 @@ def check_forward(
     step = 2.0**-8 if query.dtype != np.float16 else 2.0**-11
     error = np.abs(out.astype(np.float64) - expected.out)
     assert error.max() <= 2 * step * np.abs(expected.out).max(initial=0)
+    return out, lse
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,8 +7,10 @@
 // type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T * N / K, Hv] and f32
 // [batch, K, splits, T * N / K, 2], which may be empty if there is one split. All arrays are
 // row-major and start at multiples of 16 bytes, as XLA's do. The call's state is in
-// decode_counters.h. by_forward: on compute capability 9.0 the forward kernel of attention runs the
-// call, which has nothing but the first four operands.
+// decode_counters.h. forward_parts: not 0 where, on compute capability 9.0, the forward kernel of
+// attention runs the call, which has nothing but the first four operands: into how many parts it
+// cuts the keys. If there are several, the workspaces hold their results: 16 bits [batch, parts, T,
+// N, Hv] and f32 [batch, parts, N, T] (the other kernels have those of splits there).
 #include "decode/decode.h"
 
 #include <algorithm>
@@ -21,6 +23,7 @@
 #include "host/device.h"
 #include "host/dispatch.h"
 #include "host/params.h"
+#include "sm90/fwd_parts.h"
 #include "tile/mask.cuh"
 
 namespace jax_flash {
@@ -45,8 +48,8 @@ decode::CacheType cache_type_of(ffi::DataType type) {
 }
 
 // Caches are keys with lengths, and the new tokens the last queries, to the forward kernel.
-ffi::Error launch_forward(const decode::DecodeParams& params, const DeviceInfo& device,
-                          cudaStream_t stream) {
+ffi::Error launch_forward(const decode::DecodeParams& params, int64_t parts,
+                          const DeviceInfo& device, cudaStream_t stream) {
   MhaFwdParams forward{};
   const auto view = [](const void* data, int64_t length, int64_t heads, int64_t width) {
     TensorView of{};
@@ -74,15 +77,23 @@ ffi::Error launch_forward(const decode::DecodeParams& params, const DeviceInfo& 
   forward.window_left = params.window_left;
   forward.window_right = 0;
   forward.bottom_right = true;
-  forward.out = params.out;
-  forward.lse = params.lse;
+  const bool cut = parts > 1;
+  forward.out = cut ? params.partial_out : params.out;
+  forward.lse = cut ? reinterpret_cast<float*>(params.partial_state) : params.lse;
+  forward.key_parts = static_cast<int32_t>(parts);
   const ElementType type = params.query_bf16 != 0 ? ElementType::kBf16 : ElementType::kF16;
   const MhaFwdKernel* const kernel =
       choose_mha_fwd_kernel({type, params.head_dim, params.head_dim_v, params.room, 1, 16,
                              device.compute_capability, false, false});
-  JAX_FLASH_CHECK(kernel != nullptr, "no kernel for widths ", params.head_dim, " and ",
-                  params.head_dim_v);
-  const cudaError_t error = kernel->launch(forward, device, stream);
+  JAX_FLASH_CHECK(kernel != nullptr && kernel->family == Family::kSm90, "no kernel for widths ",
+                  params.head_dim, " and ", params.head_dim_v);
+  cudaError_t error = kernel->launch(forward, device, stream);
+  if (error == cudaSuccess && cut) {
+    error = sm90::add_fwd_parts(
+        {forward.out, forward.lse, params.out, params.lse, params.batch, forward.key_parts,
+         params.tokens, params.heads, params.head_dim_v, params.query_bf16 != 0},
+        stream);
+  }
   if (error != cudaSuccess) return cuda_failure("launching jax_flash_decode", error);
   return ffi::Error::Success();
 }
@@ -95,7 +106,7 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_state, float scale,
                           float softcap, int64_t window_left, int64_t split_keys, int64_t splits,
                           bool has_page_table, bool has_sinks, bool has_k_scale, bool has_v_scale,
-                          bool by_forward) {
+                          int64_t forward_parts) {
   const Dims q = query.dimensions();
   const Dims k = key.dimensions();
   const Dims v = value.dimensions();
@@ -140,8 +151,10 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
                   " optional operands, the attributes name ", named);
   JAX_FLASH_CHECK(quantised || !(has_k_scale || has_v_scale), "caches of ", cache_type,
                   " have no scales");
-  JAX_FLASH_CHECK(!by_forward || (named == 0 && cache_bytes == 2 && softcap == 0.0f),
+  JAX_FLASH_CHECK(forward_parts == 0 || (named == 0 && cache_bytes == 2 && softcap == 0.0f),
                   "the forward kernel takes neither options nor caches of ", cache_type);
+  JAX_FLASH_CHECK(forward_parts >= 0 && forward_parts <= sm90::kMaxKeyParts,
+                  "forward_parts must be 0 to ", sm90::kMaxKeyParts, ", got ", forward_parts);
   params.page_size = 1;
   int64_t room = k[1];
   if (has_page_table) {
@@ -193,16 +206,18 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
                   split_keys, " keys are too few for ", room);
 
   const int64_t rows = q[0] * q[1] * q[2];
+  // Parts have half the bytes of splits: outputs of 16 bits, and lse alone.
+  const int64_t room_of =
+      std::max(splits > 1 ? splits : 0, forward_parts > 1 ? (forward_parts + 1) / 2 : 0);
   JAX_FLASH_CHECK(static_cast<int64_t>(out->element_count()) == rows * v[3] &&
                       static_cast<int64_t>(lse->element_count()) == rows,
                   "out ", to_string(out->dimensions()), " and lse ", to_string(lse->dimensions()),
                   " do not fit query ", to_string(q));
-  JAX_FLASH_CHECK(
-      splits == 1 || (static_cast<int64_t>(partial_out->element_count()) == rows * splits * v[3] &&
-                      static_cast<int64_t>(partial_state->element_count()) == rows * splits * 2),
-      "workspaces ", to_string(partial_out->dimensions()), " and ",
-      to_string(partial_state->dimensions()), " do not fit query ", to_string(q), " and ", splits,
-      " splits");
+  JAX_FLASH_CHECK(partial_out->element_count() >= static_cast<size_t>(rows * room_of * v[3]) &&
+                      partial_state->element_count() >= static_cast<size_t>(rows * room_of * 2),
+                  "workspaces ", to_string(partial_out->dimensions()), " and ",
+                  to_string(partial_state->dimensions()), " do not fit query ", to_string(q), ", ",
+                  splits, " splits and ", forward_parts, " parts");
   if (rows == 0) return ffi::Error::Success();
 
   params.query_bf16 = type == ffi::BF16;
@@ -230,8 +245,8 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
 
   DeviceInfo device{};
   JAX_FLASH_RETURN_IF_ERROR(supported_device(&device));
-  if (by_forward && device.compute_capability == 90 && !force_sm80()) {
-    return launch_forward(params, device, stream);
+  if (forward_parts > 0 && device.compute_capability == 90 && !force_sm80()) {
+    return launch_forward(params, forward_parts, device, stream);
   }
   JAX_FLASH_RETURN_IF_ERROR(counters->get(&params.counters));
   const cudaError_t error = decode::launch(cache_type_of(cache_type), params, device, stream);
@@ -263,7 +278,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
                                   .Attr<bool>("has_sinks")
                                   .Attr<bool>("has_k_scale")
                                   .Attr<bool>("has_v_scale")
-                                  .Attr<bool>("by_forward"),
+                                  .Attr<int64_t>("forward_parts"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flash

@@ -77,6 +77,11 @@ struct MhaFwdParams : MhaParams {
   void* out;   // [batch, query_length, heads, head_dim_v], row-major
   float* lse;  // [batch, heads, query_length], row-major
 
+  // More than 1: the keys that rows see are cut into so many parts, each of which has results of
+  // its own, so that out and lse are [batch, key_parts, ...]: sm90/fwd_parts.h adds them up.
+  // Kernels for sm_90 without intervals do so for operands of 16 bits, no other does.
+  int32_t key_parts;
+
   // Where kernels of the type kSplit have room for the parts of query, key and value, else null:
   // see sm90/fwd_split.cuh.
   void* parts;

@@ -33,6 +33,8 @@ struct FwdPlan {
   CUtensorMap out;     // dims: width, head, row, batch, 1
   int32_t pack_shift;  // log2 of the heads in a tile
   int32_t splits;      // thread blocks (a cluster) that share the keys of one block of work
+  FastDivisor parts;   // MhaFwdParams::key_parts, 1 if there are none
+  int32_t shares;      // splits * parts, one of which is 1: the tiles of rows are cut into so many
   int32_t front;       // rows before the first, of warpgroups that have no others; see front_rows
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
@@ -79,12 +81,15 @@ struct FwdDenseBlock {
   }
 };
 
-struct NoIntervals {};
+// And one without.
+struct FwdBlockPlace {
+  int place;  // of its results: its sequence, or a part of that
+};
 struct NothingDense {};
 
 template <typename Config>
 struct FwdBlock
-    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, NoIntervals>,
+    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, FwdBlockPlace>,
       std::conditional_t<Config::kDense, FwdDenseBlock, NothingDense> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
   int last_tile;   // number of the tile that is visited first; what is hidden between is not
@@ -154,7 +159,7 @@ __device__ __forceinline__ int next_tile(const FwdBlock<Config>& block, int warp
 }
 
 // Which rows of which head block (or pair of blocks) `id` is; a negative batch where a section is
-// padded.
+// padded. With parts, the batch is the place of the block's results.
 template <typename Config>
 __device__ __forceinline__ BlockCoordinate block_at(const MhaFwdParams& params, const FwdPlan& plan,
                                                     int id) {
@@ -240,19 +245,21 @@ __device__ __forceinline__ KeyInterval begin_tiles(FwdBlock<Config>& block) {
 }
 
 // Describes the block at `at` (with intervals, that which look_at_rows has begun); false if it
-// sees no keys. Its `tiles` are those of this thread block among `splits`, and may be none.
+// sees no keys. Its `tiles` are number `share` of `shares`; with splits they may be none. place: of
+// its results.
 template <typename Config>
 __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const FwdPlan& plan,
-                                           const BlockCoordinate& at, int split,
+                                           const BlockCoordinate& at, int place, int share,
                                            FwdBlock<Config>& block) {
   const int pack_shift = plan.pack_shift;
   block.head = at.head << pack_shift;
   block.batch = at.batch;
-  const int64_t head = int64_t{at.batch} * params.heads + block.head;
+  const int64_t head = int64_t{place} * params.heads + block.head;
   block.lse = params.lse + head * params.query_length;
   block.out =
       static_cast<typename Config::Out*>(params.out) +
-      (int64_t{at.batch} * params.query_length * params.heads + block.head) * params.head_dim_v;
+      (int64_t{place} * params.query_length * params.heads + block.head) * params.head_dim_v;
+  if constexpr (!Config::kIntervals) block.place = place;
   KeyInterval keys;
   if constexpr (Config::kIntervals) {
     if constexpr (Config::kOptions) {
@@ -284,10 +291,10 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
   }
   int first_tile = keys.first / Config::kKeys;
   int end_tile = any ? (keys.end + Config::kKeys - 1) / Config::kKeys : first_tile;
-  if (plan.splits > 1) {
-    const int share = (end_tile - first_tile + plan.splits - 1) / plan.splits;
-    end_tile = min(end_tile, first_tile + (split + 1) * share);
-    first_tile = min(end_tile, first_tile + split * share);
+  if (plan.shares > 1) {
+    const int most = (end_tile - first_tile + plan.shares - 1) / plan.shares;
+    end_tile = min(end_tile, first_tile + (share + 1) * most);
+    first_tile = min(end_tile, first_tile + share * most);
   }
   block.tiles = end_tile - first_tile;
   block.last_tile = end_tile - 1;
@@ -348,7 +355,7 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
     block.clean_first[w] = lowest + (Config::kQueryStages == 1 ? 1 : 0);
     if (!Config::kMasksClean) block.clean_first[w] = max(block.clean_first[w], full_first);
   }
-  return any;
+  return any && (plan.splits > 1 || block.tiles > 0);
 }
 
 }  // namespace jax_flash::sm90

@@ -36,23 +36,27 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t rows = int64_t{params.query_length} * packed;
   const int64_t row_blocks = (rows + Config::kRows - 1) / Config::kRows;
   const int64_t head_groups = params.heads / packed;
-  plan.splits = Config::kIntervals
+  const int64_t parts = std::max(1, params.key_parts);
+  if (parts > 1 && (Config::kIntervals || Config::kSplit)) return cudaErrorInvalidValue;
+  plan.splits = Config::kIntervals || parts > 1
                     ? 1
                     : fwd_splits(params, head_groups * row_blocks, Config::kRows, Config::kKeys);
+  plan.parts = FastDivisor::make(static_cast<uint32_t>(parts));
+  plan.shares = static_cast<int32_t>(plan.splits * parts);
 
-  const int64_t all = params.batch * head_groups;
+  const int64_t all = params.batch * parts * head_groups;
   const int64_t multiprocessors = device.multiprocessors;
-  Sections sections{all, 0};  // with splits there is one block for each cluster, in any order
+  Sections sections{all, 0};
   int64_t multiple = 1;
   bool steady = false;
   if constexpr (Config::kIntervals) {
     const double bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v);
     sections.heads = queue_section(all, params.heads / params.kv_heads, row_blocks, bytes,
                                    multiprocessors, device.l2_bytes);
-  } else if (plan.splits == 1 && params.window_right == kUnbounded) {
+  } else if (plan.shares > 1 || params.window_right == kUnbounded) {
     // Row blocks that are equal, as far as is known: those that share their keys follow each other.
     sections.heads = std::min(all, std::max<int64_t>(1, head_groups / params.kv_heads));
-  } else if (plan.splits == 1) {
+  } else {
     plan.front = front_rows(params, rows, Config::kRows, Config::kKeys);
     // Few blocks of a head, but many heads: one head after the other, so that there are always as
     // many of long blocks as of short ones at work, and keys are read from memory all the time.
@@ -111,7 +115,7 @@ cudaError_t launch(MhaFwdParams params, const DeviceInfo& device, cudaStream_t s
     out.batch_strides[0] = int64_t{params.query_length} * params.heads * params.head_dim_v;
     MhaFwdParams flat{};  // the outputs' batch dims are one
     flat.batch_dims = 1;
-    flat.batch_sizes[0] = params.batch;
+    flat.batch_sizes[0] = static_cast<int32_t>(params.batch * parts);
     error = make_tensor_map(flat, out,
                             {params.head_dim_v, params.heads, params.head_dim_v,
                              params.query_length, int64_t{params.heads} * params.head_dim_v,

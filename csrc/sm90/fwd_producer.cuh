@@ -28,23 +28,30 @@ struct FwdPlanner {
   const FwdPlan& plan;
   Shared& shared;
 
-  // Outputs 0 and lse -inf for the rows of a block that sees no keys.
+  // Outputs 0 and lse -inf for the rows of a block that sees no keys, in the place at.batch. Of a
+  // part, outputs of such rows do not count.
   __device__ __forceinline__ void store_empty(const BlockCoordinate& at, int first_row,
                                               int rows) const {
     const int chunks = params.head_dim_v * sizeof(typename Config::Out) / sizeof(uint4);
+    const int first_head = at.head << plan.pack_shift;
+    const int heads = (1 << plan.pack_shift) - 1;
+    const int first = max(0, -first_row);
 #pragma unroll 1
-    for (int r = max(0, -first_row); r < rows; ++r) {
+    for (int r = first + lane_id(); r < rows; r += 32) {
+      const int64_t head =
+          int64_t{at.batch} * params.heads + first_head + ((first_row + r) & heads);
+      params.lse[head * params.query_length + ((first_row + r) >> plan.pack_shift)] =
+          kMinusInfinity;
+    }
+    if (plan.parts.divisor > 1) return;
+#pragma unroll 1
+    for (int r = first; r < rows; ++r) {
       const int position = (first_row + r) >> plan.pack_shift;
-      const int head =
-          (at.head << plan.pack_shift) + ((first_row + r) & ((1 << plan.pack_shift) - 1));
+      const int head = first_head + ((first_row + r) & heads);
       const int64_t row = int64_t{at.batch} * params.query_length + position;
       uint4* const out = reinterpret_cast<uint4*>(static_cast<typename Config::Out*>(params.out) +
                                                   (row * params.heads + head) * params.head_dim_v);
       for (int chunk = lane_id(); chunk < chunks; chunk += 32) out[chunk] = make_uint4(0, 0, 0, 0);
-      if (lane_id() == 0) {
-        params.lse[(int64_t{at.batch} * params.heads + head) * params.query_length + position] =
-            kMinusInfinity;
-      }
     }
   }
 
@@ -78,7 +85,7 @@ struct FwdPlanner {
       look_at_rows(params, rows, batch, block);
       bool sees_keys = false;
       if (lane_id() == 0) {
-        sees_keys = make_block(params, plan, {0, head, batch}, 0, block);
+        sees_keys = make_block(params, plan, {0, head, batch}, batch, 0, block);
         if (sees_keys) {
           ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
         }
@@ -119,10 +126,14 @@ struct FwdPlanner {
       if (id >= plan.order.ids) continue;
       const BlockCoordinate at = block_at<Config>(params, plan, id);
       if (at.batch < 0) continue;
+      const int place = at.batch;
+      const int batch = plan.parts.divide(place);
+      const int share = rank + place - batch * static_cast<int>(plan.parts.divisor);
       ptx::mbarrier_wait(ptx::shared_address(&shared.block_empty[ring.stage()]), ring.parity() ^ 1);
       bool sees_keys = false;
       if (lane_id() == 0) {
-        sees_keys = make_block(params, plan, at, rank, shared.blocks[ring.stage()]);
+        sees_keys = make_block(params, plan, {at.row_block, at.head, batch}, place, share,
+                               shared.blocks[ring.stage()]);
         if (sees_keys) {
           ptx::mbarrier_arrive(ptx::shared_address(&shared.block_full[ring.stage()]));
         }
@@ -369,10 +380,12 @@ struct FwdStorer {
     const int position = (block.first_row + 64 * w) >> plan.pack_shift;
     // Padding before the first row; a tensor store may not start at a negative coordinate.
     if (position < 0) return;
+    int place = block.batch;
+    if constexpr (!Config::kIntervals) place = block.place;
 #pragma unroll
     for (int slab = 0; slab < Layout::kSlabs; ++slab) {
       ptx::tma_store_5d(&plan.out, tile + slab * Layout::kSlabBytes, 64 * slab, block.head,
-                        position, block.batch, 0);
+                        position, place, 0);
     }
     ptx::tma_store_commit_group();
   }

@@ -97,13 +97,30 @@ def by_forward(config: DecodeConfig, operands: dict[str, Any]) -> bool:
     )
 
 
+def forward_parts(config: DecodeConfig, operands: dict[str, Any]) -> int:
+    """Parts of the keys of a call in the forward kernel, 0 if that does not run it."""
+    if not by_forward(config, operands):
+        return 0
+    _, tokens, heads, width = operands["query"].shape
+    _, room, kv_heads, value_width = operands["v_cache"].shape
+    return decode_plan.forward_parts(
+        tokens,
+        heads // kv_heads,
+        kv_heads,
+        room,
+        config.window_left,
+        max(width, value_width),
+    )
+
+
 def splits_text(config: DecodeConfig, operands: dict[str, Any]) -> str:
     """Into what a sequence of full length is cut, in words."""
     keys, splits = splits_of(config, operands)
     text = "one split" if splits == 1 else f"up to {splits} splits of {keys} keys"
     text = f"{text} for each sequence"
-    if by_forward(config, operands):
+    if parts := forward_parts(config, operands):
         text += "; on compute capability 9.0 the forward kernel"
+        text += f", {parts} parts of the keys" if parts > 1 else ""
     return text
 
 
@@ -115,7 +132,10 @@ def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
     room = _room(o)
     rows = tokens * (heads // kv_heads)
     keys, splits = splits_of(config, o)
-    places = (batch, kv_heads, splits if splits > 1 else 0, rows)
+    parts = forward_parts(config, o)
+    # Parts have half the bytes of a split: outputs of 16 bits, and lse alone.
+    room_of = (splits if splits > 1 else 0, -(-parts // 2) if parts > 1 else 0)
+    places = (batch, kv_heads, max(room_of), rows)
     results = [
         jax.ShapeDtypeStruct((batch, tokens, heads, value_width), o["query"].dtype),
         jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
@@ -136,6 +156,6 @@ def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
         has_sinks="sinks" in o,
         has_k_scale="k_scale" in o,
         has_v_scale="v_scale" in o,
-        by_forward=by_forward(config, o),
+        forward_parts=np.int64(parts),
     )
     return [out, lse]

@@ -51,9 +51,16 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
     return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
-FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 128, 8, 4096
+FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 64, 8, 4096
 """What the forward kernel for Hopper needs to be used for decoding: more rows than
 this, at least so many blocks of them, and keys."""
+
+MOST_PARTS = 16
+"""kMaxKeyParts of csrc/sm90/fwd_parts.h."""
+
+PART_TILES, PART_COST = 8, 1.5
+"""Tiles of keys that a part has at least, and how many its start and end take as long
+as. Its results are written and read again, too, for several sequences from memory."""
 
 
 def serves_forward(
@@ -62,9 +69,10 @@ def serves_forward(
     """Whether Hopper's forward kernel runs a call of `decode_mha` that it can run.
 
     The rows of such a call, and not its keys, are what takes time. The forward
-    multiplies them by `wgmma`, faster than `mma.sync`, and its cut of the keys into up
-    to 8 splits does not depend on the batch either. It has the heads of a group in the
-    rows of a block if the group is a power of two.
+    multiplies up to 128 of them at once by `wgmma`, faster than `mma.sync`, where the
+    decode kernel reads the keys for each 64, and its cut of the keys (`forward_parts`)
+    does not depend on the batch either. It has the heads of a group in the rows of a
+    block if the group is a power of two.
 
     Args:
       tokens: new tokens T.
@@ -74,16 +82,51 @@ def serves_forward(
       window_left: keys seen before a query's own, -1 = unbounded.
     """
     rows = tokens * group
-    if window_left != UNBOUNDED:
-        keys = min(keys, window_left + tokens)
-    blocks = kv_heads * -(-rows // FORWARD_ROWS)
     packs = group & (group - 1) == 0
     return (
         packs
         and rows > FORWARD_ROWS
-        and blocks >= FORWARD_BLOCKS
-        and keys >= FORWARD_KEYS
+        and kv_heads * -(-rows // 128) >= FORWARD_BLOCKS
+        and _seen(keys, tokens, window_left) >= FORWARD_KEYS
     )
+
+
+def _seen(keys: int, tokens: int, window_left: int) -> int:
+    """Keys that the new tokens of a sequence can see."""
+    return keys if window_left == UNBOUNDED else min(keys, window_left + tokens)
+
+
+def _forward_blocks(rows: int, kv_heads: int, width: int) -> int:
+    """Blocks of rows of one sequence in the forward kernel."""
+    return kv_heads * -(-rows // (192 if width <= 64 else 128))
+
+
+def forward_parts(
+    tokens: int, group: int, kv_heads: int, keys: int, window_left: int, width: int
+) -> int:
+    """Into how many parts Hopper's forward kernel cuts the keys of a sequence.
+
+    One sequence of full length is done soonest by them: 16 blocks of rows on 132
+    multiprocessors want 8 parts. Several sequences have as many each.
+
+    Args:
+      tokens: as of `serves_forward`, as are the next.
+      group: query heads of a key/value head.
+      kv_heads: key/value heads K.
+      keys: that a sequence can have.
+      window_left: keys seen before a query's own, -1 = unbounded.
+      width: the larger one of H and Hv.
+    """
+    blocks = _forward_blocks(tokens * group, kv_heads, width)
+    tile = 128 if width <= 128 else 64
+    tiles = -(-_seen(keys, tokens, window_left) // tile)
+
+    def time(parts: int) -> float:
+        rounds = -(-blocks * parts // MULTIPROCESSORS)
+        return rounds * (-(-tiles // parts) + PART_COST)
+
+    most = max(1, min(MOST_PARTS, tiles // PART_TILES))
+    return min(range(1, most + 1), key=time)
 
 
 def row_tiles(rows: int, cache_bytes: int, width: int) -> int:

@@ -3,6 +3,7 @@
 
 #include "problem.h"
 #include "sm90/fwd_launch.cuh"
+#include "sm90/fwd_parts.cuh"
 
 // What `extern __shared__ unsigned char memory[]` of the kernels means here.
 namespace jax_flash::sm90 {
@@ -33,8 +34,21 @@ MhaFwdParams forward_params(const Arguments& arguments) {
 }  // namespace
 
 extern "C" int mha_fwd_sm90(const jax_flash::Arguments* arguments) {
-  const MhaFwdParams params = forward_params(*arguments);
+  MhaFwdParams params = forward_params(*arguments);
   const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
-  return arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
-                             : launch_sm90<ElementType::kBf16>(params, device);
+  const bool cut = arguments->parts > 1;
+  if (cut) {
+    // lse of parts, then their outputs.
+    params.key_parts = arguments->parts;
+    params.lse = arguments->workspace;
+    params.out =
+        params.lse + int64_t{params.batch} * params.key_parts * params.heads * params.query_length;
+  }
+  const cudaError_t error = arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
+                                                : launch_sm90<ElementType::kBf16>(params, device);
+  if (error != cudaSuccess || !cut) return error;
+  return sm90::launch_fwd_parts(
+      {params.out, params.lse, arguments->out, arguments->lse, params.batch, params.key_parts,
+       params.query_length, params.heads, params.head_dim_v, arguments->f16 == 0},
+      nullptr);
 }

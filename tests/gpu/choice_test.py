@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_flash import mha
+from jax_flash import decode_mha, mha
 from jax_flash._src import plan, registry
 
 # The benchmarks are no part of the package, so the repository must be on the path. It
@@ -21,6 +21,10 @@ from benchmarks import timing
 
 def forward(*arrays: jax.Array) -> jax.Array:
     return mha(*arrays, implementation="cuda")
+
+
+def decode(*arrays: jax.Array) -> jax.Array:
+    return decode_mha(*arrays, implementation="cuda")
 
 
 def kernels(f: Callable, *arrays: jax.Array) -> list[str]:
@@ -59,6 +63,21 @@ def test_the_planned_kernel_runs_alone(
     (name,) = kernels(forward, query, key, value)
     assert "mha_fwd_kernel" in name
     assert planned.family in name
+
+
+def test_many_new_tokens_run_the_forward_kernel() -> None:
+    """On Hopper, and one that adds up the parts of the keys; elsewhere decoding's."""
+    query = jnp.ones((2, 64, 16, 64), jnp.bfloat16)
+    cache = jnp.ones((2, 4096, 8, 64), jnp.bfloat16)
+    lengths = jnp.full((2,), 4096, jnp.int32)
+    names = kernels(decode, query, cache, cache, lengths)
+    hopper = jax.devices()[0].compute_capability == "9.0"
+    if hopper and not registry.extension().force_sm80:
+        first, second = names
+        assert "mha_fwd_kernel" in first
+        assert "mha_fwd_parts_kernel" in second
+    else:
+        assert "decode" in names[0]
 
 
 @pytest.mark.parametrize("width", [64, 40, 128, 36])
