@@ -1,4 +1,5 @@
-// The sum of splits: by the cluster that did them, or by the thread block that is done last.
+// The sum of splits: by the cluster that did them, by the thread block that is done last or, of
+// many rows, by a kernel of its own.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +10,18 @@
 #include "decode/plan.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::decode {
+
+// Whether the thread blocks of a head tile are a cluster.
+template <typename Config>
+__device__ __forceinline__ bool is_clustered(const DecodeParams& params) {
+  return Config::kClusters && params.cluster_bits > 0;
+}
 
 // What another lane has. By a whole warp.
 __device__ __forceinline__ RowPart part_of_lane(const RowPart& part, int lane) {
@@ -32,7 +40,7 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   const int bits = params.cluster_bits;
   const int cluster = static_cast<int>(blockIdx.x) >> bits;
   const int rank = static_cast<int>(blockIdx.x) - (cluster << bits);
-  const int batch = cluster / params.head_tiles;
+  const int batch = params.head_tile_divisor.divide(cluster);
   const int tile = cluster - batch * params.head_tiles;
   const int kv_head = params.row_tile_divisor.divide(tile);
   const int first = (tile - kv_head * params.row_tiles) * Config::kRows;
@@ -109,20 +117,47 @@ __device__ __forceinline__ void add_parts(RowPart& total, int first, int end, in
   }
 }
 
-// The splits of a head tile that a thread block has just left, and where their parts are.
+// Where the parts of some rows of a kv head are.
+template <typename Config>
+struct StoredParts {
+  const DecodeParams& params;
+  int batch;
+  int kv_head;
+  int first_row;
+  // Computed when they are needed, not kept in registers while tiles are attended to.
+  int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
+  int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
+  int64_t first_place = partial_row(params, batch, kv_head, 0, first_row);
+
+  __device__ __forceinline__ int64_t place_of(int split, int row) const {
+    return first_place + row + int64_t{split} * split_rows;
+  }
+  // Of four columns, and of none.
+  __device__ __forceinline__ RowPart load_state(int split, int row) const {
+    const float2 state = params.partial_state[place_of(split, row)];
+    return {state.x, state.y, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+  }
+  __device__ __forceinline__ RowPart load(int split, int row, int column) const {
+    RowPart part = load_state(split, row);
+    const float* const out = params.partial_out + place_of(split, row) * width + column;
+    part.out = *reinterpret_cast<const float4*>(out);
+    return part;
+  }
+  __device__ __forceinline__ void finish_piece(int row, int piece, const RowPart& sum) const {
+    finish<Config::kCache>(params, batch, kv_head, first_row + row, piece, sum);
+  }
+};
+
+// The splits of a head tile that a thread block has just left.
 template <typename Config>
 struct LeftTile {
   const DecodeParams& params;
   const Place& place;  // its last split
   const Plan& plan;
-  // Computed when they are needed, not kept in registers while tiles are attended to.
+  StoredParts<Config> parts{params, place.batch, place.kv_head, place.row_tile * Config::kRows};
   int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
   int block = static_cast<int>(ptx::fresh_address(blockIdx.x));
-  int split_rows = static_cast<int>(ptx::fresh_address(params.tokens * params.group));
-  int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
-  int first_row = place.row_tile * Config::kRows;
-  int rows = min_int(Config::kRows, split_rows - first_row);
-  int64_t first_place = partial_row(params, place.batch, place.kv_head, 0, first_row);
+  int rows = min_int(Config::kRows, parts.split_rows - parts.first_row);
   int splits = place.sequence.splits;
   int groups = (splits + kGroupSplits - 1) / kGroupSplits;
   int piece = params.crew_divisor.divide(block);
@@ -139,35 +174,15 @@ struct LeftTile {
     return counters + block - (piece - plan.piece_of(unit)) * crew;
   }
 
-  __device__ __forceinline__ int64_t place_of(int split, int row) const {
-    return first_place + row + int64_t{split} * split_rows;
-  }
-  // Of four columns, and of none.
-  __device__ __forceinline__ RowPart load_state(int split, int row) const {
-    const float2 state = params.partial_state[place_of(split, row)];
-    return {state.x, state.y, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-  }
-  __device__ __forceinline__ RowPart load(int split, int row, int column) const {
-    RowPart part = load_state(split, row);
-    const float* const out = params.partial_out + place_of(split, row) * width + column;
-    part.out = *reinterpret_cast<const float4*>(out);
-    return part;
-  }
-
   // Calls `body(row, piece)` for every four columns of a row, by all threads.
   template <typename F>
   __device__ __forceinline__ void for_each_piece(F body) const {
-    const int pieces = width / 4;
+    const int pieces = parts.width / 4;
 #pragma unroll 1
     for (int item = thread; item < rows * pieces; item += Config::kThreads) {
       const int row = item / pieces;
       body(row, item - row * pieces);
     }
-  }
-
-  __device__ __forceinline__ void finish_piece(int row, int piece_of_row,
-                                               const RowPart& sum) const {
-    finish<Config::kCache>(params, place.batch, place.kv_head, first_row + row, piece_of_row, sum);
   }
 };
 
@@ -196,11 +211,12 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
     return total;
   };
   tile.for_each_piece([&](int row, int piece) {
-    const RowPart total = sum([&](int split) { return tile.load(split, row, 4 * piece); });
+    const RowPart total = sum([&](int split) { return tile.parts.load(split, row, 4 * piece); });
     if (tile.groups == 1) {
-      tile.finish_piece(row, piece, total);
+      tile.parts.finish_piece(row, piece, total);
     } else {
-      float* const out = params.partial_out + tile.place_of(first, row) * tile.width + 4 * piece;
+      float* const out =
+          params.partial_out + tile.parts.place_of(first, row) * tile.parts.width + 4 * piece;
       *reinterpret_cast<float4*>(out) = total.out;
     }
   });
@@ -210,8 +226,8 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
   static_assert(Config::kRows <= Config::kThreads);
   const int row = tile.thread;
   if (row < tile.rows) {
-    const RowPart total = sum([&](int split) { return tile.load_state(split, row); });
-    params.partial_state[tile.place_of(first, row)] = make_float2(total.maximum, total.sum);
+    const RowPart total = sum([&](int split) { return tile.parts.load_state(split, row); });
+    params.partial_state[tile.parts.place_of(first, row)] = make_float2(total.maximum, total.sum);
   }
   return true;
 }
@@ -251,11 +267,68 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
     if (__syncthreads_count(is_last) == 0) return;
   }
   tile.for_each_piece([&](int row, int piece) {
-    const auto load = [&](int split) { return tile.load(split, row, 4 * piece); };
+    const auto load = [&](int split) { return tile.parts.load(split, row, 4 * piece); };
     RowPart total = load(0);
     add_parts<Config::kBatchedParts>(total, kGroupSplits, tile.splits, kGroupSplits, load);
-    tile.finish_piece(row, piece, total);
+    tile.parts.finish_piece(row, piece, total);
   });
+}
+
+// Adds up the splits of many rows, which the thread block that is done last would do for long while
+// all others are idle: each thread block here has a few rows of a head tile.
+inline constexpr int kSumThreads = 128;
+inline constexpr int kSumRows = 4;
+
+template <typename Config>
+__global__ void __launch_bounds__(kSumThreads)
+    decode_sum_kernel(const __grid_constant__ DecodeParams params) {
+  static_assert(Config::kRows % kSumRows == 0);
+  constexpr int kPieces = Config::kRows / kSumRows;         // of a head tile
+  const int tile = static_cast<int>(blockIdx.x) / kPieces;  // of all sequences
+  const int batch = params.head_tile_divisor.divide(tile);
+  const int head_tile = tile - batch * params.head_tiles;
+  const int kv_head = params.row_tile_divisor.divide(head_tile);
+  const int first_row = (head_tile - kv_head * params.row_tiles) * Config::kRows +
+                        static_cast<int>(blockIdx.x) % kPieces * kSumRows;
+  const int rows = min_int(kSumRows, params.tokens * params.group - first_row);
+  if (rows <= 0) return;
+  const SequenceSplits sequence = sequence_splits(params, batch);
+  const int splits = sequence.splits;
+  const Plan plan = make_plan(params);
+  const BandUnits before = count_units(params, batch);
+  const int units = units_of(sequence, plan.unit_splits);
+  const int first_unit =
+      (plan.unit_splits == 1 ? before.splits : before.groups) * bands_of(params) +
+      params.crew_divisor.divide(head_tile) * units;
+  const bool alone = plan.piece_of(first_unit) == plan.piece_of(first_unit + units - 1);
+  if (alone && splits <= kGroupSplits) return;  // stored as the result
+  ptx::griddepcontrol_wait();
+  const StoredParts<Config> parts{params, batch, kv_head, first_row};
+  const int pieces = params.head_dim_v / 4;
+#pragma unroll 1
+  for (int item = static_cast<int>(threadIdx.x); item < rows * pieces; item += kSumThreads) {
+    const int row = item / pieces;
+    const int piece = item - row * pieces;
+    RowPart total = RowPart::empty();
+#pragma unroll 1
+    for (int first = 0; first < splits; first += kGroupSplits) {
+      const int end = min_int(first + kGroupSplits, splits);
+      // The split from which on each is a part, as in add_up_group.
+      int cut = end;
+      if (!alone && plan.unit_splits == 1) {
+        cut = plan.first_unit(plan.piece_of(first_unit + first) + 1) - first_unit;
+      }
+      const auto load = [&](int split) { return parts.load(split, row, 4 * piece); };
+      RowPart group = load(first);
+      add_parts<Config::kBatchedParts>(group, cut, end, 1, load);
+      if (first == 0) {
+        total = group;
+      } else {
+        total.add(group);
+      }
+    }
+    parts.finish_piece(row, piece, total);
+  }
 }
 
 }  // namespace jax_flash::decode

@@ -136,6 +136,8 @@ struct DecodeConfig {
   static constexpr int kCopyUnroll = kQueriesEarly || kF32 || kWarpgroups ? kCopyRows : 1;
   // Whether there are registers for the sum of a group of splits, which else goes to the L2.
   static constexpr bool kHolds = kColumns && kWidth <= 128;
+  // Whether thread blocks add up splits among them, or a kernel of its own does.
+  static constexpr bool kSumsInLaunch = kFewRows;
   // How many parts are loaded at a time where splits are added up: as many as there are registers
   // for.
   static constexpr int kBatchedParts = kQuantised ? 4 : 8;

@@ -13,7 +13,7 @@ inline int counters_of(const DeviceInfo& device) {
   return 2 * kMostBlocksPerSm * device.multiprocessors;
 }
 
-// Enqueues one kernel and nothing else.
+// Enqueues one kernel and, with more than 16 rows and several splits, one that adds these up.
 // kWidth: what the widths are padded to, 64, 128 or 256.
 template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,

@@ -282,7 +282,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                                       const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const bool clustered = Config::kClusters && params.cluster_bits > 0;
+  const bool clustered = is_clustered<Config>(params);
   const GroupEnd end = GroupEnd::of(place, next);
   const bool begins = clustered || end.begins;
   // The row's state is read by all its threads and written by one: to another place.
@@ -388,7 +388,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     if (lane_id() == 0) *place_at(i) = place;
     __syncwarp();
   };
-  const bool clustered = Config::kClusters && params.cluster_bits > 0;
+  const bool clustered = is_clustered<Config>(params);
   const uint32_t stages =
       shared + Config::kTileOffset + team_of_thread<Config>() * Config::kTeamBytes;
   WarpOf<Config> warp;
@@ -447,8 +447,10 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       store<Config>(params, now, next, shared, held);
     }
     __syncthreads();  // before the next outputs, and copies to where these were
-    if (!clustered && (next.units == 0 || next.split == 0)) {
-      add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));
+    if constexpr (Config::kSumsInLaunch) {
+      if (!clustered && (next.units == 0 || next.split == 0)) {
+        add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));
+      }
     }
     if constexpr (!Config::kQueriesEarly) load_other_queries();
     if (next.units == 0) return;
@@ -467,7 +469,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   extern __shared__ __align__(1024) unsigned char memory[];
   do_splits<Config>(params, memory);
   if constexpr (Config::kClusters) {
-    if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));
+    if (is_clustered<Config>(params)) {
+      add_up_cluster<Config>(params, ptx::shared_address(memory));
+    }
   }
 }
 

@@ -107,9 +107,9 @@ template <typename Config>
 cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t stream) {
   const int rows = params.tokens * params.group;
   params.row_tiles = (rows + Config::kRows - 1) / Config::kRows;
-  params.tile_rows = Config::kRows;
   params.head_tiles = params.kv_heads * params.row_tiles;
   params.row_tile_divisor = FastDivisor::make(params.row_tiles);
+  params.head_tile_divisor = FastDivisor::make(params.head_tiles);
   cudaError_t error = allow<Config>(device);
   if (error != cudaSuccess) return error;
   if (const int bits = cluster_bits_of<Config>(params, device); bits > 0) {
@@ -133,8 +133,15 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   // With so many sequences nothing is gained by cutting one.
   params.whole_groups = params.splits <= kGroupSplits && heads >= 4 * capacity;
   const auto kernel = decode_split_kernel<Config>;
-  return launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
-                       Config::kSharedBytes, stream, params);
+  error = launch_kernel(kernel, dim3(static_cast<unsigned>(grid)), Config::kThreads,
+                        Config::kSharedBytes, stream, params);
+  if constexpr (!Config::kSumsInLaunch) {
+    if (error != cudaSuccess || params.splits == 1) return error;
+    const auto sum_blocks = static_cast<unsigned>(heads * (Config::kRows / kSumRows));
+    error = launch_dependent_kernel(decode_sum_kernel<Config>, dim3(sum_blocks), kSumThreads, 0,
+                                    stream, params);
+  }
+  return error;
 }
 
 template <CacheType kCache, int kWidth>

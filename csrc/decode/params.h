@@ -77,14 +77,14 @@ struct DecodeParams {
   int32_t page_rows;     // rows of the caches that a page has: page_size, or room without pages
   int32_t group;         // heads / kv_heads
   int32_t row_tiles;     // tiles of the tokens * group rows
-  int32_t tile_rows;     // rows of a tile
   int32_t head_tiles;    // kv_heads * row_tiles
   FastDivisor group_divisor;
   FastDivisor page_divisor;
-  FastDivisor split_divisor;     // split_keys
-  FastDivisor row_tile_divisor;  // row_tiles
-  FastDivisor crew_divisor;      // neighbouring head tiles whose thread blocks are a crew
-  FastDivisor piece_divisor;     // crews: pieces of the work
+  FastDivisor split_divisor;      // split_keys
+  FastDivisor row_tile_divisor;   // row_tiles
+  FastDivisor head_tile_divisor;  // head_tiles
+  FastDivisor crew_divisor;       // neighbouring head tiles whose thread blocks are a crew
+  FastDivisor piece_divisor;      // crews: pieces of the work
 };
 
 }  // namespace jax_flash::decode

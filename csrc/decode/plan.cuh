@@ -203,7 +203,7 @@ __device__ __forceinline__ Place cluster_place(const DecodeParams& params, int b
   Place place{};
   const int tile = block >> params.cluster_bits;
   const int rank = block - (tile << params.cluster_bits);
-  place.batch = tile / params.head_tiles;
+  place.batch = params.head_tile_divisor.divide(tile);
   place.sequence = sequence_splits(params, place.batch);
   place.unit_splits = 1;
   const int splits = max_int(place.sequence.splits, 1);

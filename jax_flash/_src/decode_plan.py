@@ -18,9 +18,8 @@ UNITS = 2 * MULTIPROCESSORS
 """Thread blocks wanted for one long sequence."""
 
 LEAST_BYTES = 1 << 16
-"""Keys and values of a split of few rows: less does not pay for its end. Twice that,
-and for more rows twice what is least, if one sequence still has a split for 7 of 8
-multiprocessors."""
+"""Keys and values of a split of few rows: less does not pay for its end. Twice that, if
+one sequence still has a split for 7 of 8 multiprocessors."""
 
 FEW_ROWS, MANY_ROWS, F32_ROWS = 16, 64, 8
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile,
@@ -51,7 +50,7 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
     return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
-FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 64, 8, 4096
+FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 16, 8, 4096
 """What the forward kernel for Hopper needs to be used for decoding: more rows than
 this, at least so many blocks of them, and keys."""
 
@@ -162,10 +161,9 @@ def _least_keys(span: int, width: int, cache_bytes: int, rows: int, heads: int) 
       heads: key/value heads times tiles of rows.
     """
     tiles = 64 if width <= 64 else 128 if width <= 128 else 256
-    if rows <= FEW_ROWS or cache_bytes == 4:
-        keys = max(SPLIT_UNIT, LEAST_BYTES // (2 * tiles * cache_bytes))
-    else:
-        keys = SPLIT_UNIT if tiles > 128 else 2 * SPLIT_UNIT
+    if rows > FEW_ROWS and cache_bytes < 4:
+        return 2 * SPLIT_UNIT if tiles > 128 else 4 * SPLIT_UNIT
+    keys = max(SPLIT_UNIT, LEAST_BYTES // (2 * tiles * cache_bytes))
     fills = 8 * heads * -(-span // (2 * keys)) >= 7 * MULTIPROCESSORS
     return 2 * keys if fills else keys
 
