@@ -44,7 +44,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("set_by_launch", ctypes.c_uint32 * 27),
+        ("set_by_launch", ctypes.c_uint32 * 29),
     )
 
 
