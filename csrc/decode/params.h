@@ -80,9 +80,9 @@ struct DecodeParams {
   int32_t head_tiles;    // kv_heads * row_tiles
   FastDivisor group_divisor;
   FastDivisor page_divisor;
+  FastDivisor head_tile_divisor;  // head_tiles
   FastDivisor split_divisor;      // split_keys
   FastDivisor row_tile_divisor;   // row_tiles
-  FastDivisor head_tile_divisor;  // head_tiles
   FastDivisor crew_divisor;       // neighbouring head tiles whose thread blocks are a crew
   FastDivisor piece_divisor;      // crews: pieces of the work
 };
