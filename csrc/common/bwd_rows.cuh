@@ -156,6 +156,12 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   }
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.queue = 0;
+  const int64_t stride = int64_t{gridDim.x} * kBwdRowThreads;
+#pragma unroll 1
+  for (int64_t i = int64_t{blockIdx.x} * kBwdRowThreads + threadIdx.x; i < params.zeroed_floats / 4;
+       i += stride) {
+    reinterpret_cast<float4*>(params.parts)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
 
   constexpr int kChunk = 16 / sizeof(Element);
   const bool wide =
@@ -254,8 +260,8 @@ __global__ void __launch_bounds__(kBwdRowThreads)
 // The launches are static: objects for one architecture and for others have the same kernels, and
 // each has to launch its own.
 
-// Writes row_lse, row_delta, and zeros to queue, turns and, unless the first to add stores,
-// dquery_sum. parts: see bwd_prepare_kernel.
+// Writes row_lse, row_delta, and zeros to queue, turns, as much of `parts` as is asked for and,
+// unless the first to add stores, dquery_sum. parts: see bwd_prepare_kernel.
 template <typename Element, typename Mask = RowMask>
 static cudaError_t launch_bwd_prepare(const MhaBwdParams& params, int width, cudaStream_t stream,
                                       int parts = 0) {

@@ -423,11 +423,23 @@ struct BwdConsumer {
     }
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void store_gradient(const float (&grad)[kCount], float factor,
-                                                 void* out, bool f32, int width,
+  // The gradient of the keys of a block, or of their values.
+  template <bool kIsKey, int kCount>
+  __device__ __forceinline__ void store_gradient(const float (&grad)[kCount],
                                                  const BwdBlock<Config>& block) const {
-    store_key_gradient(grad, factor, out, f32, width, block, params, warpgroup);
+    // P of what dropout keeps is larger.
+    const float value_factor = Config::kDense ? params.intervals.kept_scale : 1.0f;
+    const float factor = kIsKey ? params.factor : value_factor;
+    if (plan.parts.divisor > 1) {
+      constexpr int kOffset = kIsKey ? 0 : kBwdKeyChunk * Config::kHeadDim;
+      add_key_gradient(grad, factor, kOffset, block, params, warpgroup);
+    } else {
+      const KeyGradient out =
+          kIsKey ? KeyGradient{params.dkey, params.f32_dkey, params.head_dim}
+                 : KeyGradient{params.dvalue, params.f32_dvalue, params.head_dim_v};
+      store_key_columns<Element>(grad, factor, out, 0, block.batch, block.head,
+                                 block.first_key + Config::kKeyStep * warpgroup, params);
+    }
   }
 
   // The keys and values of a block are there, and nothing else is read with them.
@@ -514,17 +526,13 @@ struct BwdConsumer {
         run_block(block, dquery);
         if constexpr (!kIntervals) hand_over(dquery);
       }
-      const auto store_dvalue = [&] {
-        store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
-                       params.head_dim_v, block);
-      };
       if constexpr (kIntervals) {
         // The adder may still be at work on the dQ before.
-        store_dvalue();
+        store_gradient<false>(dvalue, block);
         if (block.tiles > 0) hand_over(dquery);
       }
-      store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
-      if constexpr (!kIntervals) store_dvalue();
+      store_gradient<true>(dkey, block);
+      if constexpr (!kIntervals) store_gradient<false>(dvalue, block);
       if constexpr (Config::kIntervals) slots = block.slot;
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));

@@ -23,11 +23,11 @@ inline constexpr int kBwdFinishSharedBytes = kRows * kBwdFinishPitch * 4;
 
 // One thread block for each chunk: flat number of (head, chunk of rows) by x from the last to the
 // first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still has
-// sums of the last ones. Thread blocks from `chunks` on add up parts. kRows: of a chunk.
+// sums of the last ones. Thread blocks from `chunks` on have units of `sums`. kRows: of a chunk.
 template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads)
-    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks, int chunks,
-                          int parts) {
+    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params,
+                          const __grid_constant__ BwdKeySums sums, int row_chunks, int chunks) {
   constexpr int kPitch = kBwdFinishPitch;
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
@@ -38,7 +38,10 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
   const int thread = threadIdx.x;
   if (row_chunk < 0) {
     const int64_t block = (int64_t{blockIdx.x} - chunks) * gridDim.y + blockIdx.y;
-    add_bwd_parts<Element>(params, parts, block * kBwdFinishThreads + thread);
+#pragma unroll
+    for (int i = 0; i < kBwdBlockUnits; ++i) {
+      finish_key_unit<Element>(params, sums, kBwdBlockUnits * block + i);
+    }
     return;
   }
   const int64_t number = int64_t{row_chunk} * gridDim.y + blockIdx.y;

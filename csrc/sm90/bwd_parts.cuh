@@ -2,7 +2,8 @@
 //
 // A block of work has the query heads of a whole group, so that dK and dV are summed in registers.
 // Where that makes too few blocks for the multiprocessors, each has a part of the group: its dK and
-// dV go to a workspace in f32, and the last kernel adds the parts up, always in the same order.
+// dV are added to sums in f32, which the last kernel converts. Where sums have an order each part
+// stores what is its own instead, and the last kernel adds these up, always in the same order.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +11,9 @@
 #include <vector>
 
 #include "host/params.h"
-#include "ptx/math.cuh"
+#include "sm90/bwd_store.cuh"
 #include "sm90/order.h"
-#include "tile/copy.cuh"
+#include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
@@ -48,24 +49,37 @@ inline Sections bwd_sections(const MhaBwdParams& params, int64_t heads, int64_t 
                        {section_turn(multiprocessors)});
 }
 
-// Rows of dK, and of dV.
-JAX_FLASH_HOST_DEVICE int64_t bwd_gradient_rows(const MhaBwdParams& params) {
-  return int64_t{params.batch} * params.kv_heads * params.key_length;
-}
-// Floats of both that one part has.
-inline int64_t bwd_part_floats(const MhaBwdParams& params) {
-  return bwd_gradient_rows(params) * (params.head_dim + params.head_dim_v);
-}
+// The sums of dK and dV of parts: for each key head of each sequence chunks of kBwdKeyChunk keys as
+// a warpgroup holds them, dK, then dV. A unit has 32 columns of either.
+struct BwdKeySums {
+  static constexpr int kUnitFloats = 32 * kBwdKeyChunk;
+
+  int32_t copies;     // one for each part where sums have an order, else one
+  int32_t chunks;     // of a sequence
+  int32_t key_units;  // of dK in a chunk
+  int32_t units;      // of a chunk
+
+  template <typename Config>
+  static BwdKeySums make(const MhaBwdParams& params) {
+    return {1, bwd_key_chunks(params), Config::kHeadDim / 32,
+            (Config::kHeadDim + Config::kHeadDimV) / 32};
+  }
+  // Of a copy.
+  JAX_FLASH_HOST_DEVICE int64_t all_units(const MhaBwdParams& params) const {
+    return int64_t{params.batch} * params.kv_heads * chunks * units;
+  }
+};
 
 // Into how many parts the query heads of a key head are split. rows, keys: of a tile and a block.
-inline int64_t bwd_parts(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors,
-                         int64_t l2_bytes) {
+// floats: of a copy of the sums.
+inline int64_t bwd_parts(const MhaBwdParams& params, int64_t floats, int rows, int keys,
+                         int64_t multiprocessors, int64_t l2_bytes) {
   const int64_t group = params.heads / params.kv_heads;
   const int64_t key_heads = int64_t{params.batch} * params.kv_heads;
-  const int64_t floats = bwd_part_floats(params);
-  // Of a step's time: what f32 gradients take longer to store, and how many are added up meanwhile.
+  // Of a step's time: what f32 gradients take longer to store, and how many are read meanwhile.
   constexpr double kStoreCost = 1.0;
-  constexpr double kAdded = 1.9e6;
+  constexpr double kRead = 1.9e6;
+  const auto copies = [&](int64_t parts) { return params.deterministic ? parts : 1; };
   const auto time = [&](int64_t parts) {
     const int64_t heads = key_heads * parts;
     const int64_t query_heads = group / parts;
@@ -73,7 +87,9 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int rows, int keys, int64_t
     if (parts > 1) {
       for (float& cost : costs) cost += kStoreCost;
     }
-    const double sums = parts == 1 ? 0.0 : static_cast<double>(parts * floats) / kAdded;
+    // Zeros are written before, where they are wanted.
+    const int64_t passes = copies(parts) + (params.deterministic ? 0 : 1);
+    const double sums = parts == 1 ? 0.0 : static_cast<double>(passes * floats) / kRead;
     if (params.window_right == kUnbounded) {
       const int64_t blocks = heads * static_cast<int64_t>(costs.size());
       const int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
@@ -88,7 +104,7 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int rows, int keys, int64_t
   int64_t best = 1;
   double least = 0.0;
   for (int64_t parts = 2; parts <= group; ++parts) {
-    if (group % parts != 0 || parts * floats > params.part_floats) continue;
+    if (group % parts != 0 || copies(parts) * floats > params.part_floats) continue;
     // Parts have to be better by a margin.
     if (least == 0.0) least = 0.95 * time(1);
     const double taken = time(parts);
@@ -100,44 +116,39 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int rows, int keys, int64_t
   return best;
 }
 
-// A thread's piece of the sum of parts, eight columns of a row: dK's pieces first, then dV's.
-template <typename Element>
-__device__ __forceinline__ void add_bwd_parts(const MhaBwdParams& params, int parts,
-                                              int64_t piece) {
-  const int64_t rows = bwd_gradient_rows(params);
-  const int64_t key_pieces = rows * params.head_dim / 8;
-  const int64_t all = key_pieces + rows * params.head_dim_v / 8;
-  if (piece >= all) return;
-  const bool is_key = piece < key_pieces;
-  const int64_t stride = 8 * (is_key ? key_pieces : all - key_pieces);  // from part to part
-  const int64_t at = 8 * (is_key ? piece : piece - key_pieces);
-  const float* source = params.parts + (is_key ? 0 : 8 * key_pieces * parts) + at;
-  float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float4 y = x;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part, source += stride) {
-    const float4 a = reinterpret_cast<const float4*>(source)[0];
-    const float4 b = reinterpret_cast<const float4*>(source)[1];
-    x = make_float4(x.x + a.x, x.y + a.y, x.z + a.z, x.w + a.w);
-    y = make_float4(y.x + b.x, y.y + b.y, y.z + b.z, y.w + b.w);
-  }
-  void* const out = is_key ? params.dkey : params.dvalue;
-  if (is_key ? params.f32_dkey : params.f32_dvalue) {
-    float4* const target = reinterpret_cast<float4*>(static_cast<float*>(out) + at);
-    target[0] = x;
-    target[1] = y;
-  } else {
-    *reinterpret_cast<uint4*>(static_cast<Element16*>(out) + at) =
-        make_uint4(ptx::cvt_rn_x2<Element>(x.x, x.y), ptx::cvt_rn_x2<Element>(x.z, x.w),
-                   ptx::cvt_rn_x2<Element>(y.x, y.y), ptx::cvt_rn_x2<Element>(y.z, y.w));
-  }
-}
+// Units that a thread block of the last kernel turns into results.
+inline constexpr int kBwdBlockUnits = 2;
 
-// Thread blocks of `threads` threads, in rows of `columns`, that take all pieces.
-inline int64_t bwd_part_blocks(const MhaBwdParams& params, int threads, int columns) {
-  const int64_t pieces = bwd_part_floats(params) / 8;
-  const int64_t per_row = int64_t{threads} * columns;
-  return (pieces + per_row - 1) / per_row;
+// One unit, by a warpgroup.
+template <typename Element>
+__device__ __forceinline__ void finish_key_unit(const MhaBwdParams& params, const BwdKeySums& sums,
+                                                int64_t unit) {
+  if (unit >= sums.all_units(params)) return;
+  const int chunk = static_cast<int>(unit / sums.units);
+  const int in_chunk = static_cast<int>(unit - int64_t{chunk} * sums.units);
+  const int flat_head = chunk / sums.chunks;
+  const int batch = flat_head / params.kv_heads;
+  const bool is_key = in_chunk < sums.key_units;
+  const float* source = params.parts + unit * BwdKeySums::kUnitFloats + 4 * threadIdx.x;
+  float x[16] = {};
+#pragma unroll 2
+  for (int copy = 0; copy < sums.copies; ++copy) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 y = *reinterpret_cast<const float4*>(source + 512 * i);
+      x[4 * i] += y.x;
+      x[4 * i + 1] += y.y;
+      x[4 * i + 2] += y.z;
+      x[4 * i + 3] += y.w;
+    }
+    source += sums.all_units(params) * BwdKeySums::kUnitFloats;
+  }
+  const KeyGradient out{is_key ? params.dkey : params.dvalue,
+                        is_key ? params.f32_dkey : params.f32_dvalue,
+                        is_key ? params.head_dim : params.head_dim_v};
+  store_key_columns<Element>(x, 1.0f, out, 32 * (is_key ? in_chunk : in_chunk - sums.key_units),
+                             batch, flat_head - batch * params.kv_heads,
+                             (chunk - flat_head * sums.chunks) * kBwdKeyChunk, params);
 }
 
 }  // namespace jax_flash::sm90
