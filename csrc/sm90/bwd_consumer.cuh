@@ -433,12 +433,12 @@ struct BwdConsumer {
     if (plan.parts.divisor > 1) {
       constexpr int kOffset = kIsKey ? 0 : kBwdKeyChunk * Config::kHeadDim;
       add_key_gradient(grad, factor, kOffset, block, params, warpgroup);
+    } else if constexpr (kIsKey) {
+      store_key_gradient(grad, factor, params.dkey, params.f32_dkey, params.head_dim, block, params,
+                         warpgroup);
     } else {
-      const KeyGradient out =
-          kIsKey ? KeyGradient{params.dkey, params.f32_dkey, params.head_dim}
-                 : KeyGradient{params.dvalue, params.f32_dvalue, params.head_dim_v};
-      store_key_columns<Element>(grad, factor, out, 0, block.batch, block.head,
-                                 block.first_key + Config::kKeyStep * warpgroup, params);
+      store_key_gradient(grad, factor, params.dvalue, params.f32_dvalue, params.head_dim_v, block,
+                         params, warpgroup);
     }
   }
 

@@ -38,8 +38,7 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
                       BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
   const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
-  const int64_t floats =
-      BwdKeySums::make<Config>(params).all_units(params) * BwdKeySums::kUnitFloats;
+  const int64_t floats = BwdKeySums::make<Config>(params).floats();
   const int64_t parts = bwd_parts(params, floats, Config::kRows, kKeys, multiprocessors, l2_bytes);
   const int64_t query_heads = params.heads / params.kv_heads / parts;
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
@@ -200,11 +199,10 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   }
   const int parts = static_cast<int>(plan.parts.divisor);
   BwdKeySums sums = BwdKeySums::make<Config>(params);
-  const int64_t units = parts > 1 ? sums.all_units(params) : 0;
   if (params.deterministic) {
     sums.copies = parts;
-  } else {
-    params.zeroed_floats = units * BwdKeySums::kUnitFloats;
+  } else if (parts > 1) {
+    params.zeroed_floats = sums.floats();
   }
   error = launch_bwd_prepare<Element, typename Config::Mask>(
       params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
@@ -225,8 +223,8 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
   constexpr int kColumns = Config::kSumWidth / 64;
-  constexpr int kUnits = kBwdBlockUnits * kColumns;
-  const int64_t blocks = chunks + (units + kUnits - 1) / kUnits;
+  const int64_t pieces = parts > 1 ? int64_t{sums.chunks} * sums.pieces() : 0;
+  const int64_t blocks = chunks + (pieces + kColumns - 1) / kColumns;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,

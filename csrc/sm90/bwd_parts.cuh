@@ -11,9 +11,8 @@
 #include <vector>
 
 #include "host/params.h"
-#include "sm90/bwd_store.cuh"
+#include "sm90/bwd_block.cuh"
 #include "sm90/order.h"
-#include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 
 namespace jax_flash::sm90 {
@@ -50,24 +49,27 @@ inline Sections bwd_sections(const MhaBwdParams& params, int64_t heads, int64_t 
 }
 
 // The sums of dK and dV of parts: for each key head of each sequence chunks of kBwdKeyChunk keys as
-// a warpgroup holds them, dK, then dV. A unit has 32 columns of either.
+// a warpgroup holds them, dK, then dV: for its thread t and register i, element 512 (i / 4) + 4 t +
+// i % 4 of either is key 16 (t / 32) + t % 32 / 4 + 8 (i % 4 / 2), column 8 (i / 4) + 2 (t % 4) +
+// i % 2.
 struct BwdKeySums {
-  static constexpr int kUnitFloats = 32 * kBwdKeyChunk;
-
-  int32_t copies;     // one for each part where sums have an order, else one
-  int32_t chunks;     // of a sequence
-  int32_t key_units;  // of dK in a chunk
-  int32_t units;      // of a chunk
+  int32_t copies;  // one for each part where sums have an order, else one
+  int32_t chunks;  // of all sequences and key heads
+  int32_t key_width;
+  int32_t value_width;
 
   template <typename Config>
   static BwdKeySums make(const MhaBwdParams& params) {
-    return {1, bwd_key_chunks(params), Config::kHeadDim / 32,
-            (Config::kHeadDim + Config::kHeadDimV) / 32};
+    const int heads = params.batch * params.kv_heads;
+    return {1, heads * bwd_key_chunks(params), Config::kHeadDim, Config::kHeadDimV};
   }
   // Of a copy.
-  JAX_FLASH_HOST_DEVICE int64_t all_units(const MhaBwdParams& params) const {
-    return int64_t{params.batch} * params.kv_heads * chunks * units;
+  JAX_FLASH_HOST_DEVICE int64_t floats() const {
+    return int64_t{chunks} * kBwdKeyChunk * (key_width + value_width);
   }
+  // Pieces of 64 columns, dK's first.
+  JAX_FLASH_HOST_DEVICE int key_pieces() const { return (key_width + 63) / 64; }
+  JAX_FLASH_HOST_DEVICE int pieces() const { return key_pieces() + (value_width + 63) / 64; }
 };
 
 // Into how many parts the query heads of a key head are split. rows, keys: of a tile and a block.
@@ -114,41 +116,6 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int64_t floats, int rows, i
     }
   }
   return best;
-}
-
-// Units that a thread block of the last kernel turns into results.
-inline constexpr int kBwdBlockUnits = 2;
-
-// One unit, by a warpgroup.
-template <typename Element>
-__device__ __forceinline__ void finish_key_unit(const MhaBwdParams& params, const BwdKeySums& sums,
-                                                int64_t unit) {
-  if (unit >= sums.all_units(params)) return;
-  const int chunk = static_cast<int>(unit / sums.units);
-  const int in_chunk = static_cast<int>(unit - int64_t{chunk} * sums.units);
-  const int flat_head = chunk / sums.chunks;
-  const int batch = flat_head / params.kv_heads;
-  const bool is_key = in_chunk < sums.key_units;
-  const float* source = params.parts + unit * BwdKeySums::kUnitFloats + 4 * threadIdx.x;
-  float x[16] = {};
-#pragma unroll 2
-  for (int copy = 0; copy < sums.copies; ++copy) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 y = *reinterpret_cast<const float4*>(source + 512 * i);
-      x[4 * i] += y.x;
-      x[4 * i + 1] += y.y;
-      x[4 * i + 2] += y.z;
-      x[4 * i + 3] += y.w;
-    }
-    source += sums.all_units(params) * BwdKeySums::kUnitFloats;
-  }
-  const KeyGradient out{is_key ? params.dkey : params.dvalue,
-                        is_key ? params.f32_dkey : params.f32_dvalue,
-                        is_key ? params.head_dim : params.head_dim_v};
-  store_key_columns<Element>(x, 1.0f, out, 32 * (is_key ? in_chunk : in_chunk - sums.key_units),
-                             batch, flat_head - batch * params.kv_heads,
-                             (chunk - flat_head * sums.chunks) * kBwdKeyChunk, params);
 }
 
 }  // namespace jax_flash::sm90

@@ -13,30 +13,24 @@
 
 namespace jax_flash::sm90 {
 
-// Where a gradient of keys or values goes.
-struct KeyGradient {
-  void* data;  // [batch, key_length, kv_heads, width]
-  bool f32;
-  int width;
-};
-
-// Columns `column`.. of a gradient, as a warpgroup holds them: of kBwdKeyChunk keys from `first`
-// on.
-template <typename Element, int kCount>
-__device__ __forceinline__ void store_key_columns(const float (&grad)[kCount], float factor,
-                                                  const KeyGradient& out, int column, int batch,
-                                                  int head, int first, const MhaBwdParams& params) {
+// One gradient, keys by width, to its place in global memory.
+template <typename Config, int kCount>
+__device__ __forceinline__ void store_key_gradient(const float (&grad)[kCount], float factor,
+                                                   void* out, bool f32, int width,
+                                                   const BwdBlock<Config>& block,
+                                                   const MhaBwdParams& params, int warpgroup) {
+  using Element = typename Config::Element;
   const int lane = lane_id() % 4;
-  first += static_cast<int>(threadIdx.x / 32 % 4) * 16 + fragment_row();
-  const int width = out.width - column;
+  const int first = block.first_key + Config::kKeyStep * warpgroup +
+                    static_cast<int>(threadIdx.x / 32 % 4) * 16 + fragment_row();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int key = first + 8 * h;
     const bool exists = key < params.key_length;
     const int64_t row =
-        ((int64_t{batch} * params.key_length + key) * params.kv_heads + head) * out.width + column;
-    if (out.f32) {
-      float* const target = static_cast<float*>(out.data) + row + 2 * lane;
+        ((int64_t{block.batch} * params.key_length + key) * params.kv_heads + block.head) * width;
+    if (f32) {
+      float* const target = static_cast<float*>(out) + row + 2 * lane;
 #pragma unroll
       for (int j = 0; j < kCount / 4; ++j) {
         if (exists && 8 * j < width) {
@@ -46,7 +40,7 @@ __device__ __forceinline__ void store_key_columns(const float (&grad)[kCount], f
       }
       continue;
     }
-    Element16* const target = static_cast<Element16*>(out.data) + row + 8 * lane;
+    Element16* const target = static_cast<Element16*>(out) + row + 8 * lane;
 #pragma unroll
     for (int group = 0; group < kCount / 16; ++group) {
       uint32_t words[4];
@@ -64,7 +58,7 @@ __device__ __forceinline__ void store_key_columns(const float (&grad)[kCount], f
   }
 }
 
-// A whole gradient to where parts of groups are added up (bwd_parts.cuh), as it lies in registers:
+// The same to where parts of groups are added up (bwd_parts.cuh), as it lies in registers:
 // a warp has 512 bytes beside each other. offset: of it in a chunk.
 template <typename Config, int kCount>
 __device__ __forceinline__ void add_key_gradient(const float (&grad)[kCount], float factor,

@@ -389,6 +389,8 @@ def backward_parts(
     kernel = choose(op, dtype, head_dim, head_dim_v, HOPPER)
     if heads == kv_heads or kernel is None or kernel.family != "sm90":
         return 0
+    if kernel.dtype == "split":  # which has no parts of groups
+        return 0
     length = -(-key_length // KEY_CHUNK) * KEY_CHUNK
     keys = batch * kv_heads * length
     room = core.max_dim(PART_KEYS - 2 * keys, 0)
