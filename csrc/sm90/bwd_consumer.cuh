@@ -493,8 +493,9 @@ struct BwdConsumer {
     }
   }
 
-  // All of a block but handing its last dQ over.
-  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block, float (&dquery)[kSums]) {
+  // All of a block but storing dK. dV is stored beside the last product for dQ, and while the adder
+  // may still be at work on the dQ before.
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
     const int key_stage = blocks % Config::kKeyStages;
     begin_block(block);
     for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
@@ -503,10 +504,13 @@ struct BwdConsumer {
     if constexpr (!Config::kIntervals) warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
+    float dquery[kSums];
     ptx::wgmma_fence();
     issue_dquery(dquery, steps + 1, own_columns());
+    store_gradient<false>(dvalue, block);
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
+    hand_over(dquery);
     ++blocks;
   }
 
@@ -520,19 +524,13 @@ struct BwdConsumer {
       if constexpr (Config::kIntervals) blocks = block.key_copies;
 #pragma unroll
       for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
-      float dquery[kSums];
       if (block.tiles > 0) {
         if (blocks == 0) warp_arrive(shared.score_full[1]);  // of the step before the first
-        run_block(block, dquery);
-        if constexpr (!kIntervals) hand_over(dquery);
-      }
-      if constexpr (kIntervals) {
-        // The adder may still be at work on the dQ before.
+        run_block(block);
+      } else {
         store_gradient<false>(dvalue, block);
-        if (block.tiles > 0) hand_over(dquery);
       }
       store_gradient<true>(dkey, block);
-      if constexpr (!kIntervals) store_gradient<false>(dvalue, block);
       if constexpr (Config::kIntervals) slots = block.slot;
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
