@@ -482,13 +482,14 @@ def part_room(
     parts: int,
     has_intervals: bool = False,
 ) -> int:
-    """Floats for `parts` of groups of heads, of which only an order of sums keeps all."""
+    """Floats for `parts` of groups of heads; only an order of sums keeps all of them."""
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     batch, _, heads, width = query.shape
     room = plan.backward_parts(
         batch,
         heads,
-        *key.shape[2:0:-1],
+        key.shape[2],
+        key.shape[1],
         query.dtype,
         width,
         value.shape[-1],

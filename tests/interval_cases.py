@@ -566,8 +566,8 @@ def run_backward(
         more["dbias"] = aligned(case.bias.shape, np.float32, 0)
         expected["bias"] = oracle.reduced_to(of_scores, case.bias.shape)
     if case.wants_slopes:
-        parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
-        more["dslopes"] = aligned(parts, np.float32, 0)
+        of_parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
+        more["dslopes"] = aligned(of_parts, np.float32, 0)
         expected["slopes"] = -(of_scores * case.distance()[:, None]).sum((2, 3))
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
