@@ -482,7 +482,7 @@ def part_room(
     parts: int,
     has_intervals: bool = False,
 ) -> int:
-    """Floats for `parts` of groups of heads: with no order of sums, of one sum alone."""
+    """Floats for `parts` of groups of heads: with no order of sums, of one sum."""
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     batch, _, heads, width = query.shape
     room = plan.backward_parts(
