@@ -103,8 +103,8 @@ def test_attributes_operands_and_results(kernels: None, dtype: str) -> None:
     out, lse = f"3x64x4x8x{dtype}", "3x4x64xf32"
     assert operands == [*gradients, out, lse, out, lse, "3xi32", "3xi32"]
     # 128 rows of each of 12 heads: 64 wide, two numbers, and eight counts in all; a
-    # queue; and gradients of 48 keys for each of the 12.
-    floats = 12 * (128 * (64 + 2) + 8) + 4 + 12 * 48 * (16 + 8)
+    # queue; and gradients of 64 keys for each of the 12, 64 wide.
+    floats = 12 * (128 * (64 + 2) + 8) + 4 + 12 * 64 * (64 + 64)
     assert results == [*gradients, f"{floats}xf32"]
 
 

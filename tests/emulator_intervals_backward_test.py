@@ -55,11 +55,16 @@ def test_backward_sm90_of_other_widths(
 
 
 def check_backward(
-    library: ctypes.CDLL, widths: tuple[int, int], kernel: int, name: str
+    library: ctypes.CDLL,
+    widths: tuple[int, int],
+    kernel: int,
+    name: str,
+    turn: int = 0,
+    parts: int = 0,
 ) -> None:
     """One case, run in one of several ways by its number."""
     case = interval_cases.case(name)
-    number = list(interval_cases.CASES).index(name) + kernel // 64
+    number = list(interval_cases.CASES).index(name) + kernel // 64 + turn
     dtype = ("bfloat16", "float16")[number % 2]
     ways = list(itertools.product((False, True), repeat=3))
     with_dlse, deterministic, f32_results = ways[number % len(ways)]
@@ -72,12 +77,30 @@ def check_backward(
         with_dlse=with_dlse,
         f32_results=f32_results,
         deterministic=deterministic,
-        # Thread blocks run one after another: none may wait for a later one.
-        multiprocessors=1 if deterministic else 1 + number % 3,
+        # Thread blocks run one after another: none may wait for a later one. Those with
+        # parts take all that there is from a counter.
+        multiprocessors=132 if parts else 1 if deterministic else 1 + number % 3,
+        parts=parts,
     )
     interval_cases.check_gradients(results, expected, dtype)
     dead_rows = interval_cases.dead_rows_of(case)
     assert not results["query"][dead_rows].any()
+
+
+@pytest.mark.parametrize("turn", [0, 2])  # without and with an order of sums
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (64, "lengths"),
+        (128, "packed, causal"),
+        (128, "bias and mask"),
+        (256, "documents, causal"),
+    ],
+)
+def test_backward_sm90_of_split_groups(
+    backward: ctypes.CDLL, width: int, name: str, turn: int
+) -> None:
+    check_backward(backward, (width, width - 8), width, name, turn, 2)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

@@ -34,8 +34,8 @@ _STRIDES = ("bias_strides", "mask_strides", "dbias_strides")
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "parts", "tf32_products", "dropout",
-    "bias_type", "dbias_shared",
+    "deterministic", "multiprocessors", "tf32_products", "dropout", "bias_type",
+    "dbias_shared",
 )
 # fmt: on
 
@@ -50,6 +50,7 @@ class Arguments(ctypes.Structure):
         ("slope_stride", ctypes.c_int64),
         ("seed_stride", ctypes.c_int64),
         *((name, ctypes.c_int64 * 3) for name in _STRIDES),
+        ("part_floats", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _INTS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -407,6 +408,7 @@ def test_wide_backward_sm80(backward: ctypes.CDLL, case: str) -> None:
         ((72, 88), 128, "lengths", 2),
         ((256, 256), 256, "padding before the rows", 2),
         ((256, 200), 256, "ragged", 2),
+        ((160, 128), 192, "packed heads", 2),
     ],
 )
 def test_backward_sm90_of_split_groups(
@@ -419,7 +421,7 @@ def test_backward_sm90_of_split_groups(
             widths,
             case,
             number,
-            False,
+            tile == 192,
             tile,
             parts=parts,
         )
@@ -459,7 +461,8 @@ def run_backward(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Gradients of one case, run in one of several ways by its number.
 
-    `parts` of a group of heads have room; more than 1: on a GPU that is large enough.
+    `parts` of a group of heads have room if sums have an order, else one sum of any
+    number of them; more than 1: on a GPU that is large enough.
 
     Returns:
       What the kernel wrote, and the gradients by name of the operand.
@@ -501,8 +504,8 @@ def run_backward(
     }
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
-    one_part = key[..., 0].size * sum(widths)
-    workspace = aligned((size + parts * one_part,), np.float32)
+    part_floats = part_room(arrays, deterministic, parts)
+    workspace = aligned((size + part_floats,), np.float32)
     # Thread blocks run one after another: none may wait for a later one. On Hopper they
     # work in pairs over width 128.
     few = (1 + (tile > 128)) * (1 if deterministic else 1 + number % 3)
@@ -514,8 +517,31 @@ def run_backward(
         f32_results=f32_results,
         deterministic=deterministic,
         multiprocessors=132 if parts > 1 else few,
-        parts=parts,
+        part_floats=part_floats,
         **more,
     )
     assert np.isfinite(workspace[size:]).all()
     return results, expected
+
+
+def part_room(
+    arrays: dict[str, np.ndarray],
+    deterministic: bool,
+    parts: int,
+    has_intervals: bool = False,
+) -> int:
+    """Floats for `parts` of groups of heads: with no order of sums, of one sum."""
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    batch, _, heads, width = query.shape
+    room = plan.backward_parts(
+        batch,
+        heads,
+        key.shape[2],
+        key.shape[1],
+        query.dtype,
+        width,
+        value.shape[-1],
+        has_intervals,
+    )
+    one = room // (heads // key.shape[2])
+    return one * (parts if deterministic else min(parts, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from emulator_test import aligned, call
+from emulator_test import aligned, call, part_room
 from interval_arrays import (
     hidden,
     interval_arrays,
@@ -514,17 +514,23 @@ def run_backward(
     dtype: str,
     tile: int,
     with_dlse: bool = False,
+    parts: int = 0,
     **ways: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The gradients of a backward, and those expected, both by operand.
 
     `tile`, the kernel's width, sizes the workspace; `ways` are `f32_results`,
     `deterministic` and `multiprocessors` of `Arguments`. With a soft cap the gradient
-    of what is added to logits takes a call of its own.
+    of what is added to logits takes a call of its own. `parts` are as in
+    `emulator_test.run_backward`.
     """
     arrays = operands(case.shape, widths, dtype)
     query, key, value = arrays.values()
     batch, rows, heads, _ = query.shape
+    part_floats = part_room(
+        arrays, ways.get("deterministic", False), parts, has_intervals=True
+    )
+    ways["part_floats"] = part_floats
     rng = np.random.default_rng(1)
     given = case.given()
     exact = oracle.attention(query, key, value, **given)
@@ -560,13 +566,14 @@ def run_backward(
         more["dbias"] = aligned(case.bias.shape, np.float32, 0)
         expected["bias"] = oracle.reduced_to(of_scores, case.bias.shape)
     if case.wants_slopes:
-        parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
-        more["dslopes"] = aligned(parts, np.float32, 0)
+        of_parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
+        more["dslopes"] = aligned(of_parts, np.float32, 0)
         expected["slopes"] = -(of_scores * case.distance()[:, None]).sum((2, 3))
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
     size += plan.queue_size(batch, case.shape[2])
-    results["workspace"] = aligned((size,), np.float32)
+    workspace = aligned((size + part_floats,), np.float32)
+    results["workspace"] = workspace
     given = case.numbers(), arrays | case.arrays()
     if more and "softcap" in case.options:
         dropped = {name: aligned(x.shape, x.dtype) for name, x in results.items()}
@@ -575,6 +582,7 @@ def run_backward(
     else:
         call(function, *given, results | more, **ways)
     del results["workspace"]
+    assert np.isfinite(workspace[size:]).all()
     if "dslopes" in more:
         more["dslopes"] = -more["dslopes"].sum((2, 3))
     return {name[1:]: x for name, x in (results | more).items()}, expected

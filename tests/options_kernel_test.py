@@ -159,9 +159,9 @@ def test_operands_and_attributes(case: str) -> None:
         assert "dot_general" not in program
     # 128 rows of each of 8 heads: 128 wide, two numbers, and eight counts in all; four
     # numbers of a counter; a queue of three tiles of keys of two sequences in whole
-    # fours, in the forward a list of four entries of each; gradients of keys for each
-    # query head.
-    workspace = 8 * (128 * (128 + 2) + 8) + 4 + 12 + 8 * KEYS * (16 + 8)
+    # fours, in the forward a list of four entries of each; gradients of 192 keys, 64
+    # wide, for each query head.
+    workspace = 8 * (128 * (128 + 2) + 8) + 4 + 12 + 8 * 192 * (64 + 64)
     assert "tensor<20xi32>" in call_of(registry.FORWARD_TARGET, text)
     assert f"tensor<{workspace}xf32>" in call_of(registry.BACKWARD_TARGET, backward)
 

@@ -87,8 +87,8 @@ def test_gradients_are_joined_once(kernels_built: None) -> None:
     assert operands[:3] == ["4x8x128xbf16"] * 3
     assert results[:3] == ["4x8x4x16xbf16"] + ["4x8x2x16xbf16"] * 2
     # 128 rows of each of 16 heads: 64 wide, two numbers, and eight counts in all; four
-    # numbers of a counter; gradients of keys for each query head.
-    assert results[3] == f"{16 * (128 * (64 + 2) + 8) + 4 + 16 * 8 * (16 + 16)}xf32"
+    # numbers of a counter; gradients of 64 keys, 64 wide, for each query head.
+    assert results[3] == f"{16 * (128 * (64 + 2) + 8) + 4 + 16 * 64 * (64 + 64)}xf32"
     assert text.count("stablehlo.concatenate") == 1
     assert "stablehlo.slice" not in text
     assert "packed_kv_heads = 2 : i64" in line

@@ -416,7 +416,7 @@ def test_workspace_suffices_everywhere(
     ("batch", "heads", "kv_heads", "keys", "parts"),
     [
         (1, 32, 8, 1024, 4),
-        (1, 64, 8, 1024, 8),
+        (1, 64, 8, 1000, 8),
         (1, 64, 8, 4096, 2),  # room for as many blocks again
         (2, 32, 8, 4096, 0),
         (8, 64, 1, 65536, 0),
@@ -426,8 +426,19 @@ def test_workspace_suffices_everywhere(
 def test_room_for_parts_of_groups(
     batch: int, heads: int, kv_heads: int, keys: int, parts: int
 ) -> None:
-    got = plan.backward_parts(batch, heads, kv_heads, keys, 128, 64)
-    assert got == parts * batch * kv_heads * keys * 192
+    shape = batch, heads, kv_heads, keys, "bfloat16"
+    padded = -(-keys // 64) * 64
+    for widths, intervals, columns in (
+        ((120, 64), False, 256),
+        ((72, 88), False, 192),
+        ((72, 88), True, 256),
+    ):
+        got = plan.backward_parts(*shape, *widths, intervals)
+        assert got == parts * batch * kv_heads * padded * columns
+
+
+def test_no_room_for_parts_of_float32() -> None:
+    assert plan.backward_parts(1, 32, 8, 1024, "float32", 128, 128) == 0
 
 
 def test_workspace_of_a_wider_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

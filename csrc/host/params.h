@@ -167,10 +167,12 @@ struct MhaBwdParams : MhaParams {
   float* row_delta;   // [batch, heads, padded rows]: sum(out * dout) - dlse; 0 in such rows
   int32_t* turns;     // [batch, heads, padded rows / kBwdTurnRows]: who has added; zeroed
   int32_t* queue;     // how many blocks of work have been taken, where they are; zeroed
-  // Where blocks of work may have some of a group's query heads only: their parts of dkey and
-  // dvalue, before these are added up. As many as fit; the call's shape says how many pay.
+  // Where blocks of work may have some of a group's query heads only: sums of their parts of dkey
+  // and dvalue, in the order the kernel likes, and for how many there is room. The call's shape
+  // says how many parts pay, and how much of this has to be zeros.
   float* parts;
   int64_t part_floats;
+  int64_t zeroed_floats;
 
   // Whether the first to add to a part of dquery_sum stores instead, and there are no zeros before;
   // a part to which nothing was added has an entry of 0 in `turns`.

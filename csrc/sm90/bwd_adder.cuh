@@ -27,12 +27,6 @@ struct BwdAdder {
   int warpgroup;
   int rank;  // in the cluster
 
-  // Whether thread blocks add in an order.
-  __device__ __forceinline__ bool ordered() const {
-    if constexpr (Config::kIntervals) return params.deterministic;
-    return Config::kDeterministic;
-  }
-
   // With an order, in which key blocks add from the last that the tile sees to the first: waits
   // until this block may add to a part of a tile; returns whether it is to store instead.
   __device__ __forceinline__ bool wait_for_turn(const int32_t* turn, const BwdBlock<Config>& block,
@@ -106,7 +100,7 @@ struct BwdAdder {
                                       int parts) const {
     int32_t* const turns = params.turns + first;
     bool stores = false;
-    if (ordered()) {
+    if (adds_in_order<Config>(params)) {
       if (lane_id() == 0) stores = wait_for_turn(turns, block, tile);
       __syncwarp();
 #pragma unroll 1

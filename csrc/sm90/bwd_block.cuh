@@ -21,6 +21,20 @@
 
 namespace jax_flash::sm90 {
 
+// Of keys, as a warpgroup holds their gradients.
+inline constexpr int kBwdKeyChunk = 64;
+// Of a sequence.
+JAX_FLASH_HOST_DEVICE int bwd_key_chunks(const MhaBwdParams& params) {
+  return (params.key_length + kBwdKeyChunk - 1) / kBwdKeyChunk;
+}
+
+// Whether thread blocks add to sums in an order.
+template <typename Config>
+__device__ __forceinline__ bool adds_in_order(const MhaBwdParams& params) {
+  if constexpr (Config::kIntervals) return params.deterministic;
+  return Config::kDeterministic;
+}
+
 // What a launch adds to MhaBwdParams.
 struct BwdPlan {
   CUtensorMap query;  // dims: width, row, head, two batch dims
@@ -119,7 +133,7 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   int keys;  // of which exist in the sequence; the others are padding. Not with intervals.
   int head;  // key head
   int batch;
-  int out_batch;  // in the gradients of keys and values, or in those of all parts
+  int sum_batch;  // in the sums of the gradients of keys and values of parts, all copies of them
   typename Config::Mask mask;
   RowInterval live;  // rows that see any key; the others may hold anything. Not with intervals.
 
@@ -202,7 +216,7 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   const int cluster_key = number * Config::kClusterKeys;
   block.first_key = cluster_key + rank_in_cluster * Config::kKeys;
   block.head = flat_head - block.batch * params.kv_heads;
-  block.out_batch = part * params.batch + block.batch;
+  block.sum_batch = (adds_in_order<Config>(params) ? part * params.batch : 0) + block.batch;
   // Parts of heads are numbered as their query heads are.
   const int flat_query_head = flat_part * plan.query_heads;
   block.first_head = flat_query_head - block.batch * params.heads;

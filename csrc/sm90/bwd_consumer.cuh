@@ -423,11 +423,23 @@ struct BwdConsumer {
     }
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void store_gradient(const float (&grad)[kCount], float factor,
-                                                 void* out, bool f32, int width,
+  // The gradient of the keys of a block, or of their values.
+  template <bool kIsKey, int kCount>
+  __device__ __forceinline__ void store_gradient(const float (&grad)[kCount],
                                                  const BwdBlock<Config>& block) const {
-    store_key_gradient(grad, factor, out, f32, width, block, params, warpgroup);
+    // P of what dropout keeps is larger.
+    const float value_factor = Config::kDense ? params.intervals.kept_scale : 1.0f;
+    const float factor = kIsKey ? params.factor : value_factor;
+    if (plan.parts.divisor > 1) {
+      constexpr int kOffset = kIsKey ? 0 : kBwdKeyChunk * Config::kHeadDim;
+      add_key_gradient(grad, factor, kOffset, block, params, warpgroup);
+    } else if constexpr (kIsKey) {
+      store_key_gradient(grad, factor, params.dkey, params.f32_dkey, params.head_dim, block, params,
+                         warpgroup);
+    } else {
+      store_key_gradient(grad, factor, params.dvalue, params.f32_dvalue, params.head_dim_v, block,
+                         params, warpgroup);
+    }
   }
 
   // The keys and values of a block are there, and nothing else is read with them.
@@ -481,8 +493,9 @@ struct BwdConsumer {
     }
   }
 
-  // All of a block but handing its last dQ over.
-  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block, float (&dquery)[kSums]) {
+  // All of a block but storing dK. dV is stored beside the last product for dQ, and while the adder
+  // may still be at work on the dQ before.
+  __device__ __forceinline__ void run_block(const BwdBlock<Config>& block) {
     const int key_stage = blocks % Config::kKeyStages;
     begin_block(block);
     for_steps(block, [&]<bool kClean, bool kOptions>(int tile, bool first, bool last) {
@@ -491,10 +504,13 @@ struct BwdConsumer {
     if constexpr (!Config::kIntervals) warp_arrive(shared.value_empty[key_stage]);
     pass_turn(warpgroup == 0);
     wait(shared.score_full[(steps + 1) % 2], steps / 2 % 2);
+    float dquery[kSums];
     ptx::wgmma_fence();
     issue_dquery(dquery, steps + 1, own_columns());
+    store_gradient<false>(dvalue, block);
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
+    hand_over(dquery);
     ++blocks;
   }
 
@@ -508,23 +524,13 @@ struct BwdConsumer {
       if constexpr (Config::kIntervals) blocks = block.key_copies;
 #pragma unroll
       for (int i = 0; i < kGrads; ++i) dkey[i] = dvalue[i] = 0.0f;
-      float dquery[kSums];
       if (block.tiles > 0) {
         if (blocks == 0) warp_arrive(shared.score_full[1]);  // of the step before the first
-        run_block(block, dquery);
-        if constexpr (!kIntervals) hand_over(dquery);
+        run_block(block);
+      } else {
+        store_gradient<false>(dvalue, block);
       }
-      const auto store_dvalue = [&] {
-        store_gradient(dvalue, value_factor<Config>(params), params.dvalue, params.f32_dvalue,
-                       params.head_dim_v, block);
-      };
-      if constexpr (kIntervals) {
-        // The adder may still be at work on the dQ before.
-        store_dvalue();
-        if (block.tiles > 0) hand_over(dquery);
-      }
-      store_gradient(dkey, params.factor, params.dkey, params.f32_dkey, params.head_dim, block);
-      if constexpr (!kIntervals) store_dvalue();
+      store_gradient<true>(dkey, block);
       if constexpr (Config::kIntervals) slots = block.slot;
       // By all threads, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));

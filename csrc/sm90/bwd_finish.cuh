@@ -1,5 +1,5 @@
-// The last kernel of the backward: dQ from its sum, and dK and dV from their parts, if they have
-// any.
+// The last kernel of the backward: dQ from its sum, and dK and dV from the sums of their parts, if
+// they have any.
 //
 // The sum lies in chunks of kRows queries by 64 columns, as the warpgroups hold them: for thread t
 // and register i of product K^T dS^T, element 512 (i / 4) + 4 t + i % 4 of the chunk is column 16
@@ -7,6 +7,7 @@
 // follow each other by rows, then by columns.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "host/params.h"
@@ -16,32 +17,74 @@
 
 namespace jax_flash::sm90 {
 
-inline constexpr int kBwdFinishThreads = 128;
-inline constexpr int kBwdFinishPitch = 65;  // of a chunk's rows: not a multiple of the banks
+inline constexpr int kBwdFinishThreads = 128;  // ten of these on a multiprocessor
+inline constexpr int kBwdFinishPitch = 65;     // of a chunk's rows: not a multiple of the banks
 template <int kRows>
-inline constexpr int kBwdFinishSharedBytes = kRows * kBwdFinishPitch * 4;
+inline constexpr int kBwdFinishSharedBytes = std::max(kRows, kBwdKeyChunk) * kBwdFinishPitch * 4;
 
-// One thread block for each chunk: flat number of (head, chunk of rows) by x from the last to the
-// first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still has
-// sums of the last ones. Thread blocks from `chunks` on add up parts. kRows: of a chunk.
-template <typename Element, int kRows>
-__global__ void __launch_bounds__(kBwdFinishThreads)
-    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params, int row_chunks, int chunks,
-                          int parts) {
-  constexpr int kPitch = kBwdFinishPitch;
-  extern __shared__ __align__(1024) unsigned char memory[];
-  float* const chunk = reinterpret_cast<float*>(memory);
-  const int row_chunk = chunks - 1 - static_cast<int>(blockIdx.x);
-  const int row_head = row_chunk / row_chunks;
-  const int first_row = (row_chunk - row_head * row_chunks) * kRows;
-  const int first_column = blockIdx.y * 64;
+// Rows of a result that a thread block has in shared memory, 64 columns of them.
+struct BwdFinishRows {
+  void* out;  // [batch, length, heads, width]
+  bool f32;
+  int heads;
+  int width;
+  int64_t first;  // row of all
+  int count;
+  int first_column;
+};
+
+// A piece of the sums of dK and dV, to shared memory. piece: of a chunk.
+__device__ __forceinline__ BwdFinishRows load_key_piece(const MhaBwdParams& params,
+                                                        const BwdKeySums& sums, int chunk,
+                                                        int piece, float* rows) {
   const int thread = threadIdx.x;
-  if (row_chunk < 0) {
-    const int64_t block = (int64_t{blockIdx.x} - chunks) * gridDim.y + blockIdx.y;
-    add_bwd_parts<Element>(params, parts, block * kBwdFinishThreads + thread);
-    return;
+  const bool is_key = piece < sums.key_pieces();
+  const int first_column = 64 * (is_key ? piece : piece - sums.key_pieces());
+  const int width = is_key ? params.head_dim : params.head_dim_v;
+  const int64_t offset = int64_t{chunk} * kBwdKeyChunk * (sums.key_width + sums.value_width) +
+                         kBwdKeyChunk * (first_column + (is_key ? 0 : sums.key_width)) + 4 * thread;
+  float4 x[8] = {};
+#pragma unroll 1
+  for (int copy = 0; copy < sums.copies; ++copy) {
+    const float* const source = params.parts + copy * sums.floats() + offset;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (first_column + 8 * i >= width) continue;
+      const float4 y = *reinterpret_cast<const float4*>(source + 512 * i);
+      x[i] = make_float4(x[i].x + y.x, x[i].y + y.y, x[i].z + y.z, x[i].w + y.w);
+    }
   }
-  const int64_t number = int64_t{row_chunk} * gridDim.y + blockIdx.y;
+  float* const row = rows + (thread / 32 * 16 + thread % 32 / 4) * kBwdFinishPitch + thread % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    row[8 * i] = x[i].x;
+    row[8 * i + 1] = x[i].y;
+    row[8 * kBwdFinishPitch + 8 * i] = x[i].z;
+    row[8 * kBwdFinishPitch + 8 * i + 1] = x[i].w;
+  }
+  const int head_chunks = bwd_key_chunks(params);
+  const int flat_head = chunk / head_chunks;
+  const int batch = flat_head / params.kv_heads;
+  const int first_key = (chunk - flat_head * head_chunks) * kBwdKeyChunk;
+  return {is_key ? params.dkey : params.dvalue,
+          is_key ? params.f32_dkey : params.f32_dvalue,
+          params.kv_heads,
+          width,
+          (int64_t{batch} * params.key_length + first_key) * params.kv_heads + flat_head -
+              batch * params.kv_heads,
+          min(kBwdKeyChunk, params.key_length - first_key),
+          first_column};
+}
+
+// A chunk of the sum of dQ, to shared memory. chunk: number of (head, chunk of rows); column_chunk:
+// which of its 64 columns.
+template <int kRows>
+__device__ __forceinline__ BwdFinishRows load_query_chunk(const MhaBwdParams& params,
+                                                          int row_chunks, int chunk,
+                                                          int column_chunk, int column_chunks,
+                                                          float* rows) {
+  const int thread = threadIdx.x;
+  const int64_t number = int64_t{chunk} * column_chunks + column_chunk;
   // Nobody may have been there to store.
   const bool none = params.first_stores && params.turns[number] == 0;
   const float* const sum = params.dquery_sum + number * (64 * kRows) + 4 * thread;
@@ -50,33 +93,60 @@ __global__ void __launch_bounds__(kBwdFinishThreads)
     const float4 x = none ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
                           : *reinterpret_cast<const float4*>(sum + 512 * i);
     const int column = thread / 32 * 16 + thread % 32 / 4;
-    float* const row = chunk + (8 * i + thread % 4 * 2) * kPitch + column;
+    float* const row = rows + (8 * i + thread % 4 * 2) * kBwdFinishPitch + column;
     row[0] = params.factor * x.x;
-    row[kPitch] = params.factor * x.y;
+    row[kBwdFinishPitch] = params.factor * x.y;
     row[8] = params.factor * x.z;
-    row[kPitch + 8] = params.factor * x.w;
+    row[kBwdFinishPitch + 8] = params.factor * x.w;
+  }
+  const int row_head = chunk / row_chunks;
+  const int first_row = (chunk - row_head * row_chunks) * kRows;
+  const int batch = row_head / params.heads;
+  return {params.dquery,
+          params.f32_dquery,
+          params.heads,
+          params.head_dim,
+          (int64_t{batch} * params.query_length + first_row) * params.heads + row_head -
+              batch * params.heads,
+          min(kRows, params.query_length - first_row),
+          64 * column_chunk};
+}
+
+// One thread block for each chunk: flat number of (head, chunk of rows) by x from the last to the
+// first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still has
+// sums of the last ones. Thread blocks from `chunks` on have pieces of `sums`. kRows: of a chunk.
+template <typename Element, int kRows>
+__global__ void __launch_bounds__(kBwdFinishThreads, 10)
+    mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params,
+                          const __grid_constant__ BwdKeySums sums, int row_chunks, int chunks) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  float* const chunk = reinterpret_cast<float*>(memory);
+  const int query_chunk = chunks - 1 - static_cast<int>(blockIdx.x);
+  BwdFinishRows rows;
+  if (query_chunk >= 0) {
+    rows = load_query_chunk<kRows>(params, row_chunks, query_chunk, blockIdx.y, gridDim.y, chunk);
+  } else {
+    const int number = (static_cast<int>(blockIdx.x) - chunks) * gridDim.y + blockIdx.y;
+    const int key_chunk = number / sums.pieces();
+    if (key_chunk >= sums.chunks) return;
+    rows = load_key_piece(params, sums, key_chunk, number - key_chunk * sums.pieces(), chunk);
   }
   __syncthreads();
 
-  const int batch = row_head / params.heads;
-  const int head = row_head - batch * params.heads;
-  const int column = thread % 8 * 8;
-  if (first_column + column >= params.head_dim) return;
-  for (int r = thread / 8; r < kRows && first_row + r < params.query_length;
-       r += kBwdFinishThreads / 8) {
+  const int column = threadIdx.x % 8 * 8;
+  if (rows.first_column + column >= rows.width) return;
+  for (int r = threadIdx.x / 8; r < rows.count; r += kBwdFinishThreads / 8) {
     const int64_t at =
-        ((int64_t{batch} * params.query_length + first_row + r) * params.heads + head) *
-            params.head_dim +
-        first_column + column;
+        (rows.first + int64_t{r} * rows.heads) * rows.width + rows.first_column + column;
     float x[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] = chunk[r * kPitch + column + j];
-    if (params.f32_dquery) {
-      float4* const target = reinterpret_cast<float4*>(static_cast<float*>(params.dquery) + at);
+    for (int j = 0; j < 8; ++j) x[j] = chunk[r * kBwdFinishPitch + column + j];
+    if (rows.f32) {
+      float4* const target = reinterpret_cast<float4*>(static_cast<float*>(rows.out) + at);
       target[0] = make_float4(x[0], x[1], x[2], x[3]);
       target[1] = make_float4(x[4], x[5], x[6], x[7]);
     } else {
-      *reinterpret_cast<uint4*>(static_cast<Element16*>(params.dquery) + at) =
+      *reinterpret_cast<uint4*>(static_cast<Element16*>(rows.out) + at) =
           make_uint4(ptx::cvt_rn_x2<Element>(x[0], x[1]), ptx::cvt_rn_x2<Element>(x[2], x[3]),
                      ptx::cvt_rn_x2<Element>(x[4], x[5]), ptx::cvt_rn_x2<Element>(x[6], x[7]));
     }

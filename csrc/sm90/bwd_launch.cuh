@@ -38,7 +38,8 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
                       BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
   const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
-  const int64_t parts = bwd_parts(params, Config::kRows, kKeys, multiprocessors, l2_bytes);
+  const int64_t floats = BwdKeySums::make<Config>(params).floats();
+  const int64_t parts = bwd_parts(params, floats, Config::kRows, kKeys, multiprocessors, l2_bytes);
   const int64_t query_heads = params.heads / params.kv_heads / parts;
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
   // Where blocks wait for longer ones, and where nobody knows how long they are.
@@ -196,6 +197,13 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
       plan.small = SmallTanh::make(scale, softcap, 1.0f);
     }
   }
+  const int parts = static_cast<int>(plan.parts.divisor);
+  BwdKeySums sums = BwdKeySums::make<Config>(params);
+  if (params.deterministic) {
+    sums.copies = parts;
+  } else if (parts > 1) {
+    params.zeroed_floats = sums.floats();
+  }
   error = launch_bwd_prepare<Element, typename Config::Mask>(
       params, Config::kSumWidth, stream, Config::kIntervals ? Config::kSumParts : 0);
   if (error != cudaSuccess) return error;
@@ -208,27 +216,20 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
-  const int parts = static_cast<int>(plan.parts.divisor);
-  MhaBwdParams main = params;
-  if (parts > 1) {
-    main.dkey = params.parts;
-    main.dvalue = params.parts + parts * bwd_gradient_rows(params) * params.head_dim;
-    main.f32_dkey = main.f32_dvalue = true;
-  }
-  error = cudaLaunchKernelEx(&config, kernel, main, plan);
+  error = cudaLaunchKernelEx(&config, kernel, params, plan);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
   const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
   constexpr int kColumns = Config::kSumWidth / 64;
-  const int64_t blocks =
-      chunks + (parts > 1 ? bwd_part_blocks(params, kBwdFinishThreads, kColumns) : 0);
+  const int64_t pieces = parts > 1 ? int64_t{sums.chunks} * sums.pieces() : 0;
+  const int64_t blocks = chunks + (pieces + kColumns - 1) / kColumns;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
                        kBwdFinishThreads, kBwdFinishSharedBytes<Config::kSumRows>, stream, params,
-                       static_cast<int>(row_chunks), static_cast<int>(chunks), parts);
+                       sums, static_cast<int>(row_chunks), static_cast<int>(chunks));
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>

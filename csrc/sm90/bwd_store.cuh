@@ -5,18 +5,13 @@
 
 #include "host/params.h"
 #include "ptx/math.cuh"
+#include "ptx/reduction.cuh"
 #include "sm90/bwd_block.cuh"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
 #include "tile/quad.cuh"
 
 namespace jax_flash::sm90 {
-
-// Of the gradient of values: P of what dropout keeps is larger.
-template <typename Config>
-__device__ __forceinline__ float value_factor(const MhaBwdParams& params) {
-  return Config::kDense ? params.intervals.kept_scale : 1.0f;
-}
 
 // One gradient, keys by width, to its place in global memory.
 template <typename Config, int kCount>
@@ -33,8 +28,7 @@ __device__ __forceinline__ void store_key_gradient(const float (&grad)[kCount], 
     const int key = first + 8 * h;
     const bool exists = key < params.key_length;
     const int64_t row =
-        ((int64_t{block.out_batch} * params.key_length + key) * params.kv_heads + block.head) *
-        width;
+        ((int64_t{block.batch} * params.key_length + key) * params.kv_heads + block.head) * width;
     if (f32) {
       float* const target = static_cast<float*>(out) + row + 2 * lane;
 #pragma unroll
@@ -60,6 +54,31 @@ __device__ __forceinline__ void store_key_gradient(const float (&grad)[kCount], 
         *reinterpret_cast<uint4*>(target + 32 * group) =
             make_uint4(words[0], words[1], words[2], words[3]);
       }
+    }
+  }
+}
+
+// The same to where parts of groups are added up (bwd_parts.cuh), as it lies in registers:
+// a warp has 512 bytes beside each other. offset: of it in a chunk.
+template <typename Config, int kCount>
+__device__ __forceinline__ void add_key_gradient(const float (&grad)[kCount], float factor,
+                                                 int offset, const BwdBlock<Config>& block,
+                                                 const MhaBwdParams& params, int warpgroup) {
+  const int first = block.first_key + Config::kKeyStep * warpgroup;
+  if (first >= params.key_length) return;
+  const int64_t head = int64_t{block.sum_batch} * params.kv_heads + block.head;
+  const int64_t chunk = head * bwd_key_chunks(params) + first / kBwdKeyChunk;
+  float* const target = params.parts +
+                        chunk * (kBwdKeyChunk * (Config::kHeadDim + Config::kHeadDimV)) + offset +
+                        4 * (threadIdx.x % 128);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 x = make_float4(factor * grad[i], factor * grad[i + 1], factor * grad[i + 2],
+                                 factor * grad[i + 3]);
+    if (adds_in_order<Config>(params)) {
+      *reinterpret_cast<float4*>(target + 128 * i) = x;
+    } else {
+      ptx::red_add_v4(target + 128 * i, x.x, x.y, x.z, x.w);
     }
   }
 }

@@ -268,13 +268,7 @@ struct BwdWideConsumer : BwdConsumer<Config> {
         if (!Config::kPaired && kRole == 1 && blocks == 0) warp_arrive(shared.score_full[1]);
         run_block.template operator()<kRole>(block, gradient);
       }
-      if constexpr (kRole == 0) {
-        this->store_gradient(gradient, value_factor<Config>(params), params.dvalue,
-                             params.f32_dvalue, params.head_dim_v, block);
-      } else {
-        this->store_gradient(gradient, params.factor, params.dkey, params.f32_dkey, params.head_dim,
-                             block);
-      }
+      this->template store_gradient<kRole == 1>(gradient, block);
       if constexpr (Config::kIntervals) slots = block.slot;
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[slots.stage()]));
       slots.next();

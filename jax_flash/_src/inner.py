@@ -395,7 +395,9 @@ def _run_backward(
     workspace = plan.backward_workspace(
         count, heads, rows, dtype, width, width_v, queue
     )
-    workspace += plan.backward_parts(count, heads, kv_heads, keys, width, width_v)
+    workspace += plan.backward_parts(
+        count, heads, kv_heads, keys, dtype, width, width_v, has_intervals
+    )
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     deterministic = _is_deterministic(config)
 

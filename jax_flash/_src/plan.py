@@ -262,6 +262,9 @@ QUEUE_ENTRIES = 4
 """Numbers after those counts: how much work has been taken, and padding."""
 
 
+KEY_CHUNK = 64
+"""`kBwdKeyChunk` of csrc/sm90/bwd_block.cuh."""
+
 PART_KEYS = 131072
 """Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
 
@@ -369,22 +372,30 @@ def backward_parts(
     heads: int,
     kv_heads: int,
     key_length: int,
+    dtype: Any,
     head_dim: int,
     head_dim_v: int,
+    has_intervals: bool = False,
 ) -> int:
     """Floats for the gradients of key and value of parts of a group of heads.
 
+    As Hopper's kernel has them: keys in whole `KEY_CHUNK`, of its own widths.
     With few keys there are too few blocks of work for a GPU unless the query heads of
     a key head are split. The kernel chooses into how many parts, among those for which
     there is room: for half of `PART_KEYS` keys of all heads and sequences none, for
     fewer more, at most one for each query head.
     """
-    if heads == kv_heads:
+    op = "mha_bwd_intervals" if has_intervals else "mha_bwd"
+    kernel = choose(op, dtype, head_dim, head_dim_v, HOPPER)
+    if heads == kv_heads or kernel is None or kernel.family != "sm90":
         return 0
-    keys = batch * kv_heads * key_length
+    if kernel.dtype == "split":  # which has no parts of groups
+        return 0
+    length = -(-key_length // KEY_CHUNK) * KEY_CHUNK
+    keys = batch * kv_heads * length
     room = core.max_dim(PART_KEYS - 2 * keys, 0)
-    parts = core.min_dim(batch * heads * key_length, room)
-    return parts * (head_dim + head_dim_v)
+    parts = core.min_dim(batch * heads * length, room)
+    return parts * (kernel.head_dim + kernel.head_dim_v)
 
 
 def backward_workspace(

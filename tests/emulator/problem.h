@@ -40,6 +40,7 @@ struct Arguments {
   int64_t bias_strides[3];  // of batch, heads and rows, in elements; so are the next
   int64_t mask_strides[3];
   int64_t dbias_strides[3];
+  int64_t part_floats;  // of the workspace, for parts of groups of heads
   int32_t batch;
   int32_t query_length;
   int32_t key_length;
@@ -54,7 +55,6 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
-  int32_t parts;          // for which the workspace has room
   int32_t tf32_products;  // of one of f32: 3 or 1; 0 where operands have 16 bits
   int32_t dropout;
   int32_t bias_type;
@@ -136,10 +136,10 @@ inline MhaBwdParams backward_params(const Arguments& from, int width) {
   to.row_delta = to.row_lse + rows;
   to.turns = reinterpret_cast<int32_t*>(to.row_delta + rows);
   to.queue = to.turns + rows / kBwdTurnRows;
-  to.parts = reinterpret_cast<float*>(to.queue + kBwdQueueEntries);
-  to.part_floats = int64_t{from.parts} * from.batch * from.kv_heads * from.key_length *
-                   (from.head_dim + from.head_dim_v);
   to.intervals.queue = to.queue + kBwdQueueEntries;
+  const int64_t order = from.rows == nullptr ? 0 : queue_size(from.batch, from.key_length);
+  to.parts = reinterpret_cast<float*>(to.intervals.queue + order);
+  to.part_floats = from.part_floats;
   return to;
 }
 
