@@ -72,14 +72,6 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2_e4m3x2(uint16_t pair) {
 }
 #endif
 
-// The low word of x * y + z, by one instruction with a result of one register whatever else is
-// known of x * y: from the low and the high word of one product ptxas makes one of two registers.
-__device__ __forceinline__ uint32_t mad_lo(uint32_t x, uint32_t y, uint32_t z) {
-  uint32_t r;
-  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
-  return r;
-}
-
 // Four bytes out of the eight of x (0 to 3) and y (4 to 7): a nibble of `selector` for each, with 8
 // added for one that repeats the byte's highest bit.
 __device__ __forceinline__ uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {

@@ -108,8 +108,8 @@ struct FwdConfig {
 
   // Registers a thread; the launch gives all warpgroups the same, 65536 / kThreads.
   static constexpr int kProducerRegisters = kFeedsBits || kWarpgroups == 3 ? 32 : 40;
-  static constexpr int kFeederRegisters = kFeedsBits ? 48 : 0;  // of a warpgroup of feeders
-  static constexpr int kConsumerRegisters = kFeedsBits ? 216 : kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kFeederRegisters = kFeedsBits ? 32 : 0;  // of a warpgroup of feeders
+  static constexpr int kConsumerRegisters = kFeedsBits ? 224 : kWarpgroups == 2 ? 232 : 160;
 
   // Tiles that are masked on the left alone take no maximum. Options would be applied to scores of
   // -inf.

@@ -66,8 +66,7 @@ struct FwdBitMaker {
       uint32_t x[kBeside][4];
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {
-        constexpr bool kNarrow = true;  // registers are few
-        dropout.template begin<false, 2, kNarrow>(x[k], row, first_key + first + 32 * k);
+        dropout.template begin<false, 2>(x[k], row, first_key + first + 32 * k);
       }
 #pragma unroll
       for (int k = 0; k < kBeside; ++k) {

@@ -46,33 +46,6 @@ struct Dropout {
     }
   }
 
-  // The same by products of one register each, which write -1 - low word in place of the low one:
-  // for where registers are few (docs/design/intervals.md). x[1] and x[3] and the keys are
-  // complements, too, of which an even number is in each sum.
-  static __device__ __forceinline__ void narrow_philox(uint32_t (&x)[4], uint32_t k0, uint32_t k1) {
-    constexpr uint32_t kFirst = 0xD2511F53u;
-    constexpr uint32_t kSecond = 0xCD9E8D57u;
-    k0 = ptx::fresh_word(~k0);  // or complements come back
-    k1 = ptx::fresh_word(~k1);
-    x[1] = ~x[1];
-    x[3] = ~x[3];
-#pragma unroll
-    for (int round = 0; round < 7; ++round) {
-      const uint32_t first = __umulhi(kFirst, x[0]);
-      const uint32_t second = __umulhi(kSecond, x[2]);
-      const uint32_t low_first = ptx::mad_lo(x[0], 0u - kFirst, ~0u);
-      const uint32_t low_second = ptx::mad_lo(x[2], 0u - kSecond, ~0u);
-      x[0] = second ^ x[1] ^ k0;
-      x[1] = low_second;
-      x[2] = first ^ x[3] ^ k1;
-      x[3] = low_first;
-      k0 -= 0x9E3779B9u;
-      k1 -= 0xBB67AE85u;
-    }
-    x[1] = ~x[1];
-    x[3] = ~x[3];
-  }
-
   // The highest bit of each byte: whether it keeps.
   __device__ __forceinline__ uint32_t keeps(uint32_t bytes) const {
     // Averages, rounded up, with 255 - threshold.
@@ -92,9 +65,8 @@ struct Dropout {
   }
 
   // The two parts of `draw`: what this lane draws itself, and what lanes give each other. Where
-  // draws are to run beside each other, all begin before the first one's finish. kNarrow: by
-  // narrow_philox.
-  template <bool kKeysDown, int kCount, bool kNarrow = false>
+  // draws are to run beside each other, all begin before the first one's finish.
+  template <bool kKeysDown, int kCount>
   __device__ __forceinline__ void begin(uint32_t (&x)[4], int row, int column) const {
     static_assert(kCount == 1 || kCount == 2);
     // Two lanes, of an even row and the odd one after it, need halves of the same draws: each makes
@@ -107,11 +79,7 @@ struct Dropout {
     x[0] = kKeysDown ? down : across;
     x[1] = kKeysDown ? across : down;
     x[2] = x[3] = 0;
-    if constexpr (kNarrow) {
-      narrow_philox(x, seed[0], seed[1]);
-    } else {
-      philox(x, seed[0], seed[1]);
-    }
+    philox(x, seed[0], seed[1]);
   }
   template <bool kKeysDown, int kCount>
   __device__ __forceinline__ void finish(uint32_t (&words)[kCount][2], const uint32_t (&x)[4],

@@ -28,7 +28,6 @@ template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {
   return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);
 }
-inline uint32_t mad_lo(uint32_t x, uint32_t y, uint32_t z) { return x * y + z; }
 inline uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
   uint32_t result = 0;
