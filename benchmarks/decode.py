@@ -199,7 +199,7 @@ def ours(implementation: str, cell: Cell, short: bool = False) -> Attention:
     scale = SCALE if cell.quantised else None
     rows = cell.tokens * cell.heads // cell.kv_heads
     size = jnp.dtype(cell.cache).itemsize
-    many = decode_plan.enough_splits(rows, cell.kv_heads, size, cell.width)
+    many = decode_plan.enough_splits(rows, cell.kv_heads, size)
     splits = many if short else None
 
     def run(query: Any, k: Any, v: Any, lengths: Any, table: Any) -> jax.Array:

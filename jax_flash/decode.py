@@ -230,8 +230,8 @@ def merge_partials(
     order; computed in the type of lses.
 
     A part with lse -inf has no keys: it counts for nothing, whatever its output holds,
-    and gets zero gradients. A row without keys in any part gives 0 and -inf. A part with
-    lse +inf, by a sink of +inf, takes everything.
+    and gets zero gradients. A row without keys in any part gives 0 and -inf. A part
+    with lse +inf, by a sink of +inf, takes everything.
 
     A sink counts once: pass `sinks` to one of the parts only. Parts by `decode_mha` are
     those of a query [B, T, N, H], with T = 1 for a single token.

@@ -14,8 +14,12 @@ namespace jax_flash::decode {
 
 // How many rows (tokens x query heads of a kv head) there are: up to 8, which are columns of the
 // products (columns.cuh), up to 16, or more. On compute capability 9.0, with caches of 16 bits and
-// widths up to 128, more rows are multiplied by warpgroups (warpgroup.cuh), one or two for a tile.
-enum class Rows { kEight, kSixteen, kMany, kWarpgroup, kTwoWarpgroups };
+// widths up to 128, more are multiplied by a warpgroup (warpgroup.cuh).
+enum class Rows { kEight, kSixteen, kMany, kWarpgroup };
+
+// Whether a warpgroup has so many rows: also 9 to 16 on long caches, where the second kernel that
+// adds up the splits costs less than the products of a warp.
+inline bool has_warpgroup(int rows, int room) { return rows > (room > 4096 ? 8 : 16); }
 
 // A team of warps shares tiles of keys and values and walks over them with a barrier of its own.
 // With up to 16 rows every warp is a team: all have the same rows and keys of their own, and meet
@@ -67,17 +71,13 @@ inline constexpr DecodeTiles kDecodeTiles<128, false, 4>{4, 1, 8, 3, 2};
 template <>
 inline constexpr DecodeTiles kDecodeTiles<256, false, 4>{2, 1, 8, 3, 2};
 
-// Of warpgroups, which have all of a multiprocessor's shared memory.
-template <int kWidth, bool kTwo>
+// Of a warpgroup; all of a multiprocessor's shared memory.
+template <int kWidth>
 inline constexpr DecodeTiles kWarpgroupTiles{};
 template <>
-inline constexpr DecodeTiles kWarpgroupTiles<64, false>{4, 4, 128, 3, 2};
+inline constexpr DecodeTiles kWarpgroupTiles<64>{4, 4, 128, 3, 2};
 template <>
-inline constexpr DecodeTiles kWarpgroupTiles<128, false>{4, 4, 64, 3, 2};
-template <>
-inline constexpr DecodeTiles kWarpgroupTiles<64, true>{8, 8, 128, 6, 1};
-template <>
-inline constexpr DecodeTiles kWarpgroupTiles<128, true>{8, 8, 64, 6, 1};
+inline constexpr DecodeTiles kWarpgroupTiles<128>{4, 4, 64, 3, 2};
 
 template <CacheType kCache>
 struct CacheElement {
@@ -102,8 +102,8 @@ struct CacheElement<CacheType::kF32> {
 
 template <CacheType kCache, int kWidth, Rows kRows>
 constexpr DecodeTiles decode_tiles() {
-  if constexpr (kRows == Rows::kWarpgroup || kRows == Rows::kTwoWarpgroups) {
-    return kWarpgroupTiles<kWidth, kRows == Rows::kTwoWarpgroups>;
+  if constexpr (kRows == Rows::kWarpgroup) {
+    return kWarpgroupTiles<kWidth>;
   } else {
     constexpr int kBytes = sizeof(typename CacheElement<kCache>::Stored);
     return kDecodeTiles<kWidth, kRows == Rows::kMany, kBytes>;
@@ -115,7 +115,7 @@ template <CacheType kCacheArg, int kWidthArg, Rows kRowsArg>
 struct DecodeConfig {
   static constexpr bool kColumns = kRowsArg == Rows::kEight;
   static constexpr bool kFewRows = kColumns || kRowsArg == Rows::kSixteen;
-  static constexpr bool kWarpgroups = !kFewRows && kRowsArg != Rows::kMany;
+  static constexpr bool kWarpgroup = kRowsArg == Rows::kWarpgroup;
   static constexpr CacheType kCache = kCacheArg;
   using Element = typename CacheElement<kCache>::Math;
   using Stored = typename CacheElement<kCache>::Stored;
@@ -131,9 +131,9 @@ struct DecodeConfig {
   static constexpr int kKeys = kTiles.keys;
   static constexpr int kCopyRows = kKeys / kTeamWarps;  // that a warp copies of each tile
   // Wide rows leave few registers for addresses and queries ahead of their time.
-  static constexpr bool kQueriesEarly = !kWarpgroups && ((kColumns && !kF32) || kWidth <= 128);
+  static constexpr bool kQueriesEarly = !kWarpgroup && ((kColumns && !kF32) || kWidth <= 128);
   static constexpr bool kKeepsSources = kColumns && kQueriesEarly;  // of copies
-  static constexpr int kCopyUnroll = kQueriesEarly || kF32 || kWarpgroups ? kCopyRows : 1;
+  static constexpr int kCopyUnroll = kQueriesEarly || kF32 || kWarpgroup ? kCopyRows : 1;
   // Whether there are registers for the sum of a group of splits, which else goes to the L2.
   static constexpr bool kHolds = kColumns && kWidth <= 128;
   // Whether thread blocks add up splits among them, or a kernel of its own does.
@@ -145,15 +145,15 @@ struct DecodeConfig {
   static constexpr int kBlocksPerSm = kTiles.blocks_per_sm;
   static constexpr int kPairs = kWidth * sizeof(Stored) / 2;  // 16-bit pieces of a row of a tile
   using Layout =
-      std::conditional_t<kWarpgroups, SlabLayout<kTiles.keys, kPairs>, TileLayout<kPairs>>;
+      std::conditional_t<kWarpgroup, SlabLayout<kTiles.keys, kPairs>, TileLayout<kPairs>>;
   static constexpr int kChunkElements = 16 / sizeof(Stored);
 
   // Shared memory in bytes: three places of each warp, the plan, states of the unit's rows before
   // and after a split, where the teams leave their outputs, states of the teams' rows, then the
-  // stages of the teams, each a tile of keys and one of values. Warpgroups have no states and
+  // stages of the teams, each a tile of keys and one of values. A warpgroup has no states and
   // outputs there, but queries.
   static constexpr int kPlaceBytes = 52;
-  static constexpr int kPlanOffset = kWarps <= 4 ? 624 : 1248;
+  static constexpr int kPlanOffset = 624;
   static constexpr int kPlanBytes = 16;
   static constexpr int kGroupOffset = kPlanOffset + kPlanBytes;
   static constexpr int kOutputsOffset = kGroupOffset + 2 * 8 * kRows;
@@ -161,7 +161,7 @@ struct DecodeConfig {
   using QueryLayout = SlabLayout<kRows, kWidth>;
   static constexpr int kQueryOffset = (kGroupOffset + 1023) / 1024 * 1024;
   static constexpr int kTileOffset =
-      kWarpgroups ? kQueryOffset + QueryLayout::kBytes : kStateOffset + 8 * kTeams * kRows;
+      kWarpgroup ? kQueryOffset + QueryLayout::kBytes : kStateOffset + 8 * kTeams * kRows;
   static constexpr int kTileBytes = 2 * kPairs * kKeys;
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kTeamBytes = kStages * kStageBytes;
@@ -175,22 +175,22 @@ struct DecodeConfig {
 
   // Outputs of a team in f32. Where they fit one stage, that which has just been read is free for
   // them, while the next split's tiles are on their way to the others; else all stages are, after
-  // the split. Those of warpgroups stay in registers.
+  // the split. Those of a warpgroup stay in registers.
   static constexpr int kOutputBytes = kRows * kWidth * 4;
-  static constexpr bool kAhead = kWarpgroups || kOutputBytes <= kStageBytes;
+  static constexpr bool kAhead = kWarpgroup || kOutputBytes <= kStageBytes;
 
   static_assert(3 * kPlaceBytes * kWarps <= kPlanOffset && 4 * kTeams <= 128);
   static_assert(kPlanOffset % 16 == 0);
   static_assert(kBlocksPerSm <= kMostBlocksPerSm);
   static_assert(kTileOffset % 128 == 0, "the swizzle needs tiles that start at a line of banks");
-  static_assert(!kWarpgroups || kTileOffset % 1024 == 0, "which wgmma counts from");
-  static_assert(kWarpgroups || kOutputBytes <= kTeamBytes, "outputs fit the stages");
-  static_assert(kWarpgroups || kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on");
-  static_assert(!kWarpgroups || kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
+  static_assert(!kWarpgroup || kTileOffset % 1024 == 0, "which wgmma counts from");
+  static_assert(kWarpgroup || kOutputBytes <= kTeamBytes, "outputs fit the stages");
+  static_assert(kWarpgroup || kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on");
+  static_assert(!kWarpgroup || kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
   static_assert(!kClusters || 2 * (kSharedBytes + kPartBytes + 1024) <= 228 * 1024);
   static_assert(kCopyRows <= 32 && kKeys % (kF32 ? 8 : 16) == 0);
   static_assert(kColumns || !kF32, "any number of rows, in tiles of up to 8");
-  static_assert(!kWarpgroups || (sizeof(Stored) == 2 && kWidth <= 128));
+  static_assert(!kWarpgroup || (sizeof(Stored) == 2 && kWidth <= 128));
 };
 
 }  // namespace jax_flash::decode

@@ -13,17 +13,17 @@ inline int counters_of(const DeviceInfo& device) {
   return 2 * kMostBlocksPerSm * device.multiprocessors;
 }
 
-// Enqueues one kernel and, with more than 16 rows and several splits, one that adds these up.
+// Enqueues one kernel and, for many rows with several splits, one that adds these up.
 // kWidth: what the widths are padded to, 64, 128 or 256.
 template <CacheType kCache, int kWidth>
 cudaError_t launch_decode(const DecodeParams& params, const DeviceInfo& device,
                           cudaStream_t stream);
 
-// The same on compute capability 9.0 for more than 16 rows, 16-bit caches and widths up to 128.
+// The same on compute capability 9.0 for many rows, 16-bit caches and widths up to 128.
 // `params` is as launch_decode has completed it.
 template <CacheType kCache, int kWidth>
-cudaError_t launch_warpgroups(const DecodeParams& params, const DeviceInfo& device,
-                              cudaStream_t stream);
+cudaError_t launch_warpgroup(const DecodeParams& params, const DeviceInfo& device,
+                             cudaStream_t stream);
 
 // The same for any widths up to kMaxWidth.
 inline constexpr int kMaxWidth = 256;

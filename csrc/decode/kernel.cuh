@@ -26,7 +26,7 @@ namespace jax_flash::decode {
 
 template <typename Config>
 using RowsOfWarp =
-    std::conditional_t<Config::kWarpgroups, DecodeWarpgroup<Config>, DecodeWarp<Config>>;
+    std::conditional_t<Config::kWarpgroup, DecodeWarpgroup<Config>, DecodeWarp<Config>>;
 template <typename Config>
 using WarpOf = std::conditional_t<
     Config::kF32, DecodeF32<Config>,
@@ -219,7 +219,7 @@ template <typename Config>
 __device__ __forceinline__ void load_queries(const DecodeParams& params, const Place& place,
                                              uint32_t shared, WarpOf<Config>& warp) {
   const int row = first_row<Config>(place);
-  if constexpr (Config::kWarpgroups) {
+  if constexpr (Config::kWarpgroup) {
     warp.load_queries(params, place.batch, place.kv_head, row, shared + Config::kQueryOffset);
   } else {
     warp.load_queries(params, place.batch, place.kv_head, row);
@@ -238,13 +238,13 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
 #pragma unroll 1
   for (; keys.first < keys.end; keys.first += Config::kKeys * Config::kTeams) {
     ptx::cp_async_wait_group<Config::kStages - 2>();
-    if constexpr (Config::kWarpgroups) ptx::fence_proxy_async_shared();
+    if constexpr (Config::kWarpgroup) ptx::fence_proxy_async_shared();
     // Orders this tile's copies by all threads before the reads below, and all reads of the
     // previous tile before the copies that now overwrite it.
     sync_team<Config>();
     copies.copy(params, stages);
     copies.look_up(params, copied_place);
-    if constexpr (Config::kWarpgroups) {
+    if constexpr (Config::kWarpgroup) {
       const uint32_t queries = stages - Config::kTileOffset + Config::kQueryOffset;
       warp.attend(params, rows, queries, stages + stage, keys.first, keys.end);
     } else {
@@ -282,7 +282,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                                       const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const bool clustered = is_clustered<Config>(params);
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
   const GroupEnd end = GroupEnd::of(place, next);
   const bool begins = clustered || end.begins;
   // The row's state is read by all its threads and written by one: to another place.
@@ -388,7 +388,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     if (lane_id() == 0) *place_at(i) = place;
     __syncwarp();
   };
-  const bool clustered = is_clustered<Config>(params);
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
   const uint32_t stages =
       shared + Config::kTileOffset + team_of_thread<Config>() * Config::kTeamBytes;
   WarpOf<Config> warp;
@@ -420,14 +420,14 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     load_queries<Config>(params, place, shared, warp);
   }
   uint32_t stage = 0;
-  if constexpr (Config::kWarpgroups) warp.hold_nothing();
+  if constexpr (Config::kWarpgroup) warp.hold_nothing();
 #pragma unroll 1
   while (true) {
     warp.init();
     attend<Config>(params, *place_at(0), copies, place_at(2), stages, stage, warp);
     const Place& now = *place_at(0);
     const Place& next = *place_at(1);
-    if constexpr (!Config::kWarpgroups) {
+    if constexpr (!Config::kWarpgroup) {
       sync_team<Config>();  // no warp of the team reads tiles any more
       const int rows = params.tokens * params.group - now.row_tile * Config::kRows;
       share<Config>(warp, rows, shared, stages + (Config::kAhead ? copies.next_stage : 0));
@@ -440,7 +440,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     };
     // On their way meanwhile, where there are registers for them.
     if constexpr (Config::kQueriesEarly) load_other_queries();
-    if constexpr (Config::kWarpgroups) {
+    if constexpr (Config::kWarpgroup) {
       warp.store(params, GroupEnd::of(now, next), now, first_row<Config>(now));
     } else {
       __syncthreads();
@@ -469,9 +469,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   extern __shared__ __align__(1024) unsigned char memory[];
   do_splits<Config>(params, memory);
   if constexpr (Config::kClusters) {
-    if (is_clustered<Config>(params)) {
-      add_up_cluster<Config>(params, ptx::shared_address(memory));
-    }
+    if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));
   }
 }
 

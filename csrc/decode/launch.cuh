@@ -23,26 +23,19 @@ inline int crew_of(int head_tiles, int capacity) {
   return 1;
 }
 
-// Bits of the size of a cluster for each head tile, or 0. For short sequences: if one keeps the GPU
-// busy for long, thread blocks that take pieces of all the work are better balanced, and the sum of
-// splits costs little. One sequence has a thread block on a multiprocessor, more have two on most;
-// their lengths may differ, so less of one is left to its own thread blocks.
+// Bits of the size of a cluster for each head tile, or 0. For one short sequence: with more, or
+// with one that keeps the GPU busy for long, thread blocks that take pieces of all the work are
+// better balanced, and the sum of splits costs little.
 template <typename Config>
 int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
-  if (!Config::kClusters || device.compute_capability != 90) return 0;
+  if (!Config::kClusters || device.compute_capability != 90 || params.batch > 1) return 0;
   if (params.splits == 1 || params.splits > kClusterSplits) return 0;
-  const bool alone = params.batch == 1;
-  const int64_t tiles = int64_t{params.batch} * params.head_tiles;
-  const int64_t room = (alone ? 1 : 2) * int64_t{device.multiprocessors};
-  int bits = params.splits <= 8 ? 3 : 4;
-  while (!alone && bits > 0 && tiles << bits > room) --bits;
+  const int bits = params.splits <= 8 ? 3 : 4;
   const int size = 1 << bits;
-  const int64_t blocks = tiles << bits;
-  const bool fits = bits > 0 && blocks <= room;
-  const bool fills =
-      alone ? params.splits <= size || 5 * blocks >= 2 * room : 5 * blocks >= 4 * room;
-  const bool is_short =
-      int64_t{params.splits} * params.split_keys <= int64_t{alone ? 1024 : 512} * size;
+  const int64_t blocks = int64_t{params.head_tiles} << bits;
+  const bool fits = blocks <= device.multiprocessors;
+  const bool fills = params.splits <= size || 5 * blocks >= 2 * device.multiprocessors;
+  const bool is_short = int64_t{params.splits} * params.split_keys <= 1024 * size;
   const int rows = std::min(Config::kRows, params.tokens * params.group);
   const int slots = (params.splits + size - 1) / size;
   const bool has_room = slots * rows * Config::kRecordBytes <= Config::kPartBytes;
@@ -64,7 +57,7 @@ cudaError_t allow(const DeviceInfo& info) {
   error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Config::kSharedBytes + (clusters ? Config::kPartBytes : 0));
   if (error != cudaSuccess) return error;
-  if (clusters || Config::kWarpgroups) {
+  if (clusters || Config::kWarpgroup) {
     // Room for two thread blocks: not every part of the GPU need have 16 multiprocessors.
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -88,8 +81,7 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {1u << kBits, 1, 1};
   cudaLaunchConfig_t config{};
-  const int tiles = params.batch * params.head_tiles;
-  config.gridDim = dim3(static_cast<unsigned>(tiles) << kBits);
+  config.gridDim = dim3(static_cast<unsigned>(params.head_tiles) << kBits);
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
@@ -97,7 +89,7 @@ cudaError_t try_clusters(DecodeParams params, cudaStream_t stream, bool* launche
   config.numAttrs = 1;
   int clusters = 0;
   cudaError_t error = max_active_clusters<kKernel, kBits>(config, &clusters);
-  *launched = error == cudaSuccess && clusters >= tiles;
+  *launched = error == cudaSuccess && clusters >= params.head_tiles;
   if (!*launched) return error;
   params.cluster_bits = kBits;
   return cudaLaunchKernelEx(&config, kKernel, params);
@@ -107,17 +99,15 @@ template <typename Config>
 cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t stream) {
   const int rows = params.tokens * params.group;
   params.row_tiles = (rows + Config::kRows - 1) / Config::kRows;
+  params.tile_rows = Config::kRows;
   params.head_tiles = params.kv_heads * params.row_tiles;
   params.row_tile_divisor = FastDivisor::make(params.row_tiles);
-  params.head_tile_divisor = FastDivisor::make(params.head_tiles);
   cudaError_t error = allow<Config>(device);
   if (error != cudaSuccess) return error;
   if (const int bits = cluster_bits_of<Config>(params, device); bits > 0) {
     bool launched = false;
-    error = bits == 1   ? try_clusters<Config, 1>(params, stream, &launched)
-            : bits == 2 ? try_clusters<Config, 2>(params, stream, &launched)
-            : bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
-                        : try_clusters<Config, 4>(params, stream, &launched);
+    error = bits == 3 ? try_clusters<Config, 3>(params, stream, &launched)
+                      : try_clusters<Config, 4>(params, stream, &launched);
     if (launched || error != cudaSuccess) return error;
   }
   const int64_t heads = int64_t{params.batch} * params.head_tiles;
@@ -137,7 +127,7 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
                         Config::kSharedBytes, stream, params);
   if constexpr (!Config::kSumsInLaunch) {
     if (error != cudaSuccess || params.splits == 1) return error;
-    const auto sum_blocks = static_cast<unsigned>(heads * (Config::kRows / kSumRows));
+    const auto sum_blocks = static_cast<unsigned>(heads * Config::kRows);
     error = launch_dependent_kernel(decode_sum_kernel<Config>, dim3(sum_blocks), kSumThreads, 0,
                                     stream, params);
   }
@@ -159,10 +149,10 @@ cudaError_t launch_decode(const DecodeParams& from, const DeviceInfo& device, cu
   if constexpr (kCache == CacheType::kF32) {
     return launch<DecodeConfig<kCache, kWidth, Rows::kEight>>(params, device, stream);
   } else {
-    constexpr bool kHasWarpgroups = sizeof(typename CacheElement<kCache>::Stored) == 2;
-    if constexpr (kHasWarpgroups && kWidth <= 128) {
-      if (rows > 16 && device.compute_capability == 90) {
-        return launch_warpgroups<kCache, kWidth>(params, device, stream);
+    constexpr bool kHasWarpgroup = sizeof(typename CacheElement<kCache>::Stored) == 2;
+    if constexpr (kHasWarpgroup && kWidth <= 128) {
+      if (has_warpgroup(rows, params.room) && device.compute_capability == 90) {
+        return launch_warpgroup<kCache, kWidth>(params, device, stream);
       }
     }
     if (rows <= 8) {

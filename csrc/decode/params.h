@@ -72,19 +72,19 @@ struct DecodeParams {
   // Set by the launch.
   float logit_factor;    // of scores: to logits in base 2, or to what is under the cap's tanh
   float cap;             // of logits in base 2; 0: none
-  int32_t cluster_bits;  // 0, or a head tile of a sequence has 1 << cluster_bits thread blocks
+  int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
   int32_t whole_groups;  // whether thread blocks must do whole groups of splits
   int32_t page_rows;     // rows of the caches that a page has: page_size, or room without pages
   int32_t group;         // heads / kv_heads
   int32_t row_tiles;     // tiles of the tokens * group rows
+  int32_t tile_rows;     // rows of a tile
   int32_t head_tiles;    // kv_heads * row_tiles
   FastDivisor group_divisor;
   FastDivisor page_divisor;
-  FastDivisor head_tile_divisor;  // head_tiles
-  FastDivisor split_divisor;      // split_keys
-  FastDivisor row_tile_divisor;   // row_tiles
-  FastDivisor crew_divisor;       // neighbouring head tiles whose thread blocks are a crew
-  FastDivisor piece_divisor;      // crews: pieces of the work
+  FastDivisor split_divisor;     // split_keys
+  FastDivisor row_tile_divisor;  // row_tiles
+  FastDivisor crew_divisor;      // neighbouring head tiles whose thread blocks are a crew
+  FastDivisor piece_divisor;     // crews: pieces of the work
 };
 
 }  // namespace jax_flash::decode

@@ -198,18 +198,17 @@ __device__ __forceinline__ Place first_place(const DecodeParams& params, const P
   return place;
 }
 
-// The same where each head tile of each sequence has a cluster: its splits in equal numbers.
+// The same where each head tile of the only sequence has a cluster: its splits in equal numbers.
 __device__ __forceinline__ Place cluster_place(const DecodeParams& params, int block) {
   Place place{};
-  const int tile = block >> params.cluster_bits;
-  const int rank = block - (tile << params.cluster_bits);
-  place.batch = params.head_tile_divisor.divide(tile);
-  place.sequence = sequence_splits(params, place.batch);
+  place.sequence = sequence_splits(params, 0);
   place.unit_splits = 1;
   const int splits = max_int(place.sequence.splits, 1);
+  const int tile = block >> params.cluster_bits;
+  const int rank = block - (tile << params.cluster_bits);
   place.split = splits * rank >> params.cluster_bits;
   place.units = (splits * (rank + 1) >> params.cluster_bits) - place.split;
-  place.enter(params, tile - place.batch * params.head_tiles);
+  place.enter(params, tile);
   return place;
 }
 

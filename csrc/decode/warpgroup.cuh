@@ -64,10 +64,8 @@ struct DecodeWarpgroup : DecodeRows<Config> {
   // As that of a warp; by all warps of the warpgroup.
   __device__ __forceinline__ void attend(const DecodeParams& params, const RowPositions& rows,
                                          uint32_t queries, uint32_t tile, int key, int end) {
-    const int first_row = rows.warp_row / 64 * 64;
-    if (first_row >= params.tokens * params.group) return;
     float scores[kScoreTiles][4];
-    multiply_keys(scores, queries + QueryLayout::offset(first_row % Config::kRows, 0), tile);
+    multiply_keys(scores, queries, tile);
     this->weigh(scores, params, rows, key, end);
     multiply_values(scores, tile + Config::kTileBytes);
   }

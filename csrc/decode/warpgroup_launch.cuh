@@ -1,4 +1,4 @@
-// Launch of the decode kernels of warpgroups, for compute capability 9.0 alone.
+// Launch of the decode kernels of a warpgroup, for compute capability 9.0 alone.
 #pragma once
 
 #include "decode/launch.cuh"
@@ -6,11 +6,9 @@
 namespace jax_flash::decode {
 
 template <CacheType kCache, int kWidth>
-cudaError_t launch_warpgroups(const DecodeParams& params, const DeviceInfo& device,
-                              cudaStream_t stream) {
-  return params.tokens * params.group <= 64
-             ? launch<DecodeConfig<kCache, kWidth, Rows::kWarpgroup>>(params, device, stream)
-             : launch<DecodeConfig<kCache, kWidth, Rows::kTwoWarpgroups>>(params, device, stream);
+cudaError_t launch_warpgroup(const DecodeParams& params, const DeviceInfo& device,
+                             cudaStream_t stream) {
+  return launch<DecodeConfig<kCache, kWidth, Rows::kWarpgroup>>(params, device, stream);
 }
 
 }  // namespace jax_flash::decode

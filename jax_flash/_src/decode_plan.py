@@ -23,8 +23,11 @@ one sequence still has a split for 7 of 8 multiprocessors."""
 
 FEW_ROWS, MANY_ROWS, F32_ROWS = 16, 64, 8
 """Rows (tokens x query heads of a key/value head) of the kernel's two kinds of tile,
-and of the one kind for float32. On compute capability 9.0 twice the many, where there
-are more and two warpgroups fit (16-bit caches, widths up to 128): so counted for all."""
+and of the one kind for float32. Over `FEW_ROWS` a second kernel adds up the splits."""
+
+WARPGROUP_ROWS, WARPGROUP_KEYS = 8, 4096
+"""Beyond so many rows and this room for keys, Hopper's kernels of a warpgroup run, and
+the second one, too: `has_warpgroup` of csrc/decode/config.cuh."""
 
 MHA_KEYS = 1024
 """Keys from which the decode kernel runs the few queries of a call of `mha`.
@@ -50,7 +53,7 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
     return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
-FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 16, 8, 4096
+FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 64, 8, 4096
 """What the forward kernel for Hopper needs to be used for decoding: more rows than
 this, at least so many blocks of them, and keys."""
 
@@ -128,25 +131,16 @@ def forward_parts(
     return min(range(1, most + 1), key=time)
 
 
-def row_tiles(rows: int, cache_bytes: int, width: int) -> int:
-    """Tiles of the rows of a key/value head.
-
-    Args:
-      rows: T times the query heads of a key/value head.
-      cache_bytes: of an element of the caches.
-      width: the larger one of H and Hv.
-    """
+def row_tiles(rows: int, cache_bytes: int) -> int:
+    """Tiles of the rows of a key/value head; bytes of an element of the caches."""
     if cache_bytes == 4:
         return -(-rows // F32_ROWS)
-    if rows <= FEW_ROWS:
-        return 1
-    two = rows > MANY_ROWS and cache_bytes == 2 and width <= 128
-    return -(-rows // ((2 if two else 1) * MANY_ROWS))
+    return -(-rows // (FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS))
 
 
-def enough_splits(rows: int, kv_heads: int, cache_bytes: int, width: int) -> int:
-    """Splits of one sequence that fill a GPU, of rows as `row_tiles` takes them."""
-    tiles = kv_heads * row_tiles(rows, cache_bytes, width)
+def enough_splits(rows: int, kv_heads: int, cache_bytes: int) -> int:
+    """Splits of one sequence that fill a GPU."""
+    tiles = kv_heads * row_tiles(rows, cache_bytes)
     return min(MOST_SPLITS, max(1, UNITS // tiles))
 
 
@@ -161,7 +155,8 @@ def _least_keys(span: int, width: int, cache_bytes: int, rows: int, heads: int) 
       heads: key/value heads times tiles of rows.
     """
     tiles = 64 if width <= 64 else 128 if width <= 128 else 256
-    if rows > FEW_ROWS and cache_bytes < 4:
+    warpgroup = rows > WARPGROUP_ROWS and span > WARPGROUP_KEYS and cache_bytes == 2
+    if (warpgroup and tiles <= 128) or (rows > FEW_ROWS and cache_bytes < 4):
         return 2 * SPLIT_UNIT if tiles > 128 else 4 * SPLIT_UNIT
     keys = max(SPLIT_UNIT, LEAST_BYTES // (2 * tiles * cache_bytes))
     fills = 8 * heads * -(-span // (2 * keys)) >= 7 * MULTIPROCESSORS
@@ -196,8 +191,8 @@ def splits_of(
         span = min(span, window_left + tokens)
     least = SPLIT_UNIT
     if num_splits is None:
-        num_splits = enough_splits(rows, kv_heads, cache_bytes, width)
-        heads = kv_heads * row_tiles(rows, cache_bytes, width)
+        num_splits = enough_splits(rows, kv_heads, cache_bytes)
+        heads = kv_heads * row_tiles(rows, cache_bytes)
         least = _least_keys(span, width, cache_bytes, rows, heads)
     units = -(-span // SPLIT_UNIT)
     keys = max(least, SPLIT_UNIT * -(-units // num_splits))

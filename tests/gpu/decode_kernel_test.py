@@ -303,17 +303,20 @@ def test_one_program_on_several_devices() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-@pytest.mark.parametrize(("tokens", "room"), [(1, 2048), (16, 65536)])
-def test_one_kernel(batch: int, tokens: int, room: int) -> None:
-    """However the splits are added up: by clusters, or by who comes last."""
+@pytest.mark.parametrize(
+    ("tokens", "room", "count"), [(1, 2048, 1), (2, 65536, 1), (16, 65536, 2)]
+)
+def test_few_kernels(batch: int, tokens: int, room: int, count: int) -> None:
+    """One for few rows, by clusters or by who comes last, and two for many."""
     query = jnp.ones((batch, tokens, 8, 128), jnp.bfloat16)
     k, v = (jnp.ones((batch, room, 2, 128), jnp.bfloat16) for _ in range(2))
     lengths = jnp.full(batch, room, jnp.int32)
     names = choice_test.kernels(
         functools.partial(decode_mha, implementation="cuda"), query, k, v, lengths
     )
-    assert len(names) == 1, names
+    assert len(names) == count, names
     assert "decode_split_kernel" in names[0]
+    assert count == 1 or "decode_sum_kernel" in names[1]
 
 
 @pytest.mark.parametrize(("heads", "room"), [(8, 1024), (8, 8192), (5, 4096)])

@@ -2,9 +2,9 @@
 
 namespace jax_flash::decode {
 
-template cudaError_t launch_warpgroups<CacheType::kF16, 64>(const DecodeParams&, const DeviceInfo&,
+template cudaError_t launch_warpgroup<CacheType::kBf16, 64>(const DecodeParams&, const DeviceInfo&,
                                                             cudaStream_t);
-template cudaError_t launch_warpgroups<CacheType::kF16, 128>(const DecodeParams&, const DeviceInfo&,
+template cudaError_t launch_warpgroup<CacheType::kBf16, 128>(const DecodeParams&, const DeviceInfo&,
                                                              cudaStream_t);
 
 }  // namespace jax_flash::decode
