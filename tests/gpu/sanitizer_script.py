@@ -143,6 +143,9 @@ def decode_calls() -> Iterator[Call]:
                 options = {"window_size": (50, None), "softcap": 5.0}
                 options |= {"page_table": table, "sinks": np.ones(8, np.float32)}
                 yield (query, k, v, lengths), options
+    for width in (64, 128):  # by Hopper's forward kernel, in parts of the keys
+        query, k, v = arrays(DTYPES[0], (1, 40, 16), (4096, 8), width)
+        yield (query, k, v, np.array([4000], np.int32)), {}
     for cache in (jax.numpy.float8_e4m3fn, np.int8):
         for dtype, width in zip((*DTYPES, *DTYPES), (64, 128, 256, 80), strict=True):
             for tokens in (1, 9):
