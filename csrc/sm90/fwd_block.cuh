@@ -81,15 +81,12 @@ struct FwdDenseBlock {
   }
 };
 
-// And one without.
-struct FwdBlockPlace {
-  int place;  // of its results: its sequence, or a part of that
-};
+struct NoIntervals {};
 struct NothingDense {};
 
 template <typename Config>
 struct FwdBlock
-    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, FwdBlockPlace>,
+    : std::conditional_t<Config::kIntervals, FwdBlockIntervals<Config::kWarpgroups>, NoIntervals>,
       std::conditional_t<Config::kDense, FwdDenseBlock, NothingDense> {
   int tiles;       // key tiles to visit, last to first; negative: there are no more blocks
   int last_tile;   // number of the tile that is visited first; what is hidden between is not
@@ -97,7 +94,7 @@ struct FwdBlock
   int first_row;   // packed; negative in a block that starts with padding
   int rows;        // of which exist in the sequence, or are the block's; the others are padding
   int head;        // first query head
-  int batch;
+  int place;       // of its results: its sequence, or a part of that
   typename Config::Mask mask;
   // Per warpgroup: the tile that it visits first; it passes over those after it.
   int start[Config::kWarpgroups];
@@ -253,13 +250,12 @@ __device__ __forceinline__ bool make_block(const MhaFwdParams& params, const Fwd
                                            FwdBlock<Config>& block) {
   const int pack_shift = plan.pack_shift;
   block.head = at.head << pack_shift;
-  block.batch = at.batch;
+  block.place = place;
   const int64_t head = int64_t{place} * params.heads + block.head;
   block.lse = params.lse + head * params.query_length;
   block.out =
       static_cast<typename Config::Out*>(params.out) +
       (int64_t{place} * params.query_length * params.heads + block.head) * params.head_dim_v;
-  if constexpr (!Config::kIntervals) block.place = place;
   KeyInterval keys;
   if constexpr (Config::kIntervals) {
     if constexpr (Config::kOptions) {

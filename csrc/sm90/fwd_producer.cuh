@@ -203,6 +203,11 @@ struct FwdProducer {
     value_ring.next();
   }
 
+  // Of which a block's queries and keys are.
+  __device__ __forceinline__ int sequence_of(const FwdBlock<Config>& block) const {
+    return Config::kIntervals ? block.place : plan.parts.divide(block.place);
+  }
+
   // Also tells the consumers that there is a block.
   __device__ __forceinline__ void copy_queries(const FwdBlock<Config>& block) {
     using Layout = typename Config::QueryLayout;
@@ -216,7 +221,7 @@ struct FwdProducer {
             tiles + query_ring.stage() * Config::kQueryStageBytes + w * Layout::kBytes;
         const int position = (block.first_row + 64 * w) >> plan.pack_shift;
         const BatchCoordinate batch =
-            batch_coordinate(params.query, block.batch, params, plan.inner_batch);
+            batch_coordinate(params.query, sequence_of(block), params, plan.inner_batch);
         if (block.tiles <= 0) {
           ptx::mbarrier_arrive(barrier);
           continue;
@@ -286,7 +291,8 @@ struct FwdProducer {
         copy_values(first_key, before, head, batch);
       }
       const int next_head = params.group_divisor.divide(next->head);
-      if (next->tiles > 0) copy_keys(next->key_of(0), next->last_tile, next_head, next->batch);
+      if (next->tiles > 0)
+        copy_keys(next->key_of(0), next->last_tile, next_head, sequence_of(*next));
       if (pending) copy_values(first_key, tile, head, batch);
       if (!kEarly) copy_queries(*next);
       if (next->tiles < 0) break;
@@ -310,7 +316,7 @@ struct FwdProducer {
         }
       }
       head = next_head;
-      batch = next->batch;
+      batch = sequence_of(*next);
       first_key = next->key_of(0);
       // By all lanes, which have all read it: what racecheck understands.
       ptx::mbarrier_arrive(ptx::shared_address(&shared.block_empty[next - shared.blocks]));
@@ -380,12 +386,10 @@ struct FwdStorer {
     const int position = (block.first_row + 64 * w) >> plan.pack_shift;
     // Padding before the first row; a tensor store may not start at a negative coordinate.
     if (position < 0) return;
-    int place = block.batch;
-    if constexpr (!Config::kIntervals) place = block.place;
 #pragma unroll
     for (int slab = 0; slab < Layout::kSlabs; ++slab) {
       ptx::tma_store_5d(&plan.out, tile + slab * Layout::kSlabBytes, 64 * slab, block.head,
-                        position, place, 0);
+                        position, block.place, 0);
     }
     ptx::tma_store_commit_group();
   }
