@@ -267,21 +267,23 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
 }
 
 // Adds up the splits of many rows, which the thread block that is done last would do for long while
-// all others are idle: each thread block here has a row of a head tile. As in a cluster, eight
-// lanes have four columns, each lane a group of splits.
+// all others are idle: each thread block here has a few rows of a head tile.
 inline constexpr int kSumThreads = 128;
+inline constexpr int kSumRows = 4;
 
 template <typename Config>
 __global__ void __launch_bounds__(kSumThreads)
     decode_sum_kernel(const __grid_constant__ DecodeParams params) {
-  constexpr int kLanes = 8;
-  const int tile = static_cast<int>(blockIdx.x) / params.tile_rows;  // of all sequences
+  static_assert(Config::kRows % kSumRows == 0);
+  const int blocks = params.tile_rows / kSumRows;          // of a head tile
+  const int tile = static_cast<int>(blockIdx.x) / blocks;  // of all sequences
   const int batch = tile / params.head_tiles;
   const int head_tile = tile - batch * params.head_tiles;
   const int kv_head = params.row_tile_divisor.divide(head_tile);
-  const int first_row = (head_tile - kv_head * params.row_tiles) * params.tile_rows;
-  const int row = first_row + static_cast<int>(blockIdx.x) - tile * params.tile_rows;
-  if (row >= params.tokens * params.group) return;
+  const int first_row = (head_tile - kv_head * params.row_tiles) * params.tile_rows +
+                        (static_cast<int>(blockIdx.x) - tile * blocks) * kSumRows;
+  const int rows = min_int(kSumRows, params.tokens * params.group - first_row);
+  if (rows <= 0) return;
   const SequenceSplits sequence = sequence_splits(params, batch);
   const int splits = sequence.splits;
   const Plan plan = make_plan(params);
@@ -293,41 +295,31 @@ __global__ void __launch_bounds__(kSumThreads)
   const bool alone = plan.piece_of(first_unit) == plan.piece_of(first_unit + units - 1);
   if (alone && splits <= kGroupSplits) return;  // stored as the result
   ptx::griddepcontrol_wait();
-  const StoredParts<Config> parts{params, batch, kv_head, row};
+  const StoredParts<Config> parts{params, batch, kv_head, first_row};
   const int pieces = params.head_dim_v / 4;
-  const int lane = lane_id() % kLanes;
-  const int first_lane = lane_id() - lane;
 #pragma unroll 1
-  for (int item0 = 0; item0 < pieces; item0 += kSumThreads / kLanes) {
-    const int item = item0 + static_cast<int>(threadIdx.x) / kLanes;
-    const int piece = min_int(item, pieces - 1);
-    const auto load = [&](int split) { return parts.load(split, 0, 4 * piece); };
+  for (int item = static_cast<int>(threadIdx.x); item < rows * pieces; item += kSumThreads) {
+    const int row = item / pieces;
+    const int piece = item - row * pieces;
     RowPart total = RowPart::empty();
 #pragma unroll 1
-    for (int first0 = 0; first0 < splits; first0 += kLanes * kGroupSplits) {
-      const int first = first0 + lane * kGroupSplits;
-      RowPart group = RowPart::empty();
-      if (first < splits) {
-        const int end = min_int(first + kGroupSplits, splits);
-        // The split from which on each is a part, as in add_up_group.
-        int cut = end;
-        if (!alone && plan.unit_splits == 1) {
-          cut = plan.first_unit(plan.piece_of(first_unit + first) + 1) - first_unit;
-        }
-        group = load(first);
-        add_parts<kGroupSplits>(group, cut, end, 1, load);
+    for (int first = 0; first < splits; first += kGroupSplits) {
+      const int end = min_int(first + kGroupSplits, splits);
+      // The split from which on each is a part, as in add_up_group.
+      int cut = end;
+      if (!alone && plan.unit_splits == 1) {
+        cut = plan.first_unit(plan.piece_of(first_unit + first) + 1) - first_unit;
       }
-#pragma unroll 1
-      for (int other = 0; other < kLanes && first0 + other * kGroupSplits < splits; ++other) {
-        const RowPart next = part_of_lane(group, first_lane + other);
-        if (first0 + other == 0) {
-          total = next;
-        } else {
-          total.add(next);
-        }
+      const auto load = [&](int split) { return parts.load(split, row, 4 * piece); };
+      RowPart group = load(first);
+      add_parts<Config::kBatchedParts>(group, cut, end, 1, load);
+      if (first == 0) {
+        total = group;
+      } else {
+        total.add(group);
       }
     }
-    if (lane == 0 && item < pieces) parts.finish_piece(0, piece, total);
+    parts.finish_piece(row, piece, total);
   }
 }
 

@@ -127,7 +127,7 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
                         Config::kSharedBytes, stream, params);
   if constexpr (!Config::kSumsInLaunch) {
     if (error != cudaSuccess || params.splits == 1) return error;
-    const auto sum_blocks = static_cast<unsigned>(heads * Config::kRows);
+    const auto sum_blocks = static_cast<unsigned>(heads * (Config::kRows / kSumRows));
     error = launch_dependent_kernel(decode_sum_kernel<Config>, dim3(sum_blocks), kSumThreads, 0,
                                     stream, params);
   }

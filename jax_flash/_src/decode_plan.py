@@ -53,7 +53,7 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
     return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
 
 
-FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 64, 8, 4096
+FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 16, 8, 4096
 """What the forward kernel for Hopper needs to be used for decoding: more rows than
 this, at least so many blocks of them, and keys."""
 
@@ -70,11 +70,10 @@ def serves_forward(
 ) -> bool:
     """Whether Hopper's forward kernel runs a call of `decode_mha` that it can run.
 
-    The rows of such a call, and not its keys, are what takes time. The forward
-    multiplies up to 128 of them at once by `wgmma`, faster than `mma.sync`, where the
-    decode kernel reads the keys for each 64, and its cut of the keys (`forward_parts`)
-    does not depend on the batch either. It has the heads of a group in the rows of a
-    block if the group is a power of two.
+    It multiplies up to 128 rows at once, where the decode kernel reads the keys for each
+    64, and adds up fewer parts. Its cut of the keys (`forward_parts`) does not depend on
+    the batch either. It has the heads of a group in the rows of a block if the group is
+    a power of two.
 
     Args:
       tokens: new tokens T.
