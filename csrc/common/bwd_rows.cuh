@@ -52,71 +52,53 @@ __device__ __forceinline__ bool aligned_16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Rows of a lane that are read together: what small problems wait for is the memory's answer.
-inline constexpr int kBwdLaneRows = kBwdRowGroup / (kBwdRowThreads / 8);
-
-// This lane's parts of sum(out * dout) over rows that eight lanes share. rows: where each begins,
-// in both.
+// This lane's part of sum(out * dout) over a row that eight lanes share.
 template <typename Element>
-__device__ __forceinline__ void partial_deltas(float (&sums)[kBwdLaneRows], const Element16* out,
-                                               const Element16* dout,
-                                               const int64_t (&rows)[kBwdLaneRows], int width,
-                                               bool wide, int lane) {
+__device__ __forceinline__ float partial_delta(const Element16* out, const Element16* dout,
+                                               int width, bool wide, int lane) {
+  float sum = 0.0f;
   if (wide) {
 #pragma unroll 2
     for (int column = 8 * lane; column < width; column += 64) {
+      const uint4 x = *reinterpret_cast<const uint4*>(out + column);
+      const uint4 y = *reinterpret_cast<const uint4*>(dout + column);
+      const uint32_t out_words[4] = {x.x, x.y, x.z, x.w};
+      const uint32_t dout_words[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-      for (int r = 0; r < kBwdLaneRows; ++r) {
-        const uint4 x = *reinterpret_cast<const uint4*>(out + rows[r] + column);
-        const uint4 y = *reinterpret_cast<const uint4*>(dout + rows[r] + column);
-        const uint32_t out_words[4] = {x.x, x.y, x.z, x.w};
-        const uint32_t dout_words[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 a = ptx::unpack_x2<Element>(out_words[i]);
-          const float2 b = ptx::unpack_x2<Element>(dout_words[i]);
-          sums[r] = fmaf(a.x, b.x, fmaf(a.y, b.y, sums[r]));
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float2 a = ptx::unpack_x2<Element>(out_words[i]);
+        const float2 b = ptx::unpack_x2<Element>(dout_words[i]);
+        sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
       }
     }
   } else {
 #pragma unroll 1
     for (int column = lane; column < width; column += 8) {
-#pragma unroll
-      for (int r = 0; r < kBwdLaneRows; ++r) {
-        const int64_t at = rows[r] + column;
-        sums[r] =
-            fmaf(ptx::unpack_x2<Element>(out[at]).x, ptx::unpack_x2<Element>(dout[at]).x, sums[r]);
-      }
+      sum = fmaf(ptx::unpack_x2<Element>(out[column]).x, ptx::unpack_x2<Element>(dout[column]).x,
+                 sum);
     }
   }
+  return sum;
 }
 
 // The same of f32.
-template <typename Element>
-__device__ __forceinline__ void partial_deltas(float (&sums)[kBwdLaneRows], const float* out,
-                                               const float* dout,
-                                               const int64_t (&rows)[kBwdLaneRows], int width,
+__device__ __forceinline__ float partial_delta(const float* out, const float* dout, int width,
                                                bool wide, int lane) {
+  float sum = 0.0f;
   if (wide) {
 #pragma unroll 2
     for (int column = 4 * lane; column < width; column += 32) {
-#pragma unroll
-      for (int r = 0; r < kBwdLaneRows; ++r) {
-        const float4 x = *reinterpret_cast<const float4*>(out + rows[r] + column);
-        const float4 y = *reinterpret_cast<const float4*>(dout + rows[r] + column);
-        sums[r] = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sums[r]))));
-      }
+      const float4 x = *reinterpret_cast<const float4*>(out + column);
+      const float4 y = *reinterpret_cast<const float4*>(dout + column);
+      sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
     }
   } else {
 #pragma unroll 1
     for (int column = lane; column < width; column += 8) {
-#pragma unroll
-      for (int r = 0; r < kBwdLaneRows; ++r) {
-        sums[r] = fmaf(out[rows[r] + column], dout[rows[r] + column], sums[r]);
-      }
+      sum = fmaf(out[column], dout[column], sum);
     }
   }
+  return sum;
 }
 
 // Zeros in kBwdRowGroup rows of dquery_sum.
@@ -185,41 +167,36 @@ __global__ void __launch_bounds__(kBwdRowThreads)
   const bool wide =
       params.head_dim_v % kChunk == 0 && aligned_16(params.out) && aligned_16(params.dout);
   const int lane = threadIdx.x % 8;
-  const auto row_of = [&](int r) {
-    return group.row + static_cast<int>(threadIdx.x) / 8 + r * (kBwdRowThreads / 8);
-  };
-  // Those past the end are read as the first row there is.
-  KeyInterval keys[kBwdLaneRows];
-  float lse[kBwdLaneRows];
-  float deltas[kBwdLaneRows] = {};
-  int64_t rows[kBwdLaneRows];
-#pragma unroll
-  for (int r = 0; r < kBwdLaneRows; ++r) {
-    const int row = row_of(r) < params.query_length ? row_of(r) : 0;
-    keys[r] = mask.interval(row_of(r));
-    lse[r] = params.lse[group.flat_head * params.query_length + row];
-    rows[r] = ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
-              params.head_dim_v;
-  }
-  using Stored = std::conditional_t<sizeof(Element) == 4, float, Element16>;
-  partial_deltas<Element>(deltas, static_cast<const Stored*>(params.out),
-                          static_cast<const Stored*>(params.dout), rows, params.head_dim_v, wide,
-                          lane);
-#pragma unroll
-  for (int r = 0; r < kBwdLaneRows; ++r) {
-    float delta = deltas[r];
+#pragma unroll 1
+  for (int i = threadIdx.x / 8; i < kBwdRowGroup; i += kBwdRowThreads / 8) {
+    const int row = group.row + i;
+    const int64_t statistic = group.flat_head * params.query_length + row;
+    const KeyInterval keys = mask.interval(row);
+    float lse = -__builtin_huge_valf();
+    float delta = 0.0f;
+    if (row < params.query_length) {
+      lse = params.lse[statistic];
+      const int64_t offset =
+          ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
+          params.head_dim_v;
+      if constexpr (sizeof(Element) == 4) {
+        delta = partial_delta(static_cast<const float*>(params.out) + offset,
+                              static_cast<const float*>(params.dout) + offset, params.head_dim_v,
+                              wide, lane);
+      } else {
+        delta = partial_delta<Element>(static_cast<const Element16*>(params.out) + offset,
+                                       static_cast<const Element16*>(params.dout) + offset,
+                                       params.head_dim_v, wide, lane);
+      }
+    }
+    // Rows without keys may hold anything: read before that is known, but not used.
+    const bool empty = keys.first >= keys.end || lse == -__builtin_huge_valf();
 #pragma unroll
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-    // Rows without keys may hold anything: read before that is known, but not used.
-    const bool empty = keys[r].first >= keys[r].end || row_of(r) >= params.query_length ||
-                       lse[r] == -__builtin_huge_valf();
     if (lane == 0) {
-      if (!empty && params.dlse != nullptr) {
-        delta -= params.dlse[group.flat_head * params.query_length + row_of(r)];
-      }
-      const int64_t target = padded_row + row_of(r) - group.row;
-      params.row_lse[target] = empty ? __builtin_huge_valf() : SoftmaxScale::kLog2e * lse[r];
-      params.row_delta[target] = empty ? 0.0f : delta;
+      if (!empty && params.dlse != nullptr) delta -= params.dlse[statistic];
+      params.row_lse[padded_row + i] = empty ? __builtin_huge_valf() : SoftmaxScale::kLog2e * lse;
+      params.row_delta[padded_row + i] = empty ? 0.0f : delta;
     }
   }
 }
