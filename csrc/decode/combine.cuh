@@ -275,6 +275,7 @@ template <typename Config>
 __global__ void __launch_bounds__(kSumThreads)
     decode_sum_kernel(const __grid_constant__ DecodeParams params) {
   static_assert(Config::kRows % kSumRows == 0);
+  ptx::griddepcontrol_wait();
   const int blocks = params.tile_rows / kSumRows;          // of a head tile
   const int tile = static_cast<int>(blockIdx.x) / blocks;  // of all sequences
   const int batch = tile / params.head_tiles;
@@ -294,7 +295,6 @@ __global__ void __launch_bounds__(kSumThreads)
       params.crew_divisor.divide(head_tile) * units;
   const bool alone = plan.piece_of(first_unit) == plan.piece_of(first_unit + units - 1);
   if (alone && splits <= kGroupSplits) return;  // stored as the result
-  ptx::griddepcontrol_wait();
   const StoredParts<Config> parts{params, batch, kv_head, first_row};
   const int pieces = params.head_dim_v / 4;
 #pragma unroll 1
