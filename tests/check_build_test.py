@@ -239,8 +239,32 @@ def test_collective_instructions(
 
 def test_every_file_must_be_in_the_code() -> None:
     faults = check_build.judge_hgmma({})
-    files = pathlib.Path(check_build.ROOT, "csrc", "sm90", "inst").glob("*.cu")
-    assert faults == [f"{path.stem}: no sm_90a code of it" for path in sorted(files)]
+    sources = pathlib.Path(check_build.ROOT, "csrc")
+    names = {path.stem for path in (sources / "sm90" / "inst").glob("*.cu")}
+    names |= {"warpgroup_bf16", "warpgroup_f16"}
+    assert set(faults) == {f"{name}: no sm_90a code of it" for name in names}
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_instructions_of_decoding(width: int) -> None:
+    name = (
+        "_ZN9jax_flash6decode19decode_split_kernelINS0_12DecodeConfigILNS0_9CacheType"
+        f"E1ELi{width}ELNS0_4RowsE3EEEEEvNS0_12DecodeParamsE"
+    )
+    right = {"HGMMA.64x64x16.F32", "HGMMA.64x128x16.F32"}
+    assert not any(
+        fault.startswith("warpgroup_f16")
+        for fault in check_build.judge_hgmma({name: right})
+    )
+    (fault, *_) = check_build.judge_hgmma({name: right | {"HGMMA.64x32x16.F32"}})
+    assert fault.startswith(f"warpgroup_f16, width {width}: ")
+    counts = {"HGMMA": 12, "WARPGROUP.ARRIVE": 2, "WARPGROUP.DEPBAR": 2}
+    judge_collectives = check_build.judge_collectives
+    assert not judge_collectives({name: check_build.Counter(counts)})
+    for kind in (*counts, "conditional"):
+        wrong = check_build.Counter(counts) + check_build.Counter({kind: 1})
+        (fault,) = judge_collectives({name: wrong})
+        assert fault.startswith("warpgroup_f16: ")
 
 
 def test_a_backward_of_split_operands_has_products_of_warps() -> None:

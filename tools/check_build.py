@@ -57,6 +57,13 @@ SM90_BACKWARD = re.compile(
     r"(?P<type>\d)ELi(?P<head_dim>\d+)ELi(?P<second>\d+)E(?:Lb[01]E)+"
     r"(?P<intervals>NS_12IntervalMaskE)?"
 )
+# decode::decode_split_kernel<DecodeConfig<type, width, Rows::kWarpgroup>>.
+SM90_DECODE = re.compile(
+    r"6decode\d+decode_split_kernelI.*?CacheTypeE(?P<type>\d)ELi(?P<width>\d+)E"
+    r"LNS0_4RowsE3E"
+)
+DECODE_KEYS = {64: 128, 128: 64}
+"""Keys of a tile by width, kWarpgroupTiles of csrc/decode/config.cuh."""
 WIDE_BACKWARD_TILE = 64
 """Queries, and keys, of a tile of the backward over width 128."""
 TYPES = ("bf16", "f16", "f32", "tf32", "split")
@@ -207,9 +214,9 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
     """Kernels whose matrix instructions are not those their tiles ask for.
 
     Scores take instructions as wide as a tile of keys, outputs as wide as the values;
-    the backward's as wide as a tile of queries, and as the heads; with intervals each
-    of two warpgroups has half of the gradient of queries. Anything else means a tile
-    that was cut up.
+    decoding's, too; the backward's as wide as a tile of queries, and as the heads; with
+    intervals each of two warpgroups has half of the gradient of queries. Anything else
+    means a tile that was cut up.
     """
     faults = []
     seen = set()
@@ -228,6 +235,12 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
             seen.add(kernel)
             faults += differences(kernel, dtype, got, widths | {rows})
             continue
+        if match := SM90_DECODE.search(name):
+            dtype, width = TYPES[int(match["type"])], int(match["width"])
+            seen.add(f"warpgroup_{dtype}")
+            kernel = f"warpgroup_{dtype}, width {width}"
+            faults += differences(kernel, dtype, got, {width, DECODE_KEYS[width]})
+            continue
         match = SM90_FORWARD.search(name)
         if match is None:
             if split := SPLIT_BACKWARD.search(name):
@@ -243,10 +256,19 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
         faults += differences(kernel, dtype, got, {keys, int(match["head_dim_v"])})
         if keys < MINIMUM_KEYS:
             faults.append(f"{kernel}: tiles of {keys} keys, fewer than {MINIMUM_KEYS}")
-    for path in sorted(ROOT.glob("csrc/sm90/inst/*.cu")):
+    for path in hopper_sources():
         if path.stem not in seen:
             faults.append(f"{path.stem}: no sm_90a code of it")
     return faults
+
+
+def hopper_sources() -> list[Path]:
+    """The files whose kernels have warpgroup matrix instructions, or replace some."""
+    files = [
+        *ROOT.glob("csrc/decode/warpgroup_*.cu"),
+        *ROOT.glob("csrc/sm90/inst/*.cu"),
+    ]
+    return sorted(files)
 
 
 def count_collectives(lines: Iterable[str]) -> dict[str, Counter[str]]:
@@ -268,7 +290,7 @@ def count_collectives(lines: Iterable[str]) -> dict[str, Counter[str]]:
 
 
 def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
-    """Forward kernels with other collective instructions than their source has.
+    """Forward and decode kernels with other collective instructions than in the source.
 
     All four warps of a warpgroup must meet such an instruction at the same address.
     Where the compiler copies one into the paths of a branch, warps that take
@@ -276,6 +298,15 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
     """
     faults = []
     for name, got in counts.items():
+        if match := SM90_DECODE.search(name):
+            steps = (int(match["width"]) + DECODE_KEYS[int(match["width"])]) // 16
+            want = Counter(
+                {"HGMMA": steps, "WARPGROUP.ARRIVE": 2, "WARPGROUP.DEPBAR": 2}
+            )
+            if got != want:
+                kernel = f"warpgroup_{TYPES[int(match['type'])]}"
+                faults.append(f"{kernel}: {dict(got)}, expected {dict(want)}")
+            continue
         if (match := SM90_FORWARD.search(name)) is None:
             continue
         head_dim, head_dim_v = int(match["head_dim"]), int(match["head_dim_v"])
