@@ -70,10 +70,10 @@ def serves_forward(
 ) -> bool:
     """Whether Hopper's forward kernel runs a call of `decode_mha` that it can run.
 
-    It multiplies up to 128 rows at once, where the decode kernel reads the keys for each
-    64, and adds up fewer parts. Its cut of the keys (`forward_parts`) does not depend on
-    the batch either. It has the heads of a group in the rows of a block if the group is
-    a power of two.
+    It multiplies up to 128 rows at once, where the decode kernel reads the keys for
+    each 64, and adds up fewer parts. Its cut of the keys (`forward_parts`) does not
+    depend on the batch either. It has the heads of a group in the rows of a block if
+    the group is a power of two.
 
     Args:
       tokens: new tokens T.
