@@ -34,8 +34,8 @@ _STRIDES = ("bias_strides", "mask_strides", "dbias_strides")
 _INTS = (
     "batch", "query_length", "key_length", "heads", "kv_heads", "head_dim",
     "head_dim_v", "window_left", "window_right", "bottom_right", "f16", "f32_results",
-    "deterministic", "multiprocessors", "tf32_products", "dropout", "bias_type",
-    "dbias_shared",
+    "deterministic", "multiprocessors", "parts", "tf32_products", "dropout",
+    "bias_type", "dbias_shared",
 )
 # fmt: on
 

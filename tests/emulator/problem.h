@@ -55,6 +55,7 @@ struct Arguments {
   int32_t f32_results;
   int32_t deterministic;
   int32_t multiprocessors;
+  int32_t parts;          // of the keys, in the forward
   int32_t tf32_products;  // of one of f32: 3 or 1; 0 where operands have 16 bits
   int32_t dropout;
   int32_t bias_type;
