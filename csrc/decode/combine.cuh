@@ -196,7 +196,7 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
   }
   if (__syncthreads_count(is_last) == 0) return false;
   // The split from which on each is a part; up to there one thread block has added them up.
-  const int cut = tile.plan.first_unit(tile.plan.piece_of(unit) + 1) - tile.first_unit;
+  const int cut = tile.plan.cut_behind(unit) - tile.first_unit;
   const auto sum = [&](auto load) {
     RowPart total = load(first);
     add_parts<Config::kBatchedParts>(total, cut, end, 1, load);
@@ -307,9 +307,7 @@ __global__ void __launch_bounds__(kSumThreads)
       const int end = min_int(first + kGroupSplits, splits);
       // The split from which on each is a part, as in add_up_group.
       int cut = end;
-      if (!alone && plan.unit_splits == 1) {
-        cut = plan.first_unit(plan.piece_of(first_unit + first) + 1) - first_unit;
-      }
+      if (!alone && plan.unit_splits == 1) cut = plan.cut_behind(first_unit + first) - first_unit;
       const auto load = [&](int split) { return parts.load(split, row, 4 * piece); };
       RowPart group = load(first);
       add_parts<Config::kBatchedParts>(group, cut, end, 1, load);

@@ -60,6 +60,12 @@ struct Plan {
     return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
   }
 
+  // Of a group of splits that begins with `unit`, each split a unit: from which unit on others have
+  // them than who begins it. May be behind the group.
+  __device__ __forceinline__ int cut_behind(int unit) const {
+    return first_unit(piece_of(unit) + 1);
+  }
+
   // In kPlanBytes of shared memory.
   __device__ __forceinline__ void keep(uint32_t place) const {
     const uint32_t words[4] = {static_cast<uint32_t>(unit_splits), static_cast<uint32_t>(each),

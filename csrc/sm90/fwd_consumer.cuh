@@ -41,8 +41,7 @@ struct FwdConsumer {
   static constexpr int kOuts = Config::kHeadDimV / 2;
   // A block's first step has a body of its own; what masks need is asked for before the turn comes.
   static constexpr bool kQuickStart = Config::kIntervals && !Config::kDense && !Config::kOneBody;
-  // Of rows that are dropped: with intervals, where they may be those of another block, more than
-  // any score.
+  // Of rows that are dropped, with intervals perhaps another block's: more than any score.
   static constexpr float kDroppedReference = Config::kIntervals ? 1e30f : 0.0f;
 
   const MhaFwdParams& params;

@@ -31,7 +31,6 @@ template <typename Element>
 __global__ void __launch_bounds__(kFwdPartsThreads)
     mha_fwd_parts_kernel(const __grid_constant__ FwdParts params,
                          const __grid_constant__ FwdPartsPlan plan) {
-  constexpr float kLog2e = 1.4426950408889634f;
   ptx::griddepcontrol_wait();
   const int number = static_cast<int>(blockIdx.x) * kFwdPartsThreads + threadIdx.x;
   if (number >= plan.count) return;
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kFwdPartsThreads)
   for (int i = 0; i < kMaxKeyParts; ++i) {
     // Whose outputs may be anything.
     if (lse[i] == kMinusInfinity) continue;
-    const float weight = ptx::ex2_approx_ftz((lse[i] - largest) * kLog2e);
+    const float weight = ptx::ex2_approx_ftz((lse[i] - largest) * SoftmaxScale::kLog2e);
     sum += weight;
     const uint32_t words[4] = {out[i].x, out[i].y, out[i].z, out[i].w};
 #pragma unroll

@@ -48,9 +48,8 @@ def serves_mha(tokens: int, group: int, keys: int, window_left: int) -> bool:
       keys: length S of the sequence of keys.
       window_left: keys seen before a query's own, -1 = unbounded.
     """
-    if window_left != UNBOUNDED:
-        keys = min(keys, window_left + tokens)
-    return tokens * group <= FEW_ROWS and keys >= MHA_KEYS
+    few = tokens * group <= FEW_ROWS
+    return few and _seen(keys, tokens, window_left) >= MHA_KEYS
 
 
 FORWARD_ROWS, FORWARD_BLOCKS, FORWARD_KEYS = 16, 8, 4096
@@ -185,9 +184,7 @@ def splits_of(
       width: the larger one of H and Hv.
       cache_bytes: of an element of the caches.
     """
-    span = max(room, 1)
-    if window_left != UNBOUNDED:
-        span = min(span, window_left + tokens)
+    span = _seen(max(room, 1), tokens, window_left)
     least = SPLIT_UNIT
     if num_splits is None:
         num_splits = enough_splits(rows, kv_heads, cache_bytes)
