@@ -55,12 +55,12 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
     const std::vector<float> costs = bwd_block_costs(params, Config::kRows, kKeys, query_heads);
     section = bwd_sections(params, all, query_heads, costs, multiprocessors, l2_bytes).heads;
     if (plan->queued) {
-      // Who adds in an order waits for the memory; the sums of a section, which may be wider than
-      // heads, stay in the L2. Of what both of its halves read, it holds about half of its size.
+      // Who adds in an order waits for the memory: the sums of a section, which may be wider than
+      // heads, have to stay in the L2 beside what both of its halves read.
       const double row_bytes =
           2.0 * (params.head_dim + params.head_dim_v) + 4.0 * Config::kSumWidth;
       const double bytes = row_bytes * query_heads * params.query_length;
-      section = std::clamp<int64_t>(static_cast<int64_t>(0.55 * l2_bytes / bytes), 1, section);
+      section = std::clamp<int64_t>(static_cast<int64_t>(0.28 * l2_bytes / bytes), 1, section);
     } else {
       multiple = 2 * multiprocessors;
       turn = section_turn(multiprocessors);
@@ -122,7 +122,7 @@ inline bool bwd_first_stores(const MhaBwdParams& params) {
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 16384 : 2048);
+  return seen <= (diagonal ? 16384 : params.head_dim <= 64 ? 4096 : 2048);
 }
 
 // Whether sums have an order though nobody asked for it, because that is faster: the first to add

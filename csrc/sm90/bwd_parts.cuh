@@ -44,8 +44,10 @@ inline double bwd_head_bytes(const MhaBwdParams& params, int64_t query_heads) {
 inline Sections bwd_sections(const MhaBwdParams& params, int64_t heads, int64_t query_heads,
                              const std::vector<float>& costs, int64_t multiprocessors,
                              int64_t l2_bytes) {
-  return best_sections(heads, costs, bwd_head_bytes(params, query_heads), multiprocessors, l2_bytes,
-                       {section_turn(multiprocessors)});
+  // Sums that leave the L2 are read and written again.
+  constexpr double kSpillCost = 0.09;
+  return best_sections(heads, costs, bwd_head_bytes(params, query_heads), kSpillCost,
+                       multiprocessors, l2_bytes, {section_turn(multiprocessors)});
 }
 
 // The sums of dK and dV of parts: for each key head of each sequence chunks of kBwdKeyChunk keys as

@@ -45,9 +45,10 @@ inline Sections choose_sections(const MhaFwdParams& params, int64_t head_groups,
   }
   const double head_bytes = 2.0 * params.key_length * (params.head_dim + params.head_dim_v) *
                             params.kv_heads / head_groups;
+  constexpr double kSpillCost = 0.02;
   // Few blocks of a head (three of 512 rows at width 64) meet their like again after some turns. A
   // turn backwards suits 16 blocks of a head, which without it would come in larger sections.
-  return best_sections(all, costs, head_bytes, multiprocessors, l2_bytes,
+  return best_sections(all, costs, head_bytes, kSpillCost, multiprocessors, l2_bytes,
                        {section_turn(multiprocessors), 0, multiprocessors / 4, multiprocessors / 3,
                         multiprocessors - multiprocessors / 11});
 }

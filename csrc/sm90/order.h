@@ -64,10 +64,11 @@ inline double section_use(int64_t all, const Sections& sections, const std::vect
 }
 
 // How many of `all` heads make a section: as many as fill two, four, six or eight rounds, whichever
-// keeps the multiprocessors busiest, with an eye on keys (or queries) that the L2 cannot hold. And
-// which of `turns`; one of the later ones has to be better by a margin.
+// keeps the multiprocessors busiest, with an eye on keys (or queries) that the L2 cannot hold:
+// spill_cost is the share of the time that is lost with each more L2 full of them. And which of
+// `turns`; one of the later ones has to be better by a margin.
 inline Sections best_sections(int64_t all, const std::vector<float>& costs, double head_bytes,
-                              int64_t multiprocessors, int64_t l2_bytes,
+                              double spill_cost, int64_t multiprocessors, int64_t l2_bytes,
                               std::initializer_list<int64_t> turns) {
   const int64_t blocks = static_cast<int64_t>(costs.size());
   Sections best{1, 0};
@@ -77,8 +78,8 @@ inline Sections best_sections(int64_t all, const std::vector<float>& costs, doub
         std::clamp<int64_t>(2 * multiprocessors * pairs / blocks, 1, std::max<int64_t>(1, all));
     const double spilled = std::max(0.0, heads * head_bytes / l2_bytes - 0.8);
     for (const int64_t turn : turns) {
-      const double gain = section_use(all, {heads, turn}, costs, multiprocessors) - 0.02 * spilled -
-                          0.002 * pairs - (turn == *turns.begin() ? 0.0 : 0.002);
+      const double gain = section_use(all, {heads, turn}, costs, multiprocessors) -
+                          spill_cost * spilled - 0.002 * pairs - (turn == *turns.begin() ? 0.0 : 0.002);
       if (gain > most) {
         best = {heads, turn};
         most = gain;
