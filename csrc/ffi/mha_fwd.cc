@@ -6,9 +6,10 @@
 // attribute says so, or with intervals the arrays of host/intervals.h and, if there are any,
 // slopes, seeds, bits of a mask and a bias
 // -> out [*batch, T, N, Hv] in query's type, lse f32 [*batch, N, T] and scratch: with intervals
-// int32 [row_list_size], without them, for operands of f32, bf16 [split_elements] if products may
-// be those of split operands. Batch dims of an operand are full or 1 (shared).
+// int32 [row_list_size], then, for operands of f32, bf16 [split_elements] if products may be those
+// of split operands. Batch dims of an operand are full or 1 (shared).
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "ffi/check.h"
@@ -60,8 +61,9 @@ ffi::Error decode_queue(const ffi::RemainingRets& scratch, MhaFwdParams* params)
 }
 
 // Where the parts of split operands may go, and for how many there is room.
-ffi::Error decode_parts(const ffi::RemainingRets& scratch, MhaFwdParams* params, int64_t* count) {
-  auto parts = scratch.get<ffi::AnyBuffer>(0);
+ffi::Error decode_parts(const ffi::RemainingRets& scratch, size_t index, MhaFwdParams* params,
+                        int64_t* count) {
+  auto parts = scratch.get<ffi::AnyBuffer>(index);
   if (parts.has_error()) return parts.error();
   JAX_FLASH_CHECK((*parts)->element_type() == ffi::BF16, "parts must be bf16, got ",
                   (*parts)->element_type());
@@ -100,12 +102,13 @@ ffi::Error mha_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key
   JAX_FLASH_RETURN_IF_ERROR(operands.finish());
   params.out = out->untyped_data();
   params.lse = static_cast<float*>(lse->untyped_data());
-  const bool may_split = !has_intervals && operands.data_type() == ffi::F32 && scratch.size() > 0;
-  JAX_FLASH_CHECK(scratch.size() == (has_intervals || may_split ? 1 : 0), "has_intervals is ",
+  const size_t queues = has_intervals ? 1 : 0;
+  const bool may_split = operands.data_type() == ffi::F32 && scratch.size() > queues;
+  JAX_FLASH_CHECK(scratch.size() == queues + (may_split ? 1 : 0), "has_intervals is ",
                   has_intervals, ", but there are ", scratch.size(), " results after lse");
   if (has_intervals) JAX_FLASH_RETURN_IF_ERROR(decode_queue(scratch, &params));
   int64_t parts = 0;
-  if (may_split) JAX_FLASH_RETURN_IF_ERROR(decode_parts(scratch, &params, &parts));
+  if (may_split) JAX_FLASH_RETURN_IF_ERROR(decode_parts(scratch, queues, &params, &parts));
   return launch(params, operands.type(), parts, stream);
 }
 

@@ -54,10 +54,10 @@ constexpr MhaBwdKernel sm90_bwd() {
 }
 
 // Products of mma.sync, for Hopper, where the forward splits, too.
-template <int kHeadDim, int kHeadDimV>
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
 constexpr MhaBwdKernel sm90_bwd_split() {
   return {Family::kSm90, ElementType::kSplit, kHeadDim, kHeadDimV,
-          sm80::launch_mha_bwd_split<kHeadDim, kHeadDimV>};
+          sm80::launch_mha_bwd_split<kHeadDim, kHeadDimV, kIntervals>};
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
@@ -88,41 +88,45 @@ constexpr MhaFwdKernel kMhaFwdKernels[] = {
     sm80_fwd<kBf16, 192, 128>(), sm80_fwd<kF16, 192, 128>(),    //
     sm80_fwd<kBf16, 192, 192>(), sm80_fwd<kF16, 192, 192>(),    //
     sm80_fwd<kBf16, 256, 256>(), sm80_fwd<kF16, 256, 256>(),    //
-    sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kTf32, 64, 64>(),     //
-    sm80_fwd<kF32, 128, 128>(),  sm80_fwd<kTf32, 128, 128>(),   //
+    sm80_fwd<kTf32, 64, 64>(),   sm80_fwd<kTf32, 128, 128>(),   //
+    sm80_fwd<kF32, 64, 64>(),    sm80_fwd<kF32, 128, 128>(),    //
 };
 
 constexpr MhaBwdKernel kMhaBwdKernels[] = {
-    sm90_bwd<kBf16, 64, 64>(),   sm90_bwd<kF16, 64, 64>(),    //
-    sm90_bwd<kBf16, 96, 96>(),   sm90_bwd<kF16, 96, 96>(),    //
-    sm90_bwd<kBf16, 128, 128>(), sm90_bwd<kF16, 128, 128>(),  //
-    sm90_bwd<kBf16, 192, 128>(), sm90_bwd<kF16, 192, 128>(),  //
-    sm90_bwd<kBf16, 192, 192>(), sm90_bwd<kF16, 192, 192>(),  //
-    sm90_bwd<kBf16, 256, 256>(), sm90_bwd<kF16, 256, 256>(),  //
-    sm90_bwd_split<64, 64>(),    sm90_bwd_split<128, 128>(),  //
-    sm80_bwd<kBf16, 64, 64>(),   sm80_bwd<kF16, 64, 64>(),    //
-    sm80_bwd<kBf16, 96, 96>(),   sm80_bwd<kF16, 96, 96>(),    //
-    sm80_bwd<kBf16, 128, 128>(), sm80_bwd<kF16, 128, 128>(),  //
-    sm80_bwd<kBf16, 192, 192>(), sm80_bwd<kF16, 192, 192>(),  //
-    sm80_bwd<kBf16, 256, 256>(), sm80_bwd<kF16, 256, 256>(),  //
-    sm80_bwd<kF32, 64, 64>(),    sm80_bwd<kTf32, 64, 64>(),   //
-    sm80_bwd<kF32, 128, 128>(),  sm80_bwd<kTf32, 128, 128>(),
+    sm90_bwd<kBf16, 64, 64>(),       sm90_bwd<kF16, 64, 64>(),           //
+    sm90_bwd<kBf16, 96, 96>(),       sm90_bwd<kF16, 96, 96>(),           //
+    sm90_bwd<kBf16, 128, 128>(),     sm90_bwd<kF16, 128, 128>(),         //
+    sm90_bwd<kBf16, 192, 128>(),     sm90_bwd<kF16, 192, 128>(),         //
+    sm90_bwd<kBf16, 192, 192>(),     sm90_bwd<kF16, 192, 192>(),         //
+    sm90_bwd<kBf16, 256, 256>(),     sm90_bwd<kF16, 256, 256>(),         //
+    sm90_bwd_split<64, 64, false>(), sm90_bwd_split<128, 128, false>(),  //
+    sm80_bwd<kBf16, 64, 64>(),       sm80_bwd<kF16, 64, 64>(),           //
+    sm80_bwd<kBf16, 96, 96>(),       sm80_bwd<kF16, 96, 96>(),           //
+    sm80_bwd<kBf16, 128, 128>(),     sm80_bwd<kF16, 128, 128>(),         //
+    sm80_bwd<kBf16, 192, 192>(),     sm80_bwd<kF16, 192, 192>(),         //
+    sm80_bwd<kBf16, 256, 256>(),     sm80_bwd<kF16, 256, 256>(),         //
+    sm80_bwd<kTf32, 64, 64>(),       sm80_bwd<kTf32, 128, 128>(),        //
+    sm80_bwd<kF32, 64, 64>(),        sm80_bwd<kF32, 128, 128>(),
 };
 
 constexpr MhaFwdKernel kMhaFwdIntervalsKernels[] = {
-    sm90_fwd_intervals<kBf16, 64, 64>(),   sm90_fwd_intervals<kF16, 64, 64>(),    //
-    sm90_fwd_intervals<kBf16, 128, 128>(), sm90_fwd_intervals<kF16, 128, 128>(),  //
-    sm90_fwd_intervals<kBf16, 256, 256>(), sm90_fwd_intervals<kF16, 256, 256>(),  //
-    sm80_fwd_intervals<kBf16, 128, 128>(), sm80_fwd_intervals<kF16, 128, 128>(),  //
-    sm80_fwd_intervals<kBf16, 256, 256>(), sm80_fwd_intervals<kF16, 256, 256>(),
+    sm90_fwd_intervals<kBf16, 64, 64>(),   sm90_fwd_intervals<kF16, 64, 64>(),      //
+    sm90_fwd_intervals<kBf16, 128, 128>(), sm90_fwd_intervals<kF16, 128, 128>(),    //
+    sm90_fwd_intervals<kBf16, 256, 256>(), sm90_fwd_intervals<kF16, 256, 256>(),    //
+    sm90_fwd_intervals<kSplit, 64, 64>(),  sm90_fwd_intervals<kSplit, 128, 128>(),  //
+    sm80_fwd_intervals<kBf16, 128, 128>(), sm80_fwd_intervals<kF16, 128, 128>(),    //
+    sm80_fwd_intervals<kBf16, 256, 256>(), sm80_fwd_intervals<kF16, 256, 256>(),    //
+    sm80_fwd_intervals<kF32, 64, 64>(),    sm80_fwd_intervals<kF32, 128, 128>(),
 };
 
 constexpr MhaBwdKernel kMhaBwdIntervalsKernels[] = {
     sm90_bwd_intervals<kBf16, 64, 64>(),   sm90_bwd_intervals<kF16, 64, 64>(),    //
     sm90_bwd_intervals<kBf16, 128, 128>(), sm90_bwd_intervals<kF16, 128, 128>(),  //
     sm90_bwd_intervals<kBf16, 256, 256>(), sm90_bwd_intervals<kF16, 256, 256>(),  //
+    sm90_bwd_split<64, 64, true>(),        sm90_bwd_split<128, 128, true>(),      //
     sm80_bwd_intervals<kBf16, 128, 128>(), sm80_bwd_intervals<kF16, 128, 128>(),  //
-    sm80_bwd_intervals<kBf16, 256, 256>(), sm80_bwd_intervals<kF16, 256, 256>(),
+    sm80_bwd_intervals<kBf16, 256, 256>(), sm80_bwd_intervals<kF16, 256, 256>(),  //
+    sm80_bwd_intervals<kF32, 64, 64>(),    sm80_bwd_intervals<kF32, 128, 128>(),
 };
 
 // The code is for sm_90a alone, and its operands are read by TMA: rows at multiples of 16 bytes, no
@@ -139,8 +143,10 @@ template <typename Params>
 const Kernel<Params>* choose(std::span<const Kernel<Params>> kernels, const MhaFacts& facts) {
   const bool runs[] = {sm80_runs(facts), sm90_runs(facts)};  // by Family
   for (const Kernel<Params>& kernel : kernels) {
-    const bool suits =
-        kernel.type == facts.type || (facts.may_split && kernel.type == ElementType::kSplit);
+    // Where none has products of tf32, those that are more precise will do.
+    const bool suits = kernel.type == facts.type ||
+                       (kernel.type == ElementType::kF32 && facts.type == ElementType::kTf32) ||
+                       (kernel.type == ElementType::kSplit && facts.may_split);
     if (runs[static_cast<int>(kernel.family)] && suits && kernel.head_dim >= facts.head_dim &&
         kernel.head_dim_v >= facts.head_dim_v) {
       return &kernel;

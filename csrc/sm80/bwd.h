@@ -14,8 +14,9 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream);
 
 // The same of f32 as sums of two bf16, whose rows all start at multiples of 16 bytes, on GPUs with
-// 163 KB of shared memory for a thread block. Built for Hopper: see sm90/inst.
-template <int kHeadDim, int kHeadDimV>
+// 163 KB of shared memory for a thread block. Built for Hopper: see sm90/inst. With kIntervals as
+// below.
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
 cudaError_t launch_mha_bwd_split(const MhaBwdParams& params, const DeviceInfo& device,
                                  cudaStream_t stream);
 

@@ -64,13 +64,16 @@ inline constexpr BwdTiles kBwdF32Tiles<64, 64>{64, 64, 4, 1, 2, 2, 2};
 template <>
 inline constexpr BwdTiles kBwdF32Tiles<128, 128>{32, 32, 4, 1, 2, 1, 1};
 
-// For f32 as sums of two bf16, on Hopper: two thread blocks fit an SM.
-template <int kHeadDim, int kHeadDimV>
+// For f32 as sums of two bf16, on Hopper: two thread blocks fit an SM. With intervals options take
+// registers, too.
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
 inline constexpr BwdTiles kBwdSplitTiles{};
 template <>
-inline constexpr BwdTiles kBwdSplitTiles<64, 64>{32, 128, 4, 1, 1, 4, 1};
+inline constexpr BwdTiles kBwdSplitTiles<64, 64, false>{32, 128, 4, 1, 1, 4, 1};
 template <>
-inline constexpr BwdTiles kBwdSplitTiles<128, 128>{32, 64, 4, 1, 2, 2, 1};
+inline constexpr BwdTiles kBwdSplitTiles<64, 64, true>{32, 64, 4, 1, 2, 2, 1};
+template <bool kIntervals>
+inline constexpr BwdTiles kBwdSplitTiles<128, 128, kIntervals>{32, 64, 4, 1, 2, 2, 1};
 
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.

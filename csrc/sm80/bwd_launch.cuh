@@ -102,13 +102,14 @@ cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cud
   return launch_bwd_finish<Element, DquerySum<kHeadDim>>(params, stream);
 }
 
-template <ElementType kType, int kHeadDim, int kHeadDimV>
+// With intervals one kernel has all options.
+template <ElementType kType, int kHeadDim, int kHeadDimV, bool kIntervals>
 cudaError_t launch_f32(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
   constexpr BwdTiles kTiles = kBwdF32Tiles<kHeadDim, kHeadDimV>;
-  using Wide = BwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles>;
-  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kTiles>;
+  using Wide = BwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles, kIntervals, kIntervals>;
+  using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kTiles, kIntervals, kIntervals>;
   static_assert(Wide::kSharedBytes <= 99 * 1024);
-  cudaError_t error = launch_bwd_prepare<float>(params, kHeadDim, stream);
+  cudaError_t error = launch_bwd_prepare<float, typename Wide::Mask>(params, kHeadDim, stream);
   if (error != cudaSuccess) return error;
   const bool wide = params.query.alignment == 16 && params.key.alignment == 16 &&
                     params.value.alignment == 16 &&
@@ -119,12 +120,13 @@ cudaError_t launch_f32(const MhaBwdParams& params, const DeviceInfo& device, cud
   return launch_bwd_finish<float, DqueryF32Sum<kHeadDim>>(params, stream);
 }
 
-template <int kHeadDim, int kHeadDimV>
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
 cudaError_t launch_mha_bwd_split(const MhaBwdParams& params, const DeviceInfo& device,
                                  cudaStream_t stream) {
-  using Config = BwdConfig<ElementType::kSplit, kHeadDim, kHeadDimV, true,
-                           kBwdSplitTiles<kHeadDim, kHeadDimV>>;
-  cudaError_t error = launch_bwd_prepare<float>(params, kHeadDim, stream);
+  constexpr BwdTiles kTiles = kBwdSplitTiles<kHeadDim, kHeadDimV, kIntervals>;
+  using Config =
+      BwdConfig<ElementType::kSplit, kHeadDim, kHeadDimV, true, kTiles, kIntervals, kIntervals>;
+  cudaError_t error = launch_bwd_prepare<float, typename Config::Mask>(params, kHeadDim, stream);
   if (error != cudaSuccess) return error;
   error = launch_main<Config>(params, device, stream);
   if (error != cudaSuccess) return error;
@@ -135,7 +137,7 @@ template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
   if constexpr (element_bytes(kType) == 4) {
-    return launch_f32<kType, kHeadDim, kHeadDimV>(params, device, stream);
+    return launch_f32<kType, kHeadDim, kHeadDimV, false>(params, device, stream);
   } else {
     return launch_all<kType, kHeadDim, kHeadDimV, false>(params, device, stream);
   }
@@ -144,7 +146,11 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
-  return launch_all<kType, kHeadDim, kHeadDimV, true>(params, device, stream);
+  if constexpr (element_bytes(kType) == 4) {
+    return launch_f32<kType, kHeadDim, kHeadDimV, true>(params, device, stream);
+  } else {
+    return launch_all<kType, kHeadDim, kHeadDimV, true>(params, device, stream);
+  }
 }
 
 }  // namespace jax_flash::sm80

@@ -56,6 +56,9 @@ inline constexpr FwdTiles kFwdF32Tiles<ElementType::kF32, 128, 128>{1, 32, 4, 2,
 template <>
 inline constexpr FwdTiles kFwdF32Tiles<ElementType::kTf32, 128, 128>{2, 32, 4, 1, 0, 2};
 
+// The same with intervals: options take registers, too.
+inline constexpr FwdTiles kFwdF32OptionTiles{1, 32, 4, 2, 0, 2};
+
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 constexpr FwdTiles fwd_tiles() {
   if constexpr (element_bytes(kType) == 4) {

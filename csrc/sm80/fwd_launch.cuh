@@ -63,7 +63,7 @@ cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+cudaError_t launch_16_bits_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
   constexpr FwdTiles kTiles = fwd_tiles<kType, kHeadDim, kHeadDimV>();
   constexpr FwdTiles kNarrow = narrow_tiles(kTiles);
@@ -77,6 +77,19 @@ cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInf
   using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, kNarrow, true>;
   return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
                                  : launch<Narrow>(params, device, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  if constexpr (element_bytes(kType) == 4) {  // one kernel for all options
+    using Wide = FwdConfig<kType, kHeadDim, kHeadDimV, true, kFwdF32OptionTiles, true, true>;
+    using Narrow = FwdConfig<kType, kHeadDim, kHeadDimV, false, kFwdF32OptionTiles, true, true>;
+    return rows_aligned_16(params) ? launch<Wide>(params, device, stream)
+                                   : launch<Narrow>(params, device, stream);
+  } else {
+    return launch_16_bits_intervals<kType, kHeadDim, kHeadDimV>(params, device, stream);
+  }
 }
 
 }  // namespace jax_flash::sm80

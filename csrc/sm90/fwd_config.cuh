@@ -61,6 +61,12 @@ inline constexpr FwdTiles kFwdSplitTiles<64>{2, 128, 2, 2, 2};
 template <>
 inline constexpr FwdTiles kFwdSplitTiles<128>{2, 64, 1, 2, 2};
 
+// The same with options: there is room for a tile of biases, too, and registers for what they need.
+template <int kWidth>
+inline constexpr FwdTiles kFwdSplitOptionTiles = kFwdSplitTiles<kWidth>;
+template <>
+inline constexpr FwdTiles kFwdSplitOptionTiles<64>{2, 64, 2, 3, 3};
+
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
           bool kIntervalsArg = false, bool kOptionsArg = false, bool kDenseArg = false>
 struct FwdConfig {
@@ -132,6 +138,10 @@ struct FwdConfig {
 
   // Outputs leave through shared memory where that has room.
   static constexpr bool kStaged = kQueryStages > 1 && !kSplit;
+
+  // A block's first step has a body of its own, which stages the outputs of the block before; what
+  // masks need is asked for before the turn comes.
+  static constexpr bool kQuickStart = kIntervals && !kDense && !kOneBody && kStaged;
 
   using QueryLayout = SlabLayout<64, kParts * kHeadDim>;  // of one warpgroup
   using KeyLayout = SlabLayout<kKeys, kParts * kHeadDim>;

@@ -39,8 +39,7 @@ struct FwdConsumer {
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr bool kLogits = Config::kOptions && !Config::kDense;  // of clean tiles, too
   static constexpr int kOuts = Config::kHeadDimV / 2;
-  // A block's first step has a body of its own; what masks need is asked for before the turn comes.
-  static constexpr bool kQuickStart = Config::kIntervals && !Config::kDense && !Config::kOneBody;
+  static constexpr bool kQuickStart = Config::kQuickStart;
   // Of rows that are dropped, with intervals perhaps another block's: more than any score.
   static constexpr float kDroppedReference = Config::kIntervals ? 1e30f : 0.0f;
 

@@ -27,6 +27,7 @@ template <typename Config, bool kDense>
 struct FwdDense {
   static constexpr int kScores = Config::kKeys / 2;
   static constexpr int kTiles = Config::kKeys / 16;  // of 16 columns
+  static constexpr int kWords = Config::kParts * kScores / 2;
   // Masks of bounds are made before the wait for the scores.
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
 
@@ -145,7 +146,7 @@ struct FwdDense {
   }
 
   // Zeros in place of the packed probabilities that dropout drops.
-  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], const MhaFwdParams& params,
+  __device__ __forceinline__ void drop(uint32_t (&p)[kWords], const MhaFwdParams& params,
                                        const FwdDenseBlock& block, int row, int tile) {
     if constexpr (!kDropsLate) {
       if (params.intervals.dropout == 0) return;
@@ -155,7 +156,7 @@ struct FwdDense {
     }
   }
   // The same with kDropsLate.
-  __device__ __forceinline__ void drop_late(uint32_t (&p)[kScores / 2],
+  __device__ __forceinline__ void drop_late(uint32_t (&p)[kWords],
                                             const MhaFwdParams& params) const {
     if constexpr (kDropsLate) {
       if (params.intervals.dropout != 0) clear(p);
@@ -163,13 +164,17 @@ struct FwdDense {
   }
 
  private:
-  __device__ __forceinline__ void clear(uint32_t (&p)[kScores / 2]) const {
+  __device__ __forceinline__ void clear(uint32_t (&p)[kWords]) const {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const uint32_t words[2] = {kept[0] << (kTiles - 1 - i), kept[1] << (kTiles - 1 - i)};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        p[4 * i + j] &= Dropout::pair_mask(words, Dropout::byte_of<false>(j % 2, j / 2));
+        const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<false>(j % 2, j / 2));
+#pragma unroll
+        for (int part = 0; part < Config::kParts; ++part) {
+          p[kScores / 2 * part + 4 * i + j] &= mask;
+        }
       }
     }
   }

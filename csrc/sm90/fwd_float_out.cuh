@@ -21,7 +21,8 @@ __device__ __forceinline__ void store_floats(const MhaFwdParams& params, const F
   for (int h = 0; h < 2; ++h) {
     const int packed = block.first_row + row + 8 * h;
     const int position = packed >> plan.pack_shift;
-    const bool exists = position >= 0 && position < params.query_length;
+    bool exists = position >= 0 && position < params.query_length;
+    if (Config::kIntervals) exists = row + 8 * h < block.rows;
     const bool empty = inverse[h] == 0.0f;
     float* const target =
         block.out + (int64_t{position} * params.heads + (packed & heads)) * params.head_dim_v +

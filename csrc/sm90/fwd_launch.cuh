@@ -168,7 +168,7 @@ cudaError_t launch_mha_fwd(const MhaFwdParams& params, const DeviceInfo& device,
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+cudaError_t launch_16_bits_intervals(const MhaFwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
   if (is_dense(params.intervals)) {
     using Config = FwdConfig<kType, kHeadDim, kHeadDimV, kFwdDenseTiles<kHeadDim, kHeadDimV>, true,
@@ -181,6 +181,33 @@ cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInf
     return launch<Config>(params, device, stream);
   }
   return launch<FwdConfig<kType, kHeadDim, kHeadDimV, kTiles, true>>(params, device, stream);
+}
+
+// Of operands that are split one kernel has all options, another one none.
+template <int kHeadDim, int kHeadDimV>
+cudaError_t launch_split_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                   cudaStream_t stream) {
+  MhaFwdParams parts = params;
+  const cudaError_t error = split_operands<kHeadDim, kHeadDimV>(&parts, device, stream);
+  if (error != cudaSuccess) return error;
+  if (is_dense(params.intervals) || ScoreOptions::any(params)) {
+    using Config = FwdConfig<ElementType::kSplit, kHeadDim, kHeadDimV,
+                             kFwdSplitOptionTiles<kHeadDim>, true, true, true>;
+    return launch<Config>(parts, device, stream);
+  }
+  using Config =
+      FwdConfig<ElementType::kSplit, kHeadDim, kHeadDimV, kFwdSplitTiles<kHeadDim>, true>;
+  return launch<Config>(parts, device, stream);
+}
+
+template <ElementType kType, int kHeadDim, int kHeadDimV>
+cudaError_t launch_mha_fwd_intervals(const MhaFwdParams& params, const DeviceInfo& device,
+                                     cudaStream_t stream) {
+  if constexpr (kType == ElementType::kSplit) {
+    return launch_split_intervals<kHeadDim, kHeadDimV>(params, device, stream);
+  } else {
+    return launch_16_bits_intervals<kType, kHeadDim, kHeadDimV>(params, device, stream);
+  }
 }
 
 }  // namespace jax_flash::sm90

@@ -79,7 +79,8 @@ inline Sections best_sections(int64_t all, const std::vector<float>& costs, doub
     const double spilled = std::max(0.0, heads * head_bytes / l2_bytes - 0.8);
     for (const int64_t turn : turns) {
       const double gain = section_use(all, {heads, turn}, costs, multiprocessors) -
-                          spill_cost * spilled - 0.002 * pairs - (turn == *turns.begin() ? 0.0 : 0.002);
+                          spill_cost * spilled - 0.002 * pairs -
+                          (turn == *turns.begin() ? 0.0 : 0.002);
       if (gain > most) {
         best = {heads, turn};
         most = gain;
