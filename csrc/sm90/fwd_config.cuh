@@ -65,7 +65,7 @@ inline constexpr FwdTiles kFwdSplitTiles<128>{2, 64, 1, 2, 2};
 template <int kWidth>
 inline constexpr FwdTiles kFwdSplitOptionTiles = kFwdSplitTiles<kWidth>;
 template <>
-inline constexpr FwdTiles kFwdSplitOptionTiles<64>{2, 64, 2, 3, 3};
+inline constexpr FwdTiles kFwdSplitOptionTiles<64>{2, 64, 2, 4, 4};
 
 template <ElementType kTypeArg, int kHeadDimArg, int kHeadDimVArg, FwdTiles kTiles,
           bool kIntervalsArg = false, bool kOptionsArg = false, bool kDenseArg = false>
