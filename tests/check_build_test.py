@@ -267,19 +267,19 @@ def test_instructions_of_decoding(width: int) -> None:
         assert fault.startswith("warpgroup_f16: ")
 
 
-def test_a_backward_of_split_operands_has_products_of_warps() -> None:
+@pytest.mark.parametrize(("bit", "kind"), [("0", "bwd"), ("1", "bwd_intervals")])
+def test_a_backward_of_split_operands_has_products_of_warps(
+    bit: str, kind: str
+) -> None:
     name = (
         "_ZN9jax_flash4sm8014mha_bwd_kernelINS0_9BwdConfigILNS_11ElementTypeE4ELi64E"
-        "Li64ELb1EXtlNS0_8BwdTilesELi64EEELb0EEEEEvNS_12MhaBwdParamsENS0_7BwdPlanE"
+        f"Li64ELb1EXtlNS0_8BwdTilesELi64EEELb{bit}ELb{bit}EEEEEvNS_12MhaBwdParamsE"
+        "NS0_7BwdPlanE"
     )
-    assert split_is_missing({})
-    assert not split_is_missing({name: set()})
+    fault = f"{kind}_split_64x64: no sm_90a code of it"
+    assert fault in check_build.judge_hgmma({})
+    assert fault not in check_build.judge_hgmma({name: set()})
     assert any(name in x for x in check_build.judge_hgmma({name: {"HGMMA.64x64x16"}}))
-
-
-def split_is_missing(instructions: dict[str, set[str]]) -> bool:
-    faults = check_build.judge_hgmma(instructions)
-    return "bwd_split_64x64: no sm_90a code of it" in faults
 
 
 def test_without_cuobjdump(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,8 @@ WIDE_BACKWARD_TILE = 64
 TYPES = ("bf16", "f16", "f32", "tf32", "split")
 """Names of the values of ElementType, as files have them."""
 SPLIT_BACKWARD = re.compile(
-    r"4sm80\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE4ELi(\d+)ELi(\d+)E"
+    r"4sm80\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE4ELi(?P<head_dim>\d+)E"
+    r"Li(?P<head_dim_v>\d+)ELb1E.*?BwdTilesE(?:Li\d+E)+EELb(?P<intervals>[01])E"
 )
 """Whose matrix instructions are those of warps."""
 SPLIT_PRODUCTS = 3
@@ -244,7 +245,8 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
         match = SM90_FORWARD.search(name)
         if match is None:
             if split := SPLIT_BACKWARD.search(name):
-                seen.add(f"bwd_split_{split[1]}x{split[2]}")
+                kind = "bwd_intervals" if split["intervals"] == "1" else "bwd"
+                seen.add(f"{kind}_split_{split['head_dim']}x{split['head_dim_v']}")
             if got:
                 faults.append(f"{name}: {sorted(got)} in a kernel with unknown tiles")
             continue
@@ -310,12 +312,13 @@ def judge_collectives(counts: dict[str, Counter[str]]) -> list[str]:
         if (match := SM90_FORWARD.search(name)) is None:
             continue
         head_dim, head_dim_v = int(match["head_dim"]), int(match["head_dim_v"])
-        # FwdConfig::kOneBody and kOverlaps, FwdConsumer::kQuickStart; after the steps
-        # comes the last product.
-        begins = match["intervals"] == "1" and match["dense"] == "0"
+        # FwdConfig::kOneBody, kOverlaps and kQuickStart; after the steps comes the last
+        # product.
+        dtype = TYPES[int(match["type"])]
+        plain = match["dense"] == "0" and dtype != "split"
+        begins = match["intervals"] == "1" and plain
         bodies = 1 if head_dim_v > 192 else 3 if begins else 2
         waits = 2 if match["warpgroups"] == "2" else 1
-        dtype = TYPES[int(match["type"])]
         steps = bodies * head_dim // 16 + (bodies + 1) * int(match["keys"]) // 16
         want = Counter(
             {

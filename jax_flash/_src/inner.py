@@ -280,8 +280,9 @@ def call_forward(*args: jax.Array, config: AttentionConfig) -> list[jax.Array]:
     if plan.needs_intervals(_options(config)):
         queue = plan.row_list_size(math.prod(batch), rows)
         results.append(jax.ShapeDtypeStruct((queue,), jnp.int32))
-    elif plan.may_split("mha_fwd", query.dtype, config.precision):
-        parts = plan.split_elements((query_shape, key_shape, value_shape))
+    op = plan.operation("mha_fwd", _options(config))
+    if plan.may_split(op, query.dtype, config.precision):
+        parts = plan.split_elements(op, (query_shape, key_shape, value_shape))
         if parts is not None:
             results.append(jax.ShapeDtypeStruct((parts,), jnp.bfloat16))
     others = _mask_operands(config, given)
@@ -400,6 +401,7 @@ def _run_backward(
     )
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
     deterministic = _is_deterministic(config)
+    op = plan.operation("mha_bwd", _options(config))
 
     more = {}
     if "bias" in shared:
@@ -427,7 +429,7 @@ def _run_backward(
             has_dbias="bias" in more,
             has_dslopes="alibi_slopes" in more,
             deterministic=deterministic,
-            may_split=plan.may_split("mha_bwd", dtype, config.precision),
+            may_split=plan.may_split(op, dtype, config.precision),
         )
 
     gradients = run(more)

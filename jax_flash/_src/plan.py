@@ -68,31 +68,32 @@ HEAD_DIMS = {
 Families and widths are in the order in which they are tried.
 """
 
-F32_HEAD_DIMS = {
-    "mha_fwd": ((64, 64), (128, 128)),
-    "mha_bwd": ((64, 64), (128, 128)),
-}
-"""The same of kernels for float32 of the family "sm80".
+F32_HEAD_DIMS = {op: ((64, 64), (128, 128)) for op in HEAD_DIMS}
+"""The same of kernels "f32" of the family "sm80", as precise as float32."""
 
-There are two of each: "f32", as precise as float32, and "tf32", whose products have
-factors rounded to TF32.
+TF32_HEAD_DIMS = {op: F32_HEAD_DIMS[op] for op in ("mha_fwd", "mha_bwd")}
+"""The same of kernels "tf32", whose products have factors rounded to TF32.
+
+Where there is none, those of `F32_HEAD_DIMS` run such calls.
 """
 
-SPLIT_HEAD_DIMS = {
-    "mha_fwd": ((64, 64), (128, 128)),
-    "mha_bwd": ((64, 64), (128, 128)),
-}
+SPLIT_HEAD_DIMS = F32_HEAD_DIMS
 """The same of kernels "split" of the family "sm90".
 
 They take float32 as sums of two bfloat16, to 2^-16 or better, and come before those of
 `F32_HEAD_DIMS` where precision is one of `SPLIT_PRECISIONS`.
 """
 
-SPLIT_PRECISIONS = {"mha_fwd": (None, "tf32"), "mha_bwd": (None,)}
+SPLIT_PRECISIONS = {
+    "mha_fwd": (None, "tf32"),
+    "mha_bwd": (None,),
+    "mha_fwd_intervals": (None, "tf32"),
+    "mha_bwd_intervals": (None, "tf32"),
+}
 """Operation -> precisions with which operands may be split.
 
 The backward has less work with one product of TF32 than with three of bfloat16, the
-forward with warpgroup instructions does not.
+forward with warpgroup instructions does not. With intervals no product is of TF32.
 """
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
@@ -102,7 +103,8 @@ DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 def kernel_type(dtype: Any, precision: str | None) -> str | None:
     """What the kernel table calls operands of a dtype; None if no kernel takes it.
 
-    Those of float32 may be split where `may_split` says so.
+    Those of float32 may be split where `may_split` says so, and where there is no
+    kernel "tf32", one of "f32" will do.
     """
     if str(dtype) == "float32":
         return "tf32" if precision == "tf32" else "f32"
@@ -231,8 +233,8 @@ KERNELS = (
     ),
     *(
         Kernel(op, "sm80", dtype, head_dim, head_dim_v)
-        for op, widths in F32_HEAD_DIMS.items()
-        for dtype in ("f32", "tf32")
+        for dtype, table in (("tf32", TF32_HEAD_DIMS), ("f32", F32_HEAD_DIMS))
+        for op, widths in table.items()
         for head_dim, head_dim_v in widths
     ),
 )
@@ -269,6 +271,16 @@ PART_KEYS = 131072
 """Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
 
 
+def _suitable_types(op: str, dtype: Any, precision: str | None) -> set[str | None]:
+    """Which kernels may run a call, as the table calls them; the first one does."""
+    names = {kernel_type(dtype, precision)}
+    if "tf32" in names:
+        names.add("f32")
+    if may_split(op, dtype, precision):
+        names.add("split")
+    return names
+
+
 def choose(
     op: str,
     dtype: Any,
@@ -298,9 +310,7 @@ def choose(
         "sm90": capability == HOPPER and not force_sm80 and readable,
         "sm80": capability >= 80,
     }
-    names = {kernel_type(dtype, precision)}
-    if may_split(op, dtype, precision):
-        names.add("split")
+    names = _suitable_types(op, dtype, precision)
     for kernel in KERNELS:
         fits = kernel.head_dim >= head_dim and kernel.head_dim_v >= head_dim_v
         if kernel.op == op and runs[kernel.family] and kernel.dtype in names and fits:
@@ -324,26 +334,25 @@ def missing_kernel(
 
     None if they do not: every other property of a call has "sm80" to fall back on.
     """
-    if str(dtype) == "float32" and op not in F32_HEAD_DIMS:
-        return f"query of dtype float32: {op} has kernels of bfloat16 and float16"
     widths = f"H={head_dim} and Hv={head_dim_v} of query and value"
     for capability in (HOPPER, OTHER):
         kernel = choose(
             op, dtype, head_dim, head_dim_v, capability, precision=precision
         )
         if kernel is None:
-            name = kernel_type(dtype, precision)
-            limit = max(k.head_dim for k in KERNELS if (k.op, k.dtype) == (op, name))
+            names = _suitable_types(op, dtype, precision)
+            limit = max(k.head_dim for k in KERNELS if k.op == op and k.dtype in names)
             return f"{widths}: the kernels take widths of at most {limit}"
         if kernel not in built:
             return f"{widths}: {kernel} is not among the kernels that were built"
     return None
 
 
-def split_elements(shapes: Iterable[tuple[int, ...]]) -> int | None:
+def split_elements(op: str, shapes: Iterable[tuple[int, ...]]) -> int | None:
     """bfloat16 of workspace for a forward whose operands may be split.
 
     Args:
+      op: of the forward, a key of `HEAD_DIMS`.
       shapes: of query, key and value, `[*B, length, heads, width]`, batch dimensions of
         size 1 where an operand is shared along them.
 
@@ -352,7 +361,7 @@ def split_elements(shapes: Iterable[tuple[int, ...]]) -> int | None:
       there is no such kernel.
     """
     query, key, value = shapes
-    kernel = choose("mha_fwd", "float32", query[-1], value[-1], HOPPER)
+    kernel = choose(op, "float32", query[-1], value[-1], HOPPER)
     if kernel is None or kernel.dtype != "split":
         return None
     padded = (kernel.head_dim, kernel.head_dim, kernel.head_dim_v)
