@@ -2,11 +2,13 @@
 
     python -m benchmarks.float32                       # under a minute
     python -m benchmarks.float32 --causal --backward   # other cells
+    python -m benchmarks.float32 --option softcap      # with an option of `mha`
     python -m benchmarks.float32 --smoke               # tiny, on any machine
 
 Arms take turns on the same inputs. A line has the time of all kernels of a call, the
 rate, the difference from XLA's result with precision "highest" in the Frobenius norm,
-and the speed over XLA's with default precision (TF32 on GPUs) and with "highest".
+and the speed over XLA's with default precision (TF32 on GPUs) and with "highest". With
+an option XLA's are those of this package's own jnp, which has no array of all scores.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from benchmarks import timing
 
 LENGTHS = (2048, 4096, 8192)
 WIDTHS = (64, 128)
+PRECISIONS = (None, "tf32", "highest")
 REFERENCES = ("xla default", "xla highest")
 
 
@@ -37,6 +40,7 @@ class Cell:
     width: int
     is_causal: bool
     backward: bool
+    option: str | None = None
 
     @property
     def flops(self) -> float:
@@ -47,14 +51,47 @@ class Cell:
     def __str__(self) -> str:
         mask = " causal" if self.is_causal else ""
         kind = "forward and backward" if self.backward else "forward"
-        return f"d{self.width} n{self.length} h{self.heads}{mask}, {kind}"
+        option = f" {self.option}" if self.option else ""
+        return f"d{self.width} n{self.length} h{self.heads}{mask}{option}, {kind}"
 
 
-def arms(cell: Cell, implementation: str) -> dict[str, Callable[..., jax.Array]]:
-    """Functions of query, key and value by name, XLA's last."""
+def _documents(cell: Cell) -> dict[str, Any]:
+    """Sixteen of equal lengths."""
+    ids = jnp.arange(cell.length)[None] * 16 // cell.length
+    return {"q_segment_ids": ids, "kv_segment_ids": ids}
 
-    def own(precision: str | None) -> Callable[..., jax.Array]:
-        def call(query: Any, key: Any, value: Any) -> jax.Array:
+
+def _scores(cell: Cell) -> jax.Array:
+    shape = (1, 1, cell.length, cell.length)
+    return jax.random.normal(jax.random.key(1), shape, jnp.float32)
+
+
+OPTIONS: dict[str, Callable[[Cell], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "segments": lambda cell: (_documents(cell), {}),
+    "softcap": lambda cell: ({}, {"softcap": 30.0}),
+    "alibi": lambda cell: (
+        {"bias": jax_flash.alibi(jnp.geomspace(0.5, 0.004, cell.heads))},
+        {},
+    ),
+    "bias": lambda cell: ({"bias": _scores(cell)}, {}),
+    "mask": lambda cell: ({"mask": _scores(cell) < 0.5}, {}),
+    "dropout": lambda cell: (
+        {"dropout_key": jax.random.key(2)},
+        {"dropout_rate": 0.1},
+    ),
+}
+"""Arrays and other arguments of `mha` for a cell, by the name of the option."""
+
+
+def arms(
+    cell: Cell, implementation: str, static: dict[str, Any]
+) -> dict[str, Callable[..., jax.Array]]:
+    """Functions of query, key, value and named arrays by name, XLA's last."""
+
+    def own(
+        precision: str | None, implementation: str = implementation
+    ) -> Callable[..., jax.Array]:
+        def call(query: Any, key: Any, value: Any, given: dict[str, Any]) -> jax.Array:
             return jax_flash.mha(
                 query,
                 key,
@@ -62,12 +99,14 @@ def arms(cell: Cell, implementation: str) -> dict[str, Callable[..., jax.Array]]
                 is_causal=cell.is_causal,
                 precision=precision,
                 implementation=implementation,
+                **static,
+                **given,
             )
 
         return call
 
     def xla(precision: str) -> Callable[..., jax.Array]:
-        def call(query: Any, key: Any, value: Any) -> jax.Array:
+        def call(query: Any, key: Any, value: Any, _: dict[str, Any]) -> jax.Array:
             with jax.default_matmul_precision(precision):
                 return jax.nn.dot_product_attention(
                     query, key, value, is_causal=cell.is_causal, implementation="xla"
@@ -75,26 +114,32 @@ def arms(cell: Cell, implementation: str) -> dict[str, Callable[..., jax.Array]]
 
         return call
 
-    return {
-        "default": own(None),
-        "tf32": own("tf32"),
-        "highest": own("highest"),
-        REFERENCES[0]: xla("default"),
-        REFERENCES[1]: xla("highest"),
-    }
+    calls = {precision or "default": own(precision) for precision in PRECISIONS}
+    if cell.option:
+        references = [own("tf32", "xla"), own("highest", "xla")]
+    else:
+        references = [xla("default"), xla("highest")]
+    return calls | dict(zip(REFERENCES, references, strict=True))
 
 
-def call_of(attention: Callable[..., jax.Array], cell: Cell) -> timing.Call:
+def call_of(
+    attention: Callable[..., jax.Array], cell: Cell, given: dict[str, Any]
+) -> timing.Call:
     """The forward, or forward and backward in one program, compiled."""
     shape = (1, cell.length, cell.heads, cell.width)
     keys = jax.random.split(jax.random.key(0), 4)
     *inputs, cotangent = (jax.random.normal(k, shape, jnp.float32) for k in keys)
 
-    def both(*arrays: jax.Array) -> Any:
-        out, vjp = jax.vjp(attention, *arrays[:3])
-        return out, *vjp(arrays[3])
+    def both(query: Any, key: Any, value: Any, given: Any, cotangent: Any) -> Any:
+        def f(*arrays: jax.Array) -> jax.Array:
+            return attention(*arrays, given)
 
-    arguments = (*inputs, cotangent) if cell.backward else tuple(inputs)
+        out, vjp = jax.vjp(f, query, key, value)
+        return out, *vjp(cotangent)
+
+    arguments: tuple[Any, ...] = (*inputs, given)
+    if cell.backward:
+        arguments = (*arguments, cotangent)
     compiled = jax.jit(both if cell.backward else attention).lower(*arguments).compile()
     return timing.Call(
         lambda: compiled(*arguments), jax.block_until_ready, jax.tree.leaves
@@ -104,9 +149,11 @@ def call_of(attention: Callable[..., jax.Array], cell: Cell) -> timing.Call:
 def measure(cell: Cell, protocol: timing.Protocol, implementation: str) -> bool:
     """Prints a line for each arm; whether this package's ran."""
     calls, failed, results = {}, {}, {}
-    for name, attention in arms(cell, implementation).items():
+    given, static = OPTIONS[cell.option](cell) if cell.option else ({}, {})
+    functions = arms(cell, implementation, static)
+    for name, attention in functions.items():
         try:
-            calls[name] = call_of(attention, cell)
+            calls[name] = call_of(attention, cell, given)
             results[name] = calls[name].heads(calls[name].run())
         except Exception as error:  # XLA may be out of memory
             calls.pop(name, None)
@@ -127,7 +174,7 @@ def measure(cell: Cell, protocol: timing.Protocol, implementation: str) -> bool:
         name: one.median_us() for name, one in samples.items() if name not in failed
     }
     print(f"{cell!s:44} {'us':>10} {'TFLOP/s':>8} {'differs':>8} over XLA", flush=True)
-    for name in arms(cell, implementation):
+    for name in functions:
         if name in failed:
             print(f"  {name:42} {failed[name]}")
             continue
@@ -148,21 +195,22 @@ def main() -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--option", choices=OPTIONS, help="an option of `mha`")
     arguments = parser.parse_args()
     print(jax.devices()[0].device_kind, "CUPTI" if timing.cupti() else "wall time")
     complete = True
     if arguments.smoke:
         protocol = timing.Protocol(rounds=1, seconds=0.0, idle=0.0)
         cells = [Cell(96, 2, 16, True, backward) for backward in (False, True)]
+        cells += [Cell(96, 2, 16, True, True, option) for option in OPTIONS]
         for cell in cells:
             complete = measure(cell, protocol, "xla") and complete
         return int(not complete)
     protocol = timing.Protocol(rounds=2, seconds=0.03)
     for width in arguments.widths:
         for length in arguments.lengths:
-            cell = Cell(
-                length, 2048 // width, width, arguments.causal, arguments.backward
-            )
+            given = arguments.causal, arguments.backward, arguments.option
+            cell = Cell(length, 2048 // width, width, *given)
             complete = measure(cell, protocol, "cuda") and complete
     return int(not complete)
 

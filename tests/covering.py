@@ -25,12 +25,12 @@ WIDTHS = (
     (192, 128),
 )
 
-F32_FACTORS: Factors = {
+KERNEL_FACTORS: Factors = {
     "kernels": ("by device", "sm80"),
-    "form": ("mha", "packed"),
-    "dtype": ("float32",),
-    "precision": (None, "highest", "tf32"),
-    "widths": WIDTHS[:6],
+    "form": ("mha", "packed", "varlen"),
+    "dtype": ("bfloat16", "float16"),
+    "precision": (None,),
+    "widths": WIDTHS,
     "sizes": ((96, 96), (150, 170), (1, 300), (200, 70)),
     "heads": ((4, 4), (4, 2), (3, 1)),
     "place": (
@@ -42,24 +42,9 @@ F32_FACTORS: Factors = {
         "window top left",
     ),
     "lengths": ("none", "query", "key", "both"),
-    "segments": ("none",),
-    "softcap": (None,),
-    "sinks": ("none", "heads", "batch"),
-    "bias": ("none",),
-    "deterministic": (False, True),
-    "dlse": (False, True),
-    "scale": (None, 0.2),
-}
-"""What the kernels of float32 take."""
-
-KERNEL_FACTORS: Factors = {
-    **F32_FACTORS,
-    "form": ("mha", "packed", "varlen"),
-    "dtype": ("bfloat16", "float16"),
-    "precision": (None,),
-    "widths": WIDTHS,
     "segments": ("none", "sorted", "in any order"),
     "softcap": (None, 1.5),
+    "sinks": ("none", "heads", "batch"),
     "bias": (
         "none",
         "slopes",
@@ -71,8 +56,19 @@ KERNEL_FACTORS: Factors = {
     ),
     "mask": ("none", "full", "rows"),
     "dropout": (0.0, 0.25),
+    "deterministic": (False, True),
+    "dlse": (False, True),
+    "scale": (None, 0.2),
 }
 """What the kernels of 16 bits take."""
+
+F32_FACTORS: Factors = {
+    **KERNEL_FACTORS,
+    "dtype": ("float32",),
+    "precision": (None, "highest", "tf32"),
+    "widths": WIDTHS[:6],
+}
+"""What the kernels of float32 take."""
 
 ALL_FACTORS: Factors = {
     **KERNEL_FACTORS,
@@ -167,7 +163,7 @@ def several(factors: Factors, count: int) -> list[Case]:
 
 
 BATCHES = 24
-ARRAYS = ((KERNEL_FACTORS, 1088), (F32_FACTORS, 256), (ALL_FACTORS, 192))
+ARRAYS = ((KERNEL_FACTORS, 960), (F32_FACTORS, 384), (ALL_FACTORS, 192))
 """Factors, and how many cases cover them."""
 
 

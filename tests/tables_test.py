@@ -266,12 +266,11 @@ def test_choice(widths: tuple[int, int], expected: tuple[int, int] | None) -> No
 
 @pytest.mark.parametrize("capability", [HOPPER, *OTHERS])
 @pytest.mark.parametrize("op", plan.F32_HEAD_DIMS)
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [(None, "f32"), ("highest", "f32"), ("tf32", "tf32")]
-)
-def test_choice_of_float32(
-    precision: str | None, dtype: str, op: str, capability: int
-) -> None:
+@pytest.mark.parametrize("precision", [None, "highest", "tf32"])
+def test_choice_of_float32(precision: str | None, op: str, capability: int) -> None:
+    """Products of TF32 are for who asks for them, and not with intervals."""
+    rounds = precision == "tf32" and op in plan.TF32_HEAD_DIMS
+    dtype = "tf32" if rounds else "f32"
     # Rows that TMA cannot read.
     for widths, width in (((1, 64), 64), ((65, 8), 128)):
         kernel = plan.choose(op, "float32", *widths, capability, precision=precision)
@@ -283,21 +282,19 @@ def test_choice_of_float32(
 
 
 @pytest.mark.parametrize("precision", [None, "tf32", "highest"])
-def test_split_float32_on_hopper(precision: str | None) -> None:
+@pytest.mark.parametrize("op", plan.SPLIT_HEAD_DIMS)
+def test_split_float32_on_hopper(op: str, precision: str | None) -> None:
     """Where TMA reads operands and a call need not be as precise as float32."""
+    splits = precision in plan.SPLIT_PRECISIONS[op]
+    assert splits == (precision is None or (precision == "tf32" and op != "mha_bwd"))
     for widths, width in (((8, 64), 64), ((72, 8), 128), ((128, 128), 128)):
         for forced, dims in itertools.product((False, True), (1, 2, 3)):
             given = {"precision": precision, "force_sm80": forced, "batch_dims": dims}
-            kernel = plan.choose("mha_fwd", "float32", *widths, HOPPER, **given)
-            other = plan.choose("mha_fwd", "float32", *widths, 80, **given)
-            if precision != "highest" and not forced and dims < 3:
-                other = plan.Kernel("mha_fwd", "sm90", "split", width, width)
+            kernel = plan.choose(op, "float32", *widths, HOPPER, **given)
+            other = plan.choose(op, "float32", *widths, 80, **given)
+            if splits and not forced and dims < 3:
+                other = plan.Kernel(op, "sm90", "split", width, width)
             assert kernel == other
-            backward = plan.choose("mha_bwd", "float32", *widths, HOPPER, **given)
-            other = plan.choose("mha_bwd", "float32", *widths, 80, **given)
-            if precision is None and not forced and dims < 3:
-                other = plan.Kernel("mha_bwd", "sm90", "split", width, width)
-            assert backward == other
 
 
 @pytest.mark.parametrize(
@@ -311,7 +308,8 @@ def test_split_float32_on_hopper(precision: str | None) -> None:
 )
 def test_room_for_split_operands(widths: tuple[int, int], expected: int | None) -> None:
     shapes = [(3, 5, 4, widths[0]), (1, 7, 2, widths[0]), (3, 7, 2, widths[1])]
-    assert plan.split_elements(shapes) == expected
+    for op in ("mha_fwd", "mha_fwd_intervals"):
+        assert plan.split_elements(op, shapes) == expected
 
 
 def test_what_float32_lacks() -> None:
@@ -319,10 +317,11 @@ def test_what_float32_lacks() -> None:
     assert missing == (
         "H=8 and Hv=129 of query and value: the kernels take widths of at most 128"
     )
-    missing = plan.missing_kernel("mha_fwd_intervals", "float32", 8, 8, plan.KERNELS)
-    assert missing == (
-        "query of dtype float32: mha_fwd_intervals has kernels of bfloat16 and float16"
-    )
+    for precision in (None, "tf32"):
+        given = ("float32", 136, 8, plan.KERNELS, precision)
+        assert plan.missing_kernel("mha_fwd_intervals", *given) == (
+            "H=136 and Hv=8 of query and value: the kernels take widths of at most 128"
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,8 @@ Written by `tools/feature_matrix.py` from `plan.OPTIONS`; do not edit. A call wi
 an option that its kernel lacks runs in jnp, or raises `NotImplementedError` with
 `implementation="cuda"`. jnp runs everything, on every platform.
 
-The table is that of bfloat16 and float16. float32 has kernels of the family sm80, which
-all GPUs run, and some of the family sm90, for widths up to 128 and the options
-that take no kernels with intervals (not `softcap`, `bias`, `alibi_slopes`, `mask`,
-dropout, segment ids and offsets).
+It holds for bfloat16, float16 and, up to width 128, for float32, whose wider calls run in
+jnp.
 
 | argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
 |---|---|---|---|---|---|

@@ -68,7 +68,7 @@ HEAD_DIMS = {
 Families and widths are in the order in which they are tried.
 """
 
-F32_HEAD_DIMS = {op: ((64, 64), (128, 128)) for op in HEAD_DIMS}
+F32_HEAD_DIMS = dict.fromkeys(HEAD_DIMS, ((64, 64), (128, 128)))
 """The same of kernels "f32" of the family "sm80", as precise as float32."""
 
 TF32_HEAD_DIMS = {op: F32_HEAD_DIMS[op] for op in ("mha_fwd", "mha_bwd")}

@@ -64,15 +64,9 @@ class Call:
     def by_kernels(self) -> bool:
         """Whether kernels take the call."""
         names = {*self.static, *self.operands, *self.wanted}
-        if self.case["bias"] == "rows":  # joined to the results of a call without it
-            names.discard("bias")
         if not all(plan.supported(n) for n in names if n in plan.OPTIONS):
             return False
-        slopes = {"alibi_slopes"} if "slopes" in names else set()
-        wide = max(self.case["widths"]) > 128
-        return self.case["dtype"] != "float32" or not (
-            wide or plan.needs_intervals(names | slopes)
-        )
+        return self.case["dtype"] != "float32" or max(self.case["widths"]) <= 128
 
 
 def _lengths(case: Case, rows: int, keys: int) -> dict[str, np.ndarray]:

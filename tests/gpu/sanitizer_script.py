@@ -111,19 +111,24 @@ def interval_calls(op: str) -> Iterator[Call]:
     slopes = np.array([0.5, 0.1, 0, 0.2], np.float32)
     lengths = np.array([131, 3], np.int32)
     # Types by turns: every call compiles its mask anew, under a tool that is slow.
-    for i, widths in enumerate(WIDTHS[op]):
-        dtype = DTYPES[i % len(DTYPES)]
+    kinds = [(DTYPES[i % 2], widths, None) for i, widths in enumerate(WIDTHS[op])]
+    precisions = itertools.product(plan.F32_HEAD_DIMS[op], (None, "highest"))
+    kinds += [(np.float32, *kind) for kind in (*precisions, ((33, 17), None))]
+    for i, (dtype, widths, precision) in enumerate(kinds):
         problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
-        deterministic = {"deterministic": i % 2 == 0}
+        deterministic = {"deterministic": i % 2 == 0, "precision": precision}
         yield problem, {**runs, "is_causal": True, **deterministic}
-        yield problem, {**mixed, "window_size": (90, 20), "softcap": 2.0}
+        rest = {"window_size": (90, 20), "softcap": 2.0, "precision": precision}
+        yield problem, {**mixed, **rest}
         rest = {"bias": alibi(slopes), "key_value_seq_lengths": lengths}
         yield problem, rest | {"is_causal": True, **deterministic}
         problem = arrays(dtype, (1, 600, 4), (600, 2), *widths)
         ids = np.repeat(np.array([[0, 1]]), [250, 350], -1)
         bias = rng.standard_normal((1, 1, 600, 600), np.float32)
-        yield problem, {"bias": bias, "mask": rng.random((4, 1, 600)) < 0.5}
+        mask = rng.random((4, 1, 600)) < 0.5
+        yield problem, {"bias": bias, "mask": mask, "precision": precision}
         dropout = {"dropout_rate": 0.5, "dropout_key": np.array([1, 2], np.uint32)}
+        dropout["precision"] = precision
         yield problem, {"q_segment_ids": ids, "kv_segment_ids": ids, **dropout}
 
 
