@@ -16,8 +16,8 @@ Written by `tools/feature_matrix.py` from `plan.OPTIONS`; do not edit. A call wi
 an option that its kernel lacks runs in jnp, or raises `NotImplementedError` with
 `implementation="cuda"`. jnp runs everything, on every platform.
 
-It holds for bfloat16, float16 and, up to width 128, for float32, whose wider calls run in
-jnp.
+It holds for bfloat16, float16 and, up to width 128, for float32, whose wider calls run
+in jnp.
 
 | argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
 |---|---|---|---|---|---|
