@@ -27,6 +27,8 @@ BATCH = 2
 DROPOUT_WORDS = 7, 11
 F32_HIGHEST = 2.0**-19
 """What gradients with precision "highest" may differ by beyond plain float32."""
+F32_PRODUCTS = {None: 2.0**-16, "highest": 2.0**-21, "tf32": 2.0**-10}
+"""Relative errors of products of float32 by precision: see docs/numerics.md."""
 LUCK_OF_ONE_QUERY = 3.0
 """Instead of 2, where sums are over one query: plain jnp may have been lucky in it."""
 
@@ -316,7 +318,8 @@ def _luck(clean: Problem, name: str, call: Call) -> float:
     """Error that a plain computation of the gradient may be spared.
 
     Sums over rows, and over what a bias is shared by, of errors of random signs: each
-    as large as one rounding of `dout @ value^T` or of out makes it.
+    as large as one rounding of `dout @ value^T` or of out makes it, or, of float32, the
+    error of a product.
     """
     query, key, value = (x.astype(np.float64) for x in clean.arrays)
     dout, given = clean.dout.astype(np.float64), clean.given
@@ -341,6 +344,8 @@ def _luck(clean: Problem, name: str, call: Call) -> float:
         squares *= np.square(call.distance)
     summed = squares if name == "bias" else squares.sum((2, 3))
     eps = float(jnp.finfo(clean.dout.dtype).eps)
+    if call.case["dtype"] == "float32":
+        eps = F32_PRODUCTS[call.case["precision"]]
     return eps * float(np.sqrt(oracle.reduced_to(summed, shape).max()))
 
 
