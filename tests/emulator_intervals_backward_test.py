@@ -5,9 +5,10 @@ import itertools
 import shutil
 
 import interval_cases
+import interval_checks
 import numpy as np
 import pytest
-from emulator_test import build
+from emulator_test import TOLERANCES, build, check_gradients
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -68,7 +69,7 @@ def check_backward(
     dtype = ("bfloat16", "float16")[number % 2]
     ways = list(itertools.product((False, True), repeat=3))
     with_dlse, deterministic, f32_results = ways[number % len(ways)]
-    results, expected = interval_cases.run_backward(
+    results, expected = interval_checks.run_backward(
         library.mha_bwd_intervals_sm90,
         case,
         widths,
@@ -82,8 +83,8 @@ def check_backward(
         multiprocessors=132 if parts else 1 if deterministic else 1 + number % 3,
         parts=parts,
     )
-    interval_cases.check_gradients(results, expected, dtype)
-    dead_rows = interval_cases.dead_rows_of(case)
+    check_gradients(results, expected, TOLERANCES[dtype])
+    dead_rows = interval_checks.dead_rows_of(case)
     assert not results["query"][dead_rows].any()
 
 
@@ -108,7 +109,7 @@ def test_backward_sm90_skips_what_a_mask_hides(
     backward: ctypes.CDLL, width: int
 ) -> None:
     """Tiles that are hidden are not read, unless sums have an order."""
-    results, expected = interval_cases.run_backward(
+    results, expected = interval_checks.run_backward(
         backward.mha_bwd_intervals_sm90,
         interval_cases.with_a_hole(),
         (width, width),
@@ -116,7 +117,7 @@ def test_backward_sm90_skips_what_a_mask_hides(
         width,
         multiprocessors=2,
     )
-    interval_cases.check_gradients(results, expected, "bfloat16")
+    check_gradients(results, expected, TOLERANCES["bfloat16"])
 
 
 @pytest.mark.parametrize("name", ["negative ids, window, wide", "packed, causal"])
@@ -125,7 +126,7 @@ def test_sums_have_one_order(backward: ctypes.CDLL, width: int, name: str) -> No
     """One thread block for all the work, or one for each part of it."""
     case = interval_cases.case(name)
     one, many = (
-        interval_cases.run_backward(
+        interval_checks.run_backward(
             backward.mha_bwd_intervals_sm90,
             case,
             (width, width),

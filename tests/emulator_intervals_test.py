@@ -5,9 +5,10 @@ import shutil
 from typing import Any
 
 import interval_cases
+import interval_checks
 import numpy as np
 import pytest
-from emulator_test import Arguments, aligned, build, growing
+from emulator_test import Arguments, aligned, build, grow, problem
 
 from jax_flash._src import plan
 
@@ -38,8 +39,8 @@ def check_forward(library: ctypes.CDLL, widths: tuple[int, int], name: str) -> N
     case = interval_cases.case(name)
     number = list(interval_cases.CASES).index(name) + widths[0] // 64
     dtype = ("bfloat16", "float16")[number % 2]
-    arrays = interval_cases.operands(case.shape, widths, dtype)
-    interval_cases.check_forward(
+    arrays = problem(case.shape, *widths, dtype)
+    interval_checks.check_forward(
         library.mha_fwd_intervals_sm90, case, arrays, 1 + number % 3
     )
 
@@ -48,8 +49,8 @@ def check_forward(library: ctypes.CDLL, widths: tuple[int, int], name: str) -> N
 def test_forward_sm90_skips_what_a_mask_hides(forward: ctypes.CDLL, width: int) -> None:
     """Tiles that all rows of a block do not see are not read: NaN is there."""
     case = interval_cases.with_a_hole()
-    arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
-    interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 2)
+    arrays = problem(case.shape, width, width, "bfloat16")
+    interval_checks.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 2)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,13 +91,11 @@ def test_forward_sm90_of_growing_scores(
         rest=OPTIONS.get(options),
         **window,
     )
-    arrays = interval_cases.operands(case.shape, (width, width), "bfloat16")
-    arrays["query"][..., 0] = 32
-    shift = growing(600, jump) * width**0.5 / 32
+    arrays = problem(case.shape, width, width, "bfloat16")
+    grow(arrays, jump)
     if window:
-        shift[:90] += width**0.5
-    arrays["key"][..., 0] = shift[None, :, None]
-    interval_cases.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
+        arrays["key"][:, :90, :, 0] += width**0.5
+    interval_checks.check_forward(forward.mha_fwd_intervals_sm90, case, arrays, 1)
 
 
 # The ends of the ranges, and errors of tanh: relative, absolute, and of its derivative.

@@ -6,6 +6,7 @@ import shutil
 
 import emulator_test
 import interval_cases
+import interval_checks
 import pytest
 
 if shutil.which("g++") is None:
@@ -56,16 +57,16 @@ def test_forward_with_intervals(
     library: ctypes.CDLL, name: str, way: tuple[tuple[int, int], str]
 ) -> None:
     case = interval_cases.case(name)
-    arrays = interval_cases.operands(case.shape, *way)
-    interval_cases.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
+    arrays = emulator_test.problem(case.shape, *way[0], way[1])
+    interval_checks.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
 
 
 def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
     """NaN is there, with which nothing is multiplied."""
     case = interval_cases.with_a_hole()
-    arrays = interval_cases.operands(case.shape, (128, 128), "float16")
-    interval_cases.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
-    results, expected = interval_cases.run_backward(
+    arrays = emulator_test.problem(case.shape, 128, 128, "float16")
+    interval_checks.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
+    results, expected = interval_checks.run_backward(
         library.mha_bwd_intervals_sm80,
         case,
         (128, 128),
@@ -73,7 +74,9 @@ def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
         128,
         multiprocessors=1,
     )
-    interval_cases.check_gradients(results, expected, "float16")
+    emulator_test.check_gradients(
+        results, expected, emulator_test.TOLERANCES["float16"]
+    )
 
 
 @pytest.mark.parametrize("name", interval_cases.CASES)
@@ -121,7 +124,7 @@ def check_backward(
     dtype: str,
     **ways: bool,
 ) -> None:
-    results, expected = interval_cases.run_backward(
+    results, expected = interval_checks.run_backward(
         getattr(library, f"mha_bwd_intervals_sm{compute_capability}"),
         interval_cases.case(name),
         widths,
@@ -130,4 +133,4 @@ def check_backward(
         multiprocessors=1,
         **ways,
     )
-    interval_cases.check_gradients(results, expected, dtype)
+    emulator_test.check_gradients(results, expected, emulator_test.TOLERANCES[dtype])

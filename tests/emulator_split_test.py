@@ -1,10 +1,12 @@
-"""The forward of float32 by products of split bfloat16, as in emulator_test.py."""
+"""The forwards of float32 by products of split bfloat16, as in emulator_test.py."""
 
 import ctypes
 import shutil
 from typing import Any
 
 import emulator_test
+import interval_cases
+import interval_checks
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -24,6 +26,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulator_test.build("mha_split", tmp_path_factory.mktemp("split"))
 
 
+MARGIN = 8
+"""Of numbers behind the parts, which stay as they are."""
+
+
+def room_for_parts(op: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    size = plan.split_elements(op, [arrays[x].shape for x in ("query", "key", "value")])
+    assert size is not None
+    return emulator_test.aligned((size + MARGIN,), jnp.bfloat16, 7.0)
+
+
 def check(
     library: ctypes.CDLL,
     arrays: dict[str, np.ndarray],
@@ -33,13 +45,12 @@ def check(
 ) -> None:
     expected = oracle.attention(*arrays.values(), **given)
     emulator_test.spoil_keys(arrays, given)
-    query, key, value = arrays.values()
-    batch, rows, heads, _ = query.shape
-    out = emulator_test.aligned((batch, rows, heads, value.shape[-1]), np.float32)
+    batch, rows, heads, _ = arrays["query"].shape
+    out = emulator_test.aligned(
+        (batch, rows, heads, arrays["value"].shape[-1]), np.float32
+    )
     lse = emulator_test.aligned((batch, heads, rows), np.float32)
-    size = plan.split_elements([x.shape for x in (query, key, value)])
-    assert size is not None
-    parts = emulator_test.aligned((size + 8,), jnp.bfloat16, 7.0)
+    parts = room_for_parts("mha_fwd", arrays)
     emulator_test.call(
         library.mha_fwd_split,
         given,
@@ -48,13 +59,8 @@ def check(
         multiprocessors=multiprocessors,
         tf32_products=3,
     )
-    assert (parts[size:] == 7).all()
-    dead = np.isneginf(expected.lse)
-    np.testing.assert_array_equal(np.isneginf(lse), dead)
-    for x, exact in ((out, expected.out), (np.where(dead, 0, lse), expected.lse)):
-        exact = np.where(np.isneginf(exact), 0, exact)
-        assert np.abs(x - exact).max() <= tolerance * max(1, np.abs(exact).max())
-    assert (np.moveaxis(out, 1, 2)[dead] == 0).all()
+    assert (parts[-MARGIN:] == 7).all()
+    emulator_test.check_floats(out, lse, expected, tolerance)
 
 
 @pytest.mark.parametrize("case", emulator_test.CASES)
@@ -74,9 +80,7 @@ def test_scores_that_leave_the_range(
 ) -> None:
     """Some are computed again, by other instructions."""
     arrays = emulator_test.problem((1, 170, 600, 1, 1), width, width, "float32")
-    arrays["query"][..., 0] = 32
-    shift = emulator_test.growing(600, jump) * width**0.5 / 32
-    arrays["key"][..., 0] = shift[None, :, None]
+    emulator_test.grow(arrays, jump)
     # Logits of hundreds carry their own errors of 2^-17 or so into the exponent.
     check(library, arrays, {}, 1, 2.0**-16 * 4 * jump)
 
@@ -128,4 +132,82 @@ def test_room_for_the_parts(library: ctypes.CDLL, widths: tuple[int, int]) -> No
         keys = (1 if shared else 3, 13, 2, widths[0])
         shapes = [(3, 11, 4, widths[0]), keys, (3, 13, 2, widths[1])]
         got = function(ctypes.byref(arguments), width)
-        assert got == plan.split_elements(shapes)
+        for op in ("mha_fwd", "mha_fwd_intervals"):
+            assert got == plan.split_elements(op, shapes)
+
+
+def check_intervals(
+    library: ctypes.CDLL,
+    case: interval_cases.Case,
+    arrays: dict[str, np.ndarray],
+    multiprocessors: int,
+    tolerance: float,
+) -> None:
+    parts = room_for_parts("mha_fwd_intervals", arrays)
+    results = interval_checks.run_forward(
+        library.mha_fwd_intervals_split,
+        case,
+        arrays,
+        parts,
+        multiprocessors=multiprocessors,
+        tf32_products=3,
+    )
+    assert (parts[-MARGIN:] == 7).all()
+    emulator_test.check_floats(*results, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        *interval_checks.few([(64, 64), (120, 72), (40, 56), (128, 128)]),
+        # Without options, which have a kernel of their own.
+        ("unsorted ids, causal, wide", (64, 64)),
+        ("ragged documents, causal", (120, 72)),
+        ("ragged, packed", (40, 56)),
+        ("packed", (128, 128)),
+        ("dead rows in clean tiles", (64, 64)),
+    ],
+)
+def test_forward_with_intervals(
+    library: ctypes.CDLL, name: str, widths: tuple[int, int]
+) -> None:
+    case = interval_cases.case(name)
+    arrays = emulator_test.problem(case.shape, *widths, "float32")
+    # Larger logits, by scale or bias, have larger errors, or count for more.
+    large = "scale" in case.options or case.bias is not None
+    tolerance = 2 * TOLERANCE if large else TOLERANCE
+    check_intervals(library, case, arrays, 1 + len(name) % 3, tolerance)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL, width: int) -> None:
+    """NaN is there, with which nothing is multiplied."""
+    case = interval_cases.with_a_hole()
+    arrays = emulator_test.problem(case.shape, width, width, "float32")
+    check_intervals(library, case, arrays, 2, TOLERANCE)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "cap and slopes": {"options": {"softcap": 600.0}, "slopes": np.array([[0.05]])},
+    "bias, mask, dropout": {
+        "bias": interval_cases.random_bias((1, 1, 170, 600), "float32"),
+        "mask": interval_cases.striped_mask((1, 1, 170, 600)),
+        "dropout_rate": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("jump", [30, 100])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("width", [64, 128])
+def test_scores_with_intervals_that_leave_the_range(
+    library: ctypes.CDLL, width: int, options: str, jump: float
+) -> None:
+    dead = np.arange(170) % 5 == 2
+    case = interval_cases.of_options(
+        (1, 170, 600, 1, 1), np.where(dead, -1, 0), rest=OPTIONS[options]
+    )
+    arrays = emulator_test.problem(case.shape, width, width, "float32")
+    emulator_test.grow(arrays, jump)
+    check_intervals(library, case, arrays, 1, TOLERANCE * 4 * jump)

@@ -23,14 +23,6 @@ cudaError_t launch_sm90(const MhaFwdParams& params, const DeviceInfo& device) {
   return sm90::launch_mha_fwd<kType, 256, 256>(params, device, nullptr);
 }
 
-MhaFwdParams forward_params(const Arguments& arguments) {
-  MhaFwdParams params{};
-  describe(arguments, params);
-  params.out = arguments.out;
-  params.lse = arguments.lse;
-  return params;
-}
-
 }  // namespace
 
 extern "C" int mha_fwd_sm90(const jax_flash::Arguments* arguments) {

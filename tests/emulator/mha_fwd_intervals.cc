@@ -27,10 +27,7 @@ cudaError_t launch_sm90(const MhaFwdParams& params, const DeviceInfo& device) {
 }  // namespace
 
 extern "C" int mha_fwd_intervals_sm90(const jax_flash::Arguments* arguments) {
-  MhaFwdParams params{};
-  describe(*arguments, params);
-  params.out = arguments->out;
-  params.lse = arguments->lse;
+  const MhaFwdParams params = forward_params(*arguments);
   const DeviceInfo device{90, 50 << 20, arguments->multiprocessors};
   return arguments->f16 != 0 ? launch_sm90<ElementType::kF16>(params, device)
                              : launch_sm90<ElementType::kBf16>(params, device);

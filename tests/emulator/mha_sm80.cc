@@ -17,14 +17,6 @@ using namespace jax_flash;
 constexpr auto kBf16 = ElementType::kBf16;
 constexpr auto kF16 = ElementType::kF16;
 
-MhaFwdParams forward_params(const Arguments& from) {
-  MhaFwdParams to{};
-  describe(from, to);
-  to.out = from.out;
-  to.lse = from.lse;
-  return to;
-}
-
 // Few widths, because they take the C++ compiler longer than the tests take.
 cudaError_t launch_forward(const Arguments& arguments) {
   const MhaFwdParams params = forward_params(arguments);

@@ -1,6 +1,7 @@
 // A call as tests/emulator_test.py describes it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "host/params.h"
@@ -112,6 +113,19 @@ inline void describe(const Arguments& from, MhaParams& to) {
       from.bias, {strides[0]}, strides[1], strides[2], static_cast<BiasType>(from.bias_type)};
   strides = from.mask_strides;
   to.intervals.mask = {from.mask, {strides[0]}, strides[1], strides[2]};
+}
+
+// Kernels of f32 are 64 or 128 wide.
+inline bool is_narrow(const Arguments& from) {
+  return std::max(from.head_dim, from.head_dim_v) <= 64;
+}
+
+inline MhaFwdParams forward_params(const Arguments& from) {
+  MhaFwdParams to{};
+  describe(from, to);
+  to.out = from.out;
+  to.lse = from.lse;
+  return to;
 }
 
 // `width`: of the sum of the gradient of queries in the workspace.
