@@ -104,3 +104,11 @@ def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
         check_forward(library, case, (width, width))
     check_backward(library, "f32", case, (64, 64))
     check_backward(library, "split", case, (128, 128))
+
+
+@pytest.mark.parametrize("name", ["small soft cap", "soft cap that some scores pass"])
+def test_soft_caps(library: ctypes.CDLL, name: str) -> None:
+    """Small logits are as exact under a large cap as without one."""
+    case = interval_cases.case(name)
+    check_forward(library, case, (64, 64))
+    check_backward(library, "f32", case, (64, 64))

@@ -228,17 +228,14 @@ KERNEL_LIMITS = {
         {"query": zeros(2, 6, 4, 129), "key": zeros(2, 5, 2, 129)},
         r"the kernels take widths of at most 128",
     ),
-    "float32 with a soft cap": (
-        {"softcap": 2.0},
-        r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
-    ),
-    "float32 with a mask": (
-        {"mask": zeros(6, 5, dtype=bool)},
-        r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
-    ),
-    "float32 with dropout": (
-        {"dropout_rate": 0.1, "dropout_key": zeros(2, dtype=np.uint32)},
-        r"float32: mha_fwd_intervals has kernels of bfloat16 and float16",
+    "wide float32 with a soft cap": (
+        {
+            "query": zeros(2, 6, 4, 129),
+            "key": zeros(2, 5, 2, 129),
+            "softcap": 2.0,
+            "precision": "tf32",
+        },
+        r"the kernels take widths of at most 128",
     ),
     "precision": ({"precision": "highest"}, r"precision='highest'"),
     "width": (

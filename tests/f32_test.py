@@ -10,7 +10,7 @@ import pytest
 from helpers import call_of, cuda_text, kernel_calls, normal
 
 import jax_flash
-from jax_flash._src import registry
+from jax_flash._src import plan, registry
 
 
 def inputs(dtype: str = "float32") -> list[jax.Array]:
@@ -39,11 +39,6 @@ def test_one_custom_call(precision: str | None) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_what_the_kernels_lack() -> None:
     arrays = inputs()
-    options = {"softcap": 5.0}
-    assert kernel_calls(lambda *a: attend(*a, **options), *arrays) == 0
-    message = "float32: mha_fwd_intervals has kernels of bfloat16 and float16"
-    with pytest.raises(NotImplementedError, match=message):
-        attend(*arrays, **options, implementation="cuda")
     with jax.enable_x64(True):
         doubles = [x.astype("float64") for x in arrays]
         with pytest.raises(NotImplementedError, match="query of dtype float64: the"):
@@ -83,6 +78,29 @@ def test_gradients(precision: str | None) -> None:
     assert results.startswith(
         "-> (tensor<2x64x4x16xf32>, tensor<2x48x2x16xf32>, tensor<2x48x2x8xf32>"
     )
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("precision", [None, "tf32", "highest"])
+def test_with_an_option(precision: str | None) -> None:
+    """Kernels with intervals: a queue stands before the parts, none rounds to TF32."""
+
+    def loss(*arrays: Any) -> Any:
+        return attend(*arrays, softcap=5.0, precision=precision).sum()
+
+    text = cuda_text(jax.grad(loss, (0, 1, 2)), *inputs())
+    line = call_of(registry.FORWARD_TARGET, text)
+    queue = plan.row_list_size(2, 64)
+    parts = 2 * 64 * (2 * 64 * 4 + 2 * (2 * 48 * 2))
+    room = "" if precision == "highest" else f", tensor<{parts}xbf16>"
+    assert f"tensor<2x4x64xf32>, tensor<{queue}xi32>{room})" in line
+    line = call_of(registry.BACKWARD_TARGET, text)
+    assert f"may_split = {str(precision != 'highest').lower()}" in line
+    explanation = jax_flash.explain(*inputs(), softcap=5.0, precision=precision)
+    other = "sm80 64x64 with intervals"
+    hopper = "sm90 64x64 with intervals of split bfloat16 on compute capability 9.0"
+    kernels = other if precision == "highest" else f"{hopper}, {other} on others"
+    assert explanation.details["cuda"] == f"{kernels}; gradients by {kernels}"
 
 
 @pytest.mark.usefixtures("kernels")

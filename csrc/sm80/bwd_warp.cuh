@@ -193,7 +193,7 @@ struct BwdWarp {
           for (int e = 0; e < 2; ++e) {
             float& score = scores[i][j][2 * h + e];
             const int column = key + 8 * j + e;
-            const float capped = options.capped(score);
+            const float capped = options.capped<Config::kFloats>(score);
             float logit = options.biased(capped, static_cast<float>(record.position - column));
             if constexpr (Config::kDense) logit += e == 0 ? biases.x : biases.y;
             const bool seen = column >= record.first && column < record.end &&

@@ -472,7 +472,8 @@ __device__ __forceinline__ void attend(const MhaFwdParams& params, const BlockSt
       bool scaled = params.scale.first != 1.0f;
       if constexpr (Config::kIntervals) {
         if (ScoreOptions::any<Config::kDense>(params)) {
-          apply_options(scores, state.options, state.mask, this_row(), key + fragment_column());
+          apply_options<Config::kF32>(scores, state.options, state.mask, this_row(),
+                                      key + fragment_column());
           if (Config::kDense && params.intervals.bias.data != nullptr) {
             add_bias(scores, BiasRows::make(params, state.at.batch, state.at.head), this_row(),
                      key + fragment_column());

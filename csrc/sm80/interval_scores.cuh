@@ -24,7 +24,7 @@ __device__ __forceinline__ SoftmaxScale exponent_scale(const MhaParams& params) 
 }
 
 // Scores q.k become logits.
-template <int kBlocks, int kTiles>
+template <bool kF32, int kBlocks, int kTiles>
 __device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4],
                                               const ScoreOptions& options, const IntervalMask& mask,
                                               int row, int key) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void apply_options(float (&scores)[kBlocks][kTiles][4
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = scores[i][j][2 * h + e];
-          score = options.logit(score, static_cast<float>(distance - (8 * j + e)));
+          score = options.logit<kF32>(score, static_cast<float>(distance - (8 * j + e)));
         }
       }
     }

@@ -112,7 +112,7 @@ struct FwdLogits {
                          : options.softcap;
       const float inverse = ScoreOptions{options.scale, softcap, options.slope}.inverse();
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = options.cap(s[i], inverse);
+      for (int i = 0; i < kScores; ++i) s[i] = options.cap<Config::kSplit>(s[i], inverse);
     }
     if (options.slope != 0.0f) {
       const float distances[2] = {distance(0, first_key), distance(1, first_key)};
