@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import call_of, cuda_text, kernel_calls, normal
+from helpers import call_of, cuda_text, normal
 
 import jax_flash
 from jax_flash._src import plan, registry
