@@ -269,8 +269,10 @@ def _explain_decode(
     query: Any, key: Any, value: Any, implementation: Any, options: dict[str, Any]
 ) -> Explanation:
     arrays = {"query": query, "k_cache": key, "v_cache": value}
+    arrays["alibi_slopes"] = decode_call.slopes_of(options.pop("bias", None))
     for name in decode_call.OPERANDS[3:]:
-        arrays[name] = options.pop(name, None)
+        if name != "alibi_slopes":  # which is no argument
+            arrays[name] = options.pop(name, None)
     for name in options:
         if name not in decode_explain.OPTIONS:
             raise TypeError(

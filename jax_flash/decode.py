@@ -30,6 +30,7 @@ def decode_mha(
     cache_seqlens: Any,
     *,
     page_table: Any = None,
+    bias: Any = None,
     scale: float | None = None,
     window_size: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -68,6 +69,8 @@ def decode_mha(
         i * page to (i + 1) * page - 1, so that S = max_pages * page. Sequences may
         share pages. Entries beyond the length may be anything; so may those of pages
         wholly before the window, if what pages hold is finite.
+      bias: None or `jax_flash.alibi(slopes)`, slopes floating [N] or [B, N]: adds
+        `-slope * (p - s)` for a query at p and key s.
       scale: factor of the logits, H ** -0.5 if None.
       window_size: (left, right): a query at p sees no key before p - left. Right only
         says what causality says already; None = unbounded.
@@ -103,6 +106,7 @@ def decode_mha(
                 cache_seqlens,
                 page_table,
                 sinks,
+                decode_call.slopes_of(bias),
                 k_scale,
                 v_scale,
             ),

@@ -12,7 +12,7 @@ from helpers import call_of, count_primitive, cuda_text, kernel_calls
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import decode_mha, explain
+from jax_flash import alibi, decode_mha, explain
 from jax_flash._src import decode_explain, registry
 from jax_flash._src.decode_call import OPERANDS
 
@@ -56,6 +56,7 @@ def test_call(kernels: None) -> None:
         "splits = 2 : i64",
         "has_page_table = false",
         "has_sinks = false",
+        "has_slopes = false",
     ):
         assert attribute in line, attribute
     expected = (
@@ -66,14 +67,16 @@ def test_call(kernels: None) -> None:
     assert expected in line
 
 
-def test_pages_and_sinks(kernels: None) -> None:
+def test_pages_sinks_and_slopes(kernels: None) -> None:
     def f(*a):
-        return decode(*a, sinks=jnp.zeros(8), window_size=(1 << 20, None))
+        given = {"sinks": jnp.zeros(8), "bias": alibi(jnp.ones((3, 8)))}
+        return decode(*a, **given, window_size=(1 << 20, None))
 
     line = call_of(TARGET, cuda_text(f, *inputs(page=128)))
-    assert "tensor<3xi32>, tensor<3x5xi32>, tensor<1x8xf32>) ->" in line
+    assert "tensor<3x5xi32>, tensor<1x8xf32>, tensor<3x8xf32>) ->" in line
     assert "has_page_table = true" in line
     assert "has_sinks = true" in line
+    assert "has_slopes = true" in line
     assert "window_left = -1 : i64" in line
 
 
@@ -218,8 +221,14 @@ def test_explain(kernels: None) -> None:
     explanation = explain(narrow_query, narrow_k, v, **given, implementation="cuda")
     assert set(explanation.chosen.values()) == {None}
     assert "k_cache of width 12" in str(explanation)
-    with pytest.raises(TypeError, match="decode_mha has not: 'bias'"):
+    with pytest.raises(TypeError, match="decode_mha has not: 'mask'"):
+        explain(query, k, v, None, lengths, **given)
+    with pytest.raises(NotImplementedError, match="bias must be jax_flash"):
         explain(query, k, v, lengths, **given)
+    slopes = jax.ShapeDtypeStruct((8,), jnp.float32)
+    assert "alibi_slopes float32[1,8]" in str(
+        explain(query, k, v, alibi(slopes), **given)
+    )
     with pytest.raises(TypeError, match="decode_mha has not: 'is_causal'"):
         explain(query, k, v, is_causal=True, **given)
     given["softcap"] = -1.0
@@ -229,7 +238,8 @@ def test_explain(kernels: None) -> None:
 
 def test_explain_knows_every_argument_of_decode_mha() -> None:
     parameters = set(inspect.signature(decode_mha).parameters)
-    known = {*OPERANDS, *decode_explain.OPTIONS, "implementation"}
+    known = {*OPERANDS, *decode_explain.OPTIONS, "implementation", "bias"}
+    known.remove("alibi_slopes")  # which are given as a bias
     assert known == parameters
 
 

@@ -15,7 +15,7 @@ from helpers import assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import append_kv, decode_mha
+from jax_flash import alibi, append_kv, decode_mha, mha
 from jax_flash._src import blocks
 
 E4M3 = jnp.float8_e4m3fn
@@ -106,11 +106,14 @@ def test_random(seed: int) -> None:
     if pick.random() < 0.3:
         options["sinks"] = normal(rng, *pick.choice(((heads,), (batch, heads))))
     if pick.random() < 0.3:
+        slopes = 0.1 * normal(rng, *pick.choice(((heads,), (batch, heads))))
+        options["bias"] = alibi(slopes)
+    if pick.random() < 0.3:
         options["scale"] = pick.choice((0.0, -0.4, 2.0))
     want = expected(query, k, v, lengths, **options)
     if pick.random() < 0.5:
         k, v, options["page_table"] = paged(rng, (k, v), lengths, page, fill)
-    arrays = {n: x for n, x in options.items() if hasattr(x, "shape")}
+    arrays = {n: x for n, x in options.items() if n == "bias" or hasattr(x, "shape")}
     static = {n: x for n, x in options.items() if n not in arrays}
     run = jax.jit(functools.partial(decode_mha, **static, return_lse=True))
     check(run(query, k, v, lengths, **arrays), want, dtype)
@@ -193,6 +196,37 @@ def test_vmap(page: int | None) -> None:
     axes = (0, *(None,) * (len(args) - 1))
     shared = jax.vmap(with_lse, axes)(stacked[0], *args[1:])
     assert_close(shared, got)
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_vmap_and_gradient_of_slopes(page: int | None) -> None:
+    """As of `mha`, whose last queries they are."""
+    args = problem(page)
+    slopes = 0.1 * normal(np.random.default_rng(1), 2, 4, 8)
+
+    def attend(slopes):
+        return with_lse(*args, bias=alibi(slopes))
+
+    got = jax.vmap(attend)(slopes)
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *map(attend, slopes)))
+    query, k, v, lengths = problem()
+
+    def by_mha(slopes):
+        return mha(
+            query,
+            k,
+            v,
+            alibi(slopes),
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            return_lse=True,
+        )
+
+    def loss(f):
+        return lambda slopes: jnp.sin(f(slopes)[0]).sum()
+
+    assert_close(attend(slopes[0]), by_mha(slopes[0]))
+    assert_close(jax.grad(loss(attend))(slopes[0]), jax.grad(loss(by_mha))(slopes[0]))
 
 
 @pytest.mark.parametrize("page", [None, 8])
@@ -539,6 +573,19 @@ HALF = C.astype(jnp.bfloat16)
         ),
         ((Q, C, C, L), {"sinks": np.ones(3, np.float32)}, ValueError, "sinks must be"),
         ((Q, C, C, L), {"sinks": L}, ValueError, "sinks must be floating"),
+        (
+            (Q, C, C, L),
+            {"bias": alibi(np.ones(3, np.float32))},
+            ValueError,
+            r"alibi_slopes must be \[N\] or \[B,N\] with B=2 and N=4, got shape \(3,\)",
+        ),
+        (
+            (Q, C, C, L),
+            {"bias": np.zeros((2, 4, 3, 5), np.float32)},
+            NotImplementedError,
+            r"bias must be jax_flash.alibi\(slopes\).*got shape \(2, 4, 3, 5\)",
+        ),
+        ((Q, C, C, L), {"bias": 1.0}, ValueError, "bias must be None or .*float: 1.0"),
         ((Q, C, C, L), {"softcap": -1.0}, ValueError, "softcap must be positive"),
         ((Q, C, C, L), {"window_size": 3}, ValueError, "window_size must be"),
         ((Q, C, C, L), {"num_splits": 0}, ValueError, "num_splits .* got 0"),

@@ -14,17 +14,18 @@ import pytest
 from decode_helpers import paged, quantised
 from emulator_test import aligned, build
 
+from jax_flash import alibi
 from jax_flash._src import decode_plan
 
 # fmt: off
 _POINTERS = (
-    "query", "key", "value", "lengths", "page_table", "sinks", "k_scale", "v_scale",
-    "out", "lse", "partial_out", "partial_state", "counters",
+    "query", "key", "value", "lengths", "page_table", "sinks", "slopes", "k_scale",
+    "v_scale", "out", "lse", "partial_out", "partial_state", "counters",
 )
 _INTS = (
     "batch", "tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "room", "pages",
-    "page_size", "max_pages", "sink_stride", "k_scale_stride", "v_scale_stride",
-    "window_left", "split_keys", "splits", "query_bf16",
+    "page_size", "max_pages", "sink_stride", "slope_stride", "k_scale_stride",
+    "v_scale_stride", "window_left", "split_keys", "splits", "query_bf16",
 )
 # fmt: on
 
@@ -62,6 +63,7 @@ def run(
     *,
     page_table: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    slopes: np.ndarray | None = None,
     k_scale: np.ndarray | None = None,
     v_scale: np.ndarray | None = None,
     window: int = -1,
@@ -96,13 +98,12 @@ def run(
     arrays = {"query": query, "key": k, "value": v, "lengths": lengths}
     if page_table is not None:
         arrays["page_table"] = page_table
-    rows_of = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    rows_of = {"sink": sinks, "slope": slopes, "k_scale": k_scale, "v_scale": v_scale}
     strides = {}
     for name, x in rows_of.items():
         if x is not None:
-            arrays[name] = x
-        stride = "sink_stride" if name == "sinks" else f"{name}_stride"
-        strides[stride] = x.shape[1] if x is not None and len(x) > 1 else 0
+            arrays[name if name.endswith("scale") else f"{name}s"] = x
+        strides[f"{name}_stride"] = x.shape[1] if x is not None and len(x) > 1 else 0
     held = {}
     for name, x in arrays.items():
         held[name] = aligned(x.shape, x.dtype, 0)
@@ -149,8 +150,11 @@ def check(
     lengths: np.ndarray,
     window: int = -1,
     softcap: float | None = None,
+    slopes: np.ndarray | None = None,
     **options: Any,
 ) -> None:
+    if slopes is not None:
+        options["bias"] = alibi(slopes)
     want = oracle.attention(
         query,
         k,
@@ -294,6 +298,9 @@ def check_random(
     if pick.random() < 0.4:
         options["sinks"] = rng.standard_normal((pick.choice((1, batch)), heads))
         options["sinks"] = options["sinks"].astype(np.float32)
+    if pick.random() < 0.4:
+        options["slopes"] = 0.1 * rng.standard_normal((pick.choice((1, batch)), heads))
+        options["slopes"] = options["slopes"].astype(np.float32)
     if pick.random() < 0.3:
         options["scale"] = pick.choice((0.0, -0.2, 1.0))
     ways: dict[str, Any] = {"num_splits": pick.choice((None, 1, 2, 5))}

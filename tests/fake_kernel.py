@@ -216,7 +216,8 @@ def _decoded(
     results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any
 ) -> list[jax.Array]:
     """What the decode kernel computes; caches are not quantised."""
-    optional = [n for n in decode_call.OPERANDS[4:] if attributes[f"has_{n}"]]
+    flags = {n: f"has_{n.removeprefix('alibi_')}" for n in decode_call.OPERANDS[4:]}
+    optional = [name for name, flag in flags.items() if attributes[flag]]
     config = decode_call.DecodeConfig(
         scale=float(attributes["scale"]),
         window_left=int(attributes["window_left"]),

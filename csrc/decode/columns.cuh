@@ -78,6 +78,7 @@ struct DecodeColumns {
     float scores[kKeyTiles][4];
     multiply_keys(scores, tile);
     scale(scores, params);
+    if (params.slopes != nullptr) lean(scores, params, rows, key);
     if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
       mask(scores, params, rows, key, end);
     }
@@ -177,6 +178,24 @@ struct DecodeColumns {
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
+    }
+  }
+
+  // Adds ALiBi to logits.
+  static __device__ __forceinline__ void lean(float (&scores)[kKeyTiles][4],
+                                              const DecodeParams& params, const RowPositions& rows,
+                                              int key) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_column() + e);
+#pragma unroll
+      for (int j = 0; j < kKeyTiles; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& score = scores[j][2 * h + e];
+          score = row.add_to(score, key + 16 * j + 8 * h + fragment_row());
+        }
+      }
     }
   }
 

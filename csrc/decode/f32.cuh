@@ -84,6 +84,7 @@ struct DecodeF32 {
     float scores[kKeyTiles][2];
     multiply_keys(scores, tile);
     scale(scores, params);
+    if (params.slopes != nullptr) lean(scores, params, rows, key);
     if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
       mask(scores, params, rows, key, end);
     }
@@ -190,6 +191,20 @@ struct DecodeF32 {
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
+    }
+  }
+
+  // Adds ALiBi to logits.
+  static __device__ __forceinline__ void lean(float (&scores)[kKeyTiles][2],
+                                              const DecodeParams& params, const RowPositions& rows,
+                                              int key) {
+    const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_row());
+#pragma unroll
+    for (int j = 0; j < kKeyTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        scores[j][e] = row.add_to(scores[j][e], key + 8 * j + fragment_column() + e);
+      }
     }
   }
 

@@ -205,7 +205,8 @@ __device__ __forceinline__ RowPositions row_positions(const DecodeParams& params
   const int lowest = shift + params.group_divisor.divide(first_row);
   const int highest = shift + params.group_divisor.divide(last_row);
   const int first = params.window_left == kUnbounded ? 0 : highest - params.window_left;
-  return {shift, warp_row, {first, min_int(end, lowest + 1)}};
+  const int first_slope = place.batch * params.slope_stride + place.kv_head * params.group;
+  return {shift, warp_row, first_slope, {first, min_int(end, lowest + 1)}};
 }
 
 // The first of the rows of its query heads that a warp has.

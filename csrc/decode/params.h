@@ -36,6 +36,7 @@ struct DecodeParams {
   const int32_t* lengths;     // [batch], new tokens included
   const int32_t* page_table;  // [batch, max_pages], or null
   const float* sinks;         // [batch or 1, heads], or null
+  const float* slopes;        // of ALiBi, the same
   const float* k_scale;       // [batch or 1, kv_heads], or null for 1; for 8-bit caches
   const float* v_scale;       // the same
   void* out;                  // [batch, tokens, heads, head_dim_v]
@@ -60,6 +61,7 @@ struct DecodeParams {
   int32_t page_size;  // 1 without a page table
   int32_t max_pages;
   int32_t sink_stride;     // heads, or 0 if all sequences share them
+  int32_t slope_stride;    // the same
   int32_t k_scale_stride;  // kv_heads, or 0
   int32_t v_scale_stride;
   int32_t window_left;  // kUnbounded or how many keys before its own a query sees

@@ -20,7 +20,25 @@ namespace jax_flash::decode {
 struct RowPositions {
   int shift;
   int warp_row;             // the warp's first row
+  int first_slope;          // of the key head's query heads, in DecodeParams::slopes
   KeyInterval seen_by_all;  // keys, of those before the split's end
+};
+
+// ALiBi of a row: what its logits, in base 2, lose for each key that one is before its position.
+struct RowSlope {
+  float slope;
+  int position;
+
+  static __device__ __forceinline__ RowSlope of(const DecodeParams& params,
+                                                const RowPositions& rows, int row) {
+    const int token = params.group_divisor.divide(row);
+    const float* const slopes = params.slopes + rows.first_slope;
+    return {SoftmaxScale::kLog2e * __ldg(slopes + row - token * params.group), rows.shift + token};
+  }
+  // Of a key up to the position; later ones are masked.
+  __device__ __forceinline__ float add_to(float logit, int key) const {
+    return fmaf(slope, static_cast<float>(key - position), logit);
+  }
 };
 
 __device__ __forceinline__ float scale_of(const float* scales, int index) {
@@ -105,6 +123,7 @@ struct DecodeRows {
   __device__ __forceinline__ void weigh(float (&scores)[kScoreTiles][4], const DecodeParams& params,
                                         const RowPositions& rows, int key, int end) {
     scale(scores, params);
+    if (params.slopes != nullptr) lean(scores, params, rows, key);
     if (key < rows.seen_by_all.first || key + Config::kKeys > rows.seen_by_all.end) {
       mask(scores, params, rows, key, end);
     }
@@ -130,6 +149,24 @@ struct DecodeRows {
     for (int j = 0; j < kScoreTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[j][e] = params.cap * tanhf(scores[j][e]);
+    }
+  }
+
+  // Adds ALiBi to logits.
+  static __device__ __forceinline__ void lean(float (&scores)[kScoreTiles][4],
+                                              const DecodeParams& params, const RowPositions& rows,
+                                              int key) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_row() + 8 * h);
+#pragma unroll
+      for (int j = 0; j < kScoreTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[j][2 * h + e];
+          score = row.add_to(score, key + 8 * j + fragment_column() + e);
+        }
+      }
     }
   }
 

@@ -2,11 +2,11 @@
 //
 // query [batch, T, N, H], caches [batch, S, K, H] and [batch, S, K, Hv] or, with a page table,
 // [pages, page, K, H] and [pages, page, K, Hv], lengths int32 [batch]; then, if their attributes
-// say so, the page table int32 [batch, max_pages], sinks f32 [batch or 1, N] and scales of keys and
-// of values, f32 [batch or 1, K], for caches of e4m3 or int8 -> out [batch, T, N, Hv] in query's
-// type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T * N / K, Hv] and f32
-// [batch, K, splits, T * N / K, 2], which may be empty if there is one split. All arrays are
-// row-major and start at multiples of 16 bytes, as XLA's do. The call's state is in
+// say so, the page table int32 [batch, max_pages], sinks and slopes of ALiBi, f32 [batch or 1, N],
+// and scales of keys and of values, f32 [batch or 1, K], for caches of e4m3 or int8 -> out [batch,
+// T, N, Hv] in query's type, lse f32 [batch, N, T], and two workspaces: f32 [batch, K, splits, T *
+// N / K, Hv] and f32 [batch, K, splits, T * N / K, 2], which may be empty if there is one split.
+// All arrays are row-major and start at multiples of 16 bytes, as XLA's do. The call's state is in
 // decode_counters.h. forward_parts: not 0 where, on compute capability 9.0, the forward kernel of
 // attention runs the call, which has nothing but the first four operands: into how many parts it
 // cuts the keys. If there are several, the workspaces hold their results: 16 bits [batch, parts, T,
@@ -105,8 +105,8 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                           ffi::Result<ffi::Buffer<ffi::F32>> partial_state, float scale,
                           float softcap, int64_t window_left, int64_t split_keys, int64_t splits,
-                          bool has_page_table, bool has_sinks, bool has_k_scale, bool has_v_scale,
-                          int64_t forward_parts) {
+                          bool has_page_table, bool has_sinks, bool has_slopes, bool has_k_scale,
+                          bool has_v_scale, int64_t forward_parts) {
   const Dims q = query.dimensions();
   const Dims k = key.dimensions();
   const Dims v = value.dimensions();
@@ -146,7 +146,7 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
 
   decode::DecodeParams params{};
   size_t next = 0;
-  const int named = has_page_table + has_sinks + has_k_scale + has_v_scale;
+  const int named = has_page_table + has_sinks + has_slopes + has_k_scale + has_v_scale;
   JAX_FLASH_CHECK(others.size() == static_cast<size_t>(named), "got ", others.size(),
                   " optional operands, the attributes name ", named);
   JAX_FLASH_CHECK(quantised || !(has_k_scale || has_v_scale), "caches of ", cache_type,
@@ -170,30 +170,28 @@ ffi::Error decode_handler(cudaStream_t stream, DecodeCounters* counters, ffi::An
   } else {
     JAX_FLASH_CHECK(k[0] == q[0], "caches ", to_string(k), " do not fit query ", to_string(q));
   }
-  if (has_sinks) {
-    auto sinks = others.get<ffi::Buffer<ffi::F32>>(next++);
-    if (!sinks.has_value()) return sinks.error();
-    const Dims s = sinks->dimensions();
-    JAX_FLASH_CHECK(s.size() == 2 && (s[0] == 1 || s[0] == q[0]) && s[1] == q[2], "sinks ",
-                    to_string(s), " do not fit query ", to_string(q));
-    params.sinks = sinks->typed_data();
-    params.sink_stride = s[0] == 1 ? 0 : static_cast<int32_t>(q[2]);
-  }
-  const auto take_scale = [&](const float** scale, int32_t* stride) {
+  // f32 [batch or 1, heads].
+  const auto take = [&](const char* name, int64_t heads, const float** data, int32_t* stride) {
     auto given = others.get<ffi::Buffer<ffi::F32>>(next++);
     if (!given.has_value()) return given.error();
     const Dims s = given->dimensions();
-    JAX_FLASH_CHECK(s.size() == 2 && (s[0] == 1 || s[0] == q[0]) && s[1] == k[2], "scales ",
-                    to_string(s), " do not fit caches ", to_string(k));
-    *scale = given->typed_data();
-    *stride = s[0] == 1 ? 0 : static_cast<int32_t>(k[2]);
+    JAX_FLASH_CHECK(s.size() == 2 && (s[0] == 1 || s[0] == q[0]) && s[1] == heads, name, " ",
+                    to_string(s), " do not fit query ", to_string(q), " and caches ", to_string(k));
+    *data = given->typed_data();
+    *stride = s[0] == 1 ? 0 : static_cast<int32_t>(heads);
     return ffi::Error::Success();
   };
+  if (has_sinks) {
+    JAX_FLASH_RETURN_IF_ERROR(take("sinks", q[2], &params.sinks, &params.sink_stride));
+  }
+  if (has_slopes) {
+    JAX_FLASH_RETURN_IF_ERROR(take("slopes", q[2], &params.slopes, &params.slope_stride));
+  }
   if (has_k_scale) {
-    JAX_FLASH_RETURN_IF_ERROR(take_scale(&params.k_scale, &params.k_scale_stride));
+    JAX_FLASH_RETURN_IF_ERROR(take("k_scale", k[2], &params.k_scale, &params.k_scale_stride));
   }
   if (has_v_scale) {
-    JAX_FLASH_RETURN_IF_ERROR(take_scale(&params.v_scale, &params.v_scale_stride));
+    JAX_FLASH_RETURN_IF_ERROR(take("v_scale", k[2], &params.v_scale, &params.v_scale_stride));
   }
   JAX_FLASH_CHECK(room < kMaxLength, "sequences have room for ", room, " keys, the limit is ",
                   kMaxLength);
@@ -276,6 +274,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDecode, decode_handler,
                                   .Attr<int64_t>("splits")
                                   .Attr<bool>("has_page_table")
                                   .Attr<bool>("has_sinks")
+                                  .Attr<bool>("has_slopes")
                                   .Attr<bool>("has_k_scale")
                                   .Attr<bool>("has_v_scale")
                                   .Attr<int64_t>("forward_parts"),

@@ -3,8 +3,8 @@
 Lives here: `DecodeConfig`, the canonical operands of decoding, and the checks that it
 shares with `append_kv`. Every message names the argument and shows its value.
 
-Canonical operands: query has its T, lengths and page table are int32, sinks and scales
-are float32 with a batch dimension of B or 1.
+Canonical operands: query has its T, lengths and page table are int32, sinks, slopes and
+scales are float32 with a batch dimension of B or 1.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash._src import validate
+from jax_flash._src.alibi import Alibi
 
 OPERANDS: tuple[str, ...] = (
     "query",  # [B, T, N, H]
@@ -23,6 +24,7 @@ OPERANDS: tuple[str, ...] = (
     "cache_seqlens",  # [B] int32
     "page_table",  # [B, max_pages] int32
     "sinks",  # [B|1, N] float32
+    "alibi_slopes",  # [B|1, N] float32
     "k_scale",  # [B|1, K] float32
     "v_scale",  # [B|1, K] float32
 )
@@ -133,6 +135,36 @@ def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
     return jnp.broadcast_to(x.astype(jnp.float32), (1, heads))
 
 
+def slopes_of(bias: Any) -> Any:
+    """The slopes of what `decode_mha` takes as a bias, or None."""
+    if bias is None:
+        return None
+    if isinstance(bias, Alibi):
+        return bias.slopes
+    if hasattr(bias, "shape"):
+        raise NotImplementedError(
+            "bias must be jax_flash.alibi(slopes), arrays of biases are not supported: "
+            f"got shape {bias.shape}"
+        )
+    raise ValueError(
+        f"bias must be None or jax_flash.alibi(slopes), got {type(bias).__name__}: "
+        f"{bias!r}"
+    )
+
+
+def _canonical_by_head(name: str, x: Any, batch: int, heads: int) -> jax.Array:
+    """One number for each query head as float32 [B|1, N], from [N] or [B, N]."""
+    got = shape_of(name, x)
+    if not jnp.issubdtype(got.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got dtype {got.dtype}")
+    if got.shape not in ((heads,), (1, heads), (batch, heads)):
+        raise ValueError(
+            f"{name} must be [N] or [B,N] with B={batch} and N={heads}, got shape "
+            f"{got.shape}"
+        )
+    return jnp.asarray(x).astype(jnp.float32).reshape(-1, heads)
+
+
 def _check_query(query: Any, k_cache: Any, paged: bool) -> None:
     shape, dtype = query.shape, query.dtype
     if len(shape) not in (3, 4):
@@ -219,17 +251,9 @@ def check_call(
     for name in ("cache_seqlens", "page_table"):
         if arrays[name] is not None:
             given[name] = jnp.asarray(validate.as_int32(arrays[name]))
-    if arrays["sinks"] is not None:
-        sinks = shape_of("sinks", arrays["sinks"])
-        if not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise ValueError(f"sinks must be floating, got dtype {sinks.dtype}")
-        if sinks.shape not in ((heads,), (1, heads), (batch, heads)):
-            raise ValueError(
-                f"sinks must be [N] or [B,N] with B={batch} and N={heads}, got shape "
-                f"{sinks.shape}"
-            )
-        value = jnp.asarray(arrays["sinks"]).astype(jnp.float32)
-        given["sinks"] = value.reshape(-1, heads)
+    for name in ("sinks", "alibi_slopes"):
+        if arrays[name] is not None:
+            given[name] = _canonical_by_head(name, arrays[name], batch, heads)
     for name in ("k_scale", "v_scale"):
         if arrays[name] is not None:
             given[name] = canonical_scale(name, arrays[name], k_cache)

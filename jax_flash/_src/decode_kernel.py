@@ -154,6 +154,7 @@ def call_kernel(*operands: jax.Array, config: DecodeConfig) -> list[jax.Array]:
         splits=np.int64(splits),
         has_page_table="page_table" in o,
         has_sinks="sinks" in o,
+        has_slopes="alibi_slopes" in o,
         has_k_scale="k_scale" in o,
         has_v_scale="v_scale" in o,
         forward_parts=np.int64(parts),

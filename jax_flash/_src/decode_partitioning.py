@@ -31,6 +31,7 @@ def _dimensions(config: DecodeConfig, heads: int, kv_heads: int) -> dict[str, tu
         "cache_seqlens": ("b",),
         "page_table": ("b", "m"),
         "sinks": ("b", "n"),
+        "alibi_slopes": ("b", "n"),
         "k_scale": ("b", k),
         "v_scale": ("b", k),
         "out": ("b", "t", "n", "hv"),

@@ -54,8 +54,7 @@ def as_attention(
     key = _dequantised(caches["k_cache"], o.get("k_scale"))
     value = _dequantised(caches["v_cache"], o.get("v_scale"))
     given = {"query": o["query"].astype(key.dtype), "key": key, "value": value}
-    if "sinks" in o:
-        given["sinks"] = o["sinks"]
+    given |= {n: o[n] for n in ("sinks", "alibi_slopes") if n in o}
     given["key_value_seq_lengths"] = o["cache_seqlens"]
     attention = AttentionConfig(
         scale=config.scale,

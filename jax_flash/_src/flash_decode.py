@@ -95,7 +95,7 @@ def _batch(args: tuple, axes: tuple, *, config: DecodeConfig, **_: Any) -> Any:
         o["page_table"] = table.reshape(count * batch, table.shape[2])
     for name in ("query", "cache_seqlens"):
         o[name] = _folded(stacked(name), batch)
-    for name in ("sinks", "k_scale", "v_scale"):
+    for name in ("sinks", "alibi_slopes", "k_scale", "v_scale"):
         if name in o and (mapped[name] or o[name].shape[0] != 1):
             o[name] = _folded(stacked(name), batch)
     present = tuple(name for name in OPERANDS if name in o)

@@ -148,7 +148,7 @@ OPTIONS = {
     "softcap": Support(FAMILIES, decode=True, intervals=True),
     "sinks": Support(FAMILIES, decode=True),
     "bias": Support(FAMILIES, intervals=True),
-    "alibi_slopes": Support(FAMILIES, intervals=True),
+    "alibi_slopes": Support(FAMILIES, decode=True, intervals=True),
     "mask": Support(FAMILIES, intervals=True),
     "q_segment_ids": Support(FAMILIES, intervals=True),
     "kv_segment_ids": Support(FAMILIES, intervals=True),

@@ -9,7 +9,7 @@ import pytest
 from decode_helpers import paged
 from decode_kernel_test import EDGES, check, check_alone, problem, run
 
-from jax_flash import decode_mha
+from jax_flash import alibi, decode_mha
 
 # Widths of queries and of values, tokens, query heads (2 key heads), page, options.
 CASES: tuple[tuple[tuple[int, int], int, int, int | None, tuple[str, ...]], ...] = (
@@ -21,7 +21,8 @@ CASES: tuple[tuple[tuple[int, int], int, int, int | None, tuple[str, ...]], ...]
     ((64, 64), 1, 32, None, ("softcap",)),
     ((256, 256), 9, 6, None, ("sinks", "window_size")),
     ((36, 20), 1, 8, 64, ("sinks",)),
-    ((4, 132), 2, 14, None, ("window_size", "softcap", "sinks")),
+    ((128, 128), 2, 8, 16, ("bias", "softcap")),
+    ((4, 132), 2, 14, None, ("window_size", "softcap", "sinks", "bias")),
     ((196, 252), 5, 8, 1, ("softcap", "window_size")),
     ((128, 64), 1, 8, None, ("num_splits",)),
 )
@@ -49,7 +50,10 @@ def case_of(number: int) -> tuple[Any, Any, Any, dict[str, Any]]:
         held, operands["page_table"] = (query, k_pool, v_pool, lengths), table
     if "sinks" in names:
         operands["sinks"] = rng.standard_normal((len(lengths), heads), np.float32)
-    return given, held, operands, {n: OPTIONS[n] for n in names if n != "sinks"}
+    if "bias" in names:
+        slopes = 0.1 * rng.standard_normal((len(lengths), heads), np.float32)
+        operands["bias"] = alibi(slopes)
+    return given, held, operands, {n: OPTIONS[n] for n in names if n in OPTIONS}
 
 
 @pytest.fixture(scope="module")

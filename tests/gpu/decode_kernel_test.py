@@ -19,7 +19,7 @@ import oracle
 import pytest
 from decode_helpers import paged, quantised
 
-from jax_flash import append_kv, decode_mha, explain
+from jax_flash import alibi, append_kv, decode_mha, explain
 
 # Of float32 that of its products, and of logits.
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}
@@ -160,6 +160,9 @@ def test_random(seed: int) -> None:
         options["softcap"] = 5.0
     if pick.random() < 0.3:
         options["sinks"] = rng.standard_normal((batch, heads)).astype(np.float32)
+    if pick.random() < 0.3:
+        slopes = 0.1 * rng.standard_normal((batch, heads), np.float32)
+        options["bias"] = alibi(slopes)
     for b, length in enumerate(lengths):
         k[b, length:] = v[b, length:] = np.nan
     if pick.random() < 0.5:

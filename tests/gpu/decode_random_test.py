@@ -14,7 +14,7 @@ import pytest
 from decode_helpers import paged, quantised
 from decode_kernel_test import check
 
-from jax_flash import decode_mha
+from jax_flash import alibi, decode_mha
 
 KINDS, PROBLEMS = 40, 50
 
@@ -52,6 +52,7 @@ def test_random_problems(kind: int) -> None:
     if pick.random() < 0.2:
         static["softcap"] = 5.0
     has_pages, has_sinks = pick.random() < 0.6, pick.random() < 0.3
+    has_slopes = pick.random() < 0.2
     fill = 127 if cache == "int8" else np.nan
 
     @jax.jit
@@ -83,6 +84,9 @@ def test_random_problems(kind: int) -> None:
         if has_sinks:
             sinks = rng.standard_normal((batch, heads)).astype(np.float32)
             operands["sinks"] = options["sinks"] = sinks
+        if has_slopes:
+            slopes = 0.1 * rng.standard_normal((batch, heads), np.float32)
+            operands["bias"] = options["bias"] = alibi(slopes)
         if has_pages:
             k, v, operands["page_table"] = paged(rng, (k, v), lengths, page, fill)
         out, lse = call((query, k, v, lengths), operands)
