@@ -187,7 +187,8 @@ struct DecodeColumns {
                                               int key) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_column() + e);
+      const RowSlope row =
+          RowSlope::of(params, rows, first_row<Config>(rows.place) + fragment_column() + e);
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
@@ -204,8 +205,8 @@ struct DecodeColumns {
                                               int key, int end) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = rows.warp_row + fragment_column() + e;
-      const int position = rows.shift + params.group_divisor.divide(row);
+      const int row = first_row<Config>(rows.place) + fragment_column() + e;
+      const int position = rows.position(params, row);
       const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
       const int last = min_int(position, end - 1);
 #pragma unroll

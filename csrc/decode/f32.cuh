@@ -198,7 +198,7 @@ struct DecodeF32 {
   static __device__ __forceinline__ void lean(float (&scores)[kKeyTiles][2],
                                               const DecodeParams& params, const RowPositions& rows,
                                               int key) {
-    const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_row());
+    const RowSlope row = RowSlope::of(params, rows, first_row<Config>(rows.place) + fragment_row());
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
@@ -211,8 +211,8 @@ struct DecodeF32 {
   static __device__ __forceinline__ void mask(float (&scores)[kKeyTiles][2],
                                               const DecodeParams& params, const RowPositions& rows,
                                               int key, int end) {
-    const int row = rows.warp_row + fragment_row();
-    const int position = rows.shift + params.group_divisor.divide(row);
+    const int row = first_row<Config>(rows.place) + fragment_row();
+    const int position = rows.position(params, row);
     const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
     const int last = min_int(position, end - 1);
 #pragma unroll

@@ -198,22 +198,14 @@ __device__ __forceinline__ void sync_team() {
 
 template <typename Config>
 __device__ __forceinline__ RowPositions row_positions(const DecodeParams& params,
-                                                      const Place& place, int warp_row, int end) {
+                                                      const Place& place, int end) {
   const int first_row = place.row_tile * Config::kRows;
   const int last_row = min_int(first_row + Config::kRows, params.tokens * params.group) - 1;
   const int shift = place.sequence.length - params.tokens;
   const int lowest = shift + params.group_divisor.divide(first_row);
   const int highest = shift + params.group_divisor.divide(last_row);
   const int first = params.window_left == kUnbounded ? 0 : highest - params.window_left;
-  const int first_slope = place.batch * params.slope_stride + place.kv_head * params.group;
-  return {shift, warp_row, first_slope, {first, min_int(end, lowest + 1)}};
-}
-
-// The first of the rows of its query heads that a warp has.
-template <typename Config>
-__device__ __forceinline__ int first_row(const Place& place) {
-  return place.row_tile * Config::kRows +
-         static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
+  return {place, {first, min_int(end, lowest + 1)}};
 }
 
 template <typename Config>
@@ -234,8 +226,7 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
                                        TileCopies<Config>& copies, Place* copied_place,
                                        uint32_t stages, uint32_t& stage, WarpOf<Config>& warp) {
   KeyInterval keys = team_keys<Config>(params, place);
-  const RowPositions rows =
-      row_positions<Config>(params, place, first_row<Config>(place), keys.end);
+  const RowPositions rows = row_positions<Config>(params, place, keys.end);
 #pragma unroll 1
   for (; keys.first < keys.end; keys.first += Config::kKeys * Config::kTeams) {
     ptx::cp_async_wait_group<Config::kStages - 2>();

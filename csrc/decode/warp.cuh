@@ -5,6 +5,7 @@
 
 #include "decode/config.cuh"
 #include "decode/params.h"
+#include "decode/plan.cuh"
 #include "decode/quantised.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
@@ -16,12 +17,22 @@
 
 namespace jax_flash::decode {
 
-// Where the rows of a unit stand: row r is token r / group, at position shift + r / group.
+// The first of the rows of its query heads that a warp has.
+template <typename Config>
+__device__ __forceinline__ int first_row(const Place& place) {
+  return place.row_tile * Config::kRows +
+         static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
+}
+
+// Where the rows of a unit stand: row r is token r / group. What follows from the place, which is
+// in shared memory, is read where it is needed: registers are few.
 struct RowPositions {
-  int shift;
-  int warp_row;             // the warp's first row
-  int first_slope;          // of the key head's query heads, in DecodeParams::slopes
+  const Place& place;
   KeyInterval seen_by_all;  // keys, of those before the split's end
+
+  __device__ __forceinline__ int position(const DecodeParams& params, int row) const {
+    return place.sequence.length - params.tokens + params.group_divisor.divide(row);
+  }
 };
 
 // ALiBi of a row: what its logits, in base 2, lose for each key that one is before its position.
@@ -32,8 +43,9 @@ struct RowSlope {
   static __device__ __forceinline__ RowSlope of(const DecodeParams& params,
                                                 const RowPositions& rows, int row) {
     const int token = params.group_divisor.divide(row);
-    const float* const slopes = params.slopes + rows.first_slope;
-    return {SoftmaxScale::kLog2e * __ldg(slopes + row - token * params.group), rows.shift + token};
+    const int head = rows.place.kv_head * params.group + row - token * params.group;
+    const float slope = __ldg(params.slopes + rows.place.batch * params.slope_stride + head);
+    return {SoftmaxScale::kLog2e * slope, rows.position(params, row)};
   }
   // Of a key up to the position; later ones are masked.
   __device__ __forceinline__ float add_to(float logit, int key) const {
@@ -158,7 +170,8 @@ struct DecodeRows {
                                               int key) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const RowSlope row = RowSlope::of(params, rows, rows.warp_row + fragment_row() + 8 * h);
+      const RowSlope row =
+          RowSlope::of(params, rows, first_row<Config>(rows.place) + fragment_row() + 8 * h);
 #pragma unroll
       for (int j = 0; j < kScoreTiles; ++j) {
 #pragma unroll
@@ -175,8 +188,8 @@ struct DecodeRows {
                                               int key, int end) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = rows.warp_row + fragment_row() + 8 * h;
-      const int position = rows.shift + params.group_divisor.divide(row);
+      const int row = first_row<Config>(rows.place) + fragment_row() + 8 * h;
+      const int position = rows.position(params, row);
       const int first = params.window_left == kUnbounded ? 0 : position - params.window_left;
       const int last = min_int(position, end - 1);
 #pragma unroll
