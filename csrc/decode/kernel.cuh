@@ -205,7 +205,7 @@ __device__ __forceinline__ RowPositions row_positions(const DecodeParams& params
   const int lowest = shift + params.group_divisor.divide(first_row);
   const int highest = shift + params.group_divisor.divide(last_row);
   const int first = params.window_left == kUnbounded ? 0 : highest - params.window_left;
-  return {place, {first, min_int(end, lowest + 1)}};
+  return {place, shift, {first, min_int(end, lowest + 1)}};
 }
 
 template <typename Config>

@@ -24,14 +24,16 @@ __device__ __forceinline__ int first_row(const Place& place) {
          static_cast<int>(threadIdx.x) / 32 % Config::kTeamWarps * 16;
 }
 
-// Where the rows of a unit stand: row r is token r / group. What follows from the place, which is
-// in shared memory, is read where it is needed: registers are few.
+// Where the rows of a unit stand: row r is token r / group, at position shift + r / group. What
+// else follows from the place, which is in shared memory, is read where it is needed: registers are
+// few.
 struct RowPositions {
   const Place& place;
+  int shift;
   KeyInterval seen_by_all;  // keys, of those before the split's end
 
   __device__ __forceinline__ int position(const DecodeParams& params, int row) const {
-    return place.sequence.length - params.tokens + params.group_divisor.divide(row);
+    return shift + params.group_divisor.divide(row);
   }
 };
 
@@ -42,6 +44,7 @@ struct RowSlope {
 
   static __device__ __forceinline__ RowSlope of(const DecodeParams& params,
                                                 const RowPositions& rows, int row) {
+    row = static_cast<int>(ptx::fresh_word(row));  // found for each tile anew: registers are few
     const int token = params.group_divisor.divide(row);
     const int head = rows.place.kv_head * params.group + row - token * params.group;
     const float slope = __ldg(params.slopes + rows.place.batch * params.slope_stride + head);
