@@ -147,6 +147,7 @@ def decode_calls() -> Iterator[Call]:
                 table[1, 1:] = 2**30
                 options = {"window_size": (50, None), "softcap": 5.0}
                 options |= {"page_table": table, "sinks": np.ones(8, np.float32)}
+                options["bias"] = alibi(np.full(8, 0.1, np.float32))
                 yield (query, k, v, lengths), options
     for width in (64, 128):  # by Hopper's forward kernel, in parts of the keys
         query, k, v = arrays(DTYPES[0], (1, 40, 16), (4096, 8), width)
