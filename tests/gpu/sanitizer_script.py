@@ -111,9 +111,11 @@ def interval_calls(op: str) -> Iterator[Call]:
     slopes = np.array([0.5, 0.1, 0, 0.2], np.float32)
     lengths = np.array([131, 3], np.int32)
     # Types by turns: every call compiles its mask anew, under a tool that is slow.
-    kinds = [(DTYPES[i % 2], widths, None) for i, widths in enumerate(WIDTHS[op])]
-    precisions = itertools.product(plan.F32_HEAD_DIMS[op], (None, "highest"))
-    kinds += [(np.float32, *kind) for kind in (*precisions, ((33, 17), None))]
+    kinds: list[tuple[Any, tuple[int, ...], str | None]] = [
+        (DTYPES[i % 2], widths, None) for i, widths in enumerate(WIDTHS[op])
+    ]
+    for widths in (*plan.F32_HEAD_DIMS[op], (33, 17)):
+        kinds += [(np.float32, widths, precision) for precision in (None, "highest")]
     for i, (dtype, widths, precision) in enumerate(kinds):
         problem = arrays(dtype, (2, 150, 4), (170, 2), *widths)
         deterministic = {"deterministic": i % 2 == 0, "precision": precision}
