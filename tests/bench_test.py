@@ -359,9 +359,10 @@ def test_float32_smoke(
     monkeypatch.setattr(sys, "argv", ["float32", "--smoke"])
     assert float32.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * (1 + 5)
+    cells = 2 + len(float32.OPTIONS)
+    assert len(lines) == 1 + cells * (1 + 5)
     arms = [line.split() for line in lines if line.startswith("  ")]
-    assert len(arms) == 10
+    assert len(arms) == 5 * cells
     assert all(float(fields[-3]) < 1e-6 for fields in arms)
 
 
