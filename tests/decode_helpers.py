@@ -1,9 +1,15 @@
-"""What the tests of decoding share: caches cut into pages, and quantised ones."""
+"""What the tests of decoding share: small problems, caches of pages, quantised ones."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from jax_flash import decode_mha
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
 
 
 def paged(
@@ -34,6 +40,24 @@ def paged(
         used = min(-(-max(int(lengths[b]), 0) // page), slots)
         table[b, used:] = rng.choice([-(2**31), -1, pages, 2**31 - 1], slots - used)
     return pools[0], pools[1], table
+
+
+def problem(page: int | None = None) -> tuple[Any, ...]:
+    """(query, k, v, lengths), float32; with a page size (..., page table)."""
+    rng = np.random.default_rng(0)
+    query = normal(rng, 4, 3, 8, 16)
+    k, v = normal(rng, 4, 24, 4, 16), normal(rng, 4, 24, 4, 8)
+    lengths = np.array([0, 2, 13, 24], np.int32)
+    if page is None:
+        return query, k, v, lengths
+    k, v, table = paged(rng, (k, v), lengths, page, np.nan)
+    return query, k, v, lengths, table
+
+
+def with_lse(query, k, v, lengths, page_table=None, **options):
+    return decode_mha(
+        query, k, v, lengths, page_table=page_table, return_lse=True, **options
+    )
 
 
 def quantised(

@@ -237,7 +237,7 @@ def test_decoding_equals_attention_to_all(page: int | None) -> None:
     np.testing.assert_array_equal(cache.lengths, [9, 9])
 
 
-# Not bfloat16: see decode_test.test_append_is_in_place_when_donated.
+# Not bfloat16: see append_kv_test.test_append_is_in_place_when_donated.
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize("tokens", [0, 3])

@@ -4,12 +4,7 @@
 #include "problem.h"
 #include "sm80/bwd_launch.cuh"
 #include "sm80/fwd_launch.cuh"
-
-// What `extern __shared__ unsigned char shared[]` of the kernels means here.
-namespace jax_flash::sm80 {
-alignas(1024) unsigned char shared[227 * 1024];
-}  // namespace jax_flash::sm80
-unsigned char* emulated_shared_memory = jax_flash::sm80::shared;
+#include "sm80_memory.h"
 
 namespace {
 
