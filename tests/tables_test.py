@@ -1,5 +1,6 @@
 """The kernel table of `plan`, the instantiation files and the extension agree."""
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -13,7 +14,11 @@ import jax
 import pytest
 import specs
 
+# The tools are no part of the package, so the repository must be on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 from jax_flash._src import plan, registry
+from tools import check_build
 
 SOURCES = pathlib.Path(__file__).parent.parent / "csrc"
 
@@ -53,17 +58,19 @@ def test_no_duplicates() -> None:
 
 
 def test_instantiation_files() -> None:
-    files = {path.relative_to(SOURCES) for path in SOURCES.glob("*/inst/*.cu")}
-    names = {
-        pathlib.Path(
-            k.family,
-            "inst",
-            f"{k.op.removeprefix('mha_')}_{dtype}_{k.head_dim}x{k.head_dim_v}.cu",
-        )
-        for k in plan.KERNELS
-        for dtype in (k.dtype.replace("tf32", "f32"),)  # one file for both
+    """A file has both types of 16 bits, or float32 with and without tf32, or split."""
+    want = collections.defaultdict(set)
+    for k in plan.KERNELS:
+        op = k.op.removeprefix("mha_")
+        types = {"bf16": "", "f16": "", "f32": "_f32", "tf32": "_f32"}
+        file = f"{op}{types.get(k.dtype, '_' + k.dtype)}_{k.head_dim}x{k.head_dim_v}.cu"
+        kernel = f"{op}_{k.dtype}_{k.head_dim}x{k.head_dim_v}"
+        want[pathlib.Path(k.family, "inst", file)].add(kernel)
+    got = {
+        path.relative_to(SOURCES): set(check_build.instantiations(path))
+        for path in SOURCES.glob("*/inst/*.cu")
     }
-    assert files == names
+    assert got == want
 
 
 def test_extension(built: Any) -> None:

@@ -39,6 +39,13 @@ USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 NOTE = re.compile(r"ptxas info\s*: \(C\d+\)|Potential Performance Loss")
 WARNING = re.compile(r"\bwarning\b\s*(?:#[\w-]+)?\s*:", re.ASCII)
 
+# launch_mha_fwd_intervals<ElementType::kBf16, 64, 64> and, where the type is not said,
+# launch_mha_bwd_split<64, 64, true>, true with intervals.
+INSTANTIATION = re.compile(
+    r"launch_mha_(?P<op>fwd|bwd)(?P<intervals>_intervals)?(?:_split)?"
+    r"<(?:ElementType::k(?P<type>\w+), )?(?P<head_dim>\d+), (?P<head_dim_v>\d+)"
+    r"(?:, (?P<flag>true|false))?>"
+)
 SASS_FUNCTION = re.compile(r"Function : (\w+)")
 HGMMA = re.compile(r"\bHGMMA\.\S+")
 # Instructions of a whole warpgroup, and whether they depend on a predicate.
@@ -67,7 +74,7 @@ DECODE_KEYS = {64: 128, 128: 64}
 WIDE_BACKWARD_TILE = 64
 """Queries, and keys, of a tile of the backward over width 128."""
 TYPES = ("bf16", "f16", "f32", "tf32", "split")
-"""Names of the values of ElementType, as files have them."""
+"""Names of the values of ElementType."""
 SPLIT_BACKWARD = re.compile(
     r"4sm80\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE4ELi(?P<head_dim>\d+)E"
     r"Li(?P<head_dim_v>\d+)ELb1E.*?BwdTilesE(?:Li\d+E)+EELb(?P<intervals>[01])E"
@@ -207,7 +214,7 @@ def differences(kernel: str, dtype: str, got: set[str], widths: set[int]) -> lis
 
 
 def forward_kind(match: re.Match[str]) -> str:
-    """How the file names of a forward kernel begin."""
+    """How the name of a forward kernel begins."""
     return "fwd_intervals" if match["intervals"] == "1" else "fwd"
 
 
@@ -258,19 +265,28 @@ def judge_hgmma(instructions: dict[str, set[str]]) -> list[str]:
         faults += differences(kernel, dtype, got, {keys, int(match["head_dim_v"])})
         if keys < MINIMUM_KEYS:
             faults.append(f"{kernel}: tiles of {keys} keys, fewer than {MINIMUM_KEYS}")
-    for path in hopper_sources():
-        if path.stem not in seen:
-            faults.append(f"{path.stem}: no sm_90a code of it")
+    faults += [
+        f"{kernel}: no sm_90a code of it" for kernel in sorted(hopper_kernels() - seen)
+    ]
     return faults
 
 
-def hopper_sources() -> list[Path]:
-    """The files whose kernels have warpgroup matrix instructions, or replace some."""
-    files = [
-        *ROOT.glob("csrc/decode/warpgroup_*.cu"),
-        *ROOT.glob("csrc/sm90/inst/*.cu"),
-    ]
-    return sorted(files)
+def instantiations(path: Path) -> list[str]:
+    """The kernels of an instantiation file, as fwd_intervals_bf16_64x64."""
+    names = []
+    for match in INSTANTIATION.finditer(path.read_text()):
+        dtype = (match["type"] or "split").lower()
+        intervals = match["intervals"] or match["flag"] == "true"
+        kind = f"{match['op']}_intervals" if intervals else match["op"]
+        names.append(f"{kind}_{dtype}_{match['head_dim']}x{match['head_dim_v']}")
+    return names
+
+
+def hopper_kernels() -> set[str]:
+    """The kernels with warpgroup matrix instructions, and those that replace some."""
+    files = ROOT.glob("csrc/sm90/inst/*.cu")
+    decode = {path.stem for path in ROOT.glob("csrc/decode/warpgroup_*.cu")}
+    return decode.union(*map(instantiations, files))
 
 
 def count_collectives(lines: Iterable[str]) -> dict[str, Counter[str]]:

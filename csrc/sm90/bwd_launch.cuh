@@ -1,4 +1,4 @@
-// Launch of the sm_90 backward; instantiated in inst/, one file per width and type.
+// Launch of the sm_90 backward; instantiated in inst/, a file for each pair of widths.
 #pragma once
 
 #include <algorithm>

@@ -1,0 +1,10 @@
+#include "sm80/fwd_launch.cuh"
+
+namespace jax_flash::sm80 {
+
+template cudaError_t launch_mha_fwd<ElementType::kBf16, 32, 32>(const MhaFwdParams&,
+                                                                const DeviceInfo&, cudaStream_t);
+template cudaError_t launch_mha_fwd<ElementType::kF16, 32, 32>(const MhaFwdParams&,
+                                                               const DeviceInfo&, cudaStream_t);
+
+}  // namespace jax_flash::sm80

@@ -1,8 +1,0 @@
-#include "sm80/fwd_launch.cuh"
-
-namespace jax_flash::sm80 {
-
-template cudaError_t launch_mha_fwd<ElementType::kF16, 64, 64>(const MhaFwdParams&,
-                                                               const DeviceInfo&, cudaStream_t);
-
-}  // namespace jax_flash::sm80

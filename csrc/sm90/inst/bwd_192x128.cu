@@ -1,0 +1,10 @@
+#include "sm90/bwd_launch.cuh"
+
+namespace jax_flash::sm90 {
+
+template cudaError_t launch_mha_bwd<ElementType::kBf16, 192, 128>(const MhaBwdParams&,
+                                                                  const DeviceInfo&, cudaStream_t);
+template cudaError_t launch_mha_bwd<ElementType::kF16, 192, 128>(const MhaBwdParams&,
+                                                                 const DeviceInfo&, cudaStream_t);
+
+}  // namespace jax_flash::sm90
