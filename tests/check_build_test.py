@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from jax_flash._src import plan
 from tools import check_build
 
-SM80 = "csrc/sm80/inst/fwd_64x64.cu"
+SM80 = "csrc/sm80/inst/bwd_64x64.cu"
 LOG = """\
 [1/33] Building CUDA object CMakeFiles/jax_flash_sm80.dir/{source}.o
 ptxas info    : 0 bytes gmem

@@ -285,8 +285,10 @@ def instantiations(path: Path) -> list[str]:
 def hopper_kernels() -> set[str]:
     """The kernels with warpgroup matrix instructions, and those that replace some."""
     files = ROOT.glob("csrc/sm90/inst/*.cu")
-    decode = {path.stem for path in ROOT.glob("csrc/decode/warpgroup_*.cu")}
-    return decode.union(*map(instantiations, files))
+    decode = (ROOT / "csrc" / "decode" / "warpgroup.cu").read_text()
+    types = re.findall(r"launch_warpgroup<CacheType::k(\w+)", decode)
+    kernels = {f"warpgroup_{dtype.lower()}" for dtype in types}
+    return kernels.union(*map(instantiations, files))
 
 
 def count_collectives(lines: Iterable[str]) -> dict[str, Counter[str]]:

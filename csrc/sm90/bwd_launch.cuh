@@ -1,4 +1,4 @@
-// Launch of the sm_90 backward; instantiated in inst/, a file for each pair of widths.
+// Launch of the sm_90 backward; instantiated in inst/.
 #pragma once
 
 #include <algorithm>

@@ -5,5 +5,8 @@ namespace jax_flash::sm80 {
 template cudaError_t launch_mha_fwd_intervals<ElementType::kF32, 64, 64>(const MhaFwdParams&,
                                                                          const DeviceInfo&,
                                                                          cudaStream_t);
+template cudaError_t launch_mha_fwd_intervals<ElementType::kF32, 128, 128>(const MhaFwdParams&,
+                                                                           const DeviceInfo&,
+                                                                           cudaStream_t);
 
 }  // namespace jax_flash::sm80

@@ -5,5 +5,8 @@ namespace jax_flash::sm80 {
 template cudaError_t launch_mha_bwd_intervals<ElementType::kF32, 64, 64>(const MhaBwdParams&,
                                                                          const DeviceInfo&,
                                                                          cudaStream_t);
+template cudaError_t launch_mha_bwd_intervals<ElementType::kF32, 128, 128>(const MhaBwdParams&,
+                                                                           const DeviceInfo&,
+                                                                           cudaStream_t);
 
 }  // namespace jax_flash::sm80

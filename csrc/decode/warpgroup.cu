@@ -6,5 +6,9 @@ template cudaError_t launch_warpgroup<CacheType::kBf16, 64>(const DecodeParams&,
                                                             cudaStream_t);
 template cudaError_t launch_warpgroup<CacheType::kBf16, 128>(const DecodeParams&, const DeviceInfo&,
                                                              cudaStream_t);
+template cudaError_t launch_warpgroup<CacheType::kF16, 64>(const DecodeParams&, const DeviceInfo&,
+                                                           cudaStream_t);
+template cudaError_t launch_warpgroup<CacheType::kF16, 128>(const DecodeParams&, const DeviceInfo&,
+                                                            cudaStream_t);
 
 }  // namespace jax_flash::decode

@@ -1,9 +1,0 @@
-#include "sm80/bwd_launch.cuh"
-
-namespace jax_flash::sm80 {
-
-template cudaError_t launch_mha_bwd_intervals<ElementType::kF32, 128, 128>(const MhaBwdParams&,
-                                                                           const DeviceInfo&,
-                                                                           cudaStream_t);
-
-}  // namespace jax_flash::sm80

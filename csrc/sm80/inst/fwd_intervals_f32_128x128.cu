@@ -1,9 +1,0 @@
-#include "sm80/fwd_launch.cuh"
-
-namespace jax_flash::sm80 {
-
-template cudaError_t launch_mha_fwd_intervals<ElementType::kF32, 128, 128>(const MhaFwdParams&,
-                                                                           const DeviceInfo&,
-                                                                           cudaStream_t);
-
-}  // namespace jax_flash::sm80
