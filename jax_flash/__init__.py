@@ -11,6 +11,7 @@ from jax_flash.backends import explain
 from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCache
 from jax_flash.decode import append_kv, decode_mha, merge_partials
 from jax_flash.normalization import rms_norm, silu_mul, split_qkv
+from jax_flash.parallel import ring_mha, ulysses_mha
 from jax_flash.rotary import rope, rope_append_kv
 from jax_flash.sampling import sample, top_k
 
@@ -32,6 +33,7 @@ __all__ = [
     "mha",
     "mha_qkvpacked",
     "mha_varlen",
+    "ring_mha",
     "rms_norm",
     "rope",
     "rope_append_kv",
@@ -39,6 +41,7 @@ __all__ = [
     "silu_mul",
     "split_qkv",
     "top_k",
+    "ulysses_mha",
 ]
 
 # Registers the FFI targets, so that exported programs can be loaded.

@@ -127,6 +127,22 @@ def _supported(call: Call, implementation: Implementation) -> list[Backend]:
     return able[: anywhere.index(True) + 1] if True in anywhere else able
 
 
+def primitives(call: Call, implementation: Implementation) -> tuple[str, ...]:
+    """Names of those that can run a call as the primitive, for `AttentionConfig`.
+
+    Raises:
+      NotImplementedError: none of them can, or may.
+    """
+    able = _supported(call, implementation)
+    chosen = tuple(b.name for b in able if b in _BUILTIN_PRIMITIVE)
+    if not chosen:
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot run this call: it is for "
+            f"{tuple(b.name for b in _BUILTIN_PRIMITIVE)}"
+        )
+    return chosen
+
+
 def run(
     call: Call, operands: dict[str, jax.Array], implementation: Implementation
 ) -> tuple[jax.Array, jax.Array | None]:

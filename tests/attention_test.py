@@ -35,6 +35,7 @@ def test_public_names() -> None:
         "mha",
         "mha_qkvpacked",
         "mha_varlen",
+        "ring_mha",
         "rms_norm",
         "rope",
         "rope_append_kv",
@@ -42,6 +43,7 @@ def test_public_names() -> None:
         "silu_mul",
         "split_qkv",
         "top_k",
+        "ulysses_mha",
     ]
 
 

@@ -25,7 +25,7 @@ NAMES = {
         "layer": jax_flash.mha,
         "logits": jnp.ones((2, 50)),
         "key": jax.random.key(0),
-        "q": jnp.ones((1, 8, 4, 16)),
+        "q": jnp.ones((1, 16, 4, 16)),
         "pieces": [(jnp.ones((1, 8, 2, 16)),) * 2] * 2,
         "outs": [jnp.ones((1, 8, 4, 16))] * 2,
         "lses": [jnp.ones((1, 4, 8))] * 2,
@@ -89,5 +89,14 @@ def test_signature(name: str) -> None:
 
 
 def test_signatures_are_found() -> None:
-    known = {"mha", "rope", "rope_append_kv", "sample", "top_k", "rms_norm"}
+    known = {
+        "mha",
+        "ring_mha",
+        "ulysses_mha",
+        "rope",
+        "rope_append_kv",
+        "sample",
+        "top_k",
+        "rms_norm",
+    }
     assert known <= set(signatures())

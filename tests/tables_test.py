@@ -59,7 +59,7 @@ def test_no_duplicates() -> None:
 
 
 def test_instantiation_files() -> None:
-    """Each kernel is in one file, named after its pass and, unless 16 bits, its type."""
+    """Each kernel is in one file, named after its pass and (unless 16 bits) type."""
     want = collections.Counter()
     for k in plan.KERNELS:
         op = k.op.removeprefix("mha_")
