@@ -292,9 +292,8 @@ def test_zigzag_order() -> None:
 def test_zigzag_halves_the_work() -> None:
     """Scores of a device at a step: all but the first the same, half of a block."""
     rows = 8
-    for step, before, behind in ring.zigzag_steps(4, rows)[1:]:
-        assert step
-        for piece in (before, behind):
+    for step in ring.zigzag_steps(4, rows)[1:]:
+        for piece in (step.before, step.behind):
             assert piece is not None
             assert piece.window == (None, None)
             sizes = [end - first for first, end in (piece.rows, piece.keys)]
@@ -447,16 +446,34 @@ def test_no_device_holds_all_keys() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_kernels() -> None:
-    """On CUDA every piece is a kernel, forward and backward."""
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        # The own block, and those of later steps, from before.
+        ({"is_causal": True}, 4),
+        # The own block, and those from before and from behind.
+        ({"is_causal": True, "layout": "zigzag"}, 1 + 2 * 3),
+        ({}, 4),
+        ({"is_causal": True, "window_size": (3, None)}, 2),
+    ],
+)
+def test_kernels(options: dict[str, Any], calls: int) -> None:
+    """On CUDA every part is a kernel, forward and backward, and nothing branches."""
     tensors = [x.astype(jnp.bfloat16) for x in operands()]
-    f = sharded(ring_mha, 4, is_causal=True)
-    # The own block, and one branch of each later step.
-    assert cuda_text(f, *tensors).count("@jax_flash_mha_fwd(") == 4
+    f = sharded(ring_mha, 4, **options)
+    text = cuda_text(f, *tensors)
+    assert text.count("@jax_flash_mha_fwd(") == calls
     grad = jax.grad(lambda *a: f(*a)[0].sum(dtype=jnp.float32), (0, 1, 2))
-    assert cuda_text(grad, *tensors).count("@jax_flash_mha_bwd(") == 4
-    whole = sharded(ulysses_mha, 4, is_causal=True)
-    assert cuda_text(whole, *tensors).count("@jax_flash_mha_fwd(") == 1
+    text += cuda_text(grad, *tensors)
+    assert text.count("@jax_flash_mha_bwd(") == calls
+    assert not re.search(r"stablehlo\.(case|if|while)", text)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_of_ulysses() -> None:
+    tensors = [x.astype(jnp.bfloat16) for x in operands()]
+    text = cuda_text(sharded(ulysses_mha, 4, is_causal=True), *tensors)
+    assert text.count("@jax_flash_mha_fwd(") == 1
 
 
 def visible(shift: int, window: tuple[int | None, int | None], t: int, s: int):

@@ -7,9 +7,10 @@ round once more: the backward primitive needs the lse and the output of the whol
 alone, and the sums for keys and values travel with them, in float32. So no device ever
 holds more than a few shards, in the gradient neither.
 
-Lives here: which part of a block is seen, and the two walks. Which devices are at which
-step is the same for all of them but for one branch: those whose keys come from before
-their queries, and those whose keys come from behind.
+Lives here: which part of a block is seen, and the two walks. All devices run the same
+program. What some of them see and others do not (keys from before their queries, or
+from behind) the others run, too, with a key length of 0, which costs a kernel next to
+nothing: a branch would have the host wait for the device.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from jax_flash._src.scores import accumulator
 
 Arrays = dict[str, jax.Array]
 
+KEY_LENGTHS = "key_value_seq_lengths"
 TRAVELLING = ("key", "value", "kv_segment_ids")
 TENSORS = OPERANDS[:3]
 
@@ -92,6 +94,30 @@ def piece_of(
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """What devices do with the keys that have come so far.
+
+    Attributes:
+      distance: how far they have come.
+      before: what is seen of them by devices of at least that index, whose keys come
+        from before their queries.
+      behind: what by the others, whose keys come from behind.
+    """
+
+    distance: int
+    before: Piece | None
+    behind: Piece | None
+
+    @property
+    def parts(self) -> list[tuple[Piece, str | None]]:
+        """What is computed, and who sees it, "before" or "behind"; None = all."""
+        if self.before == self.behind:
+            return [] if self.before is None else [(self.before, None)]
+        both = (self.before, "before"), (self.behind, "behind")
+        return [(piece, who) for piece, who in both if piece is not None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Ring:
     """Everything static about a walk.
 
@@ -99,21 +125,20 @@ class Ring:
       axis: the mesh axis, or several.
       size: its number of devices.
       config: of a call on one block, but for the window.
-      steps: how far keys have come, and what is seen of them: by devices with at least
-        that index, whose keys come from before their queries, and by the others.
+      steps: in the order in which keys come.
       wants_lse: whether lse is a result, and may have a cotangent.
     """
 
     axis: str | tuple[str, ...]
     size: int
     config: AttentionConfig
-    steps: tuple[tuple[int, Piece | None, Piece | None], ...]
+    steps: tuple[Step, ...]
     wants_lse: bool
 
 
 def contiguous_steps(
     size: int, window: tuple[int | None, int | None], rows: int, keys: int
-) -> tuple[tuple[int, Piece | None, Piece | None], ...]:
+) -> tuple[Step, ...]:
     """The steps where device i has rows i * rows on; none where nobody sees anything.
 
     With a window rows and keys are as many, and aligned.
@@ -123,13 +148,11 @@ def contiguous_steps(
         before = piece_of(step * rows, window, rows, keys)
         behind = piece_of((step - size) * rows, window, rows, keys) if step else before
         if before or behind:
-            steps.append((step, before, behind))
+            steps.append(Step(step, before, behind))
     return tuple(steps)
 
 
-def zigzag_steps(
-    size: int, rows: int
-) -> tuple[tuple[int, Piece | None, Piece | None], ...]:
+def zigzag_steps(size: int, rows: int) -> tuple[Step, ...]:
     """The steps of a causal mask where device i has chunks i and 2 * size - 1 - i.
 
     Every device has the same work at every step: all of its rows see the first chunk of
@@ -139,7 +162,8 @@ def zigzag_steps(
     own = Piece(whole, whole, (None, 0))
     before = Piece(whole, (0, half))
     behind = Piece((half, rows), whole)
-    return ((0, own, own), *((step, before, behind) for step in range(1, size)))
+    later = (Step(distance, before, behind) for distance in range(1, size))
+    return (Step(0, own, own), *later)
 
 
 def lengths_as_ids(
@@ -196,19 +220,27 @@ def _rotate(ring: Ring, x: Any, distance: int) -> Any:
 
 
 def _block(
-    ring: Ring, operands: Arrays, piece: Piece
+    ring: Ring, step: Step, part: tuple[Piece, str | None], operands: Arrays
 ) -> tuple[AttentionConfig, Arrays]:
-    """The call of a piece, and its part of the operands and of what else there is."""
+    """The call of a part, and its part of the operands and of what else there is."""
+    piece, who = part
+    cut = dict(operands)
+    for axes, span in ((ROW_AXES, piece.rows), (KEY_AXES, piece.keys)):
+        cut |= {n: _cut(cut[n], axis, span) for n, axis in axes.items() if n in cut}
+    if who is not None:
+        is_before = lax.axis_index(ring.axis) >= step.distance
+        sees = is_before if who == "before" else ~is_before
+        keys = jnp.where(sees, jnp.int32(piece.keys[1] - piece.keys[0]), jnp.int32(0))
+        keys = compat.vary_like(keys, operands["query"])
+        cut[KEY_LENGTHS] = keys.reshape((1,) * (operands["query"].ndim - 3))
     left, right = piece.window
     config = dataclasses.replace(
         ring.config,
         window_left=UNBOUNDED if left is None else left,
         window_right=UNBOUNDED if right is None else right,
         bottom_right=False,
+        present=tuple(name for name in OPERANDS if name in cut),
     )
-    cut = dict(operands)
-    for axes, part in ((ROW_AXES, piece.rows), (KEY_AXES, piece.keys)):
-        cut |= {n: _cut(cut[n], axis, part) for n, axis in axes.items() if n in cut}
     return config, cut
 
 
@@ -236,24 +268,6 @@ def _at_step(ring: Ring, operands: Arrays, travelling: Arrays, step: int) -> Arr
     return given
 
 
-def _either(
-    ring: Ring,
-    step: tuple[int, Piece | None, Piece | None],
-    work: Any,
-    otherwise: Any,
-) -> Any:
-    """`work(piece)` of the piece that this device sees, `otherwise` if it sees none."""
-    distance, before, behind = step
-
-    def of(piece: Piece | None) -> Any:
-        return otherwise if piece is None else work(piece)
-
-    if before == behind:
-        return of(before)
-    here = lax.axis_index(ring.axis)
-    return lax.cond(here >= distance, lambda: of(before), lambda: of(behind))
-
-
 def _forward(
     ring: Ring, query: jax.Array, key: jax.Array, value: jax.Array, others: Arrays
 ) -> tuple[jax.Array, jax.Array]:
@@ -267,29 +281,24 @@ def _forward(
     travelling = {n: operands[n] for n in TRAVELLING if n in operands}
     at = 0
     for step in ring.steps:
-        travelling, at = _rotate(ring, travelling, step[0] - at), step[0]
-        given = _at_step(ring, operands, travelling, step[0])
-
-        def merged(
-            piece: Piece, given: Arrays = given, so_far: Any = (out, lse)
-        ) -> tuple[jax.Array, jax.Array]:
-            config, block = _block(ring, given, piece)
+        travelling = _rotate(ring, travelling, step.distance - at)
+        at = step.distance
+        given = _at_step(ring, operands, travelling, at)
+        for part in step.parts:
+            config, block = _block(ring, step, part, given)
             own = primitives.forward(config, *(block[n] for n in config.present))
+            rows = part[0].rows
             earlier = [
-                _cut(x, axis, piece.rows)
-                for x, axis in zip(so_far, RESULT_AXES, strict=True)
+                _cut(x, axis, rows)
+                for x, axis in zip((out, lse), RESULT_AXES, strict=True)
             ]
             both = merge.merge_partials(
                 [earlier[0], own[0].astype(dtype)], [earlier[1], own[1]]
             )
-            first = piece.rows[0]
             out, lse = (
-                lax.dynamic_update_slice_in_dim(x, new, first, x.ndim + axis)
-                for x, new, axis in zip(so_far, both, RESULT_AXES, strict=True)
+                lax.dynamic_update_slice_in_dim(x, new, rows[0], x.ndim + axis)
+                for x, new, axis in zip((out, lse), both, RESULT_AXES, strict=True)
             )
-            return out, lse
-
-        out, lse = _either(ring, step, merged, (out, lse))
     return out.astype(query.dtype), lse
 
 
@@ -310,27 +319,18 @@ def _backward(ring: Ring, residuals: Any, cotangents: Any) -> Any:
     )
     at = 0
     for step in ring.steps:
-        travelling = _rotate(ring, travelling, step[0] - at)
-        sums, at = _rotate(ring, sums, step[0] - at), step[0]
-        given = _at_step(ring, operands, travelling, step[0])
-
-        def gradients(piece: Piece, given: Arrays = given) -> list[jax.Array]:
-            config, block = _block(ring, given, piece)
+        travelling = _rotate(ring, travelling, step.distance - at)
+        sums, at = _rotate(ring, sums, step.distance - at), step.distance
+        given = _at_step(ring, operands, travelling, at)
+        for part in step.parts:
+            config, block = _block(ring, step, part, given)
             names = config.present + results
-            grads = primitives.backward(config, which, *(block[n] for n in names))
-            return [
-                _grown(x.astype(dtype), -3, part, size.shape[-3])
-                for x, part, size in zip(
-                    grads,
-                    (piece.rows, piece.keys, piece.keys),
-                    (query, key, value),
-                    strict=True,
-                )
-            ]
-
-        nothing = [jnp.zeros_like(x) for x in (dquery, *sums)]
-        own = _either(ring, step, gradients, nothing)
-        dquery, *sums = (a + b for a, b in zip((dquery, *sums), own, strict=True))
+            terms = primitives.backward(config, which, *(block[n] for n in names))
+            spans = part[0].rows, part[0].keys, part[0].keys
+            dquery, *sums = (
+                x + _grown(term.astype(dtype), -3, span, x.shape[-3])
+                for x, term, span in zip((dquery, *sums), terms, spans, strict=True)
+            )
     sums = _rotate(ring, sums, -at)
     return tuple(x.astype(query.dtype) for x in (dquery, *sums))
 
