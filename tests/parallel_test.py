@@ -279,6 +279,20 @@ def test_zigzag(size: int, name: str) -> None:
     assert_is_mha(zigzag(size, options), *operands(), **options, is_causal=True)
 
 
+def test_zigzag_mask() -> None:
+    """A mask has rows and keys in the order in which the devices have them."""
+    order = zigzag_order(LENGTH, 4)
+    back = np.argsort(order)
+    mask = MASK[:, :, order][..., order]
+    spec = {"mask": P(None, None, "x")}
+    options = {"layout": "zigzag", "is_causal": True}
+    f = sharded(ring_mha, 4, {"mask": mask}, spec, **options)
+    tensors = operands()
+    out, lse = f(*(x[:, order] for x in tensors))
+    whole = mha(*tensors, mask=MASK, is_causal=True, return_lse=True)
+    assert_close((out[:, back], lse[..., back]), whole)
+
+
 def test_zigzag_order() -> None:
     order = zigzag_order(16, 2)
     assert order.tolist() == [*range(4), *range(12, 16), *range(4, 12)]
