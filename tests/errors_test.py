@@ -203,7 +203,11 @@ UNSUPPORTED = {
         r"implementation='cudnn' cannot run this call: .*query of dtype float32",
     ),
     "two that cannot": (
-        {"implementation": ("cuda", "cudnn"), "softcap": 2.0},
+        {
+            "implementation": ("cuda", "cudnn"),
+            "query": (2, 6, 4, 129),
+            "key": (2, 5, 2, 129),
+        },
         r"implementation=\('cuda', 'cudnn'\) cannot run this call: cuda: .*; cudnn: ",
     ),
 }
