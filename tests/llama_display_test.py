@@ -122,7 +122,9 @@ def test_live(
     monkeypatch: pytest.MonkeyPatch,
     size: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size(size))
+    monkeypatch.setattr(
+        shutil, "get_terminal_size", lambda *_, **__: os.terminal_size(size)
+    )
     monkeypatch.setattr(llama_display, "REDRAW", 0.0)
     titles: dict[Request, str] = {}
     serve(engine, Live(Texts(stream), titles), titles)
