@@ -367,7 +367,7 @@ def _canonical(
     The calls have the query's length on a device, and the key's on all of them.
     """
     whole = dict(arrays)
-    for name, axis in (("key", -3), ("value", -3), ("kv_segment_ids", -1)):
+    for name, axis in ring.TRAVELLING.items():
         x: Any = arrays.get(name)
         shape = list(getattr(x, "shape", ()))
         if len(shape) >= -axis:
@@ -382,7 +382,7 @@ def _canonical(
             )
     call = validate.rounded(given)
     local = {}
-    for name, axis in (("key", -3), ("value", -3), ("kv_segment_ids", -1)):
+    for name, axis in ring.TRAVELLING.items():
         x = getattr(call, name)
         if x is not None:
             shape = list(x.shape)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_flash._src import compat, dropout, merge, primitives
+from jax_flash._src import avals, compat, dropout, merge, primitives
 from jax_flash._src.config import OPERANDS, UNBOUNDED, AttentionConfig, Backward
 from jax_flash._src.derivatives import RESIDUAL_NAMES
 from jax_flash._src.scores import accumulator
@@ -30,7 +30,8 @@ from jax_flash._src.scores import accumulator
 Arrays = dict[str, jax.Array]
 
 KEY_LENGTHS = "key_value_seq_lengths"
-TRAVELLING = ("key", "value", "kv_segment_ids")
+TRAVELLING = {"key": -3, "value": -3, "kv_segment_ids": -1}
+"""What goes round, and its dimension of keys."""
 TENSORS = OPERANDS[:3]
 
 ROW_AXES = {
@@ -44,7 +45,7 @@ ROW_AXES = {
 }
 RESULT_AXES = -3, -1
 """Rows of out and lse."""
-KEY_AXES = {"key": -3, "value": -3, "kv_segment_ids": -1, "mask": -1}
+KEY_AXES = TRAVELLING | {"mask": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +313,6 @@ def _backward(ring: Ring, residuals: Any, cotangents: Any) -> Any:
     if ring.wants_lse:
         operands["dlse"] = dlse
     which = Backward(TENSORS, ((),) * 3, ring.wants_lse)
-    results = ("out", "lse", "dout") + (("dlse",) if ring.wants_lse else ())
     travelling = {n: operands[n] for n in TRAVELLING if n in operands}
     dquery, *sums = (
         compat.vary_like(jnp.zeros(x.shape, dtype), query) for x in (query, key, value)
@@ -324,7 +324,7 @@ def _backward(ring: Ring, residuals: Any, cotangents: Any) -> Any:
         given = _at_step(ring, operands, travelling, at)
         for part in step.parts:
             config, block = _block(ring, step, part, given)
-            names = config.present + results
+            names = avals.backward_operands(config, which)
             terms = primitives.backward(config, which, *(block[n] for n in names))
             spans = part[0].rows, part[0].keys, part[0].keys
             dquery, *sums = (
