@@ -133,6 +133,38 @@ __device__ __forceinline__ void prepare_tile(const MhaBwdParams& params, const B
   }
 }
 
+// Where the main kernel makes dquery of its sum: the sums of tiles that begin among these rows and
+// to which one block of keys adds, which then finds zeros there. The sum is in whole tiles.
+__device__ __forceinline__ void clear_single_tiles(const MhaBwdParams& params,
+                                                   const BwdRowGroup& group, const RowMask& mask,
+                                                   int width) {
+  constexpr int kKeys = 128;  // of a block
+  const int rows = params.finished_rows;
+  const int tiles = (params.query_length + rows - 1) / rows;
+#pragma unroll 1
+  for (int tile = (group.row + rows - 1) / rows; tile * rows < group.row + kBwdRowGroup; ++tile) {
+    const KeyInterval keys = mask.hull(tile * rows, (tile + 1) * rows);
+    if (tile >= tiles || keys.first >= keys.end) continue;
+    if (keys.first / kKeys != (keys.end - 1) / kKeys) continue;
+    float4* const sum = reinterpret_cast<float4*>(params.dquery_sum +
+                                                  (group.flat_head * tiles + tile) * rows * width);
+    for (int i = threadIdx.x; i < rows * width / 4; i += kBwdRowThreads) {
+      sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+}
+
+// A lane's part of zeros in a row of dquery, of 16 bits and whole 16 bytes, that eight lanes share.
+__device__ __forceinline__ void clear_dquery(const MhaBwdParams& params, const BwdRowGroup& group,
+                                             int row, int lane) {
+  const int64_t first =
+      (int64_t{group.batch} * params.query_length + row) * params.heads + group.head;
+  Element16* const out = static_cast<Element16*>(params.dquery) + first * params.head_dim;
+  for (int column = 8 * lane; column < params.head_dim; column += 64) {
+    *reinterpret_cast<uint4*>(out + column) = make_uint4(0, 0, 0, 0);
+  }
+}
+
 // `width`: floats of a row of dquery_sum. Mask: of the main kernel. parts: of a tile of 64 rows,
 // where the main kernel has such and asks `turns` of each tile; or 0.
 template <typename Element, typename Mask>
@@ -153,6 +185,10 @@ __global__ void __launch_bounds__(kBwdRowThreads)
     if (threadIdx.x < kBwdRowGroup / kBwdTurnRows) {
       params.turns[padded_row / kBwdTurnRows + threadIdx.x] = 0;
     }
+  }
+
+  if constexpr (std::is_same_v<Mask, RowMask>) {
+    if (params.finished_rows != 0) clear_single_tiles(params, group, mask, width);
   }
 
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.queue = 0;
@@ -179,6 +215,9 @@ __global__ void __launch_bounds__(kBwdRowThreads)
       const int64_t offset =
           ((int64_t{group.batch} * params.query_length + row) * params.heads + group.head) *
           params.head_dim_v;
+      if (params.finished_rows != 0 && keys.first >= keys.end) {
+        clear_dquery(params, group, row, lane);
+      }
       if constexpr (sizeof(Element) == 4) {
         delta = partial_delta(static_cast<const float*>(params.out) + offset,
                               static_cast<const float*>(params.dout) + offset, params.head_dim_v,

@@ -177,6 +177,10 @@ struct MhaBwdParams : MhaParams {
   // Whether the first to add to a part of dquery_sum stores instead, and there are no zeros before;
   // a part to which nothing was added has an entry of 0 in `turns`.
   bool first_stores;
+
+  // Rows of a tile if the main kernel makes dquery of its sum, else 0. What bwd_prepare writes then:
+  // zeros in the rows of dquery that see no key, and in the sum of tiles to which one block adds.
+  int32_t finished_rows;
 };
 
 // Whether a backward takes the kernels for what is_dense says. They have the gradient of slopes,

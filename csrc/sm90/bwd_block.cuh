@@ -40,7 +40,8 @@ struct BwdPlan {
   CUtensorMap query;  // dims: width, row, head, two batch dims
   CUtensorMap key;
   CUtensorMap value;
-  CUtensorMap dout;  // dims: width, row, head, batch, 1
+  CUtensorMap dout;    // dims: width, row, head, batch, 1
+  CUtensorMap dquery;  // the same, where blocks that are the last to add to a tile make it
 
   FastDivisor inner_batch;  // size of the inner of two batch dims
   FastDivisor kv_heads;
@@ -54,6 +55,8 @@ struct BwdPlan {
   FastDivisor groups;  // thread blocks, or pairs of them
   bool first_to_last;  // which it starts with
   bool queued;         // thread blocks take the next that nobody has taken, not one of the order's
+  bool ring;           // each block begins with tiles of its own: see BwdOrderedBlock
+  bool strict;         // where blocks add in an order, all of them have their place
 
   // Where softcap or slopes make logits.
   float logit_log2;     // of q.k, in base 2
@@ -116,10 +119,38 @@ struct BwdDenseBlock {
 };
 struct NothingDense {};
 
+// Tiles [first, end) below kMax, in one register.
+struct BwdTileRange {
+  static constexpr int kMax = 1 << 16;
+  uint32_t bits;
+
+  __device__ __forceinline__ static BwdTileRange of(int first, int end) {
+    return {static_cast<uint32_t>(end) << 16 | static_cast<uint32_t>(first)};
+  }
+  __device__ __forceinline__ bool has(int tile) const {
+    return tile >= static_cast<int>(bits & 0xffff) && tile < static_cast<int>(bits >> 16);
+  }
+};
+
+// Where the first and the last block that add to dQ of a tile have their place, or all of them.
+//
+// In a ring, which has no mask, block b of the `ring` blocks of a head that have keys begins with
+// tile b tiles / ring of its queries, goes on to the last and then from the first on: so a tile
+// sees them from block to block downwards, each a share of the tiles after the one before, and all
+// of them start and end at a time.
+struct BwdOrderedBlock {
+  int ring;             // 0: there is none
+  int start_tile;       // which a head begins with
+  BwdTileRange store;   // in a ring: tiles that it is the first for
+  BwdTileRange finish;  // tiles that it is the last for, if it makes their dQ
+};
+struct BwdUnorderedBlock {};
+
 // The producer writes it to shared memory, the consumers read it there.
 template <typename Config>
 struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPlainBlock>,
-                  std::conditional_t<Config::kDense, BwdDenseBlock, NothingDense> {
+                  std::conditional_t<Config::kDense, BwdDenseBlock, NothingDense>,
+                  std::conditional_t<Config::kFinishes, BwdOrderedBlock, BwdUnorderedBlock> {
   // Of queries, for each query head; negative: there are no more blocks. With intervals some of
   // them may be passed over.
   int tiles;
@@ -136,6 +167,46 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   int sum_batch;  // in the sums of the gradients of keys and values of parts, all copies of them
   typename Config::Mask mask;
   RowInterval live;  // rows that see any key; the others may hold anything. Not with intervals.
+
+  // The tile that a head begins with.
+  __device__ __forceinline__ int start() const {
+    if constexpr (Config::kFinishes) return this->start_tile;
+    return first_tile;
+  }
+  __device__ __forceinline__ int after(int tile) const {
+    return tile + 1 == first_tile + tiles ? first_tile : tile + 1;
+  }
+  // Whether this block makes dQ of the tile that it comes to before this one.
+  __device__ __forceinline__ bool finishes_before(int tile) const {
+    if constexpr (Config::kFinishes) {
+      return this->finish.has(tile == first_tile ? first_tile + tiles - 1 : tile - 1);
+    }
+    return false;
+  }
+  // In a loop and with what is there forgotten: the producer has few registers.
+  __device__ __forceinline__ void begin_order(bool in_ring, bool may_finish, int number) {
+    this->start_tile = first_tile;
+    // Without a ring it is the last for all tiles or for none.
+    const bool is_last = may_finish && number == 0;
+    this->finish = BwdTileRange::of(first_tile, is_last ? first_tile + tiles : 0);
+    this->ring = in_ring ? (mask.key_length + Config::kKeys - 1) / Config::kKeys : 0;
+    if (this->ring == 0) return;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      ptx::forget_memory();
+      const int b = i == 0 ? number : number == 0 ? this->ring - 1 : number - 1;
+      const int first = first_tile + b * tiles / this->ring;
+      ptx::forget_memory();
+      const int end = first_tile + (b + 1) * tiles / this->ring;
+      const BwdTileRange share = BwdTileRange::of(first, end);
+      if (i == 0) {
+        this->store = share;
+        this->start_tile = first;
+      } else if (may_finish) {
+        this->finish = share;
+      }
+    }
+  }
 
   // With intervals: whether this block adds to the gradient of a tile of queries.
   __device__ __forceinline__ bool meets(int tile) const {
@@ -221,7 +292,17 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   const int flat_query_head = flat_part * plan.query_heads;
   block.first_head = flat_query_head - block.batch * params.heads;
   block.in_sum = flat_query_head * plan.tiles;
-  block.mask = mask_of<typename Config::Mask>(params, block.batch);
+  if constexpr (Config::kFinishes) {
+    // By the first lane, so that nothing is added to windows, which the compiler would keep in
+    // registers that the producer does not have.
+    const int zero = ptx::laneid();
+    block.mask = RowMask::make(
+        sequence_length(params.query_lengths, block.batch, params.query_length, params),
+        sequence_length(params.key_lengths, block.batch, params.key_length, params),
+        params.window_left + zero, params.window_right + zero, params.bottom_right);
+  } else {
+    block.mask = mask_of<typename Config::Mask>(params, block.batch);
+  }
   RowInterval rows;
   if constexpr (Config::kIntervals) {
     const IntervalsView& view = params.intervals;
@@ -245,6 +326,9 @@ __device__ __forceinline__ bool make_block(const MhaBwdParams& params, const Bwd
   block.steps = plan.query_heads * block.tiles;
   block.in_sum += block.first_tile;
   block.next_head = plan.tiles - block.tiles + 1;
+  if constexpr (Config::kFinishes) {
+    block.begin_order(plan.ring, params.finished_rows != 0, number);
+  }
   if constexpr (!Config::kIntervals) {
 #pragma unroll 1
     for (int w = 0; w < Config::kWarpgroups; ++w) {

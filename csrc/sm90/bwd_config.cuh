@@ -23,7 +23,9 @@ struct BwdConfig {
   static constexpr ElementType kType = kTypeArg;
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
-  static constexpr bool kPaired = false;        // see BwdWideConfig
+  static constexpr bool kPaired = false;  // see BwdWideConfig
+  // Whether blocks that are the last to add to dQ of a tile may make it.
+  static constexpr bool kFinishes = kDeterministic && !kIntervals;
   static constexpr int kHeadDim = kHeadDimArg;  // of queries, keys and values, after padding
   static constexpr int kHeadDimV = kHeadDim;
   static constexpr int kRows = kRowsArg;

@@ -195,7 +195,14 @@ struct BwdConsumer {
     ptx::fence_proxy_async_shared();
     ptx::bar_arrive(Config::kSumReady + warpgroup, Config::kSumThreads);
   }
-  __device__ __forceinline__ void hand_over(const float (&d)[kSums]) const {
+  // finishes: whether this block is the last to add to it, and makes dQ.
+  __device__ __forceinline__ void hand_over(const float (&d)[kSums], bool finishes = false) const {
+    if constexpr (Config::kFinishes) {
+      if (finishes) {
+        finish_dquery(d);
+        return;
+      }
+    }
 #pragma unroll
     for (int piece = 0; piece < Config::kSumPieces; ++piece) {
       float x[kPieceSums];
@@ -203,6 +210,39 @@ struct BwdConsumer {
       for (int i = 0; i < kPieceSums; ++i) x[i] = d[piece * kPieceSums + i];
       hand_over_piece(x);
     }
+  }
+
+  // Makes dQ of this block's part and the sum of all others, which is where that part would go, and
+  // leaves it there, a row for each query.
+  __device__ __forceinline__ void finish_dquery(const float (&d)[kSums]) const {
+    ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
+    const uint32_t sum = tiles + Config::kSumOffset + warpgroup * 4 * Config::kSumFloats;
+    float x[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums / 4; ++i) {
+      const uint4 words = ptx::ld_shared_v4(sum + threadIdx.x % 128 * 16 + 2048 * i);
+      x[4 * i] = d[4 * i] + __uint_as_float(words.x);
+      x[4 * i + 1] = d[4 * i + 1] + __uint_as_float(words.y);
+      x[4 * i + 2] = d[4 * i + 2] + __uint_as_float(words.z);
+      x[4 * i + 3] = d[4 * i + 3] + __uint_as_float(words.w);
+    }
+    ptx::bar_sync(3 + warpgroup, 128);  // all have read
+    using Layout = SlabLayout<Config::kSumRows, 64>;
+    const int lane = lane_id();
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const uint32_t target = sum + Layout::offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < Config::kSumRows / 16; ++k) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = ptx::cvt_rn_x2<Element>(params.factor * x[8 * k + 2 * j],
+                                           params.factor * x[8 * k + 2 * j + 1]);
+      }
+      ptx::stmatrix_x4_trans(target + 16 * 128 * k, words);
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::bar_arrive(Config::kSumReady + warpgroup, Config::kSumThreads);
   }
 
   // Zeroes the rows of queries and output gradients that may hold anything.
@@ -388,10 +428,11 @@ struct BwdConsumer {
     // In the first step of a block of what lies there from the block before: dropped.
     issue_dquery(dquery, steps + 1, own_columns());
     issue_gradient(dkey, ds, query_tile());
+    const bool finishes = block.finishes_before(tile);
     ptx::wgmma_wait_group<1>();
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
     release_douts();
-    if (!first) hand_over(dquery);
+    if (!first) hand_over(dquery, finishes);
     if constexpr (Config::kIntervals) {
       if (!last) look_ahead<kOptions>(block);
     }
@@ -510,7 +551,7 @@ struct BwdConsumer {
     store_gradient<false>(dvalue, block);
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
-    hand_over(dquery);
+    hand_over(dquery, block.finishes_before(block.start()));
     ++blocks;
   }
 

@@ -3,8 +3,9 @@
 // Thread blocks stay and work off blocks of keys (bwd_block.cuh). One warp plans and copies; two
 // consumer warpgroups own 64 keys each and go through the queries that see them, of all query heads
 // that share the key head, so dK and dV are summed in registers. dQ is added to a sum in global
-// memory, which bwd_finish.cuh turns into the result. Over width 128 thread blocks work in pairs,
-// unless there are intervals. docs/design/bwd_sm90.md has limits, barriers and measurements.
+// memory, which the last to add or bwd_finish.cuh turns into the result. Over width 128 thread
+// blocks work in pairs, unless there are intervals. docs/design/bwd_sm90.md has limits, barriers
+// and measurements.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/bwd_adder.cuh"
 #include "sm90/bwd_consumer.cuh"
+#include "sm90/bwd_finishing_adder.cuh"
 #include "sm90/bwd_paired_consumer.cuh"
 #include "sm90/bwd_producer.cuh"
 #include "sm90/bwd_sender.cuh"
@@ -70,6 +72,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (uint64_t& barrier : shared.dout_empty) init(barrier, Config::kDoutArrivals);
     }
     for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
+    if constexpr (Config::kFinishes) {
+      for (uint64_t& barrier : shared.sum_full) init(barrier, 1);
+    }
     for (int i = 0; i < 2; ++i) {
       init(shared.score_full[i], Config::kScoreWarps);
       init(shared.score_empty[i], Config::kConsumerWarps);
@@ -100,8 +105,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       BwdProducer<Config> producer{params, plan, shared, tiles, rank};
       producer.run();
     } else if (warp <= Config::kWarpgroups) {
-      BwdAdder<Config> adder{params, shared, tiles, warp - 1, rank};
-      adder.run();
+      if constexpr (Config::kFinishes) {
+        BwdFinishingAdder<Config> adder{{params, shared, tiles, warp - 1, rank}, plan};
+        adder.run();
+      } else {
+        BwdAdder<Config> adder{params, shared, tiles, warp - 1, rank};
+        adder.run();
+      }
     } else if constexpr (Config::kPaired) {
       BwdSender<Config> sender{shared, tiles, rank};
       sender.run();

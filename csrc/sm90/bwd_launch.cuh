@@ -9,6 +9,7 @@
 #include "host/device.h"
 #include "host/launch.h"
 #include "sm90/bwd.h"
+#include "sm90/bwd_choice.h"
 #include "sm90/bwd_finish.cuh"
 #include "sm90/bwd_kernel.cuh"
 #include "sm90/bwd_parts.cuh"
@@ -34,8 +35,8 @@ inline int64_t bwd_interval_section(const MhaBwdParams& params, int64_t heads, i
 
 // multiprocessors: or pairs of them.
 template <typename Config>
-cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64_t l2_bytes,
-                      BwdPlan* plan) {
+cudaError_t make_plan(const MhaBwdParams& params, const BwdWay& way, int64_t multiprocessors,
+                      int64_t l2_bytes, BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
   const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
   const int64_t floats = BwdKeySums::make<Config>(params).floats();
@@ -45,6 +46,8 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   // Where blocks wait for longer ones, and where nobody knows how long they are.
   const bool waits = params.deterministic && params.window_right != kUnbounded;
   plan->queued = waits || Config::kIntervals;
+  plan->ring = way.ring;
+  plan->strict = way.strict;
   // Equal blocks: those of one head follow each other, and share its queries.
   int64_t section = 1;
   int64_t multiple = 1;
@@ -107,37 +110,19 @@ cudaError_t make_plan(const MhaBwdParams& params, int64_t multiprocessors, int64
   MhaParams flat{};  // its batch dims are one
   flat.batch_dims = 1;
   flat.batch_sizes[0] = params.batch;
-  return make_tensor_map(flat, dout,
-                         {params.head_dim_v, params.query_length, dout.row_stride, params.heads,
-                          dout.head_stride, kRows, 1},
-                         &plan->dout);
-}
-
-// Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
-// the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
-// are a large part of the work and few add to the same part at a time.
-inline bool bwd_first_stores(const MhaBwdParams& params) {
-  if (params.deterministic) return true;
-  const bool diagonal = params.window_right != kUnbounded;
-  const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
-  const int64_t right = diagonal ? params.window_right : kMaxLength;
-  const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 16384 : params.head_dim <= 64 ? 4096 : 2048);
-}
-
-// Whether sums have an order though nobody asked for it, because that is faster: the first to add
-// knows it, instead of asking, and few blocks add to the same part. Without a mask they all begin
-// with the same part and wait for each other once, which has to be a small part of the work. For
-// widths up to 128.
-inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) {
-  if (params.window_right == kUnbounded) {
-    const int64_t blocks = int64_t{params.batch} * params.heads * (params.key_length / 128);
-    return params.head_dim > 64 && params.window_left == kUnbounded &&
-           std::max(params.query_length, params.key_length) <= 4096 &&
-           blocks >= 15 * multiprocessors;
-  }
-  return params.window_left != kUnbounded &&
-         int64_t{params.window_left} + params.window_right < 4096;
+  error = make_tensor_map(flat, dout,
+                          {params.head_dim_v, params.query_length, dout.row_stride, params.heads,
+                           dout.head_stride, kRows, 1},
+                          &plan->dout);
+  if (error != cudaSuccess || params.finished_rows == 0) return error;
+  TensorView dquery{};
+  dquery.data = params.dquery;
+  dquery.row_stride = int64_t{params.heads} * params.head_dim;
+  dquery.batch_strides[0] = params.query_length * dquery.row_stride;
+  return make_tensor_map(flat, dquery,
+                         {params.head_dim, params.query_length, dquery.row_stride, params.heads,
+                          params.head_dim, Config::kSumRows, 1},
+                         &plan->dquery);
 }
 
 // Thread blocks of the main kernel, or pairs of them. Where blocks of keys keep their distance,
@@ -145,14 +130,18 @@ inline bool bwd_order_pays(const MhaBwdParams& params, int64_t multiprocessors) 
 inline int bwd_grid(const BwdPlan& plan, int multiprocessors) {
   if (plan.queued || plan.order.reverses || plan.order.blocks > multiprocessors)
     return multiprocessors;
-  const int whole = multiprocessors / plan.order.blocks * plan.order.blocks;
-  return whole >= 0.9f * multiprocessors ? whole : multiprocessors;
+  const int64_t heads = plan.order.ids / plan.order.blocks;
+  const int64_t whole = bwd_whole_heads(plan.order.blocks, heads, multiprocessors);
+  return whole > 0 ? static_cast<int>(whole) : multiprocessors;
 }
 
 template <typename Config>
-cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaStream_t stream) {
+cudaError_t launch_bwd(const MhaBwdParams& call, const BwdWay& way, const DeviceInfo& device,
+                       cudaStream_t stream) {
   using Element = typename Config::Element;
   MhaBwdParams params = call;
+  params.deterministic = way.ordered;
+  params.finished_rows = way.finishes ? Config::kRows : 0;
   if constexpr (Config::kIntervals) {
     // What the mask is like is not known here.
     params.window_left = params.window_right = kUnbounded;
@@ -185,7 +174,7 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   }
 
   BwdPlan plan{};
-  error = make_plan<Config>(params, groups, device.l2_bytes, &plan);
+  error = make_plan<Config>(params, way, groups, device.l2_bytes, &plan);
   if (error != cudaSuccess) return error;
   if constexpr (Config::kIntervals) {
     const float softcap = params.intervals.softcap;
@@ -216,15 +205,22 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
+  if (plan.ring) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
   error = cudaLaunchKernelEx(&config, kernel, params, plan);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (int64_t{params.query_length} + Config::kRows - 1) / Config::kRows;
   const int64_t row_chunks = tiles * (Config::kRows / Config::kSumRows);
-  const int64_t chunks = int64_t{params.batch} * params.heads * row_chunks;
+  const int64_t chunks =
+      params.finished_rows != 0 ? 0 : int64_t{params.batch} * params.heads * row_chunks;
   constexpr int kColumns = Config::kSumWidth / 64;
   const int64_t pieces = parts > 1 ? int64_t{sums.chunks} * sums.pieces() : 0;
   const int64_t blocks = chunks + (pieces + kColumns - 1) / kColumns;
+  if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const dim3 finish_grid(static_cast<unsigned>(blocks), kColumns);
   return launch_kernel(mha_bwd_finish_kernel<Element, Config::kSumRows>, finish_grid,
@@ -233,21 +229,20 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const DeviceInfo& device, cudaS
 }
 
 template <ElementType kType, int kHeadDim, int kHeadDimV>
-cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
+cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                            cudaStream_t stream) {
-  MhaBwdParams params = call;
-  if (kHeadDim <= 128 && bwd_order_pays(params, device.multiprocessors))
-    params.deterministic = true;
   const auto launch = [&]<int kRows>() {
-    return params.deterministic
-               ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, device, stream)
-               : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, device, stream);
+    const BwdWay way = bwd_way(params, kRows, 128, device.multiprocessors);
+    return way.ordered
+               ? launch_bwd<BwdConfig<kType, kHeadDim, kRows, true>>(params, way, device, stream)
+               : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, way, device, stream);
   };
   if constexpr (kHeadDim > 128) {
-    return params.deterministic
-               ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, device, stream)
-               : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(params, device,
-                                                                              stream);
+    const BwdWay way = bwd_plain_way(params, false);
+    return way.ordered ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, way,
+                                                                                     device, stream)
+                       : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(
+                             params, way, device, stream);
   } else if constexpr (kHeadDim == 64) {
     return launch.template operator()<128>();
   } else {
@@ -261,13 +256,14 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& call, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
+  const BwdWay way = bwd_plain_way(params, true);
   const auto launch = [&]<bool kDense>() {
     if constexpr (kHeadDim > 128) {
       return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask, kDense>>(
-          params, device, stream);
+          params, way, device, stream);
     } else {
       return launch_bwd<BwdConfig<kType, kHeadDim, kIntervalRows, false, IntervalMask, kDense>>(
-          params, device, stream);
+          params, way, device, stream);
     }
   };
   return is_dense(params) ? launch.template operator()<true>()

@@ -203,6 +203,33 @@ struct BwdProducer {
     ++copied;
   }
 
+  // All tiles of a block.
+  __device__ __forceinline__ void copy_all(const BwdBlock<Config>& block) {
+    [[maybe_unused]] bool first = true;
+#pragma unroll 1
+    for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
+      // The first queries do not wait for the block before to give its keys back.
+      if constexpr (Config::kFinishes) {
+        int tile = block.start();
+#pragma unroll 1
+        do {
+          copy_queries(block, head, tile * Config::kRows);
+          // There is no register to note it in.
+          const bool is_first = head == block.first_head && tile == block.start();
+          if (is_first && lane_id() == 0) copy_keys(block);
+          tile = block.after(tile);
+        } while (tile != block.start());
+      } else {
+#pragma unroll 1
+        for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
+          copy_queries(block, head, tile * Config::kRows);
+          if (first && lane_id() == 0) copy_keys(block);
+          first = false;
+        }
+      }
+    }
+  }
+
   // With intervals: all tiles of a block. Each lane finds the flags of one of 32 tiles, beforehand:
   // nothing is looked up between the release of a stage and the next copy to it.
   __device__ __forceinline__ void copy_intervals(BwdBlock<Config>& block) {
@@ -326,18 +353,8 @@ struct BwdProducer {
       if (block.tiles == 0) continue;
       if constexpr (Config::kIntervals) {
         copy_intervals(block);
-        continue;
-      }
-      // The first queries do not wait for the block before to give its keys back.
-      bool first = true;
-#pragma unroll 1
-      for (int head = block.first_head; head < block.first_head + block.query_heads; ++head) {
-#pragma unroll 1
-        for (int tile = block.first_tile; tile < block.first_tile + block.tiles; ++tile) {
-          copy_queries(block, head, tile * Config::kRows);
-          if (first && lane_id() == 0) copy_keys(block);
-          first = false;
-        }
+      } else {
+        copy_all(block);
       }
     }
     BwdBlock<Config>& end = empty_slot(slots);

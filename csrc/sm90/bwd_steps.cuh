@@ -20,7 +20,7 @@ __device__ __forceinline__ void for_interval_steps(Consumer& consumer,
     if constexpr (kBwdPassesUnseen<Config>) {
 #pragma unroll 1
       for (; left > 0 && consumer.unseen; --left) {
-        unseen_step(consumer, left == block.steps, left == 1,
+        unseen_step(consumer, left == block.steps, left == 1, false,
                     [&] { consumer.template look_ahead<kOptions>(block); });
       }
     }
@@ -44,7 +44,7 @@ __device__ __forceinline__ void for_plain_steps(Consumer& consumer, const BwdBlo
   const int end_tile = first_tile + block.tiles;
   const int clean_first = block.clean_first[warpgroup];
   const int clean_end = block.clean_end[warpgroup];
-  int tile = first_tile;
+  int tile = block.start();
   bool first = true;
   const auto advance = [&] {
     first = false;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void for_plain_steps(Consumer& consumer, const BwdBlo
     if constexpr (kBwdPassesUnseen<Config>) {
 #pragma unroll 1
       for (; left > 0 && !block.sees(warpgroup, tile); --left) {
-        unseen_step(consumer, first, false, [] {});
+        unseen_step(consumer, first, false, block.finishes_before(tile), [] {});
         advance();
       }
     }

@@ -26,6 +26,7 @@ struct BwdWideConfig {
   using Element = typename ElementOf<kType>::Type;
   static constexpr bool kDeterministic = kDeterministicArg;
   static constexpr bool kPaired = !kIntervals;
+  static constexpr bool kFinishes = false;
   static constexpr int kHeadDim = kHeadDimArg;  // widths after padding
   static constexpr int kHeadDimV = kHeadDimVArg;
   static constexpr int kRows = 64;

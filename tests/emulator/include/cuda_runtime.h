@@ -39,6 +39,7 @@ struct dim3 {
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
   cudaLaunchAttributeProgrammaticStreamSerialization
 };
 struct cudaLaunchAttribute {
@@ -47,6 +48,7 @@ struct cudaLaunchAttribute {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int cooperative;
     int programmaticStreamSerializationAllowed;
   } val;
 };
@@ -88,6 +90,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster = static_cast<int>(config->attrs[i].val.clusterDim.x);
+    }
+    // All thread blocks run at once.
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative) {
+      cluster = static_cast<int>(config->gridDim.x * config->gridDim.y);
     }
   }
   emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),

@@ -35,10 +35,10 @@ inline uint32_t atom_add(uint32_t* target, uint32_t value) {
   *target += value;
   return before;
 }
-// Thread blocks run one after another: what one waits for must have been done.
+// Whoever asks again lets others run; where thread blocks run one after another, what one waits for
+// must have been done.
 inline int32_t ld_acquire(const int32_t* source) {
-  static long asked = 0;
-  if (++asked > 100'000'000) emulator::fail("a thread block waits for one that comes later");
+  emulator::yield();
   return *source;
 }
 

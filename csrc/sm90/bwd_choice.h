@@ -1,0 +1,87 @@
+// How blocks of keys add to dQ: the choices of a launch of the sm_90 backward.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "host/params.h"
+#include "sm90/bwd_block.cuh"
+#include "tile/mask.cuh"
+
+namespace jax_flash::sm90 {
+
+// Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
+// the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
+// are a large part of the work and few add to the same part at a time.
+inline bool bwd_first_stores(const MhaBwdParams& params) {
+  if (params.deterministic) return true;
+  const bool diagonal = params.window_right != kUnbounded;
+  const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
+  const int64_t right = diagonal ? params.window_right : kMaxLength;
+  const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
+  return seen <= (diagonal ? 16384 : params.head_dim <= 64 ? 4096 : 2048);
+}
+
+// Thread blocks of a launch of the order's, each of which has a place of its own among the `blocks`
+// of a head; 0: that would leave too many multiprocessors idle.
+inline int64_t bwd_whole_heads(int64_t blocks, int64_t heads, int64_t multiprocessors) {
+  if (blocks * heads <= multiprocessors) return blocks * heads;
+  const int64_t whole = multiprocessors / blocks * blocks;
+  return whole >= 0.9 * multiprocessors ? whole : 0;
+}
+
+// How blocks add to the sum of dQ.
+struct BwdWay {
+  bool ordered;   // the first to add to a tile knows it, and has its place; so has the last
+  bool strict;    // all have
+  bool ring;      // BwdOrderedBlock
+  bool finishes;  // the last to add to a tile makes its dQ
+};
+
+// Blocks of a ring wait for each other, so all blocks of a head have to run at once.
+inline bool bwd_may_ring(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
+  const int64_t blocks = (int64_t{params.key_length} + keys - 1) / keys;
+  const int64_t tiles = (int64_t{params.query_length} + rows - 1) / rows;
+  return tiles >= blocks &&
+         bwd_whole_heads(blocks, int64_t{params.batch} * params.kv_heads, multiprocessors) > 0;
+}
+
+// For kernels that do not finish. Sums have an order if that is asked for, or where it is faster:
+// the first to add knows it, instead of asking.
+inline BwdWay bwd_plain_way(const MhaBwdParams& params, bool has_intervals) {
+  const bool pays = !has_intervals && params.window_right == kUnbounded &&
+                    params.window_left == kUnbounded &&
+                    std::max(params.query_length, params.key_length) <= 2048;
+  const bool ordered = params.deterministic || pays;
+  return {ordered, ordered, false, false};
+}
+
+// The same for widths up to 128. rows, keys: of a tile and a block.
+inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
+  const int64_t length = std::max(params.query_length, params.key_length);
+  const bool diagonal = params.window_right != kUnbounded;
+  const bool window = params.window_left != kUnbounded;
+  BwdWay way{params.deterministic, params.deterministic, false, false};
+  if (!diagonal && !window) {
+    // At width 64 the last of a ring waits longer than a tile takes.
+    way.ring =
+        !way.ordered && params.head_dim > 64 && bwd_may_ring(params, rows, keys, multiprocessors);
+    way.ordered |= way.ring;
+    way.finishes = way.ring;
+  } else if (diagonal && !window) {
+    // The last for all tiles is the longest block, and the last to be taken.
+    const int64_t blocks =
+        int64_t{params.batch} * params.heads * ((int64_t{params.key_length} + keys - 1) / keys);
+    const bool is_short = length <= 2048;
+    way.ordered |= is_short && params.heads == params.kv_heads && blocks >= 8 * multiprocessors;
+    way.finishes = way.ordered && is_short;
+  } else if (diagonal && int64_t{params.window_left} + params.window_right < 4096) {
+    way.ordered = true;  // few add to the same part
+  }
+  way.finishes &= !params.f32_dquery && params.head_dim % 8 == 0 &&
+                  reinterpret_cast<uintptr_t>(params.dquery) % 16 == 0 &&
+                  params.query_length / rows < BwdTileRange::kMax - 1;
+  return way;
+}
+
+}  // namespace jax_flash::sm90
