@@ -216,6 +216,7 @@ struct BwdConsumer {
   // leaves it there, a row for each query.
   __device__ __forceinline__ void finish_dquery(const float (&d)[kSums]) const {
     ptx::bar_sync(Config::kSumFree + warpgroup, Config::kSumThreads);
+    wait(shared.sum_full[warpgroup], shared.sum_parity[warpgroup]);
     const uint32_t sum = tiles + Config::kSumOffset + warpgroup * 4 * Config::kSumFloats;
     float x[kSums];
 #pragma unroll

@@ -37,7 +37,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
     int ring;
     BwdTileRange finish;
     // In a ring tiles that this block is the first for; else the ends of the rows, and of the keys
-    // that they see, counted from this block's last key.
+    // that they see, counted from this block's first key.
     int store_or_rows;
     int shift;
     int keys;
@@ -97,7 +97,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
   __device__ __forceinline__ void open() const {
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
   }
-  // The same with the sum of all other blocks.
+  // The same with the sum of all other blocks, for which the consumers wait.
   __device__ __forceinline__ void open_with_sum(const Order& order, const Part& part) {
     if (lane_id() == 0) {
       wait_for(part, order.awaited(part.tile, plan.strict));
@@ -105,7 +105,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
       ptx::mbarrier_arrive_expect_tx(barrier, 4 * Config::kSumFloats);
       ptx::bulk_load(place(), params.dquery_sum + in_sum(part) * Config::kSumFloats,
                      4 * Config::kSumFloats, barrier);
-      ptx::mbarrier_wait(barrier, loads % 2);
+      shared.sum_parity[warpgroup] = loads % 2;
     }
     ++loads;
     __syncwarp();

@@ -48,7 +48,9 @@ struct BwdShared
   uint64_t block_full[kBlockSlots];
   uint64_t block_empty[kBlockSlots];
   BwdBlock<Config> blocks[kBlockSlots];
-  uint64_t sum_full[Config::kWarpgroups];  // with kFinishes: the sum of the others has come
+  // With kFinishes: the sum of the others has come, in the phase of this parity.
+  uint64_t sum_full[Config::kWarpgroups];
+  uint32_t sum_parity[Config::kWarpgroups];
 
   // Of a pair of thread blocks.
   uint64_t query_open[Config::kStages];     // the other one's stage may be written

@@ -85,6 +85,8 @@ def backward_calls() -> Iterator[Call]:
             options = {"window_size": (40, 20), "query_seq_lengths": lengths}
             yield problem, options | {"deterministic": i % 2 == 1}
     for widths in ((64,), (128,), (256,)):
+        # Without a mask a ring up to width 128, and blocks that make dQ.
+        yield arrays(jax.numpy.bfloat16, (1, 400, 4), (300, 4), *widths), {}
         problem = arrays(jax.numpy.bfloat16, (1, 300, 8), (400, 2), *widths)
         for deterministic in (False, True):
             yield problem, {"deterministic": deterministic}
