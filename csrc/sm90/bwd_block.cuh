@@ -176,7 +176,11 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
   __device__ __forceinline__ int after(int tile) const {
     return tile + 1 == first_tile + tiles ? first_tile : tile + 1;
   }
-  // Whether this block makes dQ of the tile that it comes to before this one.
+  // Whether this block makes dQ of a tile, or of the one that it comes to before this one.
+  __device__ __forceinline__ bool finishes_at(int tile) const {
+    if constexpr (Config::kFinishes) return this->finish.has(tile);
+    return false;
+  }
   __device__ __forceinline__ bool finishes_before(int tile) const {
     if constexpr (Config::kFinishes) {
       return this->finish.has(tile == first_tile ? first_tile + tiles - 1 : tile - 1);

@@ -46,11 +46,20 @@ inline bool bwd_may_ring(const MhaBwdParams& params, int rows, int keys, int64_t
          bwd_whole_heads(blocks, int64_t{params.batch} * params.kv_heads, multiprocessors) > 0;
 }
 
+// Whether query heads of groups are no reason to look for more blocks of work (bwd_parts.cuh).
+inline bool bwd_has_work(const MhaBwdParams& params, int keys, int64_t multiprocessors) {
+  const int64_t blocks = (int64_t{params.key_length} + keys - 1) / keys;
+  return params.heads == params.kv_heads ||
+         params.batch * params.kv_heads * blocks >= 4 * multiprocessors;
+}
+
 // For kernels that do not finish. Sums have an order if that is asked for, or where it is faster:
 // the first to add knows it, instead of asking.
-inline BwdWay bwd_plain_way(const MhaBwdParams& params, bool has_intervals) {
+inline BwdWay bwd_plain_way(const MhaBwdParams& params, bool has_intervals,
+                            int64_t multiprocessors) {
   const bool pays = !has_intervals && params.window_right == kUnbounded &&
                     params.window_left == kUnbounded &&
+                    bwd_has_work(params, 128, multiprocessors) &&
                     std::max(params.query_length, params.key_length) <= 2048;
   const bool ordered = params.deterministic || pays;
   return {ordered, ordered, false, false};
@@ -64,8 +73,9 @@ inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t mu
   BwdWay way{params.deterministic, params.deterministic, false, false};
   if (!diagonal && !window) {
     // At width 64 the last of a ring waits longer than a tile takes.
-    way.ring =
-        !way.ordered && params.head_dim > 64 && bwd_may_ring(params, rows, keys, multiprocessors);
+    way.ring = !way.ordered && params.head_dim > 64 &&
+               bwd_has_work(params, keys, multiprocessors) &&
+               bwd_may_ring(params, rows, keys, multiprocessors);
     way.ordered |= way.ring;
     way.finishes = way.ring;
   } else if (diagonal && !window) {

@@ -195,14 +195,21 @@ struct BwdConsumer {
     ptx::fence_proxy_async_shared();
     ptx::bar_arrive(Config::kSumReady + warpgroup, Config::kSumThreads);
   }
-  // finishes: whether this block is the last to add to it, and makes dQ.
-  __device__ __forceinline__ void hand_over(const float (&d)[kSums], bool finishes = false) const {
+  // finishes: whether this block is the last to add to it, and makes dQ. leaves: see dquery_left.
+  __device__ __forceinline__ void hand_over(const float (&d)[kSums], bool finishes = false,
+                                            bool leaves = false) const {
     if constexpr (Config::kFinishes) {
       if (finishes) {
         finish_dquery(d);
-        return;
+      } else {
+        hand_over_pieces(d);
       }
+      if (leaves) ptx::mbarrier_arrive(ptx::shared_address(&shared.dquery_left[warpgroup]));
+    } else {
+      hand_over_pieces(d);
     }
+  }
+  __device__ __forceinline__ void hand_over_pieces(const float (&d)[kSums]) const {
 #pragma unroll
     for (int piece = 0; piece < Config::kSumPieces; ++piece) {
       float x[kPieceSums];
@@ -430,10 +437,11 @@ struct BwdConsumer {
     issue_dquery(dquery, steps + 1, own_columns());
     issue_gradient(dkey, ds, query_tile());
     const bool finishes = block.finishes_before(tile);
+    const bool leaves = !finishes && block.finishes_at(tile);
     ptx::wgmma_wait_group<1>();
     warp_arrive(shared.score_empty[(steps + 1) % 2]);
     release_douts();
-    if (!first) hand_over(dquery, finishes);
+    if (!first) hand_over(dquery, finishes, leaves);
     if constexpr (Config::kIntervals) {
       if (!last) look_ahead<kOptions>(block);
     }
@@ -552,7 +560,7 @@ struct BwdConsumer {
     store_gradient<false>(dvalue, block);
     ptx::wgmma_wait_group<0>();
     warp_arrive(shared.key_empty[key_stage]);
-    hand_over(dquery, block.finishes_before(block.start()));
+    hand_over(dquery, block.finishes_before(block.start()), true);
     ++blocks;
   }
 

@@ -27,6 +27,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
 
   const BwdPlan& plan;
   uint32_t loads = 0;  // of sums
+  uint32_t left = 0;   // how often dquery_left has been waited for
 
   // What is needed of a block for each tile, in registers: beside products shared memory answers
   // late.
@@ -93,6 +94,13 @@ struct BwdFinishingAdder : BwdAdder<Config> {
     ptx::fence_proxy_async_global();
   }
 
+  // Before the sum of others goes where the consumers' dQ was: racecheck takes nothing else for an
+  // order of the two writes.
+  __device__ __forceinline__ void wait_left() {
+    ptx::mbarrier_wait(ptx::shared_address(&shared.dquery_left[warpgroup]), left % 2);
+    ++left;
+  }
+
   // Gives the consumers the place of a part of dQ.
   __device__ __forceinline__ void open() const {
     ptx::bar_arrive(Config::kSumFree + warpgroup, Config::kSumThreads);
@@ -106,6 +114,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
       ptx::bulk_load(place(), params.dquery_sum + in_sum(part) * Config::kSumFloats,
                      4 * Config::kSumFloats, barrier);
       shared.sum_parity[warpgroup] = loads % 2;
+      ptx::mbarrier_wait(barrier, loads % 2);
     }
     ++loads;
     __syncwarp();
@@ -164,9 +173,9 @@ struct BwdFinishingAdder : BwdAdder<Config> {
       open();
     }
 #pragma unroll 1
-    for (int left = block.steps; left > 0; --left) {
+    for (int steps = block.steps; steps > 0; --steps) {
       const Part next = after(order, part);
-      const bool has_next = left > 1;
+      const bool has_next = steps > 1;
       const bool next_finishes = has_next && order.finish.has(next.tile);
       if (finishes) {
         store(block, part);
@@ -176,6 +185,7 @@ struct BwdFinishingAdder : BwdAdder<Config> {
       // The consumers come first, unless what they want takes longer.
       if (has_next && !next_finishes) open();
       if (!finishes && lane_id() == 0) Base::publish(params.turns + in_sum(part), 1);
+      if (!has_next || (next_finishes && !finishes)) wait_left();
       if (next_finishes) open_with_sum(order, next);
       part = next;
       finishes = next_finishes;

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int i = 0; i < Config::kDoutStages; ++i) init(shared.dout_full[i], 1);
     if constexpr (Config::kFinishes) {
       for (uint64_t& barrier : shared.sum_full) init(barrier, 1);
+      for (uint64_t& barrier : shared.dquery_left) init(barrier, 128);
     }
     for (int i = 0; i < 2; ++i) {
       init(shared.score_full[i], Config::kScoreWarps);

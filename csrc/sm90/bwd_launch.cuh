@@ -238,7 +238,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
                : launch_bwd<BwdConfig<kType, kHeadDim, kRows, false>>(params, way, device, stream);
   };
   if constexpr (kHeadDim > 128) {
-    const BwdWay way = bwd_plain_way(params, false);
+    const BwdWay way = bwd_plain_way(params, false, device.multiprocessors);
     return way.ordered ? launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, true>>(params, way,
                                                                                      device, stream)
                        : launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false>>(
@@ -256,7 +256,7 @@ cudaError_t launch_mha_bwd(const MhaBwdParams& params, const DeviceInfo& device,
 template <ElementType kType, int kHeadDim, int kHeadDimV>
 cudaError_t launch_mha_bwd_intervals(const MhaBwdParams& params, const DeviceInfo& device,
                                      cudaStream_t stream) {
-  const BwdWay way = bwd_plain_way(params, true);
+  const BwdWay way = bwd_plain_way(params, true, device.multiprocessors);
   const auto launch = [&]<bool kDense>() {
     if constexpr (kHeadDim > 128) {
       return launch_bwd<BwdWideConfig<kType, kHeadDim, kHeadDimV, false, IntervalMask, kDense>>(

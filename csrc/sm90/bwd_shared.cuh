@@ -51,6 +51,9 @@ struct BwdShared
   // With kFinishes: the sum of the others has come, in the phase of this parity.
   uint64_t sum_full[Config::kWarpgroups];
   uint32_t sum_parity[Config::kWarpgroups];
+  // The same: all threads have left dQ, of the last tile of a block, or of one before a tile whose
+  // dQ they make.
+  uint64_t dquery_left[Config::kWarpgroups];
 
   // Of a pair of thread blocks.
   uint64_t query_open[Config::kStages];     // the other one's stage may be written

@@ -20,7 +20,7 @@ __device__ __forceinline__ void for_interval_steps(Consumer& consumer,
     if constexpr (kBwdPassesUnseen<Config>) {
 #pragma unroll 1
       for (; left > 0 && consumer.unseen; --left) {
-        unseen_step(consumer, left == block.steps, left == 1, false,
+        unseen_step(consumer, left == block.steps, left == 1, false, false,
                     [&] { consumer.template look_ahead<kOptions>(block); });
       }
     }
@@ -55,7 +55,9 @@ __device__ __forceinline__ void for_plain_steps(Consumer& consumer, const BwdBlo
     if constexpr (kBwdPassesUnseen<Config>) {
 #pragma unroll 1
       for (; left > 0 && !block.sees(warpgroup, tile); --left) {
-        unseen_step(consumer, first, false, block.finishes_before(tile), [] {});
+        const bool finishes = block.finishes_before(tile);
+        const bool leaves = !finishes && block.finishes_at(tile);
+        unseen_step(consumer, first, false, finishes, leaves, [] {});
         advance();
       }
     }

@@ -10,13 +10,13 @@
 
 namespace jax_flash::sm90 {
 
-// In place of BwdConsumer::step, with the same arrivals (finishes: dQ of the step before): dS is 0,
-// and nothing is added to dK and dV. Rows that may hold anything need not be zeroed for this
-// warpgroup. With intervals (else look_ahead is not called, and nothing need be the last) the
-// queries are there, as in that step.
+// In place of BwdConsumer::step, with the same arrivals (finishes, leaves: of dQ of the step
+// before): dS is 0, and nothing is added to dK and dV. Rows that may hold anything need not be
+// zeroed for this warpgroup. With intervals (else look_ahead is not called, and nothing need be the
+// last) the queries are there, as in that step.
 template <typename Consumer, typename LookAhead>
 __device__ __forceinline__ void unseen_step(Consumer& consumer, bool first, bool last,
-                                            bool finishes, LookAhead look_ahead) {
+                                            bool finishes, bool leaves, LookAhead look_ahead) {
   constexpr bool kIntervals = Consumer::kIntervals;
   auto& shared = consumer.shared;
   const uint32_t steps = consumer.steps;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void unseen_step(Consumer& consumer, bool first, bool
   consumer.warp_arrive(shared.score_empty[(steps + 1) % 2]);
   consumer.release_douts();
   consumer.release_queries();
-  if (!first) consumer.hand_over(dquery, finishes);
+  if (!first) consumer.hand_over(dquery, finishes, leaves);
   if constexpr (kIntervals) {
     if (!last) look_ahead();
   }
