@@ -178,8 +178,9 @@ struct MhaBwdParams : MhaParams {
   // a part to which nothing was added has an entry of 0 in `turns`.
   bool first_stores;
 
-  // Rows of a tile if the main kernel makes dquery of its sum, else 0. What bwd_prepare writes then:
-  // zeros in the rows of dquery that see no key, and in the sum of tiles to which one block adds.
+  // Rows of a tile if the main kernel makes dquery of its sum, else 0. What bwd_prepare writes
+  // then: zeros in the rows of dquery that see no key, and in the sum of tiles to which one block
+  // adds.
   int32_t finished_rows;
 };
 
