@@ -541,8 +541,10 @@ def run_backward(
     part_floats = part_room(arrays, deterministic, parts)
     workspace = aligned((size + part_floats,), np.float32)
     # Thread blocks run one after another: none may wait for a later one. On Hopper they
-    # work in pairs over width 128.
-    few = (1 + (tile > 128)) * (1 if deterministic else 1 + number % 3)
+    # work in pairs over width 128, and then in an order where there is no mask, too.
+    masked = given.get("is_causal") or "window_size" in given
+    ordered = deterministic or (tile > 128 and not masked)
+    few = (1 + (tile > 128)) * (1 if ordered else 1 + number % 3)
     call(
         function,
         given,
