@@ -101,11 +101,11 @@ __device__ __forceinline__ float partial_delta(const float* out, const float* do
   return sum;
 }
 
-// Zeros in kBwdRowGroup rows of dquery_sum.
-__device__ __forceinline__ void clear_sum(const MhaBwdParams& params, int64_t first_row,
-                                          int width) {
+// Zeros in rows of dquery_sum.
+__device__ __forceinline__ void clear_sum(const MhaBwdParams& params, int64_t first_row, int width,
+                                          int rows = kBwdRowGroup) {
   float4* const sum = reinterpret_cast<float4*>(params.dquery_sum + first_row * width);
-  for (int i = threadIdx.x; i < kBwdRowGroup * width / 4; i += kBwdRowThreads) {
+  for (int i = threadIdx.x; i < rows * width / 4; i += kBwdRowThreads) {
     sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 }
@@ -146,11 +146,7 @@ __device__ __forceinline__ void clear_single_tiles(const MhaBwdParams& params,
     const KeyInterval keys = mask.hull(tile * rows, (tile + 1) * rows);
     if (tile >= tiles || keys.first >= keys.end) continue;
     if (keys.first / kKeys != (keys.end - 1) / kKeys) continue;
-    float4* const sum = reinterpret_cast<float4*>(params.dquery_sum +
-                                                  (group.flat_head * tiles + tile) * rows * width);
-    for (int i = threadIdx.x; i < rows * width / 4; i += kBwdRowThreads) {
-      sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
+    clear_sum(params, (group.flat_head * tiles + tile) * rows, width, rows);
   }
 }
 

@@ -42,7 +42,7 @@ struct BwdWay {
 inline bool bwd_may_ring(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
   const int64_t blocks = (int64_t{params.key_length} + keys - 1) / keys;
   const int64_t tiles = (int64_t{params.query_length} + rows - 1) / rows;
-  return tiles >= blocks &&
+  return tiles >= blocks && tiles < BwdTileRange::kMax &&
          bwd_whole_heads(blocks, int64_t{params.batch} * params.kv_heads, multiprocessors) > 0;
 }
 
