@@ -578,6 +578,7 @@ def part_room(
         width,
         value.shape[-1],
         has_intervals,
+        deterministic,
     )
     one = room // (heads // key.shape[2])
     return one * (parts if deterministic else min(parts, 1))

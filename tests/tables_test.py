@@ -421,18 +421,19 @@ def test_workspace_suffices_everywhere(
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "keys", "parts"),
+    ("batch", "heads", "kv_heads", "keys", "parts", "ordered"),
     [
-        (1, 32, 8, 1024, 4),
-        (1, 64, 8, 1000, 8),
-        (1, 64, 8, 4096, 2),  # room for as many blocks again
-        (2, 32, 8, 4096, 0),
-        (8, 64, 1, 65536, 0),
-        (1, 8, 8, 1024, 0),
+        (1, 32, 8, 1024, 4, 4),
+        (1, 64, 8, 1000, 8, 8),
+        (1, 64, 8, 4096, 2, 8),  # room for as many blocks again
+        (2, 32, 8, 4096, 0, 4),
+        (1, 32, 8, 16384, 0, 2),
+        (8, 64, 1, 65536, 0, 0),
+        (1, 8, 8, 1024, 0, 0),
     ],
 )
 def test_room_for_parts_of_groups(
-    batch: int, heads: int, kv_heads: int, keys: int, parts: int
+    batch: int, heads: int, kv_heads: int, keys: int, parts: int, ordered: int
 ) -> None:
     shape = batch, heads, kv_heads, keys, "bfloat16"
     padded = -(-keys // 64) * 64
@@ -441,8 +442,10 @@ def test_room_for_parts_of_groups(
         ((72, 88), False, 192),
         ((72, 88), True, 256),
     ):
-        got = plan.backward_parts(*shape, *widths, intervals)
-        assert got == parts * batch * kv_heads * padded * columns
+        one = batch * kv_heads * padded * columns
+        assert plan.backward_parts(*shape, *widths, intervals) == parts * one
+        got = plan.backward_parts(*shape, *widths, intervals, deterministic=True)
+        assert got == ordered * one
 
 
 def test_no_room_for_parts_of_float32() -> None:

@@ -41,26 +41,35 @@ __device__ __forceinline__ BwdFinishRows load_key_piece(const MhaBwdParams& para
   const bool is_key = piece < sums.key_pieces();
   const int first_column = 64 * (is_key ? piece : piece - sums.key_pieces());
   const int width = is_key ? params.head_dim : params.head_dim_v;
+  const int kernel_width = is_key ? sums.key_width : sums.value_width;
   const int64_t offset = int64_t{chunk} * kBwdKeyChunk * (sums.key_width + sums.value_width) +
                          kBwdKeyChunk * (first_column + (is_key ? 0 : sums.key_width)) + 4 * thread;
-  float4 x[8] = {};
-#pragma unroll 1
-  for (int copy = 0; copy < sums.copies; ++copy) {
-    const float* const source = params.parts + copy * sums.floats() + offset;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (first_column + 8 * i >= width) continue;
-      const float4 y = *reinterpret_cast<const float4*>(source + 512 * i);
-      x[i] = make_float4(x[i].x + y.x, x[i].y + y.y, x[i].z + y.z, x[i].w + y.w);
-    }
-  }
   float* const row = rows + (thread / 32 * 16 + thread % 32 / 4) * kBwdFinishPitch + thread % 4 * 2;
+  constexpr int kLoads = 4;  // at a time: of 32 columns, of which the kernels' widths are multiples
+  static_assert(kBwdKeyChunk == 64);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    row[8 * i] = x[i].x;
-    row[8 * i + 1] = x[i].y;
-    row[8 * kBwdFinishPitch + 8 * i] = x[i].z;
-    row[8 * kBwdFinishPitch + 8 * i + 1] = x[i].w;
+  for (int first = 0; first < 8; first += kLoads) {
+    if (first_column + 8 * first >= kernel_width) break;
+    float4 x[kLoads] = {};
+#pragma unroll 1
+    for (int copy = 0; copy < sums.copies; ++copy) {
+      const float* const source = params.parts + copy * sums.floats() + offset + 512 * first;
+      float4 y[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) y[i] = *reinterpret_cast<const float4*>(source + 512 * i);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        x[i] = make_float4(x[i].x + y[i].x, x[i].y + y[i].y, x[i].z + y[i].z, x[i].w + y[i].w);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int column = 8 * (first + i);
+      row[column] = x[i].x;
+      row[column + 1] = x[i].y;
+      row[8 * kBwdFinishPitch + column] = x[i].z;
+      row[8 * kBwdFinishPitch + column + 1] = x[i].w;
+    }
   }
   const int head_chunks = bwd_key_chunks(params);
   const int flat_head = chunk / head_chunks;
@@ -112,21 +121,22 @@ __device__ __forceinline__ BwdFinishRows load_query_chunk(const MhaBwdParams& pa
           64 * column_chunk};
 }
 
-// One thread block for each chunk: flat number of (head, chunk of rows) by x from the last to the
-// first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still has
-// sums of the last ones. Thread blocks from `chunks` on have pieces of `sums`. kRows: of a chunk.
+// First the thread blocks of pieces of `sums`, if there are any: each reads several copies. Then one
+// thread block for each of the `chunks`: flat number of (head, chunk of rows) by x from the last to
+// the first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still
+// has sums of the last ones. kRows: of a chunk.
 template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads, 10)
     mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params,
                           const __grid_constant__ BwdKeySums sums, int row_chunks, int chunks) {
   extern __shared__ __align__(1024) unsigned char memory[];
   float* const chunk = reinterpret_cast<float*>(memory);
-  const int query_chunk = chunks - 1 - static_cast<int>(blockIdx.x);
+  const int query_chunk = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   BwdFinishRows rows;
-  if (query_chunk >= 0) {
+  if (query_chunk < chunks) {
     rows = load_query_chunk<kRows>(params, row_chunks, query_chunk, blockIdx.y, gridDim.y, chunk);
   } else {
-    const int number = (static_cast<int>(blockIdx.x) - chunks) * gridDim.y + blockIdx.y;
+    const int number = static_cast<int>(blockIdx.x * gridDim.y + blockIdx.y);
     const int key_chunk = number / sums.pieces();
     if (key_chunk >= sums.chunks) return;
     rows = load_key_piece(params, sums, key_chunk, number - key_chunk * sums.pieces(), chunk);

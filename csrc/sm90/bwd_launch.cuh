@@ -154,15 +154,17 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const BwdWay& way, const Device
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            kBwdSharedBytes<Config>);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = kBwdSharedBytes<Config>;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = Config::kPaired ? 1 : 0;
+  config.attrs = attributes;
+  if constexpr (Config::kPaired) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {2, 1, 1};
+    config.numAttrs = 1;
+  }
   int groups = device.multiprocessors;
   if constexpr (Config::kPaired) {
     // Pairs lie within a processing cluster, which may have an odd number of multiprocessors. More
@@ -199,16 +201,15 @@ cudaError_t launch_bwd(const MhaBwdParams& call, const BwdWay& way, const Device
   if constexpr (Config::kIntervals) {
     error = launch_work_order<Config::kKeys>(params, stream);
     if (error != cudaSuccess) return error;
-    attribute = after_work_order();
-    config.numAttrs = 1;
+    attributes[config.numAttrs++] = after_work_order();
   }
   const int grid = std::min(plan.order.ids, bwd_grid(plan, groups));
   plan.groups = FastDivisor::make(static_cast<uint32_t>(grid));
   config.gridDim = dim3(Config::kPaired ? 2 * grid : grid);
-  if (plan.ring) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    config.numAttrs = 1;
+  if (params.deterministic && !plan.queued) {
+    // Blocks of work wait for others that have their thread blocks from the start: all have to run.
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
   }
   error = cudaLaunchKernelEx(&config, kernel, params, plan);
   if (error != cudaSuccess) return error;

@@ -99,10 +99,15 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int64_t floats, int rows, i
       const int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
       return sums + static_cast<double>(rounds) * *std::max_element(costs.begin(), costs.end());
     }
-    const Sections sections =
-        bwd_sections(params, heads, query_heads, costs, multiprocessors, l2_bytes);
     double total = 0.0;
     for (const float cost : costs) total += static_cast<double>(cost) * heads;
+    if (params.deterministic) {
+      // The longest blocks come last, and end up to one of them apart.
+      const double longest = *std::max_element(costs.begin(), costs.end());
+      return sums + total / multiprocessors + 0.5 * longest;
+    }
+    const Sections sections =
+        bwd_sections(params, heads, query_heads, costs, multiprocessors, l2_bytes);
     return sums + total / (section_use(heads, sections, costs, multiprocessors) * multiprocessors);
   };
   int64_t best = 1;
@@ -110,7 +115,7 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int64_t floats, int rows, i
   for (int64_t parts = 2; parts <= group; ++parts) {
     if (group % parts != 0 || copies(parts) * floats > params.part_floats) continue;
     // Parts have to be better by a margin.
-    if (least == 0.0) least = 0.95 * time(1);
+    if (least == 0.0) least = (params.deterministic ? 0.97 : 0.95) * time(1);
     const double taken = time(parts);
     if (taken < least) {
       best = parts;

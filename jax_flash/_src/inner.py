@@ -396,11 +396,19 @@ def _run_backward(
     workspace = plan.backward_workspace(
         count, heads, rows, dtype, width, width_v, queue
     )
+    deterministic = _is_deterministic(config)
     workspace += plan.backward_parts(
-        count, heads, kv_heads, keys, dtype, width, width_v, has_intervals
+        count,
+        heads,
+        kv_heads,
+        keys,
+        dtype,
+        width,
+        width_v,
+        has_intervals,
+        deterministic,
     )
     results.append(jax.ShapeDtypeStruct((workspace,), jnp.float32))
-    deterministic = _is_deterministic(config)
     op = plan.operation("mha_bwd", _options(config))
 
     more = {}

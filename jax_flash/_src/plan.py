@@ -270,6 +270,9 @@ KEY_CHUNK = 64
 PART_KEYS = 131072
 """Bounds what `backward_parts` takes; a GPU of 132 multiprocessors needs no more."""
 
+ORDERED_PART_KEYS = 4 * PART_KEYS
+"""The same where sums have an order, in which the longest blocks of work come last."""
+
 
 def _suitable_types(op: str, dtype: Any, precision: str | None) -> set[str | None]:
     """Which kernels may run a call, as the table calls them; the first one does."""
@@ -385,14 +388,15 @@ def backward_parts(
     head_dim: int,
     head_dim_v: int,
     has_intervals: bool = False,
+    deterministic: bool = False,
 ) -> int:
     """Floats for the gradients of key and value of parts of a group of heads.
 
     As Hopper's kernel has them: keys in whole `KEY_CHUNK`, of its own widths.
     With few keys there are too few blocks of work for a GPU unless the query heads of
     a key head are split. The kernel chooses into how many parts, among those for which
-    there is room: for half of `PART_KEYS` keys of all heads and sequences none, for
-    fewer more, at most one for each query head.
+    there is room: for half of `PART_KEYS` (`ORDERED_PART_KEYS`) keys of all heads and
+    sequences none, for fewer more, at most one for each query head.
     """
     op = "mha_bwd_intervals" if has_intervals else "mha_bwd"
     kernel = choose(op, dtype, head_dim, head_dim_v, HOPPER)
@@ -402,7 +406,8 @@ def backward_parts(
         return 0
     length = -(-key_length // KEY_CHUNK) * KEY_CHUNK
     keys = batch * kv_heads * length
-    room = core.max_dim(PART_KEYS - 2 * keys, 0)
+    most = ORDERED_PART_KEYS if deterministic else PART_KEYS
+    room = core.max_dim(most - 2 * keys, 0)
     parts = core.min_dim(batch * heads * length, room)
     return parts * (kernel.head_dim + kernel.head_dim_v)
 

@@ -87,14 +87,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Params&... params) {
   if (config->dynamicSmemBytes > emulator::kSharedBytes) return cudaErrorInvalidConfiguration;
   int cluster = 1;
+  bool cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster = static_cast<int>(config->attrs[i].val.clusterDim.x);
     }
-    // All thread blocks run at once.
-    if (config->attrs[i].id == cudaLaunchAttributeCooperative) {
-      cluster = static_cast<int>(config->gridDim.x * config->gridDim.y);
-    }
+    cooperative |= config->attrs[i].id == cudaLaunchAttributeCooperative;
+  }
+  // All thread blocks run at once. Clusters do not: those that are launched so wait for earlier ones.
+  if (cooperative && cluster == 1) {
+    cluster = static_cast<int>(config->gridDim.x * config->gridDim.y);
   }
   emulator::launch(static_cast<int>(config->gridDim.x), static_cast<int>(config->gridDim.y),
                    static_cast<int>(config->blockDim.x), cluster, emulated_shared_memory,
