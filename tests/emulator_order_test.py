@@ -129,3 +129,14 @@ def test_diagonal(backward: ctypes.CDLL, width: int) -> None:
     emulator_test.check_gradients(
         result, expected, emulator_test.TOLERANCES["bfloat16"]
     )
+
+
+def test_narrow(backward: ctypes.CDLL) -> None:
+    """Width 64 without a mask: of many blocks, that of the first keys makes dQ."""
+    shape, given = (2, 150, 1040, 1, 1), {"key_value_seq_lengths": (1040, 300)}
+    result, expected = gradients(
+        backward, shape, given, 64, "bfloat16", multiprocessors=2
+    )
+    emulator_test.check_gradients(
+        result, expected, emulator_test.TOLERANCES["bfloat16"]
+    )

@@ -67,30 +67,32 @@ inline BwdWay bwd_plain_way(const MhaBwdParams& params, bool has_intervals,
 
 // The same for widths up to 128. rows, keys: of a tile and a block.
 inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
-  const int64_t length = std::max(params.query_length, params.key_length);
   const bool diagonal = params.window_right != kUnbounded;
   const bool window = params.window_left != kUnbounded;
+  const bool is_short = std::max(params.query_length, params.key_length) <= 2048;
+  const int64_t blocks =
+      int64_t{params.batch} * params.heads * ((int64_t{params.key_length} + keys - 1) / keys);
+  const bool fills = params.heads == params.kv_heads && blocks >= 8 * multiprocessors;
+  const bool may_finish = !params.f32_dquery && params.head_dim % 8 == 0 &&
+                          reinterpret_cast<uintptr_t>(params.dquery) % 16 == 0 &&
+                          params.query_length / rows < BwdTileRange::kMax - 1;
   BwdWay way{params.deterministic, params.deterministic, false, false};
   if (!diagonal && !window) {
-    // At width 64 the last of a ring waits longer than a tile takes.
-    way.ring = !way.ordered && params.head_dim > 64 &&
-               bwd_has_work(params, keys, multiprocessors) &&
+    // At width 64 the last of a ring waits longer than a tile takes: the block of the first keys is
+    // the last for all tiles there, and of few blocks it takes too long.
+    const bool narrow = params.head_dim <= 64;
+    const bool many = params.key_length >= 1024;
+    way.ring = !way.ordered && !narrow && bwd_has_work(params, keys, multiprocessors) &&
                bwd_may_ring(params, rows, keys, multiprocessors);
-    way.ordered |= way.ring;
-    way.finishes = way.ring;
+    way.finishes = may_finish && (way.ring || (!way.ordered && narrow && many && fills));
+    way.ordered |= way.ring || way.finishes;
   } else if (diagonal && !window) {
     // The last for all tiles is the longest block, and the last to be taken.
-    const int64_t blocks =
-        int64_t{params.batch} * params.heads * ((int64_t{params.key_length} + keys - 1) / keys);
-    const bool is_short = length <= 2048;
-    way.ordered |= is_short && params.heads == params.kv_heads && blocks >= 8 * multiprocessors;
-    way.finishes = way.ordered && is_short;
+    way.ordered |= is_short && fills;
+    way.finishes = may_finish && way.ordered && is_short;
   } else if (diagonal && int64_t{params.window_left} + params.window_right < 4096) {
     way.ordered = true;  // few add to the same part
   }
-  way.finishes &= !params.f32_dquery && params.head_dim % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(params.dquery) % 16 == 0 &&
-                  params.query_length / rows < BwdTileRange::kMax - 1;
   return way;
 }
 

@@ -121,10 +121,10 @@ __device__ __forceinline__ BwdFinishRows load_query_chunk(const MhaBwdParams& pa
           64 * column_chunk};
 }
 
-// First the thread blocks of pieces of `sums`, if there are any: each reads several copies. Then one
-// thread block for each of the `chunks`: flat number of (head, chunk of rows) by x from the last to
-// the first, y = chunk of columns. The main kernel went through the heads in order, so the L2 still
-// has sums of the last ones. kRows: of a chunk.
+// First the thread blocks of pieces of `sums`, if there are any: each reads several copies. Then
+// one thread block for each of the `chunks`: flat number of (head, chunk of rows) by x from the
+// last to the first, y = chunk of columns. The main kernel went through the heads in order, so the
+// L2 still has sums of the last ones. kRows: of a chunk.
 template <typename Element, int kRows>
 __global__ void __launch_bounds__(kBwdFinishThreads, 10)
     mha_bwd_finish_kernel(const __grid_constant__ MhaBwdParams params,

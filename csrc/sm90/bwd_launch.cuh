@@ -43,8 +43,10 @@ cudaError_t make_plan(const MhaBwdParams& params, const BwdWay& way, int64_t mul
   const int64_t parts = bwd_parts(params, floats, Config::kRows, kKeys, multiprocessors, l2_bytes);
   const int64_t query_heads = params.heads / params.kv_heads / parts;
   const int64_t all = int64_t{params.batch} * params.kv_heads * parts;
-  // Where blocks wait for longer ones, and where nobody knows how long they are.
-  const bool waits = params.deterministic && params.window_right != kUnbounded;
+  // Where blocks wait for longer ones, as the last to add is if it makes dQ, and where nobody knows
+  // how long they are.
+  const bool waits =
+      params.deterministic && (params.window_right != kUnbounded || (way.finishes && !way.ring));
   plan->queued = waits || Config::kIntervals;
   plan->ring = way.ring;
   plan->strict = way.strict;

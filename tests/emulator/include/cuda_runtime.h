@@ -94,7 +94,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
     cooperative |= config->attrs[i].id == cudaLaunchAttributeCooperative;
   }
-  // All thread blocks run at once. Clusters do not: those that are launched so wait for earlier ones.
+  // All thread blocks run at once. Clusters need not: they wait for earlier ones.
   if (cooperative && cluster == 1) {
     cluster = static_cast<int>(config->gridDim.x * config->gridDim.y);
   }
