@@ -69,7 +69,8 @@ inline BwdWay bwd_plain_way(const MhaBwdParams& params, bool has_intervals,
 inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
   const bool diagonal = params.window_right != kUnbounded;
   const bool window = params.window_left != kUnbounded;
-  const bool is_short = std::max(params.query_length, params.key_length) <= 2048;
+  const int64_t length = std::max(params.query_length, params.key_length);
+  const bool is_short = length <= 2048;
   const int64_t blocks =
       int64_t{params.batch} * params.heads * ((int64_t{params.key_length} + keys - 1) / keys);
   const bool fills = params.heads == params.kv_heads && blocks >= 8 * multiprocessors;
@@ -79,9 +80,9 @@ inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t mu
   BwdWay way{params.deterministic, params.deterministic, false, false};
   if (!diagonal && !window) {
     // At width 64 the last of a ring waits longer than a tile takes: the block of the first keys is
-    // the last for all tiles there, and of few blocks it takes too long.
+    // the last for all tiles there. Of few blocks that takes too long, of many it saves little.
     const bool narrow = params.head_dim <= 64;
-    const bool many = params.key_length >= 1024;
+    const bool many = params.key_length >= 1024 && length <= 8192;
     way.ring = !way.ordered && !narrow && bwd_has_work(params, keys, multiprocessors) &&
                bwd_may_ring(params, rows, keys, multiprocessors);
     way.finishes = may_finish && (way.ring || (!way.ordered && narrow && many && fills));
