@@ -12,14 +12,16 @@ namespace jax_flash::sm90 {
 
 // Whether the first to add to a part of dQ stores. Where sums have an order it knows that it is
 // the first. Where not it has to ask, and others may have to wait for it: worth it while the sums
-// are a large part of the work and few add to the same part at a time.
+// are a large part of the work and few add to the same part at a time. Over width 128 each adds in
+// more pieces, and waits for each.
 inline bool bwd_first_stores(const MhaBwdParams& params) {
   if (params.deterministic) return true;
   const bool diagonal = params.window_right != kUnbounded;
   const int64_t left = params.window_left == kUnbounded ? kMaxLength : params.window_left;
   const int64_t right = diagonal ? params.window_right : kMaxLength;
   const int64_t seen = std::min<int64_t>(params.query_length, left + right + 1);
-  return seen <= (diagonal ? 16384 : params.head_dim <= 64 ? 4096 : 2048);
+  if (diagonal) return seen <= (params.head_dim <= 128 ? 16384 : 2048);
+  return seen <= (params.head_dim <= 64 ? 4096 : 2048);
 }
 
 // Thread blocks of a launch of the order's, each of which has a place of its own among the `blocks`
