@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from decode_helpers import paged, quantised
-from emulator_test import aligned, build
+from emulated import aligned, build
 
 from jax_flash import alibi
 from jax_flash._src import decode_plan

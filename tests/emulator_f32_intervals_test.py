@@ -6,7 +6,7 @@ That is in emulator_split_test.py.
 import ctypes
 import shutil
 
-import emulator_test
+import emulated
 import interval_cases
 import interval_checks
 import pytest
@@ -27,7 +27,7 @@ WIDTHS = {
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("f32_intervals")
-    return emulator_test.build("mha_f32_intervals", folder)
+    return emulated.build("mha_f32_intervals", folder)
 
 
 def check_forward(
@@ -36,11 +36,11 @@ def check_forward(
     results = interval_checks.run_forward(
         library.mha_fwd_intervals_f32,
         case,
-        emulator_test.problem(case.shape, *widths, "float32"),
+        emulated.problem(case.shape, *widths, "float32"),
         multiprocessors=1,
         tf32_products=3,
     )
-    emulator_test.check_floats(*results, TOLERANCES["f32"])
+    emulated.check_floats(*results, TOLERANCES["f32"])
 
 
 @pytest.mark.parametrize(("name", "widths"), interval_checks.few(WIDTHS["f32"]))
@@ -71,8 +71,8 @@ def check_backward(
     if "slopes" in expected:
         # What is multiplied by distances and added up nearly cancels.
         slopes = {"slopes": expected.pop("slopes")}
-        emulator_test.check_gradients(results, slopes, 16 * tolerance)
-    emulator_test.check_gradients(results, expected, tolerance, 3)
+        emulated.check_gradients(results, slopes, 16 * tolerance)
+    emulated.check_gradients(results, expected, tolerance, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import ctypes
 import itertools
 import shutil
 
-import emulator_test
+import emulated
 import numpy as np
 import oracle
 import pytest
@@ -18,13 +18,13 @@ TOLERANCES = {3: 2e-6, 1: 3e-3}
 
 def ways(widths: list[tuple[int, int]]) -> list[tuple]:
     """Each case with one of the widths, and some with one product."""
-    cases = list(zip(emulator_test.CASES, itertools.cycle(widths)))
+    cases = list(zip(emulated.CASES, itertools.cycle(widths)))
     return [(*case, 3) for case in cases] + [(*case, 1) for case in cases[1::2]]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulator_test.build("mha_f32", tmp_path_factory.mktemp("f32"))
+    return emulated.build("mha_f32", tmp_path_factory.mktemp("f32"))
 
 
 WIDTHS = [(64, 64), (128, 128), (33, 17), (40, 56), (120, 68), (65, 127)]
@@ -39,9 +39,9 @@ def forward(
 ) -> tuple[np.ndarray, np.ndarray]:
     batch, rows, heads, _ = arrays["query"].shape
     width = arrays["value"].shape[-1]
-    out = emulator_test.aligned((batch, rows, heads, width), np.float32)
-    lse = emulator_test.aligned((batch, heads, rows), np.float32)
-    emulator_test.call(
+    out = emulated.aligned((batch, rows, heads, width), np.float32)
+    lse = emulated.aligned((batch, heads, rows), np.float32)
+    emulated.call(
         library.mha_fwd_f32,
         given,
         arrays,
@@ -56,12 +56,12 @@ def forward(
 def test_forward(
     library: ctypes.CDLL, case: str, widths: tuple[int, int], products: int
 ) -> None:
-    shape, given = emulator_test.CASES[case]
-    arrays = emulator_test.problem(shape, *widths, "float32")
+    shape, given = emulated.CASES[case]
+    arrays = emulated.problem(shape, *widths, "float32")
     expected = oracle.attention(*arrays.values(), **given)
-    emulator_test.spoil_keys(arrays, given)
+    emulated.spoil_keys(arrays, given)
     out, lse = forward(library, arrays, given, products)
-    emulator_test.check_floats(out, lse, expected, TOLERANCES[products])
+    emulated.check_floats(out, lse, expected, TOLERANCES[products])
 
 
 @pytest.mark.parametrize("products", TOLERANCES)
@@ -69,7 +69,7 @@ def test_nan_and_huge_numbers_reach_the_output(
     library: ctypes.CDLL, products: int
 ) -> None:
     """Rounding must not turn the NaN that GPUs compute into a number."""
-    arrays = emulator_test.problem((1, 40, 40, 1, 1), 64, 64, "float32")
+    arrays = emulated.problem((1, 40, 40, 1, 1), 64, 64, "float32")
     arrays["query"][0, 3, 0, 5] = np.uint32(0x7FFFFFFF).view(np.float32)
     arrays["value"][0, :, 0, 9] = 1e33
     out, lse = forward(library, arrays, {}, products)
@@ -90,16 +90,16 @@ BACKWARD_WIDTHS = [(64, 64), (128, 128), (33, 17), (40, 56), (72, 127)]
 def test_backward(
     library: ctypes.CDLL, case: str, widths: tuple[int, int], products: int
 ) -> None:
-    results, expected = emulator_test.run_backward(
+    results, expected = emulated.run_backward(
         library.mha_bwd_f32,
         widths,
         case,
-        list(emulator_test.CASES).index(case),
+        list(emulated.CASES).index(case),
         "float32",
         64 if max(widths) <= 64 else 128,
         tf32_products=products,
     )
-    emulator_test.check_gradients(results, expected, TOLERANCES[products], 3)
+    emulated.check_gradients(results, expected, TOLERANCES[products], 3)
 
 
 SPLIT_WIDTHS = [(64, 64), (128, 128), (40, 56), (120, 72)]
@@ -109,20 +109,20 @@ SPLIT_WIDTHS = [(64, 64), (128, 128), (40, 56), (120, 72)]
     ("case", "widths"),
     [
         (case, SPLIT_WIDTHS[(i + shift) % 4])
-        for i, case in enumerate(emulator_test.CASES)
+        for i, case in enumerate(emulated.CASES)
         for shift in (0, 1)
     ],
 )
 def test_split_backward(
     library: ctypes.CDLL, case: str, widths: tuple[int, int]
 ) -> None:
-    results, expected = emulator_test.run_backward(
+    results, expected = emulated.run_backward(
         library.mha_bwd_split,
         widths,
         case,
-        list(emulator_test.CASES).index(case),
+        list(emulated.CASES).index(case),
         "float32",
         64 if max(widths) <= 64 else 128,
         tf32_products=3,
     )
-    emulator_test.check_gradients(results, expected, SPLIT_TOLERANCE, 3)
+    emulated.check_gradients(results, expected, SPLIT_TOLERANCE, 3)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulator_test import aligned, build
+from emulated import aligned, build
 from intervals_test import CASES, CAUSAL, LARGER, ids, segments
 from mask_ranges_test import mask_of
 

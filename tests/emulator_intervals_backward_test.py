@@ -8,7 +8,7 @@ import interval_cases
 import interval_checks
 import numpy as np
 import pytest
-from emulator_test import TOLERANCES, build, check_gradients
+from emulated import TOLERANCES, build, check_gradients
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)

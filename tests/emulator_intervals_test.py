@@ -8,7 +8,7 @@ import interval_cases
 import interval_checks
 import numpy as np
 import pytest
-from emulator_test import Arguments, aligned, build, grow, problem
+from emulated import Arguments, aligned, build, grow, problem
 
 from jax_flash._src import plan
 

@@ -4,12 +4,9 @@ import ctypes
 import shutil
 from typing import Any
 
-import emulator_test
+import emulated
 import numpy as np
-import oracle
 import pytest
-
-from jax_flash._src import plan
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -38,7 +35,7 @@ RINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulator_test.build("mha_bwd", tmp_path_factory.mktemp("backward"))
+    return emulated.build("mha_bwd", tmp_path_factory.mktemp("backward"))
 
 
 def gradients(
@@ -50,35 +47,11 @@ def gradients(
     **ways: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What the kernel writes, and the exact gradients, by name of the operand."""
-    arrays = emulator_test.problem(shape, width, width, dtype)
-    query, key, value = arrays.values()
-    exact = oracle.attention(query, key, value, **given)
-    arrays["lse"] = exact.lse.astype(np.float32)
-    arrays["out"] = exact.out.astype(query.dtype)
-    dout = np.random.default_rng(1).standard_normal(exact.out.shape, np.float32)
-    arrays["dout"] = dout.astype(query.dtype)
-    dead_rows = np.moveaxis(np.isneginf(exact.lse), 1, 2)
-    expected = oracle.gradients(
-        query, key, value, np.where(dead_rows[..., None], 0, arrays["dout"]), **given
-    )
-    for name in ("query", "out", "dout"):
-        arrays[name][dead_rows] = np.nan
-    emulator_test.spoil_keys(arrays, given)
-    f32 = ways.get("f32_results", False)
-    results = {
-        f"d{name}": emulator_test.aligned(
-            arrays[name].shape, np.dtype(np.float32) if f32 else query.dtype
-        )
-        for name in ("query", "key", "value")
-    }
+    widths = (width, width)
+    arrays, expected = emulated.backward_problem(shape, given, widths, dtype)
     tile = 64 if width <= 64 else 128
-    padded = plan.padded_rows(shape[1]) * shape[0] * shape[3]
-    size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
-    workspace = emulator_test.aligned((size,), np.float32)
-    emulator_test.call(
-        backward.mha_bwd_sm90, given, arrays, results | {"workspace": workspace}, **ways
-    )
-    return {name[1:]: x for name, x in results.items()}, expected
+    results = emulated.call_backward(backward.mha_bwd_sm90, given, arrays, tile, **ways)
+    return results, expected
 
 
 @pytest.mark.parametrize(
@@ -98,7 +71,7 @@ def test_rings(backward: ctypes.CDLL, case: str, width: int) -> None:
     """
     shape, given, multiprocessors = RINGS[case]
     dtype = "bfloat16" if width < 128 else "float16"
-    tolerance = emulator_test.TOLERANCES[dtype]
+    tolerance = emulated.TOLERANCES[dtype]
     results = []
     for count, f32 in zip(multiprocessors, (False, True), strict=True):
         result, expected = gradients(
@@ -110,7 +83,7 @@ def test_rings(backward: ctypes.CDLL, case: str, width: int) -> None:
             multiprocessors=count,
             f32_results=f32,
         )
-        emulator_test.check_gradients(result, expected, tolerance)
+        emulated.check_gradients(result, expected, tolerance)
         results.append(result)
     # Sums over queries do not depend on other blocks.
     for name in ("key", "value"):
@@ -126,9 +99,7 @@ def test_diagonal(backward: ctypes.CDLL, width: int) -> None:
     result, expected = gradients(
         backward, shape, given, width, "bfloat16", multiprocessors=1
     )
-    emulator_test.check_gradients(
-        result, expected, emulator_test.TOLERANCES["bfloat16"]
-    )
+    emulated.check_gradients(result, expected, emulated.TOLERANCES["bfloat16"])
 
 
 def test_narrow(backward: ctypes.CDLL) -> None:
@@ -137,6 +108,4 @@ def test_narrow(backward: ctypes.CDLL) -> None:
     result, expected = gradients(
         backward, shape, given, 64, "bfloat16", multiprocessors=2
     )
-    emulator_test.check_gradients(
-        result, expected, emulator_test.TOLERANCES["bfloat16"]
-    )
+    emulated.check_gradients(result, expected, emulated.TOLERANCES["bfloat16"])

@@ -4,7 +4,7 @@ import ctypes
 import itertools
 import shutil
 
-import emulator_test
+import emulated
 import interval_cases
 import interval_checks
 import pytest
@@ -15,7 +15,7 @@ if shutil.which("g++") is None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulator_test.build("mha_sm80", tmp_path_factory.mktemp("sm80"))
+    return emulated.build("mha_sm80", tmp_path_factory.mktemp("sm80"))
 
 
 def rotated(cases: dict, ways: list) -> list[tuple]:
@@ -33,13 +33,13 @@ PLAIN = [
 """Widths of queries and of values; float16 gets the kernel of width 128."""
 
 
-@pytest.mark.parametrize(("case", "way"), rotated(emulator_test.CASES, PLAIN))
+@pytest.mark.parametrize(("case", "way"), rotated(emulated.CASES, PLAIN))
 def test_forward(
     library: ctypes.CDLL, case: str, way: tuple[tuple[int, int], str]
 ) -> None:
-    shape, given = emulator_test.CASES[case]
-    arrays = emulator_test.problem(shape, *way[0], way[1])
-    emulator_test.check_forward(library.mha_fwd_sm80, arrays, given, 1)
+    shape, given = emulated.CASES[case]
+    arrays = emulated.problem(shape, *way[0], way[1])
+    emulated.check_forward(library.mha_fwd_sm80, arrays, given, 1)
 
 
 NARROW = [((100, 33), "float16"), ((200, 130), "bfloat16")]
@@ -57,14 +57,14 @@ def test_forward_with_intervals(
     library: ctypes.CDLL, name: str, way: tuple[tuple[int, int], str]
 ) -> None:
     case = interval_cases.case(name)
-    arrays = emulator_test.problem(case.shape, *way[0], way[1])
+    arrays = emulated.problem(case.shape, *way[0], way[1])
     interval_checks.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
 
 
 def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
     """NaN is there, with which nothing is multiplied."""
     case = interval_cases.with_a_hole()
-    arrays = emulator_test.problem(case.shape, 128, 128, "float16")
+    arrays = emulated.problem(case.shape, 128, 128, "float16")
     interval_checks.check_forward(library.mha_fwd_intervals_sm80, case, arrays, 1)
     results, expected = interval_checks.run_backward(
         library.mha_bwd_intervals_sm80,
@@ -74,9 +74,7 @@ def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL) -> None:
         128,
         multiprocessors=1,
     )
-    emulator_test.check_gradients(
-        results, expected, emulator_test.TOLERANCES["float16"]
-    )
+    emulated.check_gradients(results, expected, emulated.TOLERANCES["float16"])
 
 
 @pytest.mark.parametrize("name", interval_cases.CASES)
@@ -133,4 +131,4 @@ def check_backward(
         multiprocessors=1,
         **ways,
     )
-    emulator_test.check_gradients(results, expected, emulator_test.TOLERANCES[dtype])
+    emulated.check_gradients(results, expected, emulated.TOLERANCES[dtype])

@@ -4,7 +4,7 @@ import ctypes
 import shutil
 from typing import Any
 
-import emulator_test
+import emulated
 import interval_cases
 import interval_checks
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ TOLERANCE = 2.0**-16
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulator_test.build("mha_split", tmp_path_factory.mktemp("split"))
+    return emulated.build("mha_split", tmp_path_factory.mktemp("split"))
 
 
 MARGIN = 8
@@ -33,7 +33,7 @@ MARGIN = 8
 def room_for_parts(op: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     size = plan.split_elements(op, [arrays[x].shape for x in ("query", "key", "value")])
     assert size is not None
-    return emulator_test.aligned((size + MARGIN,), jnp.bfloat16, 7.0)
+    return emulated.aligned((size + MARGIN,), jnp.bfloat16, 7.0)
 
 
 def check(
@@ -44,14 +44,12 @@ def check(
     tolerance: float = TOLERANCE,
 ) -> None:
     expected = oracle.attention(*arrays.values(), **given)
-    emulator_test.spoil_keys(arrays, given)
+    emulated.spoil_keys(arrays, given)
     batch, rows, heads, _ = arrays["query"].shape
-    out = emulator_test.aligned(
-        (batch, rows, heads, arrays["value"].shape[-1]), np.float32
-    )
-    lse = emulator_test.aligned((batch, heads, rows), np.float32)
+    out = emulated.aligned((batch, rows, heads, arrays["value"].shape[-1]), np.float32)
+    lse = emulated.aligned((batch, heads, rows), np.float32)
     parts = room_for_parts("mha_fwd", arrays)
-    emulator_test.call(
+    emulated.call(
         library.mha_fwd_split,
         given,
         arrays,
@@ -60,14 +58,14 @@ def check(
         tf32_products=3,
     )
     assert (parts[-MARGIN:] == 7).all()
-    emulator_test.check_floats(out, lse, expected, tolerance)
+    emulated.check_floats(out, lse, expected, tolerance)
 
 
-@pytest.mark.parametrize("case", emulator_test.CASES)
+@pytest.mark.parametrize("case", emulated.CASES)
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (40, 56), (120, 72)])
 def test_forward(library: ctypes.CDLL, widths: tuple[int, int], case: str) -> None:
-    shape, given = emulator_test.CASES[case]
-    arrays = emulator_test.problem(shape, *widths, "float32")
+    shape, given = emulated.CASES[case]
+    arrays = emulated.problem(shape, *widths, "float32")
     # Logits that are larger than others', by `scale`, have larger errors.
     tolerance = 2 * TOLERANCE if case == "scale" else TOLERANCE
     check(library, arrays, given, 1 + widths[0] % 3, tolerance)
@@ -79,8 +77,8 @@ def test_scores_that_leave_the_range(
     library: ctypes.CDLL, width: int, jump: float
 ) -> None:
     """Some are computed again, by other instructions."""
-    arrays = emulator_test.problem((1, 170, 600, 1, 1), width, width, "float32")
-    emulator_test.grow(arrays, jump)
+    arrays = emulated.problem((1, 170, 600, 1, 1), width, width, "float32")
+    emulated.grow(arrays, jump)
     # Logits of hundreds carry their own errors of 2^-17 or so into the exponent.
     check(library, arrays, {}, 1, 2.0**-16 * 4 * jump)
 
@@ -88,20 +86,20 @@ def test_scores_that_leave_the_range(
 @pytest.mark.parametrize("case", ["2, packed heads", "4, no rows or keys"])
 def test_split_keys(library: ctypes.CDLL, case: str) -> None:
     """Clusters of thread blocks add up float32."""
-    shape, width, given = emulator_test.SPLITS[case]
-    arrays = emulator_test.problem(shape, width, width, "float32")
+    shape, width, given = emulated.SPLITS[case]
+    arrays = emulated.problem(shape, width, width, "float32")
     check(library, arrays, given, 132)
 
 
 def test_nan_and_huge_numbers_reach_the_output(library: ctypes.CDLL) -> None:
-    arrays = emulator_test.problem((1, 40, 40, 1, 1), 64, 64, "float32")
+    arrays = emulated.problem((1, 40, 40, 1, 1), 64, 64, "float32")
     arrays["query"][0, 3, 0, 5] = np.nan
     arrays["value"][0, :, 0, 9] = 1e33
-    out = emulator_test.aligned((1, 40, 1, 64), np.float32)
-    lse = emulator_test.aligned((1, 1, 40), np.float32)
-    parts = emulator_test.aligned((3 * 2 * 40 * 64,), jnp.bfloat16)
+    out = emulated.aligned((1, 40, 1, 64), np.float32)
+    lse = emulated.aligned((1, 1, 40), np.float32)
+    parts = emulated.aligned((3 * 2 * 40 * 64,), jnp.bfloat16)
     results = {"out": out, "lse": lse, "workspace": parts}
-    emulator_test.call(
+    emulated.call(
         library.mha_fwd_split, {}, arrays, results, multiprocessors=1, tf32_products=3
     )
     assert np.isnan(out[0, 3]).all()
@@ -118,7 +116,7 @@ def test_room_for_the_parts(library: ctypes.CDLL, widths: tuple[int, int]) -> No
     function.restype = ctypes.c_int64
     width = 64 if max(widths) <= 64 else 128
     for shared in (False, True):
-        arguments = emulator_test.Arguments(
+        arguments = emulated.Arguments(
             batch_strides=(ctypes.c_int64 * 3)(5, 0 if shared else 7, 9),
             batch=3,
             query_length=11,
@@ -153,7 +151,7 @@ def check_intervals(
         tf32_products=3,
     )
     assert (parts[-MARGIN:] == 7).all()
-    emulator_test.check_floats(*results, tolerance)
+    emulated.check_floats(*results, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +170,7 @@ def test_forward_with_intervals(
     library: ctypes.CDLL, name: str, widths: tuple[int, int]
 ) -> None:
     case = interval_cases.case(name)
-    arrays = emulator_test.problem(case.shape, *widths, "float32")
+    arrays = emulated.problem(case.shape, *widths, "float32")
     # Larger logits, by scale or bias, have larger errors, or count for more.
     large = "scale" in case.options or case.bias is not None
     tolerance = 2 * TOLERANCE if large else TOLERANCE
@@ -183,7 +181,7 @@ def test_forward_with_intervals(
 def test_what_a_mask_hides_is_skipped(library: ctypes.CDLL, width: int) -> None:
     """NaN is there, with which nothing is multiplied."""
     case = interval_cases.with_a_hole()
-    arrays = emulator_test.problem(case.shape, width, width, "float32")
+    arrays = emulated.problem(case.shape, width, width, "float32")
     check_intervals(library, case, arrays, 2, TOLERANCE)
 
 
@@ -208,6 +206,6 @@ def test_scores_with_intervals_that_leave_the_range(
     case = interval_cases.of_options(
         (1, 170, 600, 1, 1), np.where(dead, -1, 0), rest=OPTIONS[options]
     )
-    arrays = emulator_test.problem(case.shape, width, width, "float32")
-    emulator_test.grow(arrays, jump)
+    arrays = emulated.problem(case.shape, width, width, "float32")
+    emulated.grow(arrays, jump)
     check_intervals(library, case, arrays, 1, TOLERANCE * 4 * jump)

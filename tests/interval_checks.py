@@ -5,7 +5,7 @@ from typing import Any
 import interval_cases
 import numpy as np
 import oracle
-from emulator_test import aligned, call, part_room, problem
+from emulated import aligned, call, part_room, problem
 from interval_cases import Case
 
 from jax_flash._src import plan
@@ -109,7 +109,7 @@ def run_backward(
     `tile`, the kernel's width, sizes the workspace; `ways` are `f32_results`,
     `deterministic` and `multiprocessors` of `Arguments`. With a soft cap the gradient
     of what is added to logits takes a call of its own. `parts` are as in
-    `emulator_test.run_backward`.
+    `emulated.run_backward`.
     """
     arrays = problem(case.shape, *widths, dtype)
     query, key, value = arrays.values()

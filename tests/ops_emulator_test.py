@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulator_test import aligned, build
+from emulated import aligned, build
 
 from jax_flash._src import norm_op, sample_reference
 

@@ -33,30 +33,25 @@ struct BwdFinishRows {
   int first_column;
 };
 
-// A piece of the sums of dK and dV, to shared memory. piece: of a chunk.
-__device__ __forceinline__ BwdFinishRows load_key_piece(const MhaBwdParams& params,
-                                                        const BwdKeySums& sums, int chunk,
-                                                        int piece, float* rows) {
-  const int thread = threadIdx.x;
-  const bool is_key = piece < sums.key_pieces();
-  const int first_column = 64 * (is_key ? piece : piece - sums.key_pieces());
-  const int width = is_key ? params.head_dim : params.head_dim_v;
-  const int kernel_width = is_key ? sums.key_width : sums.value_width;
-  const int64_t offset = int64_t{chunk} * kBwdKeyChunk * (sums.key_width + sums.value_width) +
-                         kBwdKeyChunk * (first_column + (is_key ? 0 : sums.key_width)) + 4 * thread;
-  float* const row = rows + (thread / 32 * 16 + thread % 32 / 4) * kBwdFinishPitch + thread % 4 * 2;
-  constexpr int kLoads = 4;  // at a time: of 32 columns, of which the kernels' widths are multiples
+// A thread's part of the sum of `copies` pieces, `stride` floats apart, to rows in shared memory.
+// kLoads: of 8 columns each, at a time. count: how many there are, 4 or 8.
+template <int kLoads>
+__device__ __forceinline__ void add_key_copies(const float* source, int64_t stride, int copies,
+                                               int count, float* row) {
   static_assert(kBwdKeyChunk == 64);
 #pragma unroll
   for (int first = 0; first < 8; first += kLoads) {
-    if (first_column + 8 * first >= kernel_width) break;
+    if (first >= count) break;
     float4 x[kLoads] = {};
 #pragma unroll 1
-    for (int copy = 0; copy < sums.copies; ++copy) {
-      const float* const source = params.parts + copy * sums.floats() + offset + 512 * first;
+    for (int copy = 0; copy < copies; ++copy) {
       float4 y[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) y[i] = *reinterpret_cast<const float4*>(source + 512 * i);
+      for (int i = 0; i < kLoads; ++i) {
+        const float* const from = source + copy * stride + 512 * (first + i);
+        y[i] = first + i < count ? *reinterpret_cast<const float4*>(from)
+                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         x[i] = make_float4(x[i].x + y[i].x, x[i].y + y[i].y, x[i].z + y[i].z, x[i].w + y[i].w);
@@ -70,6 +65,28 @@ __device__ __forceinline__ BwdFinishRows load_key_piece(const MhaBwdParams& para
       row[8 * kBwdFinishPitch + column] = x[i].z;
       row[8 * kBwdFinishPitch + column + 1] = x[i].w;
     }
+  }
+}
+
+// A piece of the sums of dK and dV, to shared memory. piece: of a chunk.
+__device__ __forceinline__ BwdFinishRows load_key_piece(const MhaBwdParams& params,
+                                                        const BwdKeySums& sums, int chunk,
+                                                        int piece, float* rows) {
+  const int thread = threadIdx.x;
+  const bool is_key = piece < sums.key_pieces();
+  const int first_column = 64 * (is_key ? piece : piece - sums.key_pieces());
+  const int width = is_key ? params.head_dim : params.head_dim_v;
+  const int kernel_width = is_key ? sums.key_width : sums.value_width;
+  const float* const source =
+      params.parts + int64_t{chunk} * kBwdKeyChunk * (sums.key_width + sums.value_width) +
+      kBwdKeyChunk * (first_column + (is_key ? 0 : sums.key_width)) + 4 * thread;
+  // Kernels' widths are multiples of 32: of a piece there is one half or both.
+  const bool both = first_column + 32 < kernel_width;
+  float* const row = rows + (thread / 32 * 16 + thread % 32 / 4) * kBwdFinishPitch + thread % 4 * 2;
+  if (sums.copies == 1) {
+    add_key_copies<8>(source, 0, 1, both ? 8 : 4, row);
+  } else {
+    add_key_copies<4>(source, sums.floats(), sums.copies, both ? 8 : 4, row);
   }
   const int head_chunks = bwd_key_chunks(params);
   const int flat_head = chunk / head_chunks;
