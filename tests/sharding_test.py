@@ -278,6 +278,44 @@ def test_explicit_axes() -> None:
     assert_close(second, expected, 1e-4)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_operands_that_are_on_no_mesh(axis_type: AxisType) -> None:
+    """Of an argument that is on one device JAX makes a program without a mesh."""
+    query, key, value = whole = qkv()
+    lengths = np.full(query.shape[0], 3, np.int32)
+    calls = {
+        "mha": (flash, whole),
+        "gradient": (gradient(flash), whole),
+        "decode_mha": (jax_flash.decode_mha, (query, key, value, lengths)),
+        "rms_norm": (jax_flash.rms_norm, (query, np.ones(query.shape[-1], np.float32))),
+        "sample": (lambda x: jax_flash.sample(x, jax.random.key(0)), (query,)),
+    }
+    expected = {name: f(*args) for name, (f, args) in calls.items()}
+    with jax.set_mesh(mesh_of(4, 2, axis_type=axis_type)):
+        for name, (f, args) in calls.items():
+            numpy = jax.tree.map(np.asarray, args)
+            for result in (f(*args), jax.jit(f)(*args), jax.jit(f)(*numpy)):
+                assert_close(result, expected[name])
+
+
+@pytest.mark.parametrize("of", [lambda f: f, gradient], ids=["forward", "gradient"])
+def test_shardings_made_inside(of: Any) -> None:
+    """As above, but sharded within the program; devices in another order."""
+    devices = np.array(jax.devices()[:8])[::-1].reshape(4, 2)
+    mesh = jax.sharding.Mesh(devices, ("x", "y"))
+    whole = qkv()
+
+    def f(*args: jax.Array) -> Any:
+        return of(flash)(
+            *(jax.lax.with_sharding_constraint(x, BATCH_AND_HEADS) for x in args)
+        )
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(*whole).compile()
+        assert communication(compiled.as_text()) == []
+        assert_close(jax.jit(f)(*whole), of(dense)(*whole))
+
+
 def test_explicit_axes_and_sums_over_devices() -> None:
     """Gradients of operands that devices share: a bias, and the weight of a norm."""
     mesh = mesh_of(4, 2, axis_type=AxisType.Explicit)

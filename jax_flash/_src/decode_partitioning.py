@@ -67,7 +67,7 @@ def _sharding_rule(config: DecodeConfig, mesh: Any, operands: Any, results: Any)
 
 def _partition(config: DecodeConfig, mesh: Any, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
-    mesh = partitioning.refine(mesh)
+    mesh = partitioning.refined_mesh(mesh, operands)
     heads, kv_heads = operands[0].shape[2], operands[1].shape[2]
     dimensions = _dimensions(config, heads, kv_heads)
     proposals = [

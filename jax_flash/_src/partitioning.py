@@ -144,6 +144,21 @@ def _prime_factors(n: int) -> Iterator[int]:
             n //= prime
 
 
+def refined_mesh(mesh: Mesh, arrays: Sequence[Any]) -> Mesh:
+    """`refine`, also where the compiler's shardings come without a mesh.
+
+    JAX takes the mesh from the arguments of a program: under `jax.set_mesh` there is
+    none if none of these is on it yet.
+    """
+    if mesh.empty:
+        x = arrays[0]
+        # Every number of parts divides this. In the order of the program's devices.
+        shape = tuple(len(x.sharding.device_set) if n else 0 for n in x.shape)
+        devices = list(x.sharding.devices_indices_map(shape))
+        mesh = Mesh(np.array(devices), ("devices",))
+    return refine(mesh)
+
+
 def axes_of(mesh: Mesh, x: Any) -> list[Axes]:
     """For each dimension of x the axes of `mesh` that split it, major to minor.
 
@@ -261,7 +276,7 @@ def _bind_parts(
 
 def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
-    mesh = refine(mesh)
+    mesh = refined_mesh(mesh, operands)
     arrays = list(
         zip((*stage.operands, *stage.results), (*operands, *results), strict=True)
     )

@@ -180,7 +180,7 @@ def _take(mesh: Mesh, candidates: Iterator[Axes], size: int, used: set[str]) -> 
 
 def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
-    mesh = partitioning.refine(mesh)
+    mesh = partitioning.refined_mesh(mesh, args)
     shapes = [tuple(x.shape) for x in args]
     sizes = leading_sizes(options, shapes)
     kinds = options.result_kinds
