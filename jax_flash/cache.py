@@ -144,7 +144,7 @@ class _Cache:
 
         Args:
           query: [B, N, H] or [B, T, N, H].
-          **options: of `decode_mha`.
+          **options: of `decode_mha`, but for what the cache holds.
         """
         return decode.decode_mha(
             query, self.k, self.v, self.lengths, **self._layout, **options
@@ -338,7 +338,7 @@ class PagedKVCache(_Cache):
 
         The pairs count as copied one after the other: later ones may read or write what
         earlier ones wrote. So those of several `PageAllocator.extend` can be joined,
-        whatever was forked or freed in between.
+        whatever was freed in between, or forked, if its tokens are written by now.
 
         Args:
           source: integers [n], pages to read.
@@ -388,11 +388,12 @@ class PageAllocator:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         _check_sizes(num_pages=num_pages, page_size=page_size)
-        self.num_pages = num_pages
-        self.page_size = page_size
+        # Of Python, whose integers have no largest one.
+        self.num_pages = int(num_pages)
+        self.page_size = int(page_size)
         # Popped from the end: low pages first.
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owners = [0] * num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._owners = [0] * self.num_pages
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
 
@@ -416,8 +417,8 @@ class PageAllocator:
 
     def owners(self, page: int) -> int:
         """How many sequences own a page."""
-        if not 0 <= page < self.num_pages:
-            raise ValueError(f"page must be in [0, {self.num_pages}), got {page}")
+        if not _is_integer(page) or not 0 <= page < self.num_pages:
+            raise ValueError(f"page must be in [0, {self.num_pages}), got {page!r}")
         return self._owners[page]
 
     def alloc(self, length: int = 0) -> int:
@@ -429,7 +430,7 @@ class PageAllocator:
         Raises:
           OutOfPagesError: there are not enough free pages.
         """
-        _check_count("length", length)
+        length = _count("length", length)
         pages = self._take(self._pages_for(length))
         return self._add(pages, length)
 
@@ -443,7 +444,7 @@ class PageAllocator:
         Raises:
           OutOfPagesError: there are not enough free pages.
         """
-        _check_count("tokens", tokens)
+        tokens = _count("tokens", tokens)
         own = self._sequence(sequence)
         if not tokens:
             return []
@@ -466,14 +467,15 @@ class PageAllocator:
 
         Args:
           sequence: the one to share with.
-          length: tokens to share, None = all.
+          length: tokens to share, None = all. Where the last page is not full, they
+            have to be written before it is copied for either sequence.
 
         Returns:
           The number of the new sequence. No page is taken.
         """
         own = self._sequence(sequence)
         length = own.length if length is None else length
-        _check_prefix(sequence, length, own.length)
+        length = _prefix(sequence, length, own.length)
         pages = own.pages[: self._pages_for(length)]
         for page in pages:
             self._owners[page] += 1
@@ -491,7 +493,7 @@ class PageAllocator:
         Pages that nobody else owns are free again.
         """
         own = self._sequence(sequence)
-        _check_prefix(sequence, length, own.length)
+        length = _prefix(sequence, length, own.length)
         kept = self._pages_for(length)
         self._release(reversed(own.pages[kept:]))
         del own.pages[kept:]
@@ -506,7 +508,9 @@ class PageAllocator:
         Raises:
           ValueError: a sequence has more pages than `max_pages`.
         """
-        _check_count("max_pages", max_pages)
+        max_pages = _count("max_pages", max_pages)
+        if not hasattr(sequences, "__len__"):
+            raise ValueError(f"sequences must be a list of them, got {sequences!r}")
         table = np.full((len(sequences), max_pages), -1, np.int32)
         for row, sequence in enumerate(sequences):
             pages = self._sequence(sequence).pages
@@ -550,16 +554,18 @@ class PageAllocator:
                 self._free.append(page)
 
 
-def _check_count(name: str, count: Any) -> None:
+def _count(name: str, count: Any) -> int:
     if not _is_integer(count) or count < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")
+    return int(count)
 
 
-def _check_prefix(sequence: int, length: Any, tokens: int) -> None:
+def _prefix(sequence: int, length: Any, tokens: int) -> int:
     """A number of the first tokens of a sequence that has `tokens`."""
-    _check_count("length", length)
-    if length > tokens:
+    count = _count("length", length)
+    if count > tokens:
         raise ValueError(
             f"length must be at most the {tokens} tokens of sequence {sequence}, got "
-            f"{length}"
+            f"{count}"
         )
+    return count

@@ -109,6 +109,7 @@ def split_qkv(
     if not hasattr(qkv, "shape"):
         raise ValueError(f"qkv must be an array, got {type(qkv).__name__}: {qkv!r}")
     qkv = jnp.asarray(qkv)
+    q_size, kv_size = sizes.values()
     width = q_size + 2 * kv_size
     if qkv.shape[-1:] != (width,):
         raise ValueError(

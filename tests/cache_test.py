@@ -282,9 +282,12 @@ def test_errors_of_copy_pages() -> None:
         ([0], [[1]], r"target must be integers \[n\], got int32\(1, 1\)"),
         (0, [1], "source must be an array, got int: 0"),
         ([0], [1, 2], r"target must be as long as source \(1,\), got \(2,\)"),
+        ([None], [1], r"source must be integers \[n\], got \w+\(1,\)"),
+        ([[0], [1, 2]], [1], r"source must be integers \[n\], got \[\[0\], \[1, 2\]\]"),
     ):
         with pytest.raises(ValueError, match=message):
             cache.copy_pages(source, target)
+    np.testing.assert_array_equal(cache.copy_pages([0], [2**40]).k, cache.k)
 
 
 def test_out_of_pages_loses_nothing() -> None:
@@ -317,7 +320,9 @@ def test_errors_of_the_allocator() -> None:
         (lambda: allocator.truncate(one, 9), "length must be at most the 8 tokens"),
         (lambda: allocator.page_table([one], -1), "max_pages must be .* got -1"),
         (lambda: allocator.page_table([one], 3), "max_pages must be at least the 4"),
+        (lambda: allocator.page_table(cast(Any, one), 4), "sequences must be .* got 0"),
         (lambda: allocator.owners(4), r"page must be in \[0, 4\), got 4"),
+        (lambda: allocator.owners(cast(int, 0.5)), "page must be .* got 0.5"),
         (lambda: PageAllocator(0, 2), "num_pages must be .* got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -325,6 +330,21 @@ def test_errors_of_the_allocator() -> None:
     allocator.free(one)
     with pytest.raises(ValueError, match="sequence must be one that exists"):
         allocator.free(one)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32])
+def test_integers_of_numpy(dtype: Any) -> None:
+    """Whose sums and negatives do not wrap."""
+    allocator = PageAllocator(100, dtype(4))
+    one = allocator.alloc(dtype(100))
+    allocator.extend(one, dtype(100))
+    assert (allocator.length(one), len(allocator.pages(one))) == (200, 50)
+    fork = allocator.fork(one, dtype(5))
+    assert allocator.pages(fork) == allocator.pages(one)[:2]
+    allocator.truncate(one, dtype(5))
+    assert (allocator.length(one), allocator.free_pages) == (5, 98)
+    assert allocator.page_table([fork], dtype(3)).shape == (1, 3)
+    assert allocator.owners(dtype(0)) == 2
 
 
 class AllocatorMachine(RuleBasedStateMachine):

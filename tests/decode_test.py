@@ -338,6 +338,12 @@ HALF = C.astype(jnp.bfloat16)
         ),
         (
             (Q, C.astype(np.int8), C.astype(np.int8), L),
+            {"v_scale": 1e-60},  # 0 in float32
+            ValueError,
+            "v_scale must be positive, got 1e-60",
+        ),
+        (
+            (Q, C.astype(np.int8), C.astype(np.int8), L),
             {"v_scale": np.float32("nan")},
             ValueError,
             "v_scale must be a finite real number.*nan",

@@ -116,9 +116,7 @@ def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
         )
     heads = cache.shape[2]
     if isinstance(x, int | float | np.number) and not isinstance(x, bool):
-        x = validate.number(name, x)
-        if x <= 0:
-            raise ValueError(f"{name} must be positive, got {x}")
+        x = validate.positive_number(name, x)
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
@@ -267,7 +265,7 @@ def _config(
     scale, softcap = options["scale"], options["softcap"]
     scale = width**-0.5 if scale is None else validate.number("scale", scale)
     if softcap is not None:
-        softcap = validate.softcap_number(softcap)
+        softcap = validate.positive_number("softcap", softcap)
     window = validate.check_window("window_size", options["window_size"])
     left = None if window is None else window[0]
     splits = options["num_splits"]

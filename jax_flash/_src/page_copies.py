@@ -16,7 +16,12 @@ from jax_flash._src import decode_call, validate
 def page_numbers(name: str, x: Any) -> jax.Array:
     """Pages to copy from or to as int32 [n]."""
     if isinstance(x, list | tuple):
-        x = jnp.asarray(x) if x else np.zeros(0, np.int32)
+        try:
+            # NumPy has wider integers, but knows no traced ones.
+            traced = any(isinstance(page, jax.Array) for page in x)
+            x = (jnp if traced else np).asarray(x) if x else np.zeros(0, np.int32)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be integers [n], got {x!r}") from None
     got = decode_call.shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.integer) or len(got.shape) != 1:
         raise ValueError(f"{name} must be integers [n], got {got.dtype}{got.shape}")

@@ -385,14 +385,14 @@ def number(name: str, x: Any) -> float:
     return result
 
 
-def softcap_number(x: Any) -> float:
-    """A soft cap, by which logits are divided in float32."""
-    softcap = number("softcap", x)
-    if softcap < SMALLEST_NUMBER:
+def positive_number(name: str, x: Any) -> float:
+    """A number that float32 does not take for 0, such as one to divide by."""
+    x = number(name, x)
+    if x < SMALLEST_NUMBER:
         raise ValueError(
-            f"softcap must be positive, got {softcap} (at least {SMALLEST_NUMBER})"
+            f"{name} must be positive, got {x} (at least {SMALLEST_NUMBER})"
         )
-    return softcap
+    return x
 
 
 def static_int(name: str, x: Any) -> int:
@@ -451,7 +451,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     scale = width**-0.5 if scale is None else number("scale", scale)
     softcap = options["softcap"]
     if softcap is not None:
-        softcap = softcap_number(softcap)
+        softcap = positive_number("softcap", softcap)
     alignment = _static("causal_alignment", options["causal_alignment"])
     if alignment not in ALIGNMENTS:
         raise ValueError(
