@@ -207,11 +207,7 @@ def mha_varlen(
       ValueError: an argument is wrong; the message names it and its value.
       NotImplementedError: it is right but unsupported, by `implementation` or at all.
     """
-    for name, x in (("query", query), ("cu_seqlens_q", cu_seqlens_q)):
-        if not hasattr(x, "shape"):
-            raise ValueError(f"{name} must be an array, got {x!r}")
-    if len(query.shape) != 3:
-        raise ValueError(f"query must be [Tq,N,H], got shape {query.shape}")
+    validate.check_varlen(query, cu_seqlens_q)
     arrays = {
         "query": query,
         "key": key,

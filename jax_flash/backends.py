@@ -263,6 +263,9 @@ ARRAYS = (
 )
 """The arrays that `mha` takes by name."""
 
+LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
+"""What `mha_varlen` does not take."""
+
 PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 """What `mha_varlen` takes besides."""
 
@@ -311,6 +314,17 @@ def _explain_decode(
     )
 
 
+def _check_packed(given: dict[str, Any]) -> None:
+    """That these are arguments of `mha` or of `mha_varlen`, which has the offsets."""
+    is_packed = given["cu_seqlens_q"] is not None
+    for name in LENGTHS if is_packed else PACKED[1:]:
+        if given.get(name) is not None:
+            function = "mha_varlen" if is_packed else "mha"
+            raise ValueError(f"{name} is no argument of {function}, got {given[name]}")
+    if is_packed:
+        validate.check_varlen(given["query"], given["cu_seqlens_q"])
+
+
 def explain(
     query: Any,
     key: Any,
@@ -350,6 +364,7 @@ def explain(
     arrays = dict(zip(OPERANDS[:5], (query, key, value, bias, mask), strict=True))
     for name in (*ARRAYS, *PACKED[:2]):
         arrays[name] = options.pop(name, None)
+    _check_packed(arrays | options)
     if arrays["cu_seqlens_k"] is None:
         arrays["cu_seqlens_k"] = arrays["cu_seqlens_q"]
     for name in options:

@@ -155,6 +155,10 @@ WRONG = {
     "scale is nan": ({"scale": float("nan")}, r"scale must be a finite .*nan"),
     "scale is text": ({"scale": "1"}, r"scale must be a number, got '1'"),
     "scale is an array": ({"scale": zeros(2)}, r"scale must be a number"),
+    "scale is an array of text": ({"scale": np.array("a")}, r"scale must be a .*'a'"),
+    "scale is an array of None": ({"scale": np.array(None)}, r"scale must be a .*None"),
+    "scale is a bool in an array": ({"scale": np.array(True)}, r"scale must .*True"),
+    "scale is a key": ({"scale": jax.random.key(0)}, r"scale must be a number"),
     "scale beyond float32": ({"scale": 1e300}, r"scale must be .*float32, got 1e\+300"),
     "scale beyond float64": ({"scale": 10**400}, r"scale must be .*float32, got 1000"),
     "softcap is 0": ({"softcap": 0.0}, r"softcap must be positive, got 0.0"),
@@ -165,7 +169,15 @@ WRONG = {
         {"causal_alignment": "top"},
         r"causal_alignment must be one of .*got 'top'",
     ),
+    "alignments": (
+        {"causal_alignment": np.array([1, 2])},
+        r"causal_alignment must be one of .*got array\(\[1, 2\]\)",
+    ),
     "precision": ({"precision": "high"}, r"precision must be one of .*got 'high'"),
+    "precision in an array": (
+        {"precision": np.array("tf32")},
+        r"precision must be one of .*got array\('tf32'",
+    ),
     "dropout of 1": ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1"),
     "dropout without key": (
         {"dropout_rate": 0.1},

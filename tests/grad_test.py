@@ -466,3 +466,25 @@ def test_second_order_in_bfloat16() -> None:
     second = jax.jit(jax.grad(lambda *a: total(first(*a)), (0, 1, 2)))(*args)
     chex.assert_type(second, jnp.bfloat16)
     chex.assert_tree_all_finite(second)
+
+
+def test_reverse_over_forward_of_rows_without_keys() -> None:
+    """Their cotangents may be anything in every order of modes."""
+    query, key, value = (normal(1, 3, 1, 4) for _ in range(3))
+    alive = jnp.array([[True], [True], [False]])
+
+    def f(*args: jax.Array) -> jax.Array:
+        out, lse = jax_flash.mha(*args, mask=alive, return_lse=True)
+        norm = jnp.linalg.norm(out, axis=-1)  # whose derivative at 0 is NaN
+        norm = jnp.where(jnp.swapaxes(alive, 0, 1)[..., None], norm, 0)
+        return (jnp.where(lse == -jnp.inf, 0, lse**2) + norm).sum()
+
+    args = (query, key, value)
+    ones = tuple(map(jnp.ones_like, args))
+
+    def along(*args: jax.Array) -> jax.Array:
+        return jax.jvp(f, args, ones)[1]
+
+    got = jax.grad(along, (0, 1, 2))(*args)
+    assert_close(got, jax.jvp(jax.grad(f, (0, 1, 2)), args, ones)[1])
+    assert all(jnp.isfinite(x).all() for x in got)

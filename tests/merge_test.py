@@ -174,6 +174,17 @@ def test_parts_without_keys() -> None:
     assert (np.asarray(dlses[1])[everywhere] == 0).all()
 
 
+def test_cotangents_of_rows_without_keys() -> None:
+    """May be anything, as `mha` takes them."""
+    outs = [normal(1, 2, 1, 4), normal(1, 2, 1, 4)]
+    seen = jnp.array([[[-jnp.inf, 0.5]]])
+    lses = [seen, jnp.where(seen > 0, -jnp.inf, seen)]
+    cotangent = jnp.ones((1, 2, 1, 4)).at[:, 0].set(jnp.nan)
+    _, pullback = jax.vjp(lambda *a: merge_partials(*a)[0], outs, lses)
+    for x in jax.tree.leaves(pullback(cotangent)):
+        assert jnp.isfinite(x).all()
+
+
 def test_a_part_with_an_infinite_sink_takes_all() -> None:
     outs = [normal(3, 2, 4) for _ in range(3)]
     lses = [normal(2, 3) for _ in range(3)]

@@ -162,6 +162,29 @@ def test_mask(f: Callable, mask: np.ndarray) -> None:
     assert_is_mha(parallel, *operands(), mask=mask, is_causal=True)
 
 
+@pytest.mark.parametrize("f", [ring_mha, ulysses_mha])
+def test_one_row_for_each_device(f: Callable) -> None:
+    """Of a mask it is the device's own, if the mask has more than one."""
+    tensors = tuple(x[:, :4] for x in operands())
+    for mask in (MASK[..., :4, :4], ROW_MASK[..., :4]):
+        spec = P(None, None, "x") if mask.shape[-2] > 1 else P()
+        parallel = sharded(f, 4, {"mask": mask}, {"mask": spec})
+        assert_is_mha(parallel, *tensors, mask=mask)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_bias_of_one_row_for_each_device(rows: int) -> None:
+    bias, tensors = normal(4, rows, 4), tuple(x[:, :4] for x in operands())
+    spec = P(None, "x") if rows > 1 else P()
+
+    def parallel(bias: jax.Array) -> Any:
+        return sharded(ulysses_mha, 4, {"bias": bias}, {"bias": spec})(*tensors)
+
+    whole = functools.partial(mha, *tensors, return_lse=True)
+    assert_close(parallel(bias), whole(bias))
+    assert_close(jax.grad(loss(parallel))(bias), jax.grad(loss(whole))(bias))
+
+
 @pytest.mark.parametrize(
     "shape", [(2, 4, 32, 32), (1, 32, 32), (4, 1, 32), (1, 1, 32), (4, 32, 1)], ids=str
 )

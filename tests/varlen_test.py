@@ -95,6 +95,7 @@ def test_defaults_bounds_and_other_operands() -> None:
     same = run(offsets, offsets, is_causal=True)
     assert_close(run(offsets, is_causal=True), same, 0)
     assert_close(run(offsets, is_causal=True, max_seqlen_q=7, max_seqlen_k=7), same, 0)
+    assert_close(run(offsets, is_causal=True, max_seqlen_k=2**40), same, 0)
     # A bound that is too small cuts sequences.
     lengths = np.array([5, 5])
     cut = run(offsets, max_seqlen_q=5, max_seqlen_k=4)
@@ -234,3 +235,26 @@ def test_qkvpacked() -> None:
         mha_qkvpacked(qkv_array, *wrong)
     with pytest.raises(ValueError, match=r"qkv must be .*got None"):
         mha_qkvpacked(None, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "options", "message"),
+    [
+        (4, {"max_seqlen_q": 3}, "max_seqlen_q is no argument of mha, got 3"),
+        (4, {"cu_seqlens_q": True}, r"query must be \[Tq,N,H\], got shape"),
+        (3, {"cu_seqlens_k": True}, "cu_seqlens_k is no argument of mha, got"),
+        (
+            3,
+            {"cu_seqlens_q": True, "query_seq_lengths": 2},
+            "query_seq_lengths is no argument of mha_varlen, got 2",
+        ),
+    ],
+)
+def test_explain_takes_the_arguments_of_one_function(
+    rank: int, options: dict[str, Any], message: str
+) -> None:
+    x = jax.ShapeDtypeStruct((2, 3, 4, 8)[-rank:], jnp.float32)
+    offsets = jax.ShapeDtypeStruct((3,), jnp.int32)
+    given = {n: offsets if v is True else v for n, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        jax_flash.explain(x, x, x, **given)

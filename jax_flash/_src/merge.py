@@ -90,10 +90,11 @@ def merge_partials(outs: Arrays, lses: Arrays) -> tuple[jax.Array, jax.Array]:
 
     merged = jnp.zeros(outs[0].shape, dtype)
     for out, lse, weight in zip(outs, lses, weights, strict=True):
-        # A part without keys does not count, whatever its output holds.
-        seen = by_row(~jnp.isneginf(lse))
-        term = jnp.where(seen, out.astype(dtype), jnp.zeros((), dtype))
-        merged = merged + by_row(weight / safe) * term
+        # A part without keys does not count, whatever its output or cotangent holds.
+        seen = ~jnp.isneginf(lse)
+        share = by_row(jnp.where(seen, weight / safe, 0))
+        term = jnp.where(by_row(seen), out.astype(dtype), jnp.zeros((), dtype))
+        merged = merged + share * term
     lse = jnp.where(empty, jnp.full_like(total, -jnp.inf), top + jnp.log(safe))
     lse = jnp.where(infinite, jnp.full_like(total, jnp.inf), lse)
     return merged.astype(outs[0].dtype), lse

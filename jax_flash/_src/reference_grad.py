@@ -172,7 +172,10 @@ def tangent(
         dout = dout - jnp.swapaxes(dlse, -1, -2)[..., None] * o["out"].astype(dtype)
         if "value" in t:
             dout = dout + weights_value(config, w.p * w.kept, t["value"])
-        return {"dout": dout.astype(out_dtype), "dlse": dlse}, {}
+        # As in the backward, which this is transposed to: any cotangent of a dead row.
+        live = jnp.swapaxes(w.live, -1, -2)[..., None]
+        dout = jnp.where(live, dout, 0).astype(out_dtype)
+        return {"dout": dout, "dlse": jnp.where(w.live, dlse, 0)}, {}
 
     kept, _ = _by_row_blocks(o, t, body)
     dout = blocks.join(kept["dout"], -3)[..., :rows, :, :]

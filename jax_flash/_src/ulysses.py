@@ -68,9 +68,13 @@ def _own_heads(x: jax.Array, head_axis: int, axis: Axis, size: int) -> jax.Array
     return lax.dynamic_slice_in_dim(x, first, heads // size, head_axis)
 
 
-def _scores_to_heads(x: jax.Array, axis: Axis, size: int) -> jax.Array:
-    """A bias or mask [*B, N|1, T / P|1, S|1] of this device's heads and all rows."""
-    if x.shape[-2] == 1:
+def _scores_to_heads(x: jax.Array, rows: int, axis: Axis, size: int) -> jax.Array:
+    """A bias or mask [*B, N|1, T / P|1, S|1] of this device's heads and all rows.
+
+    If a device has one row, who can say whether that is shared: those of all devices
+    are right for both.
+    """
+    if x.shape[-2] == 1 != rows:
         return _own_heads(x, -3, axis, size)
     if x.shape[-3] == 1:
         return lax.all_gather(x, axis, axis=x.ndim - 2, tiled=True)
@@ -107,7 +111,8 @@ def attend(
         moved[name] = _to_heads(moved[name], axis)
     for name in ("bias", "mask"):
         if name in moved:
-            moved[name] = _scores_to_heads(moved[name], axis, size)
+            rows = call.query.shape[-3]
+            moved[name] = _scores_to_heads(moved[name], rows, axis, size)
     for name in IDS:
         if name in moved:
             ids = moved[name]

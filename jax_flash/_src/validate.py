@@ -295,6 +295,15 @@ def _check_others(given: dict[str, Any]) -> None:
         )
 
 
+def check_varlen(query: Any, cu_seqlens_q: Any) -> None:
+    """What tells a call of `mha_varlen` from one of `mha`."""
+    for name, x in (("query", query), ("cu_seqlens_q", cu_seqlens_q)):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name} must be an array, got {x!r}")
+    if len(query.shape) != 3:
+        raise ValueError(f"query must be [Tq,N,H], got shape {query.shape}")
+
+
 def _check_packed(given: dict[str, Any]) -> None:
     """Offsets of packed sequences: int32 [sequences + 1] for queries and keys."""
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
@@ -371,8 +380,11 @@ def _static(name: str, x: Any) -> Any:
 
 def number(name: str, x: Any) -> float:
     x = _static(name, x)
-    is_number = isinstance(x, numbers.Real | np.ndarray | jax.Array)
-    if not is_number or isinstance(x, bool) or np.ndim(x) != 0:
+    if isinstance(x, np.ndarray | jax.Array):
+        is_number = jnp.issubdtype(x.dtype, jnp.number) and x.ndim == 0
+    else:
+        is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    if not is_number:
         raise ValueError(f"{name} must be a number, got {x!r}")
     try:
         result = math.nan if np.iscomplexobj(x) else float(x)
@@ -409,7 +421,7 @@ def _bound(name: str, x: Any) -> int | None:
     x = static_int(name, x)
     if x < 0:
         raise ValueError(f"{name} must not be negative, got {x}")
-    return x
+    return min(int(x), np.iinfo(np.int32).max)  # which no length exceeds
 
 
 def flag(name: str, x: Any) -> bool:
@@ -453,12 +465,12 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     if softcap is not None:
         softcap = positive_number("softcap", softcap)
     alignment = _static("causal_alignment", options["causal_alignment"])
-    if alignment not in ALIGNMENTS:
+    if not isinstance(alignment, str) or alignment not in ALIGNMENTS:
         raise ValueError(
             f"causal_alignment must be one of {ALIGNMENTS}, got {alignment!r}"
         )
     precision = _static("precision", options["precision"])
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str | None) or precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     rate = number("dropout_rate", options.pop("dropout_rate"))
     dropout_key = options.pop("dropout_key")
