@@ -145,6 +145,10 @@ def _bench(args: argparse.Namespace) -> Iterator[str]:
         for k, x in zip(keys, shapes, strict=True)
     ]
     yield str(explained)
+    if explained.chosen[here] is None:
+        raise ValueError(
+            f"--implementation {args.implementation} cannot run it on {here}"
+        )
     yield f"\n{'ms a call':16}{'forward':>12}{'+ gradients':>14}"
     for name, reason in explained.reasons.items():
         if reason is not None or here not in (explained.platforms[name] or (here,)):

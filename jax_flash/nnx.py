@@ -123,7 +123,8 @@ class GroupedQueryAttention(nnx.Module):
     `query`, `key` and `value` are `nnx.LinearGeneral` with kernels
     [in_features, heads, head_dim]; `out` has [num_heads, head_dim, out_features]: the
     head axis is its own, so tensor parallelism is a partition of it, given with
-    `nnx.with_partitioning` around `kernel_init` and `out_kernel_init`.
+    `nnx.with_partitioning` around `kernel_init` and `out_kernel_init`. Flax wants such
+    a module to be made inside `with jax.set_mesh(mesh):`.
 
     Args:
       in_features: width of the input.

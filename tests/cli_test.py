@@ -90,6 +90,11 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, *_ in rows] == ["xla"]
     assert all(float(x) > 0 for x in rows[0][1:])
     assert main(["bench", "--shape", "1,2"]) == 2
+    capsys.readouterr()
+    assert main(["bench", *shape, "--implementation", "cudnn"]) == 2
+    captured = capsys.readouterr()
+    assert "cpu   nothing" in captured.out
+    assert "--implementation cudnn cannot run it on cpu" in captured.err
 
 
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,6 +255,6 @@ def test_explain_takes_the_arguments_of_one_function(
 ) -> None:
     x = jax.ShapeDtypeStruct((2, 3, 4, 8)[-rank:], jnp.float32)
     offsets = jax.ShapeDtypeStruct((3,), jnp.int32)
-    given = {n: offsets if v is True else v for n, v in options.items()}
+    given: dict[str, Any] = {n: offsets if v is True else v for n, v in options.items()}
     with pytest.raises(ValueError, match=message):
         jax_flash.explain(x, x, x, **given)
