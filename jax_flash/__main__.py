@@ -135,8 +135,7 @@ def _bench(args: argparse.Namespace) -> Iterator[str]:
     shapes, options = _call(args)
     explained = backends.explain(*shapes, **options)
     here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-    lengths = ("query_seq_lengths", "key_value_seq_lengths")
-    for name, x in zip(lengths, shapes, strict=False):
+    for name, x in zip(backends.LENGTHS, shapes, strict=False):
         if options[name] is not None:
             options[name] = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
