@@ -147,6 +147,16 @@ def test_wide_backward_sm80(backward: ctypes.CDLL, case: str) -> None:
     check_backward(backward.mha_bwd_sm80, (256, 256), case, 3, False, 256)
 
 
+@pytest.mark.parametrize("case", emulated.CASES)
+@pytest.mark.parametrize(("widths", "tile"), [((64, 56), 64), ((256, 200), 256)])
+def test_backward_sm80_on_hopper(
+    backward: ctypes.CDLL, widths: tuple[int, int], tile: int, case: str
+) -> None:
+    """Tiles for more shared memory; of the wider ones halves of the warps differ."""
+    number = list(emulated.CASES).index(case) + tile // 64
+    check_backward(backward.mha_bwd_sm80_on_hopper, widths, case, number, False, tile)
+
+
 @pytest.mark.parametrize(
     ("widths", "tile", "case", "parts"),
     [

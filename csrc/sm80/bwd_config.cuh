@@ -11,6 +11,19 @@
 
 namespace jax_flash::sm80 {
 
+// The chips that have use for a kernel; for others there is no code of it.
+enum class Chips { kAll, kBeforeHopper, kFromHopper };
+
+constexpr __host__ __device__ bool has_code(Chips chips) {
+#if !defined(__CUDA_ARCH__)
+  return true;
+#elif __CUDA_ARCH__ >= 900
+  return chips != Chips::kBeforeHopper;
+#else
+  return chips != Chips::kFromHopper;
+#endif
+}
+
 // A thread block keeps `keys` keys and values and walks over tiles of `rows` queries. Its warps
 // form one grid for scores [rows, keys], one for the gradients of keys and values [keys, width] and
 // one for the gradient of queries [rows, width]; the first number of warps is given, the second is
@@ -24,21 +37,76 @@ struct BwdTiles {
   int score_row_warps;   // scores: warps along queries
   int key_warps;         // gradients of keys and values: warps along keys
   int dquery_row_warps;  // gradient of queries: warps along queries
+  int blocks = 1;        // thread blocks that share a multiprocessor
+  int score_parts = 1;   // scores: parts of the keys, made one after another
+  bool paired = false;   // half of the warps make all scores, the others all dP
+  Chips chips = Chips::kAll;
 };
 
-// What 163 KB of shared memory hold: compute capabilities 8.0, 8.7, 9.x, 10.x.
-template <int kHeadDim, int kHeadDimV>
+// What 163 KB of shared memory hold: compute capabilities 8.0, 8.7, 9.x, 10.x. Up to width 128 one
+// of two thread blocks multiplies while the other waits for copies, barriers or additions.
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
 inline constexpr BwdTiles kBwdTiles{};
 template <>
-inline constexpr BwdTiles kBwdTiles<64, 64>{128, 128, 8, 2, 4, 4, 4};
+inline constexpr BwdTiles kBwdTiles<64, 64, false>{.rows = 64,
+                                                   .keys = 128,
+                                                   .warps = 4,
+                                                   .stages = 1,
+                                                   .score_row_warps = 2,
+                                                   .key_warps = 4,
+                                                   .dquery_row_warps = 2,
+                                                   .blocks = 2,
+                                                   .score_parts = 2,
+                                                   .chips = Chips::kBeforeHopper};
 template <>
-inline constexpr BwdTiles kBwdTiles<96, 96>{64, 128, 8, 2, 2, 4, 4};
+inline constexpr BwdTiles kBwdTiles<96, 96, false>{64, 64, 4, 1, 2, 2, 2, 2};
+template <bool kIntervals>
+inline constexpr BwdTiles kBwdTiles<128, 128, kIntervals>{64, 64, 4, 1, 2, 2, 2, 2};
 template <>
-inline constexpr BwdTiles kBwdTiles<128, 128>{64, 128, 8, 2, 2, 4, 2};
+inline constexpr BwdTiles kBwdTiles<192, 192, false>{.rows = 64,
+                                                     .keys = 64,
+                                                     .warps = 8,
+                                                     .stages = 2,
+                                                     .score_row_warps = 2,
+                                                     .key_warps = 2,
+                                                     .dquery_row_warps = 2,
+                                                     .paired = true};
 template <>
-inline constexpr BwdTiles kBwdTiles<192, 192>{64, 64, 8, 2, 4, 2, 2};
+inline constexpr BwdTiles kBwdTiles<256, 256, false>{.rows = 64,
+                                                     .keys = 64,
+                                                     .warps = 8,
+                                                     .stages = 1,
+                                                     .score_row_warps = 4,
+                                                     .key_warps = 2,
+                                                     .dquery_row_warps = 2,
+                                                     .chips = Chips::kBeforeHopper};
 template <>
-inline constexpr BwdTiles kBwdTiles<256, 256>{64, 64, 8, 1, 4, 2, 2};
+inline constexpr BwdTiles kBwdTiles<256, 256, true>{64, 64, 8, 1, 4, 2, 2};
+
+// What 227 KB hold, where that helps: capabilities 9.x and 10.x.
+template <int kHeadDim, int kHeadDimV, bool kIntervals>
+inline constexpr BwdTiles kBwdHopperTiles = kBwdTiles<kHeadDim, kHeadDimV, kIntervals>;
+template <>
+inline constexpr BwdTiles kBwdHopperTiles<64, 64, false>{.rows = 64,
+                                                         .keys = 128,
+                                                         .warps = 4,
+                                                         .stages = 2,
+                                                         .score_row_warps = 2,
+                                                         .key_warps = 2,
+                                                         .dquery_row_warps = 2,
+                                                         .blocks = 2,
+                                                         .score_parts = 2,
+                                                         .chips = Chips::kFromHopper};
+template <>
+inline constexpr BwdTiles kBwdHopperTiles<256, 256, false>{.rows = 64,
+                                                           .keys = 64,
+                                                           .warps = 8,
+                                                           .stages = 2,
+                                                           .score_row_warps = 2,
+                                                           .key_warps = 2,
+                                                           .dquery_row_warps = 2,
+                                                           .paired = true,
+                                                           .chips = Chips::kFromHopper};
 
 // What 99 KB hold: other capabilities. Also for rows that do not start at 16 bytes, because the
 // code that copies them takes registers too.
@@ -101,12 +169,17 @@ struct BwdConfig {
   static constexpr int kWarps = kTiles.warps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = kTiles.stages;
+  static constexpr int kBlocks = kTiles.blocks;
+  static constexpr int kScoreParts = kTiles.score_parts;
+  static constexpr bool kPaired = kTiles.paired;
+  static constexpr bool kHasCode = has_code(kTiles.chips);
   static constexpr int kTurnRows = kRows > 64 ? kRows : 64;  // rows that share a turn
 
   // Scores: a warp's rows and keys follow each other.
   static constexpr int kScoreRowWarps = kTiles.score_row_warps;
   static constexpr int kScoreRows = kRows / kScoreRowWarps;
-  static constexpr int kScoreKeys = kKeys / (kWarps / kScoreRowWarps);
+  static constexpr int kScoreWarps = kPaired ? kWarps / 2 : kWarps;
+  static constexpr int kScoreKeys = kKeys / kScoreParts / (kScoreWarps / kScoreRowWarps);
 
   // Gradients of keys and values: warps take blocks of 16 keys and of 16 columns in turn.
   static constexpr int kKeyWarps = kTiles.key_warps;
@@ -142,6 +215,8 @@ struct BwdConfig {
   static_assert(128 % kRows == 0, "tiles do not cross the padding of the workspace");
   static_assert(!kIntervals || kTurnRows == kIntervalRows, "one hull says who adds to a turn");
   static_assert(kStages == 1 || kStages == 2);
+  static_assert(!kPaired || (kStages == 2 && kScoreParts == 1 && !kIntervals && !kFloats),
+                "warps of dP know no scores, only probabilities");
   static_assert(kScoreRows % 16 == 0 && kDqueryRows % 16 == 0 && kKeys % (16 * kKeyWarps) == 0 &&
                     kHeadDim % (16 * kKeyColumnWarps) == 0 &&
                     kHeadDimV % (16 * kKeyColumnWarps) == 0 &&

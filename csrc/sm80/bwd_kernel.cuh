@@ -13,9 +13,9 @@
 #include "ptx/reduction.cuh"
 #include "sm80/bwd_block.cuh"
 #include "sm80/bwd_config.cuh"
+#include "sm80/bwd_scores.cuh"
 #include "sm80/bwd_warp.cuh"
 #include "tile/copy.cuh"
-#include "tile/score_options.cuh"
 
 namespace jax_flash::sm80 {
 
@@ -96,8 +96,6 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
   using Warp = BwdWarp<Config>;
   constexpr int kStages = Config::kStages;
   const uint32_t key_tile = tiles + Config::kKeyOffset;
-  const uint32_t probability_tile = tiles + Config::kProbabilityOffset;
-  const uint32_t dscore_tile = tiles + Config::kDscoreOffset;
   int stage = 0;
   bool first = true;
   do {
@@ -120,89 +118,59 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
       copy_douts<Config>(params, block, tiles, stage, step);
     }
     ptx::cp_async_commit_group();
-    const uint32_t query_tile = tiles + Config::kStageOffset + stage * Config::kStageBytes;
-    const uint32_t dout_tile = query_tile + Config::kQueryBytes;
-    const uint32_t lses = tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes;
-
-    typename Warp::Scores scores;
-    Warp::multiply_keys(scores, query_tile, key_tile);
-    bool options = false;
-    if constexpr (Config::kIntervals) {
-      options = Config::kDense || ScoreOptions::any(params);
-      if (options) {
-        const int head = block.kv_head * plan.group + step.head;
-        Warp::softmax_with_options(scores, block.mask, step.row, block.key_block * Config::kKeys,
-                                   lses, ScoreOptions::make(params, block.batch, head),
-                                   Warp::dense_of(params, block.batch, head), probability_tile);
-      }
-    }
-    if (!options) {
-      Warp::softmax(scores, block.mask, step.row, block.key_block * Config::kKeys, lses,
-                    params.scale);
-      Warp::store_scores(probability_tile, scores);
-    }
-    if constexpr (kStages == 1) {
-      ptx::cp_async_wait_group<0>();
-      if constexpr (Config::kFloats) {
-        if (first)
-          prepare_tile<Config, Config::kKeys, Config::kHeadDimV>(tiles + Config::kValueOffset);
-        first = false;
-        prepare_tile<Config, Config::kRows, Config::kHeadDimV>(dout_tile);
-      }
-      __syncthreads();  // the output gradients' copies before their reads
-    }
-    typename Warp::Scores dscores;
-    Warp::multiply_values(dscores, dout_tile, tiles + Config::kValueOffset,
-                          lses + 4 * Config::kRows);
-    if (Config::kDense && params.intervals.dropout != 0) {
-      Warp::multiply_dropped(dscores, scores, lses + 4 * Config::kRows,
-                             params.intervals.kept_scale);
+    const uint32_t stage_tile = tiles + Config::kStageOffset + stage * Config::kStageBytes;
+    const BwdTile<Config> tile{stage_tile,
+                               stage_tile + Config::kQueryBytes,
+                               tiles + Config::kRowStateOffset + stage * Config::kRowStateBytes,
+                               key_tile,
+                               tiles + Config::kValueOffset,
+                               tiles + Config::kProbabilityOffset,
+                               tiles + Config::kDscoreOffset,
+                               block.key_block * Config::kKeys};
+    if constexpr (Config::kPaired) {
+      make_scores_in_pairs<Config>(params, block, step, tile);
+      warp.add_dvalue(tile.probabilities, tile.douts, [](int) {});
     } else {
 #pragma unroll
-      for (int i = 0; i < Warp::kScoreBlocks; ++i) {
-#pragma unroll
-        for (int j = 0; j < Warp::kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) dscores[i][j][e] *= scores[i][j][e];
-        }
+      for (int part = 0; part < Config::kScoreParts; ++part) {
+        make_scores<Config>(params, plan, block, step, tile.part(part), [&] {
+          if (kStages == 2 || part > 0) return;
+          ptx::cp_async_wait_group<0>();
+          if constexpr (Config::kFloats) {
+            if (first) prepare_tile<Config, Config::kKeys, Config::kHeadDimV>(tile.values);
+            first = false;
+            prepare_tile<Config, Config::kRows, Config::kHeadDimV>(tile.douts);
+          }
+          __syncthreads();  // the output gradients' copies before their reads
+        });
       }
     }
-    if constexpr (Config::kDense) {
-      if (params.dbias.data != nullptr) {
-        const int head = block.kv_head * plan.group + step.head;
-        Warp::add_bias_gradients(BiasGradient::make(params, block.batch, head), dscores, step.row,
-                                 block.key_block * Config::kKeys, params.query_length,
-                                 params.key_length);
-      }
-      if (params.dslopes != nullptr) {
-        static_assert(Config::kScoreRowWarps <= kSlopeParts);
-        const int64_t part =
-            (block.flat_head + step.head) * kSlopeParts + Warp::warp_id() % Config::kScoreRowWarps;
-        add_slope_gradients(params.dslopes + part * params.key_length, block.mask, dscores,
-                            step.row + Warp::score_row() + fragment_row(),
-                            block.key_block * Config::kKeys + Warp::score_key() + fragment_column(),
-                            params.key_length);
-      }
-    }
-    Warp::store_scores(dscore_tile, dscores);
     __syncthreads();  // probabilities and score gradients of all warps before their reads
 
-    if constexpr (kStages == 2) {
-      typename Warp::Dquery dquery;
-      Warp::multiply_dscores(dquery, dscore_tile, key_tile);
-      wait_turn<Config>(params, block, step);
-      warp.add_all(head_sum<Config>(params, block, step), step.row, dquery, dscore_tile, query_tile,
-                   probability_tile, dout_tile);
-    } else {
-      warp.add_dkey(dscore_tile, query_tile);
+    const auto copy_next_queries = [&] {
       __syncthreads();  // all reads of the queries before the next overwrite them
       const BwdStep next = next_step<Config>(block, step);
       if (next.head < plan.group) copy_queries<Config>(params, block, tiles, stage, next);
       ptx::cp_async_commit_group();
       ptx::cp_async_commit_group();  // none: what the next wait for queries may leave in flight
+    };
+    float* const sum = head_sum<Config>(params, block, step);
+    if constexpr (Config::kPaired) {
       wait_turn<Config>(params, block, step);
-      warp.add_dquery_dvalue(head_sum<Config>(params, block, step), step.row, dscore_tile, key_tile,
-                             probability_tile, dout_tile);
+      warp.add_dquery_dkey(sum, step.row, tile.dscores, key_tile, tile.queries);
+    } else if constexpr (kStages == 2 || Config::kScoreParts > 1) {
+      typename Warp::Dquery dquery;
+      Warp::multiply_dscores(dquery, tile.dscores, key_tile);
+      wait_turn<Config>(params, block, step);
+      warp.add_all(sum, step.row, dquery, tile.dscores, tile.queries, tile.probabilities,
+                   tile.douts, [&] {
+                     if constexpr (kStages == 1) copy_next_queries();
+                   });
+    } else {
+      warp.add_dkey(tile.dscores, tile.queries);
+      copy_next_queries();
+      wait_turn<Config>(params, block, step);
+      warp.add_dquery_dvalue(sum, step.row, tile.dscores, key_tile, tile.probabilities, tile.douts);
     }
     pass_turn<Config>(params, block, step);
     step = next_step<Config>(block, step);  // again: registers are full meanwhile
@@ -241,9 +209,7 @@ __device__ __forceinline__ void store_gradient(
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    mha_bwd_kernel(const __grid_constant__ MhaBwdParams params,
-                   const __grid_constant__ BwdPlan plan) {
+__device__ __forceinline__ void run_block(const MhaBwdParams& params, const BwdPlan& plan) {
   extern __shared__ __align__(1024) unsigned char shared[];
   BwdBlock<Config>& block = *reinterpret_cast<BwdBlock<Config>*>(shared);
   static_assert(sizeof(block) <= Config::kStateBytes);
@@ -278,6 +244,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       params, block, tiles + Config::kValueOffset, warp.dvalue,
       Config::kDense ? params.intervals.kept_scale : 1.0f, params.dvalue, params.f32_dvalue,
       params.head_dim_v / Config::kUnits);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    mha_bwd_kernel(const __grid_constant__ MhaBwdParams params,
+                   const __grid_constant__ BwdPlan plan) {
+  if constexpr (Config::kHasCode) run_block<Config>(params, plan);
 }
 
 }  // namespace jax_flash::sm80

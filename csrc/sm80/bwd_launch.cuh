@@ -14,12 +14,18 @@
 
 namespace jax_flash::sm80 {
 
-// Shared memory that a thread block may ask for.
+// Shared memory that a thread block may ask for; a multiprocessor has 1 KB more, and a thread block
+// takes 1 KB more than it asks for.
 constexpr int shared_limit(int compute_capability) {
   const int major = compute_capability / 10;
-  return compute_capability == 80 || compute_capability == 87 || major == 9 || major == 10
-             ? 163 * 1024
-             : 99 * 1024;
+  if (major == 9 || major == 10) return 227 * 1024;
+  return compute_capability == 80 || compute_capability == 87 ? 163 * 1024 : 99 * 1024;
+}
+
+// What thread blocks that share a multiprocessor ask for, all but one with its 1 KB.
+template <typename Config>
+constexpr int shared_bytes() {
+  return Config::kBlocks * (Config::kSharedBytes + 1024) - 1024;
 }
 
 // Kv heads that run side by side. With equal key blocks, one: they share its queries. Where the
@@ -38,7 +44,6 @@ inline int64_t bwd_section_heads(const MhaBwdParams& params, int l2_bytes) {
 
 template <typename Config>
 cudaError_t launch_main(MhaBwdParams params, const DeviceInfo& device, cudaStream_t stream) {
-  static_assert(Config::kSharedBytes <= 163 * 1024);
   if constexpr (Config::kFloats) count_16_bits(&params);
   const auto kernel = mha_bwd_kernel<Config>;
   const int64_t all = int64_t{params.batch} * params.kv_heads;
@@ -66,12 +71,16 @@ inline bool rows_aligned_16(const void* data, int width) {
 
 template <ElementType kType, int kHeadDim, int kHeadDimV, bool kIntervals>
 cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cudaStream_t stream) {
-  constexpr BwdTiles kLarge = kBwdTiles<kHeadDim, kHeadDimV>;
+  constexpr BwdTiles kHopper = kBwdHopperTiles<kHeadDim, kHeadDimV, kIntervals>;
+  constexpr BwdTiles kLarge = kBwdTiles<kHeadDim, kHeadDimV, kIntervals>;
   constexpr BwdTiles kSmall = kBwdSmallTiles<kHeadDim, kHeadDimV>;
+  using Hopper = BwdConfig<kType, kHeadDim, kHeadDimV, true, kHopper, kIntervals>;
   using Large = BwdConfig<kType, kHeadDim, kHeadDimV, true, kLarge, kIntervals>;
   using Small = BwdConfig<kType, kHeadDim, kHeadDimV, true, kSmall, kIntervals>;
   using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kSmall, kIntervals>;
-  static_assert(Small::kSharedBytes <= 99 * 1024);
+  static_assert(shared_bytes<Hopper>() <= shared_limit(90));
+  static_assert(shared_bytes<Large>() <= shared_limit(80));
+  static_assert(shared_bytes<Small>() <= shared_limit(89));
   using Element = typename Large::Element;
   cudaError_t error = launch_bwd_prepare<Element, typename Large::Mask>(params, kHeadDim, stream);
   if (error != cudaSuccess) return error;
@@ -93,7 +102,9 @@ cudaError_t launch_all(const MhaBwdParams& params, const DeviceInfo& device, cud
   }
   if (!wide) {
     error = launch_main<Narrow>(params, device, stream);
-  } else if (shared_limit(device.compute_capability) >= Large::kSharedBytes) {
+  } else if (shared_limit(device.compute_capability) >= shared_limit(90)) {
+    error = launch_main<Hopper>(params, device, stream);
+  } else if (shared_limit(device.compute_capability) >= shared_limit(80)) {
     error = launch_main<Large>(params, device, stream);
   } else {
     error = launch_main<Small>(params, device, stream);
@@ -108,7 +119,7 @@ cudaError_t launch_f32(const MhaBwdParams& params, const DeviceInfo& device, cud
   constexpr BwdTiles kTiles = kBwdF32Tiles<kHeadDim, kHeadDimV>;
   using Wide = BwdConfig<kType, kHeadDim, kHeadDimV, true, kTiles, kIntervals, kIntervals>;
   using Narrow = BwdConfig<kType, kHeadDim, kHeadDimV, false, kTiles, kIntervals, kIntervals>;
-  static_assert(Wide::kSharedBytes <= 99 * 1024);
+  static_assert(shared_bytes<Wide>() <= shared_limit(89));
   cudaError_t error = launch_bwd_prepare<float, typename Wide::Mask>(params, kHeadDim, stream);
   if (error != cudaSuccess) return error;
   const bool wide = params.query.alignment == 16 && params.key.alignment == 16 &&

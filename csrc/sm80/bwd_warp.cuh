@@ -1,38 +1,27 @@
-// One warp of the backward: its registers and the steps that work on them.
+// One warp's part of the gradients: its registers and the steps that work on them.
 #pragma once
 
 #include <cstdint>
 
-#include "host/params.h"
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
 #include "sm80/bwd_products.cuh"
 #include "sm80/bwd_sum.cuh"
 #include "sm80/f32_products.cuh"
-#include "sm80/interval_scores.cuh"
-#include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
-#include "tile/intervals.cuh"
-#include "tile/mask.cuh"
-#include "tile/score_options.cuh"
-#include "tile/softmax.cuh"
 
 namespace jax_flash::sm80 {
 
 template <typename Config>
 struct BwdWarp {
   using Element = typename Config::Element;
-  using Mask = typename Config::Mask;
   using ScoreLayout = typename Config::ScoreLayout;
-  static constexpr int kScoreBlocks = Config::kScoreRows / 16;
-  static constexpr int kScoreTiles = Config::kScoreKeys / 8;
   static constexpr int kKeyBlocks = Config::kKeys / Config::kKeyWarps / 16;
   static constexpr int kKeyTiles = Config::kColumns / Config::kKeyColumnWarps / 8;
   static constexpr int kValueTiles = Config::kColumnsV / Config::kKeyColumnWarps / 8;
   static constexpr int kDqueryBlocks = Config::kDqueryRows / 16;
   static constexpr int kDqueryTiles = Config::kColumns / Config::kDqueryColumnWarps / 8;
   static constexpr int kSteps = Config::kRows / 16;  // of the gradients of keys and values
-  using Scores = float[kScoreBlocks][kScoreTiles][4];
   using Dquery = float[kDqueryBlocks][kDqueryTiles][4];
 
   float dkey[kKeyBlocks][kKeyTiles][4];
@@ -44,12 +33,6 @@ struct BwdWarp {
   }
 
   static __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
-  static __device__ __forceinline__ int score_row() {
-    return warp_id() % Config::kScoreRowWarps * Config::kScoreRows;
-  }
-  static __device__ __forceinline__ int score_key() {
-    return warp_id() / Config::kScoreRowWarps * Config::kScoreKeys;
-  }
   static __device__ __forceinline__ int key_warp() { return warp_id() % Config::kKeyWarps; }
   static __device__ __forceinline__ int column_warp() { return warp_id() / Config::kKeyWarps; }
   static __device__ __forceinline__ int dquery_row() {
@@ -57,223 +40,6 @@ struct BwdWarp {
   }
   static __device__ __forceinline__ int dquery_column_warp() {
     return warp_id() / Config::kDqueryRowWarps;
-  }
-
-  // scores = Q K^T
-  static __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t query_tile,
-                                                       uint32_t key_tile) {
-    using Layout = typename Config::QueryLayout;
-    if constexpr (Config::kF32) {
-      f32::multiply_rows<Config::kProducts, Layout, Layout, Config::kHeadDim / 16>(
-          scores, a_operand_address<Layout>(query_tile, score_row()),
-          b_operand_address<Layout>(key_tile, score_key()));
-    } else {
-      clear(scores);
-      multiply<Element, Config::kColumns / 16>(scores, a_rows<Layout>(query_tile, score_row()),
-                                               b_rows<Layout>(key_tile, score_key()));
-    }
-  }
-
-  // dscores = dO V^T - delta
-  static __device__ __forceinline__ void multiply_values(Scores& dscores, uint32_t dout_tile,
-                                                         uint32_t value_tile, uint32_t deltas) {
-    using Layout = typename Config::DoutLayout;
-    if constexpr (Config::kF32) {
-      f32::multiply_rows<Config::kProducts, Layout, Layout, Config::kHeadDimV / 16>(
-          dscores, a_operand_address<Layout>(dout_tile, score_row()),
-          b_operand_address<Layout>(value_tile, score_key()));
-    }
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float delta = row_state(deltas, i, h);
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-          if constexpr (Config::kF32) {
-            dscores[i][j][2 * h] -= delta;
-            dscores[i][j][2 * h + 1] -= delta;
-          } else {
-            dscores[i][j][2 * h] = dscores[i][j][2 * h + 1] = -delta;
-          }
-        }
-      }
-    }
-    if constexpr (!Config::kF32) {
-      multiply<Element, Config::kColumnsV / 16>(dscores, a_rows<Layout>(dout_tile, score_row()),
-                                                b_rows<Layout>(value_tile, score_key()));
-    }
-  }
-
-  // Scores (in place) become probabilities. `row` and `key` are the first of the tile.
-  static __device__ __forceinline__ void softmax(Scores& scores, const Mask& mask, int row, int key,
-                                                 uint32_t lses, const SoftmaxScale& scale) {
-    if (scale.first != 1.0f) [[unlikely]] {
-#pragma unroll
-      for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) scores[i][j][e] *= scale.first;
-        }
-      }
-    }
-    const int first_row = row + score_row();
-    const int first_key = key + score_key();
-    const KeyInterval unmasked = mask.core(first_row, first_row + Config::kScoreRows);
-    if (first_key < unmasked.first || first_key + Config::kScoreKeys > unmasked.end) {
-      apply_mask(scores, mask, first_row + fragment_row(), first_key + fragment_column());
-    }
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float lse = row_state(lses, i, h);
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            scores[i][j][e] = ptx::ex2_approx_ftz(fmaf(scores[i][j][e], scale.log2, -lse));
-          }
-        }
-      }
-    }
-  }
-
-  // Of one query head, with Config::kDense.
-  struct Dense {
-    Dropout dropout;
-    BiasRows bias;
-    MaskRows bits;
-    bool takes_cap_for_linear;  // see MhaBwdParams
-  };
-  static __device__ __forceinline__ Dense dense_of(const MhaBwdParams& params, int batch,
-                                                   int head) {
-    if constexpr (!Config::kDense) return {};
-    return {Dropout::make(params, batch, head), BiasRows::make(params, batch, head),
-            MaskRows::make(params, batch, head), params.takes_cap_for_linear()};
-  }
-
-  // The same for scores with options, and store_scores of the probabilities to `tile`. Scores
-  // become probabilities times derivatives of logits by scores, what gradients are multiplied by;
-  // negative where dropout drops, and then the probability in the tile is 0.
-  static __device__ __forceinline__ void softmax_with_options(Scores& scores,
-                                                              const IntervalMask& mask, int row,
-                                                              int key, uint32_t lses,
-                                                              const ScoreOptions& options,
-                                                              const Dense& dense, uint32_t tile) {
-    const uint32_t address = score_address(tile);
-    row += score_row() + fragment_row();
-    key += score_key() + fragment_column();
-    const bool mixed = compares_ids(mask, row, key);
-    const bool is_linear = Config::kDense && dense.takes_cap_for_linear;
-    const float inverse = is_linear ? 0.0f : options.inverse();
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-      KeptScores<kScoreTiles> kept;
-      const bool drops = Config::kDense && dense.dropout.threshold != 0;
-      if (drops) kept.draw(dense.dropout, row + 16 * i, key - fragment_column());
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const RowRecord record = mask.row(row + 16 * i + 8 * h);
-        const float lse = row_state(lses, i, h);
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-          const int key_pair = key + 8 * j;
-          float2 biases = make_float2(0.0f, 0.0f);
-          if (Config::kDense && dense.bias.data != nullptr) {
-            biases = dense.bias.load_pair(row + 16 * i + 8 * h, key_pair);
-          }
-          uint32_t word = ~0u;
-          if (Config::kDense && dense.bits.data != nullptr) {
-            word = dense.bits.word(row + 16 * i + 8 * h, key_pair) >> (key_pair % 32);
-          }
-          float probabilities[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = scores[i][j][2 * h + e];
-            const int column = key + 8 * j + e;
-            const float capped = options.capped<Config::kFloats>(score);
-            float logit = options.biased(capped, static_cast<float>(record.position - column));
-            if constexpr (Config::kDense) logit += e == 0 ? biases.x : biases.y;
-            const bool seen = column >= record.first && column < record.end &&
-                              (!mixed || mask.id(column) == record.id) && (word >> e & 1) != 0;
-            const float exponent = fmaf(logit, SoftmaxScale::kLog2e, -lse);
-            probabilities[e] = seen ? ptx::ex2_approx_ftz(exponent) : 0.0f;
-            score = probabilities[e] * ScoreOptions::derivative(capped, inverse);
-            if (drops && !kept(j, h, e)) {
-              probabilities[e] = 0.0f;
-              score = -fabsf(score);
-            }
-          }
-          store_pair(address, i, j, h, probabilities[0], probabilities[1]);
-        }
-      }
-    }
-  }
-
-  // Score gradients from dP - delta, with dropout and the scores of softmax_with_options: what is
-  // kept of dP is larger by `kept_scale`.
-  static __device__ __forceinline__ void multiply_dropped(Scores& dscores, const Scores& scores,
-                                                          uint32_t deltas, float kept_scale) {
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float delta = row_state(deltas, i, h);
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            const float score = scores[i][j][e];
-            float& x = dscores[i][j][e];
-            const bool dropped = __float_as_uint(score) >> 31 != 0;
-            x = dropped ? -delta : fmaf(x, kept_scale, (kept_scale - 1.0f) * delta);
-            x *= fabsf(score);
-          }
-        }
-      }
-    }
-  }
-
-  // Score gradients of a tile, `row` and `key` its first, to where those of biases are added up.
-  static __device__ __forceinline__ void add_bias_gradients(const BiasGradient& gradient,
-                                                            const Scores& dscores, int row, int key,
-                                                            int rows, int keys) {
-    row += score_row() + fragment_row();
-    key += score_key() + fragment_column();
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int this_row = row + 16 * i + 8 * h;
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = key + 8 * j + e;
-            if (this_row < rows && column < keys) {
-              gradient.add(this_row, column, dscores[i][j][2 * h + e]);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // Rounded to what products take, to a tile [row][key].
-  static __device__ __forceinline__ void store_scores(uint32_t tile, const Scores& scores) {
-    const uint32_t address = score_address(tile);
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-          store_pair(address, i, j, h, scores[i][j][2 * h], scores[i][j][2 * h + 1]);
-        }
-      }
-    }
   }
 
   // dvalue += P^T dO. Of operands of 16 bits after(step) follows each of kSteps k-steps.
@@ -333,9 +99,11 @@ struct BwdWarp {
 
   // Adds to the gradients of keys and values and dquery to its sum: little by little, between the
   // steps of both products, which so hide the additions.
+  template <typename F>
   __device__ __forceinline__ void add_all(float* sum, int row, const Dquery& dquery,
                                           uint32_t dscore_tile, uint32_t query_tile,
-                                          uint32_t probability_tile, uint32_t dout_tile) {
+                                          uint32_t probability_tile, uint32_t dout_tile,
+                                          F between) {
     constexpr int kTiles = kDqueryBlocks * kDqueryTiles;
     constexpr auto share = [](int step) { return (step * kTiles + 2 * kSteps - 1) / (2 * kSteps); };
     const auto add = [&](int step) {
@@ -344,6 +112,7 @@ struct BwdWarp {
       add_to_sum(sum, row, dquery, share(step), share(step + 1));
     };
     add_dkey(dscore_tile, query_tile, add);
+    between();
     add_dvalue(probability_tile, dout_tile, [&](int step) { add(kSteps + step); });
   }
 
@@ -358,40 +127,56 @@ struct BwdWarp {
       add_to_sum(sum, row, dquery);
       add_dvalue(probability_tile, dout_tile, [](int) {});
     } else {
-      constexpr int kKeySteps = Config::kKeys / 16;
-      constexpr int kParts = kDqueryTiles / 2;
-      uint32_t dscores[kKeySteps][kDqueryBlocks][4];
+      add_dquery_with(sum, row, dscore_tile, key_tile, [&](int step) {
+        multiply_step<Element>(dvalue, key_rows(probability_tile), dout_columns(dout_tile), step);
+      });
+    }
+  }
+
+  // The same with dkey += dS^T Q.
+  __device__ __forceinline__ void add_dquery_dkey(float* sum, int row, uint32_t dscore_tile,
+                                                  uint32_t key_tile, uint32_t query_tile) {
+    add_dquery_with(sum, row, dscore_tile, key_tile, [&](int step) {
+      multiply_step<Element>(dkey, key_rows(dscore_tile), query_columns(query_tile), step);
+    });
+  }
+
+  template <typename F>
+  static __device__ __forceinline__ void add_dquery_with(float* sum, int row, uint32_t dscore_tile,
+                                                         uint32_t key_tile, F multiply_other) {
+    constexpr int kKeySteps = Config::kKeys / 16;
+    constexpr int kParts = kDqueryTiles / 2;
+    uint32_t dscores[kKeySteps][kDqueryBlocks][4];
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kDqueryBlocks; ++i) {
+        dquery_rows(dscore_tile).load(dscores[step][i], i, step, 0);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float dquery[kDqueryBlocks][2][4];
+      clear(dquery);
 #pragma unroll
       for (int step = 0; step < kKeySteps; ++step) {
+        uint32_t key[4];
+        key_columns(key_tile).load(key, part, step, 0);
 #pragma unroll
         for (int i = 0; i < kDqueryBlocks; ++i) {
-          dquery_rows(dscore_tile).load(dscores[step][i], i, step, 0);
+          ptx::mma_m16n8k16<Element>(dquery[i][0], dscores[step][i], key[0], key[1]);
+          ptx::mma_m16n8k16<Element>(dquery[i][1], dscores[step][i], key[2], key[3]);
         }
       }
+      __syncwarp();  // without it the compiler gathers the additions of all parts
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        float dquery[kDqueryBlocks][2][4];
-        clear(dquery);
+      for (int i = 0; i < kDqueryBlocks; ++i) {
 #pragma unroll
-        for (int step = 0; step < kKeySteps; ++step) {
-          uint32_t key[4];
-          key_columns(key_tile).load(key, part, step, 0);
+        for (int j = 0; j < 2; ++j) add_tile(sum, row, i, 2 * part + j, dquery[i][j]);
+      }
 #pragma unroll
-          for (int i = 0; i < kDqueryBlocks; ++i) {
-            ptx::mma_m16n8k16<Element>(dquery[i][0], dscores[step][i], key[0], key[1]);
-            ptx::mma_m16n8k16<Element>(dquery[i][1], dscores[step][i], key[2], key[3]);
-          }
-        }
-        __syncwarp();  // without it the compiler gathers the additions of all parts
-#pragma unroll
-        for (int i = 0; i < kDqueryBlocks; ++i) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) add_tile(sum, row, i, 2 * part + j, dquery[i][j]);
-        }
-#pragma unroll
-        for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
-          multiply_step<Element>(dvalue, key_rows(probability_tile), dout_columns(dout_tile), step);
-        }
+      for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
+        multiply_other(step);
       }
     }
   }
@@ -440,19 +225,12 @@ struct BwdWarp {
   // What products take from a tile for this warp: of scores [row][key] keys as rows, or queries; of
   // others columns.
   static constexpr int kParts = Config::kParts;
-  template <typename Layout>
-  static __device__ __forceinline__ auto a_rows(uint32_t tile, int row) {
-    return RowBlocks<Layout, kParts>{a_operand_address<Layout, kParts>(tile, row)};
-  }
-  template <typename Layout>
-  static __device__ __forceinline__ auto b_rows(uint32_t tile, int row) {
-    return RowBlocks<Layout, kParts>{b_operand_address<Layout, kParts>(tile, row)};
-  }
   static __device__ __forceinline__ auto key_rows(uint32_t tile) {
     return a_columns<ScoreLayout, Config::kKeyWarps, kParts>(tile, key_warp());
   }
   static __device__ __forceinline__ auto dquery_rows(uint32_t tile) {
-    return a_rows<ScoreLayout>(tile, dquery_row());
+    return RowBlocks<ScoreLayout, kParts>{
+        a_operand_address<ScoreLayout, kParts>(tile, dquery_row())};
   }
   static __device__ __forceinline__ auto query_columns(uint32_t tile) {
     return b_columns<typename Config::QueryLayout, Config::kKeyColumnWarps, kParts>(tile,
@@ -487,65 +265,6 @@ struct BwdWarp {
     f32::add_columns<Config::kProducts, Config::kRows / 8, Config::kKeyColumnWarps>(
         d, Blocks{f32::Columns<ScoreLayout>::at(a_tile), key_warp()},
         f32::Columns<Layout>::at(b_tile), column_warp());
-  }
-
-  // lse or delta of this lane's row 16 * block + 8 * half.
-  static __device__ __forceinline__ float row_state(uint32_t states, int block, int half) {
-    return ptx::ld_shared_f32(states + 4 * (score_row() + fragment_row() + 16 * block + 8 * half));
-  }
-
-  // Keys outside a row's interval get a score of -inf. `row` and `key` are this lane's first.
-  static __device__ __forceinline__ void apply_mask(Scores& scores, const Mask& mask, int row,
-                                                    int key) {
-#pragma unroll
-    for (int i = 0; i < kScoreBlocks; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const KeyInterval keys = mask.interval(row + 16 * i + 8 * h);
-        const int begin = keys.first - key;
-        const int end = keys.end - key;
-#pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = 8 * j + e;
-            if (column < begin || column >= end) scores[i][j][2 * h + e] = kMinusInfinity;
-          }
-        }
-      }
-    }
-    if constexpr (Config::kIntervals) {
-      if (compares_ids(mask, row, key)) mask_ids(scores, mask, row, key);
-    }
-  }
-
-  // Whether ids may hide keys from this warp's rows. No ids are there past the last key.
-  static __device__ __forceinline__ bool compares_ids(const IntervalMask& mask, int row, int key) {
-    return mask.mixed(row, row + 1) && key < mask.key_length;
-  }
-
-  // Where this lane's first pair of scores is in the tile [row][key].
-  static __device__ __forceinline__ uint32_t score_address(uint32_t tile) {
-    const int row = score_row() + fragment_row();
-    if constexpr (Config::kF32) {
-      const int pair = lane_id() % 4;  // two of them are a chunk
-      return tile + ScoreLayout::offset(row, score_key() / 4 + pair / 2) + 8 * (pair % 2);
-    } else {
-      return tile + ScoreLayout::offset(row, kParts * (score_key() / 8)) + 2 * fragment_column();
-    }
-  }
-  // The bits of j are zero in the warp's first chunk.
-  static __device__ __forceinline__ void store_pair(uint32_t address, int i, int j, int h,
-                                                    float left, float right) {
-    address = (address ^ (Config::kUnits * j << 4)) + (16 * i + 8 * h) * ScoreLayout::kPitch;
-    if constexpr (Config::kF32) {
-      ptx::st_shared_v2(address, f32::stored<Config::kProducts>(left),
-                        f32::stored<Config::kProducts>(right));
-    } else {
-      const uint32_t high = ptx::cvt_rn_x2<Element>(left, right);
-      ptx::st_shared(address, high);
-      if constexpr (Config::kSplit) ptx::st_shared(address ^ 16, low_parts(left, right, high));
-    }
   }
 
   // Calls f(block, tile, element, row, column) for this lane's fours of a gradient of keys or

@@ -69,3 +69,9 @@ extern "C" int mha_bwd_sm80(const jax_flash::Arguments* arguments) {
   emulated_shared_memory = jax_flash::sm80::shared;
   return launch_sm80(*arguments, {80, 40 << 20, arguments->multiprocessors});
 }
+
+// With the tiles of GPUs that have more shared memory.
+extern "C" int mha_bwd_sm80_on_hopper(const jax_flash::Arguments* arguments) {
+  emulated_shared_memory = jax_flash::sm80::shared;
+  return launch_sm80(*arguments, {90, 50 << 20, arguments->multiprocessors});
+}

@@ -24,6 +24,11 @@ inline float2 ld_shared_v2(uint32_t address) {
   std::memcpy(&value, emulator::shared_pointer(address), 8);
   return value;
 }
+inline uint32_t ld_shared_u32(uint32_t address) {
+  uint32_t value;
+  std::memcpy(&value, emulator::shared_pointer(address), 4);
+  return value;
+}
 inline float ld_shared_f32(uint32_t address) {
   float value;
   std::memcpy(&value, emulator::shared_pointer(address), 4);
