@@ -308,8 +308,13 @@ def backward_problem(
     widths: tuple[int, int],
     dtype: str,
     with_dlse: bool = False,
+    unread_rows: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a backward is given, with NaN where it may not look, and exact gradients."""
+    """What a backward is given, with NaN where it may not look, and exact gradients.
+
+    `unread_rows` are those whose queries it may not read, bool [B, T]; else it may not
+    read those of rows that see nothing.
+    """
     arrays = problem(shape, *widths, dtype)
     query, key, value = arrays.values()
     rng = np.random.default_rng(1)
@@ -330,8 +335,8 @@ def backward_problem(
         np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
         **given,
     )
-    for name in ("query", "out", "dout"):
-        arrays[name][dead_rows] = np.nan
+    query[dead_rows if unread_rows is None else unread_rows] = np.nan
+    arrays["out"][dead_rows] = arrays["dout"][dead_rows] = np.nan
     if with_dlse:
         arrays["dlse"][dead] = np.nan
     spoil_keys(arrays, given)
@@ -347,17 +352,24 @@ def call_backward(
     parts: int = 0,
     f32_results: bool = False,
     deterministic: bool = False,
+    more_results: dict[str, np.ndarray] | None = None,
     **more: int,
 ) -> dict[str, np.ndarray]:
-    """What the kernel of width `tile` writes, by name of the operand."""
+    """What the kernel of width `tile` writes, by name of the operand.
+
+    `more_results` are written beside the gradients of query, key and value.
+    """
     batch, rows, heads, _ = arrays["query"].shape
     dtype = np.dtype(np.float32) if f32_results else arrays["query"].dtype
     results = {
         f"d{name}": aligned(arrays[name].shape, dtype)
         for name in ("query", "key", "value")
     }
+    results |= more_results or {}
     padded = plan.padded_rows(rows) * batch * heads
     size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
+    if "rows" in arrays:
+        size += plan.queue_size(batch, arrays["key"].shape[1])
     part_floats = part_room(arrays, deterministic, parts)
     workspace = aligned((size + part_floats,), np.float32)
     call(
@@ -383,7 +395,7 @@ def run_backward(
     tile: int,
     *,
     parts: int = 0,
-    **more: int,
+    **more: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Gradients of one case, run in one of several ways by its number.
 
@@ -416,12 +428,7 @@ def run_backward(
     return results, expected
 
 
-def part_room(
-    arrays: dict[str, np.ndarray],
-    deterministic: bool,
-    parts: int,
-    has_intervals: bool = False,
-) -> int:
+def part_room(arrays: dict[str, np.ndarray], deterministic: bool, parts: int) -> int:
     """Floats for `parts` of groups of heads: with no order of sums, of one sum."""
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     batch, _, heads, width = query.shape
@@ -433,7 +440,7 @@ def part_room(
         query.dtype,
         width,
         value.shape[-1],
-        has_intervals,
+        "rows" in arrays,
         deterministic,
     )
     one = room // (heads // key.shape[2])

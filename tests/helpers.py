@@ -1,4 +1,4 @@
-"""What several test modules need: inputs, a dense attention, counts of kernel calls."""
+"""What several test modules need: inputs, dense and sharded attention, call counts."""
 
 import functools
 import re
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jax_flash import alibi, mha
 from jax_flash._src import blocks
@@ -203,6 +205,49 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def count_primitive(f: Callable, name: str, *args: Any) -> int:
     """How many equations of the jaxpr of f are the primitive `name`."""
     return sum(e.primitive.name == name for e in equations(jax.make_jaxpr(f)(*args)))
+
+
+SEQUENCE_SPECS = {"q_segment_ids": P(None, "x"), "kv_segment_ids": P(None, "x")}
+"""How array options of `sharded` are sharded that are not whole on every device."""
+
+
+def mesh_of(size: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((size,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def sharded(
+    f: Callable,
+    size: int,
+    arrays: dict[str, Any] | None = None,
+    specs: dict[str, P] | None = None,
+    check_vma: bool = True,
+    **options: Any,
+) -> Callable:
+    """`f` of query, key and value on shards of the sequence: `(out, lse)`.
+
+    `arrays` are sharded by `specs` (whole on every device if they have none there).
+    """
+    arrays = arrays or {}
+    specs = {n: (specs or SEQUENCE_SPECS).get(n, P()) for n in arrays}
+
+    def on_shards(*args: Any) -> Any:
+        more = dict(zip(arrays, args[3:], strict=True))
+        return f(*args[:3], axis_name="x", return_lse=True, **more, **options)
+
+    mapped = jax.shard_map(
+        on_shards,
+        mesh=mesh_of(size),
+        in_specs=(P(None, "x"),) * 3 + tuple(specs.values()),
+        out_specs=(P(None, "x"), P(None, None, "x")),
+        check_vma=check_vma,
+    )
+    return jax.jit(lambda *tensors: mapped(*tensors, *arrays.values()))
+
+
+def apart(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays, and the rest."""
+    arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    return arrays, {n: x for n, x in options.items() if n not in arrays}
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import interval_cases
 import numpy as np
 import oracle
-from emulated import aligned, call, part_room, problem
+from emulated import aligned, backward_problem, call, call_backward
 from interval_cases import Case
 
 from jax_flash._src import plan
@@ -101,75 +101,32 @@ def run_backward(
     dtype: str,
     tile: int,
     with_dlse: bool = False,
-    parts: int = 0,
     **ways: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The gradients of a backward, and those expected, both by operand.
 
-    `tile`, the kernel's width, sizes the workspace; `ways` are `f32_results`,
-    `deterministic` and `multiprocessors` of `Arguments`. With a soft cap the gradient
-    of what is added to logits takes a call of its own. `parts` are as in
-    `emulated.run_backward`.
+    `tile`, the kernel's width, sizes the workspace; `ways` are those of
+    `emulated.call_backward`. With a soft cap the gradient of what is added to logits
+    takes a call of its own.
     """
-    arrays = problem(case.shape, *widths, dtype)
-    query, key, value = arrays.values()
-    batch, rows, heads, _ = query.shape
-    part_floats = part_room(
-        arrays, ways.get("deterministic", False), parts, has_intervals=True
-    )
-    ways["part_floats"] = part_floats
-    rng = np.random.default_rng(1)
-    given = case.given()
-    exact = oracle.attention(query, key, value, **given)
-    arrays["lse"] = exact.lse.astype(np.float32)
-    arrays["out"] = exact.out.astype(query.dtype)
-    dout = rng.standard_normal(exact.out.shape, np.float32)
-    arrays["dout"] = dout.astype(query.dtype)
     dead_rows = dead_rows_of(case)
-    dead = np.isneginf(exact.lse)  # by the mask or the bias, too
-    dead_by_row = np.moveaxis(dead, 1, 2)
-    if with_dlse:
-        arrays["dlse"] = rng.standard_normal(exact.lse.shape, np.float32)
-    expected = oracle.gradients(
-        query,
-        key,
-        value,
-        np.where(dead_by_row[..., None], 0, arrays["dout"]),
-        np.where(dead, 0, arrays["dlse"]) if with_dlse else None,
-        **given,
+    arrays, expected = backward_problem(
+        case.shape, case.given(), widths, dtype, with_dlse, dead_rows
     )
     spoil(arrays, case, dead_rows)
-    arrays["dout"][dead_by_row] = arrays["out"][dead_by_row] = np.nan
-    if with_dlse:
-        arrays["dlse"][dead] = np.nan
-    result_dtype = np.dtype(np.float32) if ways.get("f32_results") else query.dtype
-    results = {
-        f"d{name}": aligned(arrays[name].shape, result_dtype)
-        for name in ("query", "key", "value")
-    }
     more = {}
     of_scores = expected.pop("bias", np.zeros(()))
     if case.bias is not None:
         more["dbias"] = aligned(case.bias.shape, np.float32, 0)
         expected["bias"] = oracle.reduced_to(of_scores, case.bias.shape)
     if case.wants_slopes:
-        of_parts = (batch, heads, plan.SLOPE_PARTS, case.shape[2])
-        more["dslopes"] = aligned(of_parts, np.float32, 0)
+        batch, _, keys, heads, _ = case.shape
+        more["dslopes"] = aligned((batch, heads, plan.SLOPE_PARTS, keys), np.float32, 0)
         expected["slopes"] = -(of_scores * case.distance()[:, None]).sum((2, 3))
-    padded = plan.padded_rows(rows) * batch * heads
-    size = padded * (tile + 2) + padded // plan.TURN_ROWS + plan.QUEUE_ENTRIES
-    size += plan.queue_size(batch, case.shape[2])
-    workspace = aligned((size + part_floats,), np.float32)
-    results["workspace"] = workspace
-    given = case.numbers(), arrays | case.arrays()
+    given = case.numbers(), arrays | case.arrays(), tile
+    results = call_backward(function, *given, more_results=more, **ways)
     if more and "softcap" in case.options:
-        dropped = {name: aligned(x.shape, x.dtype) for name, x in results.items()}
-        call(function, *given, dropped | more, **ways)
-        call(function, *given, results, **ways)
-    else:
-        call(function, *given, results | more, **ways)
-    del results["workspace"]
-    assert np.isfinite(workspace[size:]).all()
-    if "dslopes" in more:
-        more["dslopes"] = -more["dslopes"].sum((2, 3))
-    return {name[1:]: x for name, x in (results | more).items()}, expected
+        results |= call_backward(function, *given, **ways)
+    if case.wants_slopes:
+        results["slopes"] = -results["slopes"].sum((2, 3))
+    return results, expected

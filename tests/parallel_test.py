@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, cuda_text, loss, normal
+from helpers import (
+    SEQUENCE_SPECS,
+    apart,
+    assert_close,
+    cuda_text,
+    loss,
+    mesh_of,
+    normal,
+    sharded,
+)
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -22,9 +31,6 @@ RUNS = np.repeat(np.array([0, 1, 2, -1], np.int32), (5, 12, 11, 4))
 IDS = np.stack([RUNS, RUNS[::-1] % 3])
 MASK = np.random.default_rng(7).random((2, 1, LENGTH, LENGTH)) < 0.6
 ROW_MASK = MASK[:1, :, :1]
-
-SPECS = {"q_segment_ids": P(None, "x"), "kv_segment_ids": P(None, "x")}
-"""How array options are sharded that are not whole on every device."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -57,51 +63,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def mesh_of(size: int) -> jax.sharding.Mesh:
-    return jax.make_mesh((size,), ("x",), axis_types=(AxisType.Auto,))
-
-
 def operands(batch: int = 2, kv_heads: int = 2) -> tuple[jax.Array, ...]:
     return (
         normal(batch, LENGTH, 4, 16),
         normal(batch, LENGTH, kv_heads, 16),
         normal(batch, LENGTH, kv_heads, 8),
     )
-
-
-def sharded(
-    f: Callable,
-    size: int,
-    arrays: dict[str, Any] | None = None,
-    specs: dict[str, P] | None = None,
-    check_vma: bool = True,
-    **options: Any,
-) -> Callable:
-    """`f` of query, key and value on shards of the sequence: `(out, lse)`.
-
-    `arrays` are sharded by `specs` (whole on every device if they have none there).
-    """
-    arrays = arrays or {}
-    specs = {n: (specs or SPECS).get(n, P()) for n in arrays}
-
-    def on_shards(*args: Any) -> Any:
-        more = dict(zip(arrays, args[3:], strict=True))
-        return f(*args[:3], axis_name="x", return_lse=True, **more, **options)
-
-    mapped = jax.shard_map(
-        on_shards,
-        mesh=mesh_of(size),
-        in_specs=(P(None, "x"),) * 3 + tuple(specs.values()),
-        out_specs=(P(None, "x"), P(None, None, "x")),
-        check_vma=check_vma,
-    )
-    return jax.jit(lambda *tensors: mapped(*tensors, *arrays.values()))
-
-
-def apart(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays, and the rest."""
-    arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
-    return arrays, {n: x for n, x in options.items() if n not in arrays}
 
 
 def assert_is_mha(parallel: Callable, *tensors: jax.Array, **options: Any) -> None:
@@ -271,7 +238,7 @@ def zigzag(size: int, options: dict[str, Any]) -> Callable:
     """`ring_mha` of whole sequences, put in order and back."""
     order = zigzag_order(LENGTH, size)
     arrays, rest = apart(options)
-    for name in SPECS:
+    for name in SEQUENCE_SPECS:
         if name in arrays:
             arrays[name] = arrays[name][:, order]
     f = sharded(ring_mha, size, arrays, layout="zigzag", is_causal=True, **rest)

@@ -21,6 +21,11 @@
 
 namespace jax_flash::sm90 {
 
+// Blocks of `keys` keys of a head. Lengths are below kMaxLength, so that nothing overflows.
+JAX_FLASH_HOST_DEVICE int bwd_key_blocks(int key_length, int keys) {
+  return (key_length + keys - 1) / keys;
+}
+
 // Of keys, as a warpgroup holds their gradients.
 inline constexpr int kBwdKeyChunk = 64;
 // Of a sequence.
@@ -193,7 +198,7 @@ struct BwdBlock : std::conditional_t<Config::kIntervals, BwdIntervalBlock, BwdPl
     // Without a ring it is the last for all tiles or for none.
     const bool is_last = may_finish && number == 0;
     this->finish = BwdTileRange::of(first_tile, is_last ? first_tile + tiles : 0);
-    this->ring = in_ring ? (mask.key_length + Config::kKeys - 1) / Config::kKeys : 0;
+    this->ring = in_ring ? bwd_key_blocks(mask.key_length, Config::kKeys) : 0;
     if (this->ring == 0) return;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {

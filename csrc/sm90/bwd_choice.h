@@ -42,7 +42,7 @@ struct BwdWay {
 
 // Blocks of a ring wait for each other, so all blocks of a head have to run at once.
 inline bool bwd_may_ring(const MhaBwdParams& params, int rows, int keys, int64_t multiprocessors) {
-  const int64_t blocks = (int64_t{params.key_length} + keys - 1) / keys;
+  const int64_t blocks = bwd_key_blocks(params.key_length, keys);
   const int64_t tiles = (int64_t{params.query_length} + rows - 1) / rows;
   return tiles >= blocks && tiles < BwdTileRange::kMax &&
          bwd_whole_heads(blocks, int64_t{params.batch} * params.kv_heads, multiprocessors) > 0;
@@ -50,7 +50,7 @@ inline bool bwd_may_ring(const MhaBwdParams& params, int rows, int keys, int64_t
 
 // Whether query heads of groups are no reason to look for more blocks of work (bwd_parts.cuh).
 inline bool bwd_has_work(const MhaBwdParams& params, int keys, int64_t multiprocessors) {
-  const int64_t blocks = (int64_t{params.key_length} + keys - 1) / keys;
+  const int64_t blocks = bwd_key_blocks(params.key_length, keys);
   return params.heads == params.kv_heads ||
          params.batch * params.kv_heads * blocks >= 4 * multiprocessors;
 }
@@ -74,7 +74,7 @@ inline BwdWay bwd_way(const MhaBwdParams& params, int rows, int keys, int64_t mu
   const int64_t length = std::max(params.query_length, params.key_length);
   const bool is_short = length <= 2048;
   const int64_t blocks =
-      int64_t{params.batch} * params.heads * ((int64_t{params.key_length} + keys - 1) / keys);
+      int64_t{params.batch} * params.heads * bwd_key_blocks(params.key_length, keys);
   const bool fills = params.heads == params.kv_heads && blocks >= 8 * multiprocessors;
   const bool may_finish = !params.f32_dquery && params.head_dim % 8 == 0 &&
                           reinterpret_cast<uintptr_t>(params.dquery) % 16 == 0 &&

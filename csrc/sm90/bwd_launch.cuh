@@ -38,7 +38,7 @@ template <typename Config>
 cudaError_t make_plan(const MhaBwdParams& params, const BwdWay& way, int64_t multiprocessors,
                       int64_t l2_bytes, BwdPlan* plan) {
   constexpr int kKeys = Config::kClusterKeys;
-  const int64_t key_blocks = (int64_t{params.key_length} + kKeys - 1) / kKeys;
+  const int64_t key_blocks = bwd_key_blocks(params.key_length, kKeys);
   const int64_t floats = BwdKeySums::make<Config>(params).floats();
   const int64_t parts = bwd_parts(params, floats, Config::kRows, kKeys, multiprocessors, l2_bytes);
   const int64_t query_heads = params.heads / params.kv_heads / parts;

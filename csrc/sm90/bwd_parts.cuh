@@ -94,16 +94,16 @@ inline int64_t bwd_parts(const MhaBwdParams& params, int64_t floats, int rows, i
     // Zeros are written before, where they are wanted.
     const int64_t passes = copies(parts) + (params.deterministic ? 0 : 1);
     const double sums = parts == 1 ? 0.0 : static_cast<double>(passes * floats) / kRead;
+    const double longest = *std::max_element(costs.begin(), costs.end());
     if (params.window_right == kUnbounded) {
       const int64_t blocks = heads * static_cast<int64_t>(costs.size());
       const int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
-      return sums + static_cast<double>(rounds) * *std::max_element(costs.begin(), costs.end());
+      return sums + static_cast<double>(rounds) * longest;
     }
     double total = 0.0;
     for (const float cost : costs) total += static_cast<double>(cost) * heads;
     if (params.deterministic) {
       // The longest blocks come last, and end up to one of them apart.
-      const double longest = *std::max_element(costs.begin(), costs.end());
       return sums + total / multiprocessors + 0.5 * longest;
     }
     const Sections sections =

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from helpers import apart, mesh_of, sharded
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flash import decode_mha, mha, ring_mha, ulysses_mha
@@ -32,10 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "segments": {"is_causal": True, "q_segment_ids": RUNS, "kv_segment_ids": RUNS},
     "soft cap": {"softcap": 5.0},
 }
-
-
-def mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((SIZE,), ("x",), axis_types=(AxisType.Auto,))
 
 
 def operands(width: int = 128) -> tuple[jax.Array, ...]:
@@ -67,42 +64,21 @@ def assert_equal(actual: Any, expected: Any) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=bound * np.abs(y).max())
 
 
-def on_shards(f: Callable, **options: Any) -> Callable:
-    arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
-    rest = {n: x for n, x in options.items() if n not in arrays}
-
-    def shards(*args: Any) -> Any:
-        more = dict(zip(arrays, args[3:], strict=True))
-        return f(
-            *args[:3],
-            axis_name="x",
-            implementation="cuda",
-            return_lse=True,
-            **more,
-            **rest,
-        )
-
-    mapped = jax.shard_map(
-        shards,
-        mesh=mesh(),
-        in_specs=(P(None, "x"),) * (3 + len(arrays)),
-        out_specs=(P(None, "x"), P(None, None, "x")),
-    )
-    return lambda *tensors: mapped(*tensors, *arrays.values())
-
-
 @pytest.mark.parametrize("f", [ring_mha, ulysses_mha])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sequences(name: str, f: Callable) -> None:
-    tensors, options = operands(), OPTIONS[name]
-    expected = both(functools.partial(KERNEL, **options))(*tensors)
-    assert_equal(both(on_shards(f, **options))(*tensors), expected)
+    tensors, (arrays, rest) = operands(), apart(OPTIONS[name])
+    expected = both(functools.partial(KERNEL, **arrays, **rest))(*tensors)
+    parallel = sharded(f, SIZE, arrays, implementation="cuda", **rest)
+    assert_equal(both(parallel)(*tensors), expected)
 
 
 def test_zigzag() -> None:
     order = zigzag_order(LENGTH, SIZE)
     back = np.argsort(order)
-    ring = on_shards(ring_mha, layout="zigzag", is_causal=True)
+    ring = sharded(
+        ring_mha, SIZE, implementation="cuda", layout="zigzag", is_causal=True
+    )
 
     def in_order(*tensors: jax.Array) -> Any:
         out, lse = ring(*(x[:, order] for x in tensors))
@@ -119,7 +95,7 @@ def test_sharded_operands(width: int, spec: P) -> None:
     """Batch and heads stay where they are; a sharded sequence is gathered."""
     tensors = operands(width)
     run = both(functools.partial(KERNEL, is_causal=True))
-    sharding = NamedSharding(mesh(), spec)
+    sharding = NamedSharding(mesh_of(SIZE), spec)
     assert_equal(run(*jax.device_put(tensors, sharding)), run(*tensors))
 
 
@@ -129,8 +105,9 @@ def test_decoding(spec: P) -> None:
     lengths = np.array([LENGTH, 77], np.int32)
     decode = jax.jit(functools.partial(decode_mha, implementation="cuda"))
     expected = decode(query[:, :1], key, value, lengths)
-    given = jax.device_put((query[:, :1], key, value), NamedSharding(mesh(), spec))
-    actual = decode(*given, jax.device_put(lengths, NamedSharding(mesh(), P())))
+    mesh = mesh_of(SIZE)
+    given = jax.device_put((query[:, :1], key, value), NamedSharding(mesh, spec))
+    actual = decode(*given, jax.device_put(lengths, NamedSharding(mesh, P())))
     np.testing.assert_array_equal(
         np.asarray(actual, np.float32), np.asarray(expected, np.float32)
     )
