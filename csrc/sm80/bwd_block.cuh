@@ -19,8 +19,8 @@
 namespace jax_flash::sm80 {
 
 // The order of thread blocks, set by the launch. As in tile/schedule.cuh, but key blocks run from
-// the first to the last: with a causal mask the first are seen by the most queries, and with sums
-// in order a block waits only for earlier ones.
+// the first to the last, because with a causal mask the first are seen by the most queries; with
+// sums in order from the last to the first, so that a block waits only for those before it.
 struct BwdPlan {
   FastDivisor kv_heads;
   FastDivisor section;  // (batch, kv head) pairs whose queries share the L2 at a time
@@ -84,7 +84,9 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
   const int upper = plan.section.divide(blockIdx.x);
   const int section = plan.key_blocks.divide(upper);
   const int section_heads = plan.section.divisor;
-  const int key_block = upper - section * static_cast<int>(plan.key_blocks.divisor);
+  const int key_blocks = plan.key_blocks.divisor;
+  const int number = upper - section * key_blocks;
+  const int key_block = params.deterministic ? key_blocks - 1 - number : number;
   const int flat = (section - upper) * section_heads + blockIdx.x - plan.missing_heads;
   if (flat < 0) return false;
   const int batch = plan.kv_heads.divide(flat);

@@ -19,8 +19,9 @@
 
 namespace jax_flash::sm80 {
 
-// The order of sums: a block adds to kTurnRows rows when the blocks of earlier keys that reach them
-// have added. Which do follows from the mask alone.
+// The order of sums: a block adds to kTurnRows rows when the blocks of later keys that reach them
+// have added. Which do follows from the mask alone. On a diagonal a block's first rows are so the
+// last ones' turn, and nobody waits who started with the others.
 template <typename Config>
 struct BwdTurn {
   int* turn;
@@ -34,7 +35,8 @@ struct BwdTurn {
     const int64_t head = block.flat_head + step.head;
     turn = params.turns + head * (bwd_padded_rows(params.query_length) / kBwdTurnRows) +
            row / kBwdTurnRows;
-    place = block.key_block - block.mask.hull(row, row + Config::kTurnRows).first / Config::kKeys;
+    const KeyInterval keys = block.mask.hull(row, row + Config::kTurnRows);
+    place = (keys.end - 1) / Config::kKeys - block.key_block;
     first = step.row == row || step.row == block.rows.first;
     last = step.row + Config::kRows == row + Config::kTurnRows ||
            step.row + Config::kRows >= block.rows.end;
