@@ -45,6 +45,7 @@ struct BwdBlock {
   const Element16* dout;
   const float* row_lse;
   const float* row_delta;
+  int* turn;        // to pass on when all have added; of one thread, for sums in order
   int batch;        // with intervals
   int padded_rows;  // these two with what is dense: of a head, in row_lse
   bool hides;       // whether rows that have keys may see none
@@ -115,6 +116,7 @@ __device__ __forceinline__ bool find_block(const MhaBwdParams& params, const Bwd
     }
     block.valid = block.mask.rows(0, block.mask.key_length);
   }
+  block.turn = nullptr;
   block.flat_key = int64_t{batch} * params.key_length + first_key;
   block.kv_head = kv_head;
   block.flat_head = int64_t{batch} * params.heads + head;

@@ -21,54 +21,34 @@ namespace jax_flash::sm80 {
 
 // The order of sums: a block adds to kTurnRows rows when the blocks of later keys that reach them
 // have added. Which do follows from the mask alone. On a diagonal a block's first rows are so the
-// last ones' turn, and nobody waits who started with the others.
+// last ones' turn, and nobody waits who started with the others. Thread 0 takes turns before a
+// barrier that comes before a tile's additions, and passes them on behind one that follows them.
 template <typename Config>
-struct BwdTurn {
-  int* turn;
-  int place;   // of this block among those that reach the rows
-  bool first;  // whether `step` is this block's first tile of these rows
-  bool last;
-
-  __device__ __forceinline__ BwdTurn(const MhaBwdParams& params, const BwdBlock<Config>& block,
-                                     BwdStep step) {
+__device__ __forceinline__ void take_turn(const MhaBwdParams& params, BwdBlock<Config>& block,
+                                          BwdStep step) {
+  if (params.deterministic) [[unlikely]] {
+    if (threadIdx.x != 0) return;
     const int row = step.row / Config::kTurnRows * Config::kTurnRows;
     const int64_t head = block.flat_head + step.head;
-    turn = params.turns + head * (bwd_padded_rows(params.query_length) / kBwdTurnRows) +
-           row / kBwdTurnRows;
-    const KeyInterval keys = block.mask.hull(row, row + Config::kTurnRows);
-    place = (keys.end - 1) / Config::kKeys - block.key_block;
-    first = step.row == row || step.row == block.rows.first;
-    last = step.row + Config::kRows == row + Config::kTurnRows ||
-           step.row + Config::kRows >= block.rows.end;
-  }
-
-  __device__ __forceinline__ void wait() const {
-    if (!first) return;
-    if (threadIdx.x == 0) {
+    int* const turn = params.turns + head * (bwd_padded_rows(params.query_length) / kBwdTurnRows) +
+                      row / kBwdTurnRows;
+    if (step.row == row || step.row == block.rows.first) {  // the block's first of these rows
+      const KeyInterval keys = block.mask.hull(row, row + Config::kTurnRows);
+      const int place = (keys.end - 1) / Config::kKeys - block.key_block;
       while (ptx::ld_acquire(turn) != place) {
       }
     }
-    __syncthreads();
+    const bool is_last = step.row + Config::kRows == row + Config::kTurnRows ||
+                         step.row + Config::kRows >= block.rows.end;
+    block.turn = is_last ? turn : nullptr;
   }
-
-  __device__ __forceinline__ void pass() const {
-    if (!last) return;
-    __syncthreads();  // all threads' additions come before the release
-    if (threadIdx.x == 0) ptx::red_release_add(turn, 1);
-  }
-};
-
-template <typename Config>
-__device__ __forceinline__ void wait_turn(const MhaBwdParams& params, const BwdBlock<Config>& block,
-                                          BwdStep step) {
-  if (params.deterministic) [[unlikely]]
-    BwdTurn<Config>(params, block, step).wait();
 }
 template <typename Config>
-__device__ __forceinline__ void pass_turn(const MhaBwdParams& params, const BwdBlock<Config>& block,
-                                          BwdStep step) {
-  if (params.deterministic) [[unlikely]]
-    BwdTurn<Config>(params, block, step).pass();
+__device__ __forceinline__ void pass_turn(const MhaBwdParams& params,
+                                          const BwdBlock<Config>& block) {
+  if (params.deterministic) [[unlikely]] {
+    if (threadIdx.x == 0 && block.turn != nullptr) ptx::red_release_add(block.turn, 1);
+  }
 }
 
 // The sum of the gradients of queries of a step's head.
@@ -93,8 +73,8 @@ __device__ __forceinline__ void prepare_tile(uint32_t tile) {
 // the first output gradients are on their way, as two groups of copies.
 template <typename Config>
 __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& plan,
-                                     const BwdBlock<Config>& block, BwdWarp<Config>& warp,
-                                     uint32_t tiles, BwdStep step) {
+                                     BwdBlock<Config>& block, BwdWarp<Config>& warp, uint32_t tiles,
+                                     BwdStep step) {
   using Warp = BwdWarp<Config>;
   constexpr int kStages = Config::kStages;
   const uint32_t key_tile = tiles + Config::kKeyOffset;
@@ -110,6 +90,7 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     // Orders this tile's copies by all threads before the reads below, and all warps' reads of the
     // previous tile, probabilities and score gradients before what overwrites them.
     __syncthreads();
+    pass_turn<Config>(params, block);
     if constexpr (kStages == 2) {
       const BwdStep next = next_step<Config>(block, step);
       if (next.head < plan.group) {
@@ -147,6 +128,7 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
         });
       }
     }
+    take_turn<Config>(params, block, step);
     __syncthreads();  // probabilities and score gradients of all warps before their reads
 
     const auto copy_next_queries = [&] {
@@ -158,12 +140,10 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     };
     float* const sum = head_sum<Config>(params, block, step);
     if constexpr (Config::kPaired) {
-      wait_turn<Config>(params, block, step);
       warp.add_dquery_dkey(sum, step.row, tile.dscores, key_tile, tile.queries);
     } else if constexpr (kStages == 2 || Config::kScoreParts > 1) {
       typename Warp::Dquery dquery;
       Warp::multiply_dscores(dquery, tile.dscores, key_tile);
-      wait_turn<Config>(params, block, step);
       warp.add_all(sum, step.row, dquery, tile.dscores, tile.queries, tile.probabilities,
                    tile.douts, [&] {
                      if constexpr (kStages == 1) copy_next_queries();
@@ -171,10 +151,8 @@ __device__ __forceinline__ void walk(const MhaBwdParams& params, const BwdPlan& 
     } else {
       warp.add_dkey(tile.dscores, tile.queries);
       copy_next_queries();
-      wait_turn<Config>(params, block, step);
       warp.add_dquery_dvalue(sum, step.row, tile.dscores, key_tile, tile.probabilities, tile.douts);
     }
-    pass_turn<Config>(params, block, step);
     step = next_step<Config>(block, step);  // again: registers are full meanwhile
     if constexpr (kStages == 2) stage ^= 1;
   } while (step.head < plan.group);
@@ -239,6 +217,7 @@ __device__ __forceinline__ void run_block(const MhaBwdParams& params, const BwdP
   if (any_rows) walk(params, plan, block, warp, tiles, step);
 
   __syncthreads();  // keys and values are read no more; the state where there was no tile
+  pass_turn<Config>(params, block);
   store_gradient<Config, typename Config::KeyLayout, Config::kHeadDim>(
       params, block, tiles + Config::kKeyOffset, warp.dkey, params.factor, params.dkey,
       params.f32_dkey, params.head_dim / Config::kUnits);
