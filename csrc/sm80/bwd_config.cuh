@@ -173,7 +173,7 @@ struct BwdConfig {
   static constexpr int kScoreParts = kTiles.score_parts;
   static constexpr bool kPaired = kTiles.paired;
   static constexpr bool kHasCode = has_code(kTiles.chips);
-  static constexpr int kTurnRows = kRows > 64 ? kRows : 64;  // rows that share a turn
+  static constexpr int kTurnRows = 64;  // that share a turn
 
   // Scores: a warp's rows and keys follow each other.
   static constexpr int kScoreRowWarps = kTiles.score_row_warps;
@@ -212,8 +212,8 @@ struct BwdConfig {
   static constexpr int kSharedBytes = kStateBytes + kRowStateOffset + kStages * kRowStateBytes;
 
   static_assert(kRows > 0, "kBwdTiles has no entry for these widths");
-  static_assert(128 % kRows == 0, "tiles do not cross the padding of the workspace");
-  static_assert(!kIntervals || kTurnRows == kIntervalRows, "one hull says who adds to a turn");
+  static_assert(kTurnRows % kRows == 0 && kTurnRows == kIntervalRows,
+                "one hull says who adds to a turn");
   static_assert(kStages == 1 || kStages == 2);
   static_assert(!kPaired || (kStages == 2 && kScoreParts == 1 && !kIntervals && !kFloats),
                 "warps of dP know no scores, only probabilities");
