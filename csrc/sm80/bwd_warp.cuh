@@ -98,7 +98,8 @@ struct BwdWarp {
   }
 
   // Adds to the gradients of keys and values and dquery to its sum: little by little, between the
-  // steps of both products, which so hide the additions.
+  // steps of both products, which so hide the additions. between() follows the last read of
+  // queries.
   template <typename F>
   __device__ __forceinline__ void add_all(float* sum, int row, const Dquery& dquery,
                                           uint32_t dscore_tile, uint32_t query_tile,
@@ -116,8 +117,7 @@ struct BwdWarp {
     add_dvalue(probability_tile, dout_tile, [&](int step) { add(kSteps + step); });
   }
 
-  // dS K to the sum and dvalue += P^T dO. Sixteen columns of the former at a time, which are added
-  // before a part of the latter. The rows of dS are read once and kept meanwhile.
+  // dS K to the sum and dvalue += P^T dO.
   __device__ __forceinline__ void add_dquery_dvalue(float* sum, int row, uint32_t dscore_tile,
                                                     uint32_t key_tile, uint32_t probability_tile,
                                                     uint32_t dout_tile) {
@@ -141,6 +141,8 @@ struct BwdWarp {
     });
   }
 
+  // dS K to the sum, sixteen columns at a time, which are added before a part of another product's
+  // kSteps k-steps. The rows of dS are read once and kept meanwhile.
   template <typename F>
   static __device__ __forceinline__ void add_dquery_with(float* sum, int row, uint32_t dscore_tile,
                                                          uint32_t key_tile, F multiply_other) {
