@@ -276,7 +276,8 @@ def test_a_backward_of_split_operands_has_products_of_warps(
 ) -> None:
     name = (
         "_ZN9jax_flash4sm8014mha_bwd_kernelINS0_9BwdConfigILNS_11ElementTypeE4ELi64E"
-        f"Li64ELb1EXtlNS0_8BwdTilesELi64EEELb{bit}ELb{bit}EEEEEvNS_12MhaBwdParamsE"
+        f"Li64ELb1EXtlNS0_8BwdTilesELi64ELb0ELNS0_5ChipsE0EEE"
+        f"Lb{bit}ELb{bit}EEEEEvNS_12MhaBwdParamsE"
         "NS0_7BwdPlanE"
     )
     fault = f"{kind}_split_64x64: no sm_90a code of it"

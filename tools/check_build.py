@@ -77,7 +77,8 @@ TYPES = ("bf16", "f16", "f32", "tf32", "split")
 """Names of the values of ElementType."""
 SPLIT_BACKWARD = re.compile(
     r"4sm80\d+mha_bwd_kernelI.*?BwdConfigILNS_11ElementTypeE4ELi(?P<head_dim>\d+)E"
-    r"Li(?P<head_dim_v>\d+)ELb1E.*?BwdTilesE(?:Li\d+E)+EELb(?P<intervals>[01])E"
+    r"Li(?P<head_dim_v>\d+)ELb1E.*?BwdTilesE"
+    r"(?:L(?:[ib]|NS0_5ChipsE)\d+E)+EELb(?P<intervals>[01])E"
 )
 """Whose matrix instructions are those of warps."""
 SPLIT_PRODUCTS = 3

@@ -140,8 +140,10 @@ template <>
 inline constexpr BwdTiles kBwdSplitTiles<64, 64, false>{32, 128, 4, 1, 1, 4, 1};
 template <>
 inline constexpr BwdTiles kBwdSplitTiles<64, 64, true>{32, 64, 4, 1, 2, 2, 1};
-template <bool kIntervals>
-inline constexpr BwdTiles kBwdSplitTiles<128, 128, kIntervals>{32, 64, 4, 1, 2, 2, 1};
+template <>
+inline constexpr BwdTiles kBwdSplitTiles<128, 128, false>{32, 64, 4, 1, 2, 2, 1};
+template <>
+inline constexpr BwdTiles kBwdSplitTiles<128, 128, true>{32, 64, 4, 1, 2, 1, 1};
 
 // kWideArg: the rows of all operands and results start at multiples of 16 bytes. kIntervalsArg: the
 // mask is data, and scores may have options.
