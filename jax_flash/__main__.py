@@ -1,6 +1,7 @@
 """The command line: `python -m jax_flash info`, `bench` and `demo`."""
 
 import argparse
+import math
 import platform
 import sys
 import time
@@ -67,7 +68,7 @@ def _sizes(text: str) -> tuple[int, ...]:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         sizes = ()
-    if len(sizes) not in (6, 7):
+    if len(sizes) not in (6, 7) or min(sizes) < 0:
         raise ValueError(f"--shape must be B,T,S,N,K,H or B,T,S,N,K,H,Hv, got {text!r}")
     return sizes
 
@@ -109,7 +110,13 @@ def _call(
 
 def _info(args: argparse.Namespace) -> Iterator[str]:
     lines = [*_versions(), *_devices()]
-    if args.shape:
+    if args.shape is None:
+        defaults = vars(_parser().parse_args(["info"]))
+        names = [name for name, x in vars(args).items() if x != defaults[name]]
+        if names:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise ValueError(f"--shape must be given with {given}")
+    else:
         shapes, options = _call(args)
         lines += ["", str(backends.explain(*shapes, **options))]
     yield from lines
@@ -132,6 +139,8 @@ def _milliseconds(fun: Callable, arrays: Sequence[jax.Array], seconds: float) ->
 
 
 def _bench(args: argparse.Namespace) -> Iterator[str]:
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds must be positive, got {args.seconds}")
     shapes, options = _call(args)
     explained = backends.explain(*shapes, **options)
     here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()

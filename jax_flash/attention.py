@@ -404,10 +404,11 @@ def dot_product_attention(
     window = validate.check_window("local_window_size", local_window_size)
     rows, keys = query.shape[-3], key.shape[-3]
     left = None if window is None else window[0]
-    some_row_is_empty = (
+    # Of no keys jax.nn has no mean either: 0, and -inf.
+    some_row_is_empty = keys != 0 and (
         mask is not None
         or key_value_seq_lengths is not None
-        or (left is not None and rows - 1 - left >= keys > 0)
+        or (left is not None and rows - 1 - left >= keys)
     )
     result = mha(
         query,
@@ -437,8 +438,9 @@ def dot_product_attention(
     out, lse = (out, lse) if has_batch else (out[0], lse[0])
     if not return_residual:
         return out
-    # What logsumexp gives for logits that are all the large negative of jax.nn's mask.
-    lse = jnp.maximum(lse, -0.7 * jnp.finfo(jnp.float32).max)
+    if keys != 0:
+        # What logsumexp gives for logits that are all the large negative of its mask.
+        lse = jnp.maximum(lse, -0.7 * jnp.finfo(jnp.float32).max)
     return out, lax.stop_gradient(lse.astype(key.dtype))
 
 

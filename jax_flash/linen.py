@@ -19,8 +19,7 @@ try:
     from flax.linen import dtypes
 except ImportError as error:
     raise ImportError(
-        "jax_flash.linen needs Flax, which is not installed:"
-        " pip install 'jax_flash[flax]'"
+        "jax_flash.linen needs Flax, which is not installed: pip install flax"
     ) from error
 
 from jax_flash._src.flax_adapter import (

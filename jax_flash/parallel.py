@@ -182,9 +182,10 @@ def ring_mha(
         return_lse=True,
     )
     chosen = backends.primitives(local, implementation)
-    walk = ring.Ring(
-        axis_name, size, builtin.config_of(local, chosen), steps, call.return_lse
-    )
+    # Through the logsumexp sinks pass gradients on, too.
+    wants_lse = call.return_lse or "sinks" in operands
+    config = builtin.config_of(local, chosen)
+    walk = ring.Ring(axis_name, size, config, steps, wants_lse)
     names = tuple(operands)
     # Also over the axis itself, if JAX keeps account of that.
     *varying, _ = compat.vary_together([*operands.values(), lax.axis_index(axis_name)])

@@ -67,6 +67,12 @@ def test_value_width_dtype_and_implementation(
         ([*SHAPE, "--implementation", "triton"], "implementation must be .*'triton'"),
         ([*SHAPE, "--precision", "high"], "precision must be .*got 'high'"),
         (["--shape", "2,128,256,8,3,64"], "N=8 and K=3"),
+        (["--shape", ""], "--shape must be .*got ''"),
+        (["--shape", "2,16,-16,4,2,64"], "--shape must be .*got '2,16,-16,4,2,64'"),
+        (
+            ["--causal", "--return-lse", "--dtype", "f32"],
+            "--shape must be given with --dtype, --causal, --return-lse",
+        ),
     ],
 )
 def test_errors(
@@ -91,6 +97,9 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(float(x) > 0 for x in rows[0][1:])
     assert main(["bench", "--shape", "1,2"]) == 2
     capsys.readouterr()
+    for seconds in ("nan", "inf", "0", "-1"):
+        assert main(["bench", *shape, "--seconds", seconds]) == 2
+        assert "--seconds must be positive, got" in capsys.readouterr().err
     assert main(["bench", *shape, "--implementation", "cudnn"]) == 2
     captured = capsys.readouterr()
     assert "cpu   nothing" in captured.out

@@ -163,6 +163,10 @@ WRONG = {
     "scale beyond float64": ({"scale": 10**400}, r"scale must be .*float32, got 1000"),
     "softcap is 0": ({"softcap": 0.0}, r"softcap must be positive, got 0.0"),
     "softcap is 0 in float32": ({"softcap": 1e-40}, r"softcap must be .*got 1e-40"),
+    "softcap above any logit": (
+        {"softcap": 1e37},
+        r"softcap must be at most 1e\+30, got 1e\+37",
+    ),
     "softcap beyond float32": ({"softcap": 1e39}, r"softcap must be .*got 1e\+39"),
     "causal is an int": ({"is_causal": 1}, r"is_causal must be True or False, got 1"),
     "alignment": (
@@ -182,6 +186,10 @@ WRONG = {
     "dropout without key": (
         {"dropout_rate": 0.1},
         r"dropout_key must be given with dropout_rate=0.1, got None",
+    ),
+    "dropout key of no dropout": (
+        {"dropout_key": "junk"},
+        r"dropout_key must be a key of jax.random, .* got 'junk'",
     ),
     "dropout by a number": (
         {"dropout_rate": 0.1, "dropout_key": 3},

@@ -223,22 +223,24 @@ def sharded(
     check_vma: bool = True,
     **options: Any,
 ) -> Callable:
-    """`f` of query, key and value on shards of the sequence: `(out, lse)`.
+    """`f` of query, key and value on shards of the sequence: `(out, lse)`, or `out`.
 
     `arrays` are sharded by `specs` (whole on every device if they have none there).
     """
     arrays = arrays or {}
     specs = {n: (specs or SEQUENCE_SPECS).get(n, P()) for n in arrays}
+    options.setdefault("return_lse", True)
+    result_specs = (P(None, "x"), P(None, None, "x"))
 
     def on_shards(*args: Any) -> Any:
         more = dict(zip(arrays, args[3:], strict=True))
-        return f(*args[:3], axis_name="x", return_lse=True, **more, **options)
+        return f(*args[:3], axis_name="x", **more, **options)
 
     mapped = jax.shard_map(
         on_shards,
         mesh=mesh_of(size),
         in_specs=(P(None, "x"),) * 3 + tuple(specs.values()),
-        out_specs=(P(None, "x"), P(None, None, "x")),
+        out_specs=result_specs if options["return_lse"] else result_specs[0],
         check_vma=check_vma,
     )
     return jax.jit(lambda *tensors: mapped(*tensors, *arrays.values()))

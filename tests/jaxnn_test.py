@@ -81,6 +81,20 @@ def test_same_numbers(case: str, dtype: str, sizes: tuple[int, int]) -> None:
     np.testing.assert_allclose(*as_float, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["none", "mask", "key_value_seq_lengths", "is_causal"])
+def test_no_keys(name: str) -> None:
+    args = inputs(7, 0)
+    given: dict[str, Any] = {
+        "none": {},
+        "mask": {"mask": jnp.ones((1, 1, 7, 0), bool)},
+        "key_value_seq_lengths": {name: jnp.zeros(args[0].shape[0], jnp.int32)},
+        "is_causal": {name: True},
+    }[name]
+    got = run(jax_flash.dot_product_attention, args, given, residual=True)
+    expected = run(jax.nn.dot_product_attention, args, given, residual=True)
+    chex.assert_trees_all_equal(got, expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_gradients(case: str) -> None:
     sizes = 9, 3

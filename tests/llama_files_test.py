@@ -73,8 +73,14 @@ def test_gguf_factors_of_rotary_frequencies(tmp_path: pathlib.Path) -> None:
         loaded.config.frequencies, model.config.frequencies / factors
     )
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
-    llama_helpers.write_gguf(file, model, linear)
-    assert load_model(file).config.rope_factors == (2.5,) * 4
+    # Files without a type, and those with the older name, are read as llama.cpp does.
+    for given in (
+        {"llama.rope.scaling.factor": 2.5},
+        {"llama.rope.scale_linear": 2.5},
+        linear,
+    ):
+        llama_helpers.write_gguf(file, model, given)
+        assert load_model(file).config.rope_factors == (2.5,) * 4
     llama_helpers.write_gguf(file, model, linear, {"rope_freqs.weight": factors})
     with pytest.raises(NotImplementedError, match="in two ways"):
         load_model(file)
@@ -86,6 +92,8 @@ def test_gguf_factors_of_rotary_frequencies(tmp_path: pathlib.Path) -> None:
         ({"llama.expert_count": 8}, {}, "only expert_count=0 is supported, got 8"),
         ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count=8"),
         ({"llama.rope.scaling.type": "yarn"}, {}, "got 'yarn'"),
+        ({"llama.attention.causal": False}, {}, "attention.causal=True"),
+        ({"llama.attention.sliding_window": 4}, {}, "sliding_window=0.*got 4"),
         ({}, {"blk.1.attn_q.bias": np.zeros(48, np.float32)}, "blk.1.attn_q.bias"),
     ],
 )
@@ -140,6 +148,7 @@ def test_config_of_newer_files() -> None:
         ({"attention_bias": True}, "only attention_bias=False"),
         ({"model_type": "mamba"}, "only model_type='llama' is supported, got 'mamba'"),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             llama_weights.hugging_face_config(given | entry)

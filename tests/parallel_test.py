@@ -93,6 +93,24 @@ def test_options(name: str, f: Callable) -> None:
 
 
 @pytest.mark.parametrize("f", [ring_mha, ulysses_mha])
+@pytest.mark.parametrize("name", ["causal", "sinks", "causal segments", "lengths"])
+def test_gradients_of_outputs_alone(name: str, f: Callable) -> None:
+    """Without the logsumexp, which has cotangents in the other tests."""
+    arrays, rest = apart(OPTIONS[name])
+    parallel = sharded(f, 4, arrays, return_lse=False, **rest)
+    whole = functools.partial(mha, **OPTIONS[name])
+    tensors = operands()
+
+    def gradients(f: Callable) -> Any:
+        def squares(*tensors: jax.Array) -> jax.Array:
+            return (f(*tensors) ** 2).sum()
+
+        return jax.jit(jax.grad(squares, (0, 1, 2)))(*tensors)
+
+    assert_close(gradients(parallel), gradients(whole))
+
+
+@pytest.mark.parametrize("f", [ring_mha, ulysses_mha])
 @pytest.mark.parametrize("size", [1, 2])
 def test_other_numbers_of_devices(size: int, f: Callable) -> None:
     each: list[dict[str, Any]] = [{"is_causal": True}, {"window_size": (9, 4)}]

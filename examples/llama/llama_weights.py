@@ -164,22 +164,28 @@ def gguf_config(metadata: dict[str, Any], vocabulary: int) -> Config:
 
     width, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", width // heads)
-    scaling = get("rope.scaling.type", "none")
+    # As in llama.cpp: a factor without a type is linear, and 0 is none.
+    scaling = get("rope.scaling.type", "linear")
     require(
         {
             "attention.value_length": get("attention.value_length", head_dim),
             "rope.dimension_count": get("rope.dimension_count", head_dim),
             "expert_count": get("expert_count", 0),
             "rope.scaling.type": scaling if scaling != "linear" else "none",
+            "attention.causal": get("attention.causal", True),
+            "attention.sliding_window": get("attention.sliding_window", 0),
         },
         **{
             "attention.value_length": head_dim,
             "rope.dimension_count": head_dim,
             "expert_count": 0,
             "rope.scaling.type": "none",
+            "attention.causal": True,
+            "attention.sliding_window": 0,
         },
     )
-    factor = get("rope.scaling.factor") if scaling == "linear" else 1.0
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0
+    factor = factor if scaling == "linear" else 1.0
     return Config(
         vocabulary=int(vocabulary),
         width=width,
@@ -238,6 +244,7 @@ def hugging_face_config(given: dict[str, Any]) -> Config:
     )
     # Newer files have one entry for the base and the scaling, older ones two.
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    require(rope, partial_rotary_factor=1.0)
     theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     return Config(
         vocabulary=given["vocab_size"],

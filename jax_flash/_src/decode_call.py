@@ -265,7 +265,7 @@ def _config(
     scale, softcap = options["scale"], options["softcap"]
     scale = width**-0.5 if scale is None else validate.number("scale", scale)
     if softcap is not None:
-        softcap = validate.positive_number("softcap", softcap)
+        softcap = validate.check_softcap(softcap)
     window = validate.check_window("window_size", options["window_size"])
     left = None if window is None else window[0]
     splits = options["num_splits"]

@@ -33,6 +33,9 @@ LARGEST_WINDOW = 1 << 30
 LARGEST_NUMBER, SMALLEST_NUMBER = 3.4e38, 1.2e-38
 """Sizes within the normal numbers of float32, in which kernels and jnp compute."""
 
+LARGEST_SOFTCAP = 1e30
+"""Far above any logit, and so that logits over it are normal numbers of float32."""
+
 
 def check_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     """Validates a call of `mha`.
@@ -407,6 +410,15 @@ def positive_number(name: str, x: Any) -> float:
     return x
 
 
+def check_softcap(x: Any) -> float:
+    x = positive_number("softcap", x)
+    if x > LARGEST_SOFTCAP:
+        raise ValueError(
+            f"softcap must be at most {LARGEST_SOFTCAP}, got {x}; None is no cap"
+        )
+    return x
+
+
 def static_int(name: str, x: Any) -> int:
     x = _static(name, x)
     if isinstance(x, bool) or not isinstance(x, int | np.integer):
@@ -463,7 +475,7 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     scale = width**-0.5 if scale is None else number("scale", scale)
     softcap = options["softcap"]
     if softcap is not None:
-        softcap = positive_number("softcap", softcap)
+        softcap = check_softcap(softcap)
     alignment = _static("causal_alignment", options["causal_alignment"])
     if not isinstance(alignment, str) or alignment not in ALIGNMENTS:
         raise ValueError(
@@ -476,12 +488,12 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     dropout_key = options.pop("dropout_key")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
-    if rate > 0:
-        if dropout_key is None:
-            raise ValueError(
-                f"dropout_key must be given with dropout_rate={rate}, got None"
-            )
+    if dropout_key is not None:
         check_key("dropout_key", dropout_key)
+    elif rate > 0:
+        raise ValueError(
+            f"dropout_key must be given with dropout_rate={rate}, got None"
+        )
     return {
         "scale": scale,
         "is_causal": flag("is_causal", options["is_causal"]),
