@@ -16,6 +16,7 @@ import llama_weights
 import numpy as np
 import pytest
 from llama_helpers import TINY
+from llama_tokenizer import load_tokenizer
 from llama_weights import default_weights, load_model
 
 
@@ -118,6 +119,21 @@ def test_gguf_of_wrong_shapes(tmp_path: pathlib.Path) -> None:
         load_model(file)
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
         load_model(tmp_path / "absent.gguf")
+
+
+def test_damaged_files(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    llama_helpers.write_gguf(file, llama_helpers.random_model())
+    whole = file.read_bytes()
+    for size in (4, 24, len(whole) // 3):
+        file.write_bytes(whole[:size])
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(ValueError, match=r"tiny\.gguf cannot be read: "):
+                load(file)
+    llama_helpers.write_safetensors(tmp_path / "tiny", llama_helpers.random_model())
+    (tmp_path / "tiny" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="tiny cannot be read: KeyError: 'num_att"):
+        load_model(tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

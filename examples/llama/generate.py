@@ -159,8 +159,12 @@ def main() -> int:
     """Prints the answer, and the speed to stderr."""
     arguments = parse_arguments()
     path = arguments.model or default_weights()
-    model = load_model(path, dtype=jnp.dtype(arguments.dtype))
-    tokenizer = load_tokenizer(path)
+    try:
+        model = load_model(path, dtype=jnp.dtype(arguments.dtype))
+        tokenizer = load_tokenizer(path)
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if arguments.raw:
         prompt = tokenizer.encode(arguments.prompt)
     else:

@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from llama_weights import errors_naming
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
@@ -114,17 +115,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       FileNotFoundError: nothing is there.
       NotImplementedError: it is of a kind that is not supported.
+      ValueError: something is missing, or the files are damaged.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        return _from_directory(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no GGUF file {path}")
-    fields = gguf.GGUFReader(path).fields
-    prefix = "tokenizer."
-    return from_metadata(
-        {n: f.contents() for n, f in fields.items() if n.startswith(prefix)}
-    )
+    with errors_naming(path):
+        if path.is_dir():
+            return _from_directory(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file {path}")
+        fields = gguf.GGUFReader(path).fields
+        prefix = "tokenizer."
+        return from_metadata(
+            {n: f.contents() for n, f in fields.items() if n.startswith(prefix)}
+        )
 
 
 def from_metadata(metadata: dict[str, Any]) -> Tokenizer:

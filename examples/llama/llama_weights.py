@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -107,14 +107,27 @@ def load_model(
     Raises:
       FileNotFoundError: nothing is there.
       NotImplementedError: it is a model that `llama_model` cannot run.
-      ValueError: a tensor is missing or has a wrong shape.
+      ValueError: a tensor is missing or has a wrong shape, or the files are damaged.
     """
     path = pathlib.Path(path)
-    source = safetensors_source(path) if path.is_dir() else gguf_source(path)
-    config = dataclasses.replace(
-        source.config, dtype=jnp.dtype(dtype), implementation=implementation
-    )
-    return assemble(dataclasses.replace(source, config=config))
+    with errors_naming(path):
+        source = safetensors_source(path) if path.is_dir() else gguf_source(path)
+        config = dataclasses.replace(
+            source.config, dtype=jnp.dtype(dtype), implementation=implementation
+        )
+        return assemble(dataclasses.replace(source, config=config))
+
+
+@contextlib.contextmanager
+def errors_naming(path: pathlib.Path) -> Iterator[None]:
+    """Whatever is raised of damaged files becomes a ValueError with their path."""
+    try:
+        yield
+    except (FileNotFoundError, NotImplementedError):
+        raise
+    except Exception as error:
+        message = f"{path} cannot be read: {type(error).__name__}: {error}"
+        raise ValueError(message) from error
 
 
 def gguf_source(path: pathlib.Path) -> Source:

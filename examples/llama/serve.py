@@ -222,8 +222,12 @@ def main() -> int:
     arguments = parse_arguments()
     path = arguments.model or default_weights()
     print(f"reading {path}", file=sys.stderr)
-    model = load_model(path, dtype=jnp.dtype(arguments.dtype))
-    tokenizer = load_tokenizer(path)
+    try:
+        model = load_model(path, dtype=jnp.dtype(arguments.dtype))
+        tokenizer = load_tokenizer(path)
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(error, file=sys.stderr)
+        return 1
     prompts = [
         prompt_tokens(tokenizer, arguments.system, prompt)
         for prompt in arguments.prompts
