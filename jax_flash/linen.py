@@ -19,7 +19,8 @@ try:
     from flax.linen import dtypes
 except ImportError as error:
     raise ImportError(
-        "jax_flash.linen needs Flax, which is not installed: pip install flax"
+        "jax_flash.linen needs Flax, which is not installed:"
+        " pip install 'jax_flash[flax]'"
     ) from error
 
 from jax_flash._src.flax_adapter import (
