@@ -180,7 +180,7 @@ __device__ __forceinline__ void store_gradient(
     // At least eight rows, after which the swizzle repeats.
     constexpr int kWarpKeys =
         Config::kKeys / Config::kWarps < 8 ? 8 : Config::kKeys / Config::kWarps;
-    const int warp_key = BwdWarp<Config>::warp_id() * kWarpKeys;
+    const int warp_key = warp_id() * kWarpKeys;
     if (warp_key >= Config::kKeys) return;
     TileStore<kWarpKeys, kWidth, Config::kWide>::store(
         static_cast<Element16*>(target) + offset + warp_key * row_stride, row_stride,

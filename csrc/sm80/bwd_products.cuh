@@ -11,6 +11,8 @@
 
 namespace jax_flash::sm80 {
 
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+
 // 16x16 blocks of a tile that is read along its rows: A in [m][k], B in [n][k]. `address` is that
 // of tile/fragment.cuh for the first block and the first k-step. With two parts the tile is that of
 // split_tile, and every other chunk has the second ones.

@@ -30,7 +30,6 @@ struct BwdScores {
   static constexpr int kParts = Config::kParts;
   using Scores = float[kBlocks][kTiles][4];
 
-  static __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int score_row() {
     return warp_id() % Config::kScoreRowWarps * Config::kScoreRows;
   }
@@ -436,7 +435,7 @@ __device__ __forceinline__ void make_scores(const MhaBwdParams& params, const Bw
     if (params.dslopes != nullptr) {
       static_assert(Config::kScoreRowWarps <= kSlopeParts);
       const int64_t part =
-          (block.flat_head + step.head) * kSlopeParts + Part::warp_id() % Config::kScoreRowWarps;
+          (block.flat_head + step.head) * kSlopeParts + warp_id() % Config::kScoreRowWarps;
       add_slope_gradients(params.dslopes + part * params.key_length, block.mask, dscores,
                           step.row + Part::score_row() + fragment_row(),
                           tile.key + Part::score_key() + fragment_column(), params.key_length);
@@ -451,7 +450,7 @@ __device__ __forceinline__ void make_scores_in_pairs(const MhaBwdParams& params,
                                                      const BwdBlock<Config>& block, BwdStep step,
                                                      const BwdTile<Config>& tile) {
   using Part = BwdScores<Config>;
-  const bool is_first = Part::warp_id() < Config::kScoreWarps;
+  const bool is_first = warp_id() < Config::kScoreWarps;
   typename Part::Scores x;
   if (is_first) {
     Part::multiply_keys(x, tile.queries, tile.keys);

@@ -32,7 +32,6 @@ struct BwdWarp {
     clear(dvalue);
   }
 
-  static __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int key_warp() { return warp_id() % Config::kKeyWarps; }
   static __device__ __forceinline__ int column_warp() { return warp_id() / Config::kKeyWarps; }
   static __device__ __forceinline__ int dquery_row() {

@@ -27,8 +27,8 @@ from llama_model import (
     beyond_limits,
     next_tokens,
 )
-from llama_tokenizer import load_tokenizer
-from llama_weights import default_weights, load_model
+from llama_tokenizer import load_or_exit
+from llama_weights import default_weights
 
 PAGE = 64
 """Tokens of a page of the paged cache."""
@@ -159,12 +159,7 @@ def main() -> int:
     """Prints the answer, and the speed to stderr."""
     arguments = parse_arguments()
     path = arguments.model or default_weights()
-    try:
-        model = load_model(path, dtype=jnp.dtype(arguments.dtype))
-        tokenizer = load_tokenizer(path)
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    model, tokenizer = load_or_exit(path, arguments.dtype)
     if arguments.raw:
         prompt = tokenizer.encode(arguments.prompt)
     else:

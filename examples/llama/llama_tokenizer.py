@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ import jinja2
 import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from llama_weights import errors_naming
+from llama_model import Llama
+from llama_weights import errors_naming, load_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
@@ -128,6 +130,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return from_metadata(
             {n: f.contents() for n, f in fields.items() if n.startswith(prefix)}
         )
+
+
+def load_or_exit(path: str | os.PathLike, dtype: str) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer for a command line, which ends with what cannot be read."""
+    try:
+        return load_model(path, dtype=dtype), load_tokenizer(path)
+    except (OSError, ValueError, NotImplementedError) as error:
+        sys.exit(str(error))
 
 
 def from_metadata(metadata: dict[str, Any]) -> Tokenizer:

@@ -19,14 +19,13 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from generate import check_sampling, empty_caches, written
 from llama_display import Lines, Live, Meter, Texts
 from llama_engine import Engine, Request
 from llama_model import MOST_NEW_TOKENS, Llama, Sampling
-from llama_tokenizer import Tokenizer, load_tokenizer
-from llama_weights import default_weights, load_model
+from llama_tokenizer import Tokenizer, load_or_exit
+from llama_weights import default_weights
 
 SYSTEM = (
     "You are a helpful assistant. You answer in one or two short sentences, in plain"
@@ -222,12 +221,7 @@ def main() -> int:
     arguments = parse_arguments()
     path = arguments.model or default_weights()
     print(f"reading {path}", file=sys.stderr)
-    try:
-        model = load_model(path, dtype=jnp.dtype(arguments.dtype))
-        tokenizer = load_tokenizer(path)
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    model, tokenizer = load_or_exit(path, arguments.dtype)
     prompts = [
         prompt_tokens(tokenizer, arguments.system, prompt)
         for prompt in arguments.prompts
