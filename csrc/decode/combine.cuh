@@ -37,29 +37,25 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   const int kv_head = params.row_tile_divisor.divide(tile);
   const int first = (tile - kv_head * params.row_tiles) * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const int pieces = params.head_dim_v / 4;
   const int splits = max_int(sequence_splits(params, 0).splits, 1);
   const int lane = lane_id() % kLanes;
   const int first_split = lane * kGroupSplits;
   uint32_t parts[kGroupSplits];
-  const float inverse = 1.0f / static_cast<float>(splits);
 #pragma unroll
   for (int i = 0; i < kGroupSplits; ++i) {
     // Past the last one again the last one, which then does not count.
     const int split = min_int(first_split + i, splits - 1);
-    // Which thread block has it: the quotient's distance from the next integer is at least half of
-    // `inverse`, far more than its error.
-    const int dividend = (split + 1 << bits) - 1;
-    const int owner = static_cast<int>((static_cast<float>(dividend) + 0.5f) * inverse);
-    const int slot = split - (splits * owner >> bits);
-    parts[i] = ptx::mapa(shared + Config::kSharedBytes + slot * rows * Config::kRecordBytes, owner);
+    const int slot = split >> bits;
+    parts[i] = ptx::mapa(shared + Config::kSharedBytes + slot * rows * Config::kRecordBytes,
+                         split - (slot << bits));
   }
   ptx::cluster_wait();
+  constexpr int kPieces = Config::kWidth / 4;
 #pragma unroll 1
-  for (int item0 = rank * kItems; item0 < rows * pieces; item0 += kItems << bits) {
+  for (int item0 = rank * kItems; item0 < rows * kPieces; item0 += kItems << bits) {
     const int item = item0 + static_cast<int>(threadIdx.x) / kLanes;
-    const int row = min_int(item / pieces, rows - 1);
-    const int piece = item % pieces;
+    const int row = min_int(item / kPieces, rows - 1);
+    const int piece = item % kPieces;
     RowPart part[kGroupSplits];
 #pragma unroll
     for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
@@ -81,7 +77,7 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
     for (int other = 1; other * kGroupSplits < splits; ++other) {
       total.add(part_of_lane(group, lane_id() - lane + other));
     }
-    if (lane == 0 && item < rows * pieces) {
+    if (lane == 0 && item < rows * kPieces && 4 * piece < params.head_dim_v) {
       finish<Config::kCache>(params, 0, kv_head, first + row, piece, total);
     }
   }
@@ -90,21 +86,28 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
   ptx::cluster_wait();
 }
 
-// Adds the parts `first`, first + step, ... below `end` to `total`, one after another. Of kBatch of
-// them all loads are on their way before the first is needed.
-template <int kBatch, typename Load>
-__device__ __forceinline__ void add_parts(RowPart& total, int first, int end, int step, Load load) {
+// Adds the parts `first`, first + step, ... below `end` of some rows to their totals, one after
+// another. Of kBatch of them all loads are on their way before the first is needed.
+template <int kBatch, int kRows, typename Load>
+__device__ __forceinline__ void add_parts(RowPart (&total)[kRows], int first, int end, int step,
+                                          Load load) {
 #pragma unroll 1
   for (int before = first; before < end; before += kBatch * step) {
-    RowPart part[kBatch];
+    RowPart part[kRows][kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      part[i] = RowPart::empty();
-      if (before + i * step < end) part[i] = load(before + i * step);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        part[r][i] = RowPart::empty();
+        if (before + i * step < end) part[r][i] = load(before + i * step, r);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (before + i * step < end) total.add(part[i]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (before + i * step < end) total[r].add(part[r][i]);
+      }
     }
   }
 }
@@ -124,16 +127,19 @@ struct StoredParts {
   __device__ __forceinline__ int64_t place_of(int split, int row) const {
     return first_place + row + int64_t{split} * split_rows;
   }
-  // Of four columns, and of none.
-  __device__ __forceinline__ RowPart load_state(int split, int row) const {
-    const float2 state = params.partial_state[place_of(split, row)];
-    return {state.x, state.y, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-  }
+  // Four columns.
   __device__ __forceinline__ RowPart load(int split, int row, int column) const {
-    RowPart part = load_state(split, row);
-    const float* const out = params.partial_out + place_of(split, row) * width + column;
-    part.out = *reinterpret_cast<const float4*>(out);
-    return part;
+    const int64_t place = place_of(split, row);
+    const float2 state = params.partial_state[place];
+    const float* const out = params.partial_out + place * width + column;
+    return {state.x, state.y, *reinterpret_cast<const float4*>(out)};
+  }
+  __device__ __forceinline__ void store(int split, int row, int piece, const RowPart& part) const {
+    float* const out = params.partial_out + place_of(split, row) * width + 4 * piece;
+    *reinterpret_cast<float4*>(out) = part.out;
+  }
+  __device__ __forceinline__ void store_state(int split, int row, const RowPart& part) const {
+    params.partial_state[place_of(split, row)] = make_float2(part.maximum, part.sum);
   }
   __device__ __forceinline__ void finish_piece(int row, int piece, const RowPart& sum) const {
     finish<Config::kCache>(params, batch, kv_head, first_row + row, piece, sum);
@@ -143,6 +149,13 @@ struct StoredParts {
 // The splits of a head tile that a thread block has just left.
 template <typename Config>
 struct LeftTile {
+  // Neighbouring lanes have four columns each of a row.
+  static constexpr int kLanesOfRow = Config::kWidth / 4;
+  static constexpr int kRowStep = Config::kThreads / kLanesOfRow;
+  // Where there are registers for it.
+  static constexpr int kRowsAtOnce =
+      Config::kHolds && !Config::kQuantised ? Config::kRows / kRowStep : 1;
+
   const DecodeParams& params;
   const Place& place;  // its last split
   const Plan& plan;
@@ -166,15 +179,38 @@ struct LeftTile {
     return counters + block - (piece - plan.piece_of(unit)) * crew;
   }
 
-  // Calls `body(row, piece)` for every four columns of a row, by all threads.
+  // Calls `body(Rows)` for all rows, some of each thread at a time. By all threads.
+  struct Rows {
+    int row[kRowsAtOnce];  // one that there is
+    int piece;             // the four columns of them that the thread has
+    bool exists[kRowsAtOnce];
+  };
   template <typename F>
-  __device__ __forceinline__ void for_each_piece(F body) const {
-    const int pieces = parts.width / 4;
+  __device__ __forceinline__ void for_some_rows(F body) const {
+    const int piece = thread % kLanesOfRow;
+    const bool has_columns = 4 * piece < parts.width;
 #pragma unroll 1
-    for (int item = thread; item < rows * pieces; item += Config::kThreads) {
-      const int row = item / pieces;
-      body(row, item - row * pieces);
+    for (int row0 = 0; row0 < rows; row0 += kRowsAtOnce * kRowStep) {
+      Rows some;
+      some.piece = has_columns ? piece : 0;
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const int row = row0 + r * kRowStep + thread / kLanesOfRow;
+        some.row[r] = min_int(row, rows - 1);
+        some.exists[r] = has_columns && row < rows;
+      }
+      body(some);
     }
+  }
+  // Parts of them: `first`, then those from `next` on below `end`, `step` apart.
+  __device__ __forceinline__ void sum(const Rows& some, int first, int next, int end, int step,
+                                      RowPart (&total)[kRowsAtOnce]) const {
+    const auto load = [&](int split, int r) {
+      return parts.load(split, some.row[r], 4 * some.piece);
+    };
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) total[r] = load(first, r);
+    add_parts<Config::kBatchedParts>(total, next, end, step, load);
   }
 };
 
@@ -197,30 +233,22 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
   if (__syncthreads_count(is_last) == 0) return false;
   // The split from which on each is a part; up to there one thread block has added them up.
   const int cut = tile.plan.cut_behind(unit) - tile.first_unit;
-  const auto sum = [&](auto load) {
-    RowPart total = load(first);
-    add_parts<Config::kBatchedParts>(total, cut, end, 1, load);
-    return total;
-  };
-  tile.for_each_piece([&](int row, int piece) {
-    const RowPart total = sum([&](int split) { return tile.parts.load(split, row, 4 * piece); });
-    if (tile.groups == 1) {
-      tile.parts.finish_piece(row, piece, total);
-    } else {
-      float* const out =
-          params.partial_out + tile.parts.place_of(first, row) * tile.parts.width + 4 * piece;
-      *reinterpret_cast<float4*>(out) = total.out;
+  tile.for_some_rows([&](const auto& some) {
+    constexpr int kRowsAtOnce = LeftTile<Config>::kRowsAtOnce;
+    RowPart total[kRowsAtOnce];
+    tile.sum(some, first, cut, end, 1, total);
+    if (tile.groups > 1) __syncthreads();  // all threads of a row have its states
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (!some.exists[r]) continue;
+      if (tile.groups == 1) {
+        tile.parts.finish_piece(some.row[r], some.piece, total[r]);
+        continue;
+      }
+      tile.parts.store(first, some.row[r], some.piece, total[r]);
+      if (some.piece == 0) tile.parts.store_state(first, some.row[r], total[r]);
     }
   });
-  if (tile.groups == 1) return true;
-  // A row's state is needed for all of its columns: it changes when those are done.
-  __syncthreads();
-  static_assert(Config::kRows <= Config::kThreads);
-  const int row = tile.thread;
-  if (row < tile.rows) {
-    const RowPart total = sum([&](int split) { return tile.parts.load_state(split, row); });
-    params.partial_state[tile.parts.place_of(first, row)] = make_float2(total.maximum, total.sum);
-  }
   return true;
 }
 
@@ -231,7 +259,8 @@ template <typename Config>
 __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const Place& place,
                                               const Plan& plan) {
   const bool alone = place.has_had_all();
-  if (alone && place.sequence.splits <= kGroupSplits) return;  // stored as the result
+  // Stored as the result.
+  if (alone && (Config::kHolds || place.sequence.splits <= kGroupSplits)) return;
   const LeftTile<Config> tile{params, place, plan};
   if (!alone) {
     const int end = place.split + 1;
@@ -258,11 +287,20 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
     }
     if (__syncthreads_count(is_last) == 0) return;
   }
-  tile.for_each_piece([&](int row, int piece) {
-    const auto load = [&](int split) { return tile.parts.load(split, row, 4 * piece); };
-    RowPart total = load(0);
-    add_parts<Config::kBatchedParts>(total, kGroupSplits, tile.splits, kGroupSplits, load);
-    tile.parts.finish_piece(row, piece, total);
+  // The group from which on each is a part; up to there one thread block has added them up.
+  int cut = 1;
+  if (Config::kHolds) {
+    const int units = plan.cut_behind(tile.first_unit) - tile.first_unit;
+    cut = max_int(plan.unit_splits == 1 ? units / kGroupSplits : units, 1);
+  }
+  tile.for_some_rows([&](const auto& some) {
+    constexpr int kRowsAtOnce = LeftTile<Config>::kRowsAtOnce;
+    RowPart total[kRowsAtOnce];
+    tile.sum(some, 0, cut * kGroupSplits, tile.splits, kGroupSplits, total);
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (some.exists[r]) tile.parts.finish_piece(some.row[r], some.piece, total[r]);
+    }
   });
 }
 
@@ -287,8 +325,9 @@ __global__ void __launch_bounds__(kSumThreads)
   if (rows <= 0) return;
   const SequenceSplits sequence = sequence_splits(params, batch);
   const int splits = sequence.splits;
-  const Plan plan = make_plan(params);
-  const BandUnits before = count_units(params, batch);
+  Chunk chunk;
+  const Plan plan = make_plan(params, chunk);
+  const BandUnits before = count_units(params, batch, chunk);
   const int units = units_of(sequence, plan.unit_splits);
   const int first_unit =
       (plan.unit_splits == 1 ? before.splits : before.groups) * bands_of(params) +
@@ -308,13 +347,13 @@ __global__ void __launch_bounds__(kSumThreads)
       // The split from which on each is a part, as in add_up_group.
       int cut = end;
       if (!alone && plan.unit_splits == 1) cut = plan.cut_behind(first_unit + first) - first_unit;
-      const auto load = [&](int split) { return parts.load(split, row, 4 * piece); };
-      RowPart group = load(first);
+      const auto load = [&](int split, int) { return parts.load(split, row, 4 * piece); };
+      RowPart group[1] = {load(first, 0)};
       add_parts<Config::kBatchedParts>(group, cut, end, 1, load);
       if (first == 0) {
-        total = group;
+        total = group[0];
       } else {
-        total.add(group);
+        total.add(group[0]);
       }
     }
     parts.finish_piece(row, piece, total);

@@ -260,10 +260,15 @@ __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint
   warp.share(rows, index % Config::kTeamWarps * 16, states, outputs);
 }
 
-// What a thread has of a group's sum, where it is kept in registers.
+// What a thread has of a group's sum and of that of the groups before it, where these are kept in
+// registers: each part that is written costs the reads of the memory ten times its bytes.
 template <typename Config>
 struct Held {
-  RowPart rows[Config::kHolds ? Config::kRows * Config::kWidth / 4 / Config::kThreads : 1];
+  static constexpr int kRows =
+      Config::kHolds ? Config::kRows * Config::kWidth / 4 / Config::kThreads : 1;
+
+  RowPart group[kRows];
+  RowPart before[kRows];
 };
 
 // Adds up the teams' outputs, in their order, to what the thread block has of the group so far, and
@@ -294,8 +299,14 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
     value_factor = kUnit<Config::kCache> *
                    scale_of(params.v_scale, place.batch * params.v_scale_stride + place.kv_head);
   }
-  const int64_t place_row = partial_row(params, place.batch, place.kv_head, end.slot, first);
-  float* const partial = params.partial_out + place_row * params.head_dim_v + 4 * piece;
+  const auto partial_of = [&](int64_t place_row) {
+    return params.partial_out + place_row * params.head_dim_v + 4 * piece;
+  };
+  const auto store_part = [&](int slot, int row, const RowPart& part) {
+    const int64_t place_row = partial_row(params, place.batch, place.kv_head, slot, first + row);
+    *reinterpret_cast<float4*>(partial_of(place_row)) = part.out;
+    if (piece == 0) params.partial_state[place_row] = make_float2(part.maximum, part.sum);
+  };
 #pragma unroll 1
   for (int row0 = static_cast<int>(threadIdx.x) / kLanesOfRow; row0 < rows;
        row0 += kBatch * kRowStep) {
@@ -306,7 +317,8 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       for (int i = 0; i < kBatch; ++i) {
         const int row = row0 + i * kRowStep;
         if (row < rows) {
-          sums[i] = *reinterpret_cast<const float4*>(partial + int64_t{row} * params.head_dim_v);
+          sums[i] = *reinterpret_cast<const float4*>(
+              partial_of(partial_row(params, place.batch, place.kv_head, end.slot, first + row)));
         }
       }
     }
@@ -329,10 +341,10 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
       RowPart group = part;
       if constexpr (Config::kHolds) {
         if (!begins) {
-          group = held.rows[i];
+          group = held.group[i];
           group.add(part);
         }
-        held.rows[i] = group;
+        held.group[i] = group;
         if (end.holds && !clustered) continue;
       } else if (!begins) {
         group = {ptx::ld_shared_f32(before + 8 * row), ptx::ld_shared_f32(before + 8 * row + 4),
@@ -349,16 +361,32 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
         if (piece == 0) ptx::st_shared_v2(record, part.maximum, part.sum);
         continue;
       }
-      if (end.ends_alone) {
-        finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
-        continue;
+      int slot = end.slot;
+      bool is_result = end.ends_alone;
+      if constexpr (Config::kHolds) {
+        const bool has_before = place.done >= place.split && place.split >= kGroupSplits;
+        if (end.is_whole) {
+          // The groups so far become one part.
+          if (has_before) {
+            RowPart total = held.before[i];
+            total.add(group);
+            group = total;
+          }
+          held.before[i] = group;
+          is_result = place.split + 1 >= place.sequence.splits;
+          if (!is_result && next.units > 0) continue;
+          slot = 0;
+        } else if (has_before) {
+          store_part(0, row, held.before[i]);
+        }
       }
-      *reinterpret_cast<float4*>(partial + int64_t{row} * params.head_dim_v) = group.out;
-      if (piece == 0) {
-        if constexpr (!Config::kHolds) {
+      if (is_result) {
+        finish<Config::kCache>(params, place.batch, place.kv_head, first + row, piece, group);
+      } else {
+        if (!Config::kHolds && piece == 0) {
           ptx::st_shared_v2(after + 8 * row, group.maximum, group.sum);
         }
-        params.partial_state[place_row + row] = make_float2(group.maximum, group.sum);
+        store_part(slot, row, group);
       }
     }
   }
@@ -400,9 +428,10 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     if (clustered) {
       place = cluster_place(params, blockIdx.x);
     } else {
-      const Plan plan = make_plan(params);
+      Chunk chunk;
+      const Plan plan = make_plan(params, chunk);
       if (threadIdx.x == 0) plan.keep(shared + Config::kPlanOffset);
-      place = first_place(params, plan, blockIdx.x);
+      place = first_place(params, plan, chunk, blockIdx.x);
     }
     if (place.units == 0) return;
     keep(0, place);

@@ -57,7 +57,7 @@ struct Plan {
   }
   __device__ __forceinline__ int piece_of(int unit) const {
     const int of_longer = longer * (each + 1);
-    return unit < of_longer ? unit / (each + 1) : longer + (unit - of_longer) / each;
+    return unit < of_longer ? quotient(unit, each + 1) : longer + quotient(unit - of_longer, each);
   }
 
   // Of a group of splits that begins with `unit`, each split a unit: from which unit on others have
@@ -76,6 +76,16 @@ struct Plan {
     const uint4 words = ptx::ld_shared_v4(place);
     return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
   }
+
+ private:
+  // Of a number of units and those of a piece. There are few pieces, so that a float is off by one
+  // at most.
+  static __device__ __forceinline__ int quotient(int units, int of_piece) {
+    const int near =
+        static_cast<int>(__fdividef(static_cast<float>(units), static_cast<float>(of_piece)));
+    const int rest = units - near * of_piece;
+    return near + (rest >= of_piece ? 1 : 0) - (rest < 0 ? 1 : 0);
+  }
 };
 
 __device__ __forceinline__ int bands_of(const DecodeParams& params) {
@@ -86,30 +96,57 @@ __device__ __forceinline__ int bands_of(const DecodeParams& params) {
 struct BandUnits {
   int splits;
   int groups;
+
+  static __device__ __forceinline__ BandUnits of(const SequenceSplits& sequence) {
+    return {units_of(sequence, 1), units_of(sequence, kGroupSplits)};
+  }
+  // What a lane has.
+  __device__ __forceinline__ BandUnits of_lane(int lane) const {
+    return {__shfl_sync(0xffffffffu, splits, lane), __shfl_sync(0xffffffffu, groups, lane)};
+  }
+  __device__ __forceinline__ void add(const BandUnits& other) {
+    splits += other.splits;
+    groups += other.groups;
+  }
 };
 
-// The sum over the first `end` sequences. By a whole warp.
-__device__ __forceinline__ BandUnits count_units(const DecodeParams& params, int end) {
-  BandUnits units{0, 0};
-  const bool alone = end == 1;
-#pragma unroll 4
-  for (int b = alone ? 0 : lane_id(); b < end; b += 32) {
-    const SequenceSplits sequence = sequence_splits(params, b);
-    units.splits += units_of(sequence, 1);
-    units.groups += units_of(sequence, kGroupSplits);
-  }
-  if (alone) return units;
+// Some of 32 sequences, each lane's, and all up to it.
+struct Chunk {
+  SequenceSplits sequence;
+  BandUnits upto;
+
+  // From sequence `start` to before `end`. By a whole warp.
+  static __device__ __forceinline__ Chunk of(const DecodeParams& params, int start, int end) {
+    const int lane = lane_id();
+    Chunk chunk{};
+    if (start + lane < end) {
+      chunk.sequence = sequence_splits(params, start + lane);
+      chunk.upto = BandUnits::of(chunk.sequence);
+    }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    units.splits += __shfl_xor_sync(0xffffffffu, units.splits, step);
-    units.groups += __shfl_xor_sync(0xffffffffu, units.groups, step);
+    for (int step = 1; step < 32; step *= 2) {
+      const BandUnits lower = chunk.upto.of_lane(lane - step & 31);
+      if (lane >= step) chunk.upto.add(lower);
+    }
+    return chunk;
+  }
+};
+
+// The sum over the first `end` sequences, and the last chunk of them. By a whole warp.
+__device__ __forceinline__ BandUnits count_units(const DecodeParams& params, int end,
+                                                 Chunk& chunk) {
+  BandUnits units{0, 0};
+#pragma unroll 1
+  for (int start = 0; start < end; start += 32) {
+    chunk = Chunk::of(params, start, end);
+    units.add(chunk.upto.of_lane(31));
   }
   return units;
 }
 
 // By a whole warp.
-__device__ __forceinline__ Plan make_plan(const DecodeParams& params) {
-  BandUnits all = count_units(params, params.batch);
+__device__ __forceinline__ Plan make_plan(const DecodeParams& params, Chunk& chunk) {
+  BandUnits all = count_units(params, params.batch, chunk);
   const int bands = bands_of(params);
   all.splits *= bands;
   all.groups *= bands;
@@ -152,6 +189,7 @@ struct GroupEnd {
   bool begins;      // with this split: nothing to add it to
   bool holds;       // the thread block does the next split of the group, too
   bool ends_alone;  // the group is the sequence, and the thread block has had it all
+  bool is_whole;    // the thread block has had the group and all before it
   int slot;         // where the sum is stored as a part
 
   static __device__ __forceinline__ GroupEnd of(const Place& place, const Place& next) {
@@ -161,13 +199,16 @@ struct GroupEnd {
     return {!has_group || within == 0,
             has_group && next.units > 0 && next.split % kGroupSplits != 0,
             place.sequence.splits <= kGroupSplits && place.has_had_all(),
+            place.done >= place.split &&
+                (within == kGroupSplits - 1 || place.split + 1 >= place.sequence.splits),
             has_group ? place.split - within : place.split};
   }
 };
 
-// The first split of a thread block; without any if `units` is 0. By a whole warp.
+// The first split of a thread block; without any if `units` is 0. `chunk`: the plan's. By a whole
+// warp.
 __device__ __forceinline__ Place first_place(const DecodeParams& params, const Plan& plan,
-                                             int block) {
+                                             Chunk& chunk, int block) {
   const int piece = params.crew_divisor.divide(block);
   const int crew = static_cast<int>(params.crew_divisor.divisor);
   Place place{};
@@ -176,27 +217,24 @@ __device__ __forceinline__ Place first_place(const DecodeParams& params, const P
   place.units = plan.first_unit(piece + 1) - rest;
   if (place.units == 0) return place;
   const int bands = bands_of(params);
-  const int lane = lane_id();
-  for (int start = 0; params.batch > 1; start += 32) {
-    const int b = start + lane;
-    const int units =
-        b < params.batch ? bands * units_of(sequence_splits(params, b), plan.unit_splits) : 0;
-    int sum = units;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int lower = __shfl_sync(0xffffffffu, sum, lane - step & 31);
-      if (lane >= step) sum += lower;
+#pragma unroll 1
+  for (int start = 0;; start += 32) {
+    if (params.batch > 32) chunk = Chunk::of(params, start, params.batch);
+    const int upto = bands * (plan.unit_splits == 1 ? chunk.upto.splits : chunk.upto.groups);
+    const unsigned beyond = __ballot_sync(0xffffffffu, upto > rest);
+    if (beyond == 0) {
+      rest -= __shfl_sync(0xffffffffu, upto, 31);
+      continue;
     }
-    const unsigned beyond = __ballot_sync(0xffffffffu, sum > rest);
-    if (beyond != 0) {
-      const int found = __ffs(beyond) - 1;
-      place.batch = start + found;
-      rest -= __shfl_sync(0xffffffffu, sum - units, found);
-      break;
-    }
-    rest -= __shfl_sync(0xffffffffu, sum, 31);
+    const int found = __ffs(beyond) - 1;
+    place.batch = start + found;
+    const auto of_found = [&](int value) { return __shfl_sync(0xffffffffu, value, found); };
+    const SequenceSplits& its = chunk.sequence;
+    place.sequence = {of_found(its.length), of_found(its.first_key), of_found(its.first_split),
+                      of_found(its.splits)};
+    rest -= of_found(upto) - bands * units_of(place.sequence, plan.unit_splits);
+    break;
   }
-  place.sequence = sequence_splits(params, place.batch);
   const int units = units_of(place.sequence, plan.unit_splits);
   const int band = bands == 1 ? 0 : rest / units;
   place.split = (rest - band * units) * plan.unit_splits;
@@ -204,16 +242,15 @@ __device__ __forceinline__ Place first_place(const DecodeParams& params, const P
   return place;
 }
 
-// The same where each head tile of the only sequence has a cluster: its splits in equal numbers.
+// The same where each head tile of the only sequence has a cluster: splits in turn.
 __device__ __forceinline__ Place cluster_place(const DecodeParams& params, int block) {
   Place place{};
   place.sequence = sequence_splits(params, 0);
   place.unit_splits = 1;
-  const int splits = max_int(place.sequence.splits, 1);
   const int tile = block >> params.cluster_bits;
-  const int rank = block - (tile << params.cluster_bits);
-  place.split = splits * rank >> params.cluster_bits;
-  place.units = (splits * (rank + 1) >> params.cluster_bits) - place.split;
+  place.split = block - (tile << params.cluster_bits);
+  place.units = max_int(place.sequence.splits, 1) - place.split + (1 << params.cluster_bits) - 1 >>
+                params.cluster_bits;
   place.enter(params, tile);
   return place;
 }
@@ -222,7 +259,7 @@ __device__ __forceinline__ Place cluster_place(const DecodeParams& params, int b
 __device__ __forceinline__ Place next_place(const DecodeParams& params, const Place& place) {
   Place next = place;
   ++next.done;
-  ++next.split;
+  next.split += 1 << params.cluster_bits;
   const bool ends = next.split >= next.sequence.splits;
   if (ends || next.unit_splits == 1 || next.split % kGroupSplits == 0) --next.units;
   if (!ends || next.units == 0) return next;
