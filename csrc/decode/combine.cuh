@@ -2,6 +2,7 @@
 // many rows, by a kernel of its own.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "decode/config.cuh"
@@ -11,6 +12,7 @@
 #include "ptx/address.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/griddepcontrol.cuh"
+#include "ptx/mbarrier.cuh"
 #include "ptx/reduction.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
@@ -24,90 +26,136 @@ __device__ __forceinline__ RowPart part_of_lane(const RowPart& part, int lane) {
           make_float4(of(part.out.x), of(part.out.y), of(part.out.z), of(part.out.w))};
 }
 
-// Adds up the parts that the thread blocks of a cluster have of their head tile, in the order of
-// `add_up_splits`. Eight lanes have four columns of a row, each lane a group of splits.
+// Where the parts of a head tile are that a cluster's thread blocks add up. Each has every
+// (1 << cluster_bits)-th piece of all rows, of all splits, behind a barrier that counts their
+// bytes: they are sent there as the splits are done, and nobody reads from another's memory.
+template <typename Config>
+struct ClusterParts {
+  static constexpr int kPieces = Config::kWidth / 4;
+
+  uint32_t barrier;
+  int bits;
+  int row_pieces;  // of a thread block
+  int pieces;
+  int splits;  // that have room
+
+  static __device__ __forceinline__ ClusterParts of(const DecodeParams& params, uint32_t shared,
+                                                    int rows) {
+    const int row_pieces = kPieces >> params.cluster_bits;
+    return {shared + Config::kSharedBytes, params.cluster_bits, row_pieces, rows * row_pieces,
+            params.splits};
+  }
+  __device__ __forceinline__ uint32_t out(int split, int piece) const {
+    return 16 + 16 * (split * pieces + piece);
+  }
+  __device__ __forceinline__ uint32_t state(int split, int piece) const {
+    return 16 + 16 * pieces * splits + 8 * (split * pieces + piece);
+  }
+  __device__ __forceinline__ void send(int split, int row, int piece, const RowPart& part) const {
+    const int its_piece = row * row_pieces + (piece >> bits);
+    const uint32_t there = ptx::mapa(barrier, piece - (piece >> bits << bits));
+    ptx::st_async_v4(there + out(split, its_piece), part.out, there);
+    ptx::st_async_v2(there + state(split, its_piece), make_float2(part.maximum, part.sum), there);
+  }
+  __device__ __forceinline__ RowPart load(int split, int piece) const {
+    const uint4 words = ptx::ld_shared_v4(barrier + out(split, piece));
+    const uint32_t its_state = barrier + state(split, piece);
+    return {ptx::ld_shared_f32(its_state), ptx::ld_shared_f32(its_state + 4),
+            make_float4(__uint_as_float(words.x), __uint_as_float(words.y),
+                        __uint_as_float(words.z), __uint_as_float(words.w))};
+  }
+};
+
+// Prepares the barrier for what others send; they may after `cluster_wait`.
+template <typename Config>
+__device__ __forceinline__ void begin_cluster(uint32_t shared) {
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(shared + Config::kSharedBytes, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncwarp();
+  ptx::cluster_arrive_relaxed();
+}
+
+// Adds up this thread block's pieces of the cluster's head tile, in the order of `add_up_splits`.
+// Eight lanes have a piece, each lane a group of splits.
 template <typename Config>
 __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint32_t shared) {
   constexpr int kLanes = kClusterSplits / kGroupSplits;
   constexpr int kItems = Config::kThreads / kLanes;
-  ptx::cluster_arrive();
   const int bits = params.cluster_bits;
   const int tile = static_cast<int>(blockIdx.x) >> bits;
   const int rank = static_cast<int>(blockIdx.x) - (tile << bits);
   const int kv_head = params.row_tile_divisor.divide(tile);
-  const int first = (tile - kv_head * params.row_tiles) * Config::kRows;
-  const int rows = min_int(Config::kRows, params.tokens * params.group - first);
+  const int first_row = (tile - kv_head * params.row_tiles) * Config::kRows;
+  const int rows = min_int(Config::kRows, params.tokens * params.group - first_row);
   const int splits = max_int(sequence_splits(params, 0).splits, 1);
+  const auto parts = ClusterParts<Config>::of(params, shared, rows);
   const int lane = lane_id() % kLanes;
   const int first_split = lane * kGroupSplits;
-  uint32_t parts[kGroupSplits];
-#pragma unroll
-  for (int i = 0; i < kGroupSplits; ++i) {
-    // Past the last one again the last one, which then does not count.
-    const int split = min_int(first_split + i, splits - 1);
-    const int slot = split >> bits;
-    parts[i] = ptx::mapa(shared + Config::kSharedBytes + slot * rows * Config::kRecordBytes,
-                         split - (slot << bits));
+  if (threadIdx.x == 0) {
+    // What is already here counts, too.
+    const int pieces = max_int((params.head_dim_v / 4 - rank - 1 >> bits) + 1, 0);  // of a row
+    ptx::mbarrier_arrive_expect_tx(parts.barrier, Config::kPieceBytes * splits * rows * pieces);
   }
-  ptx::cluster_wait();
-  constexpr int kPieces = Config::kWidth / 4;
+  ptx::mbarrier_wait_cluster(parts.barrier, 0);
 #pragma unroll 1
-  for (int item0 = rank * kItems; item0 < rows * kPieces; item0 += kItems << bits) {
+  for (int item0 = 0; item0 < parts.pieces; item0 += kItems) {
     const int item = item0 + static_cast<int>(threadIdx.x) / kLanes;
-    const int row = min_int(item / kPieces, rows - 1);
-    const int piece = item % kPieces;
+    const int its_item = min_int(item, parts.pieces - 1);
     RowPart part[kGroupSplits];
 #pragma unroll
-    for (int i = 0; i < kGroupSplits; ++i) part[i] = RowPart::empty();
-    if (first_split < splits) {
-#pragma unroll
-      for (int i = 0; i < kGroupSplits; ++i) {
-        const uint32_t record = parts[i] + row * Config::kRecordBytes;
-        const float2 state = ptx::ld_cluster_v2(record);
-        part[i] = {state.x, state.y, ptx::ld_cluster_v4(record + 16 + 16 * piece)};
-      }
+    for (int i = 0; i < kGroupSplits; ++i) {
+      // Past the last one again the last one, which then does not count.
+      part[i] = parts.load(min_int(first_split + i, splits - 1), its_item);
     }
     RowPart total = part[0];
 #pragma unroll
-    for (int i = 1; i < kGroupSplits; ++i) {
-      if (first_split + i < splits) total.add(part[i]);
-    }
+    for (int i = 1; i < kGroupSplits; ++i) total.add_if(part[i], first_split + i < splits);
     const RowPart group = total;
 #pragma unroll 1
     for (int other = 1; other * kGroupSplits < splits; ++other) {
       total.add(part_of_lane(group, lane_id() - lane + other));
     }
-    if (lane == 0 && item < rows * kPieces && 4 * piece < params.head_dim_v) {
-      finish<Config::kCache>(params, 0, kv_head, first + row, piece, total);
+    const int row = its_item >> std::countr_zero(unsigned{parts.kPieces}) - bits;
+    const int piece = (its_item - row * parts.row_pieces << bits) + rank;
+    if (lane == 0 && item < parts.pieces && 4 * piece < params.head_dim_v) {
+      finish<Config::kCache>(params, 0, kv_head, first_row + row, piece, total);
     }
   }
-  // Nobody's shared memory goes before all have read it.
-  ptx::cluster_arrive_relaxed();
-  ptx::cluster_wait();
 }
 
-// Adds the parts `first`, first + step, ... below `end` of some rows to their totals, one after
-// another. Of kBatch of them all loads are on their way before the first is needed.
-template <int kBatch, int kRows, typename Load>
-__device__ __forceinline__ void add_parts(RowPart (&total)[kRows], int first, int end, int step,
-                                          Load load) {
-#pragma unroll 1
-  for (int before = first; before < end; before += kBatch * step) {
-    RowPart part[kRows][kBatch];
+// Four columns of a row, of all splits of a head tile.
+struct ColumnParts {
+  const float2* states;
+  const float* outs;
+  int split_rows;
+  int split_floats;
+  int most;  // splits that have a place
+
+  __device__ __forceinline__ RowPart load(int split) const {
+    split = min_int(split, most - 1);
+    const float2 state = states[split * split_rows];
+    return {state.x, state.y, *reinterpret_cast<const float4*>(outs + split * split_floats)};
+  }
+};
+
+// Adds parts to `total`, one after another: eight, `step` splits apart, from `first` on, of which
+// those count for which `counts(i)`. If `begins`, total becomes the first one. Of kBatch of them
+// all loads are on their way before the first is needed, and no addition hangs on a branch: then
+// exponentials do not wait for the sums before them.
+template <int kBatch, typename Counts>
+__device__ __forceinline__ void add_parts(RowPart& total, const ColumnParts& parts, int first,
+                                          int step, bool begins, Counts counts) {
+#pragma unroll
+  for (int before = 0; before < kGroupSplits; before += kBatch) {
+    RowPart part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) part[i] = parts.load(first + (before + i) * step);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        part[r][i] = RowPart::empty();
-        if (before + i * step < end) part[r][i] = load(before + i * step, r);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (before + i * step < end) total[r].add(part[r][i]);
-      }
+      total.add_if(part[i], counts(before + i));
+      if (before + i == 0) total.become_if(part[i], begins);
     }
   }
 }
@@ -124,22 +172,15 @@ struct StoredParts {
   int width = static_cast<int>(ptx::fresh_address(params.head_dim_v));
   int64_t first_place = partial_row(params, batch, kv_head, 0, first_row);
 
-  __device__ __forceinline__ int64_t place_of(int split, int row) const {
-    return first_place + row + int64_t{split} * split_rows;
-  }
-  // Four columns.
-  __device__ __forceinline__ RowPart load(int split, int row, int column) const {
-    const int64_t place = place_of(split, row);
-    const float2 state = params.partial_state[place];
-    const float* const out = params.partial_out + place * width + column;
-    return {state.x, state.y, *reinterpret_cast<const float4*>(out)};
+  __device__ __forceinline__ ColumnParts at(int row, int piece) const {
+    const int64_t place = first_place + row;
+    return {params.partial_state + place, params.partial_out + place * width + 4 * piece,
+            split_rows, split_rows * width, params.splits};
   }
   __device__ __forceinline__ void store(int split, int row, int piece, const RowPart& part) const {
-    float* const out = params.partial_out + place_of(split, row) * width + 4 * piece;
-    *reinterpret_cast<float4*>(out) = part.out;
-  }
-  __device__ __forceinline__ void store_state(int split, int row, const RowPart& part) const {
-    params.partial_state[place_of(split, row)] = make_float2(part.maximum, part.sum);
+    const int64_t place = first_place + row + int64_t{split} * split_rows;
+    *reinterpret_cast<float4*>(params.partial_out + place * width + 4 * piece) = part.out;
+    if (piece == 0) params.partial_state[place] = make_float2(part.maximum, part.sum);
   }
   __device__ __forceinline__ void finish_piece(int row, int piece, const RowPart& sum) const {
     finish<Config::kCache>(params, batch, kv_head, first_row + row, piece, sum);
@@ -149,13 +190,6 @@ struct StoredParts {
 // The splits of a head tile that a thread block has just left.
 template <typename Config>
 struct LeftTile {
-  // Neighbouring lanes have four columns each of a row.
-  static constexpr int kLanesOfRow = Config::kWidth / 4;
-  static constexpr int kRowStep = Config::kThreads / kLanesOfRow;
-  // Where there are registers for it.
-  static constexpr int kRowsAtOnce =
-      Config::kHolds && !Config::kQuantised ? Config::kRows / kRowStep : 1;
-
   const DecodeParams& params;
   const Place& place;  // its last split
   const Plan& plan;
@@ -179,44 +213,102 @@ struct LeftTile {
     return counters + block - (piece - plan.piece_of(unit)) * crew;
   }
 
-  // Calls `body(Rows)` for all rows, some of each thread at a time. By all threads.
-  struct Rows {
-    int row[kRowsAtOnce];  // one that there is
-    int piece;             // the four columns of them that the thread has
-    bool exists[kRowsAtOnce];
-  };
-  template <typename F>
-  __device__ __forceinline__ void for_some_rows(F body) const {
-    const int piece = thread % kLanesOfRow;
-    const bool has_columns = 4 * piece < parts.width;
-#pragma unroll 1
-    for (int row0 = 0; row0 < rows; row0 += kRowsAtOnce * kRowStep) {
-      Rows some;
-      some.piece = has_columns ? piece : 0;
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        const int row = row0 + r * kRowStep + thread / kLanesOfRow;
-        some.row[r] = min_int(row, rows - 1);
-        some.exists[r] = has_columns && row < rows;
-      }
-      body(some);
+  // Counts what this thread block has done of all of the tile. Whether nothing is missing; the
+  // counter is zero again then, for the next launch. By all threads, which have stored their parts,
+  // behind a barrier.
+  __device__ __forceinline__ bool count(int done, int all) const {
+    bool is_last = false;
+    if (thread == 0) {
+      uint32_t* const counts = counter(params.counters, first_unit);
+      is_last = static_cast<int>(ptx::atom_add(counts, static_cast<uint32_t>(done))) + done == all;
+      if (is_last) *counts = 0;
     }
+    return __syncthreads_count(is_last) != 0;
   }
-  // Parts of them: `first`, then those from `next` on below `end`, `step` apart.
-  __device__ __forceinline__ void sum(const Rows& some, int first, int next, int end, int step,
-                                      RowPart (&total)[kRowsAtOnce]) const {
-    const auto load = [&](int split, int r) {
-      return parts.load(split, some.row[r], 4 * some.piece);
-    };
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) total[r] = load(first, r);
-    add_parts<Config::kBatchedParts>(total, next, end, step, load);
+
+  // Where the first thread block of the tile has added up the first groups, how many these are.
+  __device__ __forceinline__ int first_groups() const {
+    if (!Config::kHolds) return 1;
+    const int units = plan.cut_behind(first_unit) - first_unit;
+    return max_int(plan.unit_splits == 1 ? units / kGroupSplits : units, 1);
+  }
+
+  // Which of 32 splits from `start` on, the first one of a group, have left a part: a bit for each.
+  // That of a group's first split has all that one thread block did of it from there on. By a whole
+  // warp.
+  __device__ __forceinline__ uint32_t stored_parts(int start) const {
+    const int split = start + lane_id();
+    const int within = split % kGroupSplits;
+    const int group = split / kGroupSplits;
+    bool stored = split < splits;
+    if (within == 0) {
+      stored = stored && (split == 0 || group >= first_groups());
+    } else {
+      stored = stored && plan.unit_splits == 1 &&
+               split >= plan.cut_behind(first_unit + split - within) - first_unit;
+    }
+    return __ballot_sync(0xffffffffu, stored);
+  }
+
+  // Calls `body(row, piece, exists)` for four columns of each row; of those that do not exist for
+  // others instead. By all threads.
+  template <typename F>
+  __device__ __forceinline__ void for_each_piece(F body) const {
+    constexpr int kLanesOfRow = Config::kWidth / 4;
+    constexpr int kRowStep = Config::kThreads / kLanesOfRow;
+    const int its_piece = thread % kLanesOfRow;
+    const bool has_columns = 4 * its_piece < parts.width;
+#pragma unroll 1
+    for (int row0 = 0; row0 < rows; row0 += kRowStep) {
+      const int row = row0 + thread / kLanesOfRow;
+      body(min_int(row, rows - 1), has_columns ? its_piece : 0, has_columns && row < rows);
+    }
   }
 };
 
+// So many splits of a head tile are added up by one thread block after one count.
+inline constexpr int kCountedOnce = 32;
+
+// Adds up a head tile of up to kCountedOnce splits, whose parts are all there.
+template <typename Config>
+__device__ __forceinline__ void add_up_tile(const LeftTile<Config>& tile) {
+  const uint32_t stored = tile.stored_parts(0);
+  tile.for_each_piece([&](int row, int piece, bool exists) {
+    const ColumnParts parts = tile.parts.at(row, piece);
+    RowPart total = RowPart::empty();
+#pragma unroll 1
+    for (int group = 0; group < tile.groups; ++group) {
+      const uint32_t its = stored >> kGroupSplits * group;
+      RowPart sum = RowPart::empty();
+      add_parts<Config::kBatchedParts>(sum, parts, kGroupSplits * group, 1, true,
+                                       [&](int i) { return i > 0 && (its >> i & 1) != 0; });
+      total.add_if(sum, group > 0 && (its & 1) != 0);
+      total.become_if(sum, group == 0);
+    }
+    if (exists) tile.parts.finish_piece(row, piece, total);
+  });
+}
+
+// Adds up the groups of a head tile, whose sums are all there.
+template <typename Config>
+__device__ __forceinline__ void add_up_groups(const LeftTile<Config>& tile) {
+  const int first_groups = tile.first_groups();
+  tile.for_each_piece([&](int row, int piece, bool exists) {
+    const ColumnParts parts = tile.parts.at(row, piece);
+    RowPart total = RowPart::empty();
+#pragma unroll 1
+    for (int group = 0; group < tile.groups; group += kGroupSplits) {
+      add_parts<Config::kBatchedParts>(
+          total, parts, kGroupSplits * group, kGroupSplits, group == 0,
+          [&](int i) { return group + i >= first_groups && group + i < tile.groups; });
+    }
+    if (exists) tile.parts.finish_piece(row, piece, total);
+  });
+}
+
 // Adds up a group of splits that several thread blocks have had, if this is the last of them; the
-// sum is the result, or goes to the place of the group's first split. Whether it has. All threads
-// have stored their parts, behind a barrier.
+// sum goes to the place of the group's first split. Whether it has. All threads have stored their
+// parts, behind a barrier.
 template <typename Config>
 __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
                                              const LeftTile<Config>& tile, int group) {
@@ -231,30 +323,20 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
     is_last = ptx::atom_inc(tile.counter(params.counters + gridDim.x, unit), others) == others;
   }
   if (__syncthreads_count(is_last) == 0) return false;
-  // The split from which on each is a part; up to there one thread block has added them up.
-  const int cut = tile.plan.cut_behind(unit) - tile.first_unit;
-  tile.for_some_rows([&](const auto& some) {
-    constexpr int kRowsAtOnce = LeftTile<Config>::kRowsAtOnce;
-    RowPart total[kRowsAtOnce];
-    tile.sum(some, first, cut, end, 1, total);
-    if (tile.groups > 1) __syncthreads();  // all threads of a row have its states
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      if (!some.exists[r]) continue;
-      if (tile.groups == 1) {
-        tile.parts.finish_piece(some.row[r], some.piece, total[r]);
-        continue;
-      }
-      tile.parts.store(first, some.row[r], some.piece, total[r]);
-      if (some.piece == 0) tile.parts.store_state(first, some.row[r], total[r]);
-    }
+  const uint32_t stored = tile.stored_parts(first);
+  tile.for_each_piece([&](int row, int piece, bool exists) {
+    RowPart total = RowPart::empty();
+    add_parts<Config::kBatchedParts>(total, tile.parts.at(row, piece), first, 1, true,
+                                     [&](int i) { return i > 0 && (stored >> i & 1) != 0; });
+    __syncthreads();  // all threads of the row have its states
+    if (exists) tile.parts.store(first, row, piece, total);
   });
   return true;
 }
 
-// Adds up the splits of the head tile that the thread block has just left: a group that others have
-// had some of, if they are done; and the groups, if all are done. `place`: its last split. Behind a
-// barrier of all threads, which have stored their parts.
+// Adds up the splits of the head tile that the thread block has just left. Few, if all are done;
+// else a group that others have had some of, if they are done, and the groups, if all are done.
+// `place`: its last split. Behind a barrier of all threads, which have stored their parts.
 template <typename Config>
 __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const Place& place,
                                               const Plan& plan) {
@@ -262,8 +344,17 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
   // Stored as the result.
   if (alone && (Config::kHolds || place.sequence.splits <= kGroupSplits)) return;
   const LeftTile<Config> tile{params, place, plan};
+  const int end = place.split + 1;
+  if (tile.splits <= kCountedOnce) {
+    if (!alone && !tile.count(end - tile.from, tile.splits)) return;
+    if (plan.unit_splits == 1) {
+      add_up_tile(tile);
+    } else {
+      add_up_groups(tile);
+    }
+    return;
+  }
   if (!alone) {
-    const int end = place.split + 1;
     const int first_whole = (tile.from + kGroupSplits - 1) / kGroupSplits;
     const int end_whole = end >= tile.splits ? tile.groups : end / kGroupSplits;
     int done = max_int(end_whole - first_whole, 0);
@@ -276,32 +367,11 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
       const int group = i == 0 ? tile.from / kGroupSplits : end_whole;
       done += add_up_group(params, tile, group) ? 1 : 0;
     }
-    if (tile.groups == 1 || done == 0) return;
+    if (done == 0) return;
     __syncthreads();  // sums of groups are stored
-    bool is_last = false;
-    if (tile.thread == 0) {
-      uint32_t* const counter = tile.counter(params.counters, tile.first_unit);
-      const auto before = static_cast<int>(ptx::atom_add(counter, static_cast<uint32_t>(done)));
-      is_last = before + done == tile.groups;
-      if (is_last) *counter = 0;  // for the next launch
-    }
-    if (__syncthreads_count(is_last) == 0) return;
+    if (!tile.count(done, tile.groups)) return;
   }
-  // The group from which on each is a part; up to there one thread block has added them up.
-  int cut = 1;
-  if (Config::kHolds) {
-    const int units = plan.cut_behind(tile.first_unit) - tile.first_unit;
-    cut = max_int(plan.unit_splits == 1 ? units / kGroupSplits : units, 1);
-  }
-  tile.for_some_rows([&](const auto& some) {
-    constexpr int kRowsAtOnce = LeftTile<Config>::kRowsAtOnce;
-    RowPart total[kRowsAtOnce];
-    tile.sum(some, 0, cut * kGroupSplits, tile.splits, kGroupSplits, total);
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      if (some.exists[r]) tile.parts.finish_piece(some.row[r], some.piece, total[r]);
-    }
-  });
+  add_up_groups(tile);
 }
 
 // Adds up the splits of many rows, which the thread block that is done last would do for long while
@@ -340,21 +410,20 @@ __global__ void __launch_bounds__(kSumThreads)
   for (int item = static_cast<int>(threadIdx.x); item < rows * pieces; item += kSumThreads) {
     const int row = item / pieces;
     const int piece = item - row * pieces;
+    const ColumnParts columns = parts.at(row, piece);
     RowPart total = RowPart::empty();
 #pragma unroll 1
     for (int first = 0; first < splits; first += kGroupSplits) {
       const int end = min_int(first + kGroupSplits, splits);
-      // The split from which on each is a part, as in add_up_group.
+      // The split from which on each is a part, as in stored_parts.
       int cut = end;
       if (!alone && plan.unit_splits == 1) cut = plan.cut_behind(first_unit + first) - first_unit;
-      const auto load = [&](int split, int) { return parts.load(split, row, 4 * piece); };
-      RowPart group[1] = {load(first, 0)};
-      add_parts<Config::kBatchedParts>(group, cut, end, 1, load);
-      if (first == 0) {
-        total = group[0];
-      } else {
-        total.add(group[0]);
-      }
+      RowPart group = RowPart::empty();
+      add_parts<Config::kBatchedParts>(group, columns, first, 1, true, [&](int i) {
+        return i > 0 && first + i >= cut && first + i < end;
+      });
+      total.add_if(group, first > 0);
+      total.become_if(group, first == 0);
     }
     parts.finish_piece(row, piece, total);
   }

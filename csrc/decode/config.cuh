@@ -167,11 +167,12 @@ struct DecodeConfig {
   static constexpr int kTeamBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kTileOffset + kTeams * kTeamBytes;
 
-  // With clusters, behind that: parts of the block's splits, a record for each row with its state
-  // and its outputs. As much as leaves a multiprocessor of compute capability 9.0 two such blocks.
+  // With clusters, behind that: a barrier, then what the thread block adds up, pieces of rows of
+  // all splits (ClusterParts). As much as leaves a multiprocessor of compute capability 9.0 two
+  // such blocks.
   static constexpr bool kClusters = kFewRows;
-  static constexpr int kRecordBytes = 16 + 4 * kWidth;
-  static constexpr int kPartBytes = 12 << 10;
+  static constexpr int kPieceBytes = 16 + 8;  // four columns of a row, and its state
+  static constexpr int kPartBytes = (12 << 10) + 16;
 
   // Outputs of a team in f32. Where they fit one stage, that which has just been read is free for
   // them, while the next split's tiles are on their way to the others; else all stages are, after

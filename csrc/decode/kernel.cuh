@@ -352,13 +352,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
         group.add(part);
       }
       if (clustered) {
-        // For the cluster, which adds up.
-        const uint32_t record =
-            shared + Config::kSharedBytes + (place.done * rows + row) * Config::kRecordBytes;
-        const uint32_t words[4] = {__float_as_uint(part.out.x), __float_as_uint(part.out.y),
-                                   __float_as_uint(part.out.z), __float_as_uint(part.out.w)};
-        ptx::st_shared_v4(record + 16 + 16 * piece, words);
-        if (piece == 0) ptx::st_shared_v2(record, part.maximum, part.sum);
+        ClusterParts<Config>::of(params, shared, rows).send(place.split, row, piece, part);
         continue;
       }
       int slot = end.slot;
@@ -433,12 +427,16 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       if (threadIdx.x == 0) plan.keep(shared + Config::kPlanOffset);
       place = first_place(params, plan, chunk, blockIdx.x);
     }
-    if (place.units == 0) return;
+    if (place.units == 0) {
+      if (clustered) ptx::cluster_wait();
+      return;
+    }
     keep(0, place);
     keep(2, place);
     copies.enter(params, place);
     begin_copies();
     load_queries<Config>(params, place, shared, warp);
+    if (clustered) ptx::cluster_wait();
   }
   uint32_t stage = 0;
   if constexpr (Config::kWarpgroup) warp.hold_nothing();
@@ -488,10 +486,10 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
+  const bool clustered = Config::kClusters && params.cluster_bits > 0;
+  if (clustered) begin_cluster<Config>(ptx::shared_address(memory));
   do_splits<Config>(params, memory);
-  if constexpr (Config::kClusters) {
-    if (params.cluster_bits > 0) add_up_cluster<Config>(params, ptx::shared_address(memory));
-  }
+  if (clustered) add_up_cluster<Config>(params, ptx::shared_address(memory));
 }
 
 }  // namespace jax_flash::decode

@@ -37,8 +37,8 @@ int cluster_bits_of(const DecodeParams& params, const DeviceInfo& device) {
   const bool fills = params.splits <= size || 5 * blocks >= 2 * device.multiprocessors;
   const bool is_short = int64_t{params.splits} * params.split_keys <= 1024 * size;
   const int rows = std::min(Config::kRows, params.tokens * params.group);
-  const int slots = (params.splits + size - 1) / size;
-  const bool has_room = slots * rows * Config::kRecordBytes <= Config::kPartBytes;
+  const int pieces = rows * (Config::kWidth / 4) / size;  // of a thread block
+  const bool has_room = 16 + pieces * params.splits * Config::kPieceBytes <= Config::kPartBytes;
   return fits && fills && is_short && has_room ? bits : 0;
 }
 

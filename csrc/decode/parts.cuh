@@ -87,6 +87,22 @@ struct RowPart {
     out.w = fmaf(theirs, other.out.w, out.w * mine);
   }
 
+  __device__ __forceinline__ void become_if(const RowPart& other, bool does) {
+    maximum = does ? other.maximum : maximum;
+    sum = does ? other.sum : sum;
+    out.x = does ? other.out.x : out.x;
+    out.y = does ? other.out.y : out.y;
+    out.z = does ? other.out.z : out.z;
+    out.w = does ? other.out.w : out.w;
+  }
+
+  // Without a branch. What does not count may be anything.
+  __device__ __forceinline__ void add_if(const RowPart& other, bool counts) {
+    RowPart both = *this;
+    both.add(other);
+    become_if(both, counts);
+  }
+
   __device__ __forceinline__ void multiply(float factor) {
     out.x *= factor;
     out.y *= factor;

@@ -96,6 +96,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool arrives, uint32_
 
 // Waits at a barrier of this thread block at which others of the cluster arrive.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -107,6 +108,28 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
+}
+
+// Writes to another thread block's shared memory; the bytes count towards `barrier`, which is
+// there, too. Who has waited for that sees them: no fence is needed.
+__device__ __forceinline__ void st_async_v4(uint32_t address, float4 v, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void st_async_v2(uint32_t address, float2 v, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "f"(v.x), "f"(v.y), "r"(barrier)
+      : "memory");
+#endif
 }
 
 // Contiguous bytes, a multiple of 16, from this thread block's shared memory to another one's; they

@@ -36,6 +36,22 @@ inline uint32_t ld_cluster_b32(uint32_t address) { return ld_cluster<uint32_t>(a
 inline uint64_t ld_cluster_b64(uint32_t address) { return ld_cluster<uint64_t>(address); }
 inline float2 ld_cluster_v2(uint32_t address) { return ld_cluster<float2>(address); }
 
+// Seen by no other thread before it has waited for the barrier.
+template <typename T>
+void st_async(uint32_t address, T value, uint32_t barrier) {
+  if (address % sizeof(T) != 0) emulator::fail("a store is not aligned", address);
+  emulator::copy_some_time([=] {
+    std::memcpy(emulator::shared_pointer(address), &value, sizeof value);
+    mbarrier_complete(barrier, sizeof value);
+  });
+}
+inline void st_async_v4(uint32_t address, float4 value, uint32_t barrier) {
+  st_async(address, value, barrier);
+}
+inline void st_async_v2(uint32_t address, float2 value, uint32_t barrier) {
+  st_async(address, value, barrier);
+}
+
 inline void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier) {
   mbarrier_arrive_if(arrives, barrier);
 }
