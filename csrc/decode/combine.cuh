@@ -83,6 +83,7 @@ template <typename Config>
 __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint32_t shared) {
   constexpr int kLanes = kClusterSplits / kGroupSplits;
   constexpr int kItems = Config::kThreads / kLanes;
+  constexpr unsigned kPieces = ClusterParts<Config>::kPieces;
   const int bits = params.cluster_bits;
   const int tile = static_cast<int>(blockIdx.x) >> bits;
   const int rank = static_cast<int>(blockIdx.x) - (tile << bits);
@@ -117,7 +118,7 @@ __device__ __forceinline__ void add_up_cluster(const DecodeParams& params, uint3
     for (int other = 1; other * kGroupSplits < splits; ++other) {
       total.add(part_of_lane(group, lane_id() - lane + other));
     }
-    const int row = its_item >> std::countr_zero(unsigned{parts.kPieces}) - bits;
+    const int row = its_item >> std::countr_zero(kPieces) - bits;
     const int piece = (its_item - row * parts.row_pieces << bits) + rank;
     if (lane == 0 && item < parts.pieces && 4 * piece < params.head_dim_v) {
       finish<Config::kCache>(params, 0, kv_head, first_row + row, piece, total);
@@ -140,12 +141,12 @@ struct ColumnParts {
   }
 };
 
-// Adds parts to `total`, one after another: eight, `step` splits apart, from `first` on, of which
-// those count for which `counts(i)`. If `begins`, total becomes the first one. Of kBatch of them
+// Adds parts to `sum`, one after another: eight, `step` splits apart, from `first` on, of which
+// those count for which `counts(i)`. If `begins`, the sum becomes the first part. Of kBatch of them
 // all loads are on their way before the first is needed, and no addition hangs on a branch: then
 // exponentials do not wait for the sums before them.
 template <int kBatch, typename Counts>
-__device__ __forceinline__ void add_parts(RowPart& total, const ColumnParts& parts, int first,
+__device__ __forceinline__ void add_parts(RowPart& sum, const ColumnParts& parts, int first,
                                           int step, bool begins, Counts counts) {
 #pragma unroll
   for (int before = 0; before < kGroupSplits; before += kBatch) {
@@ -154,8 +155,8 @@ __device__ __forceinline__ void add_parts(RowPart& total, const ColumnParts& par
     for (int i = 0; i < kBatch; ++i) part[i] = parts.load(first + (before + i) * step);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      total.add_if(part[i], counts(before + i));
-      if (before + i == 0) total.become_if(part[i], begins);
+      sum.add_if(part[i], counts(before + i));
+      if (before + i == 0) sum.become_if(part[i], begins);
     }
   }
 }
@@ -279,10 +280,10 @@ __device__ __forceinline__ void add_up_tile(const LeftTile<Config>& tile) {
 #pragma unroll 1
     for (int group = 0; group < tile.groups; ++group) {
       const uint32_t its = stored >> kGroupSplits * group;
+      const auto counts = [&](int i) { return (its >> i & 1) != 0; };
       RowPart sum = RowPart::empty();
-      add_parts<Config::kBatchedParts>(sum, parts, kGroupSplits * group, 1, true,
-                                       [&](int i) { return i > 0 && (its >> i & 1) != 0; });
-      total.add_if(sum, group > 0 && (its & 1) != 0);
+      add_parts<Config::kBatchedParts>(sum, parts, kGroupSplits * group, 1, true, counts);
+      total.add_if(sum, counts(0));
       total.become_if(sum, group == 0);
     }
     if (exists) tile.parts.finish_piece(row, piece, total);
@@ -327,7 +328,7 @@ __device__ __forceinline__ bool add_up_group(const DecodeParams& params,
   tile.for_each_piece([&](int row, int piece, bool exists) {
     RowPart total = RowPart::empty();
     add_parts<Config::kBatchedParts>(total, tile.parts.at(row, piece), first, 1, true,
-                                     [&](int i) { return i > 0 && (stored >> i & 1) != 0; });
+                                     [&](int i) { return (stored >> i & 1) != 0; });
     __syncthreads();  // all threads of the row have its states
     if (exists) tile.parts.store(first, row, piece, total);
   });
@@ -419,9 +420,8 @@ __global__ void __launch_bounds__(kSumThreads)
       int cut = end;
       if (!alone && plan.unit_splits == 1) cut = plan.cut_behind(first_unit + first) - first_unit;
       RowPart group = RowPart::empty();
-      add_parts<Config::kBatchedParts>(group, columns, first, 1, true, [&](int i) {
-        return i > 0 && first + i >= cut && first + i < end;
-      });
+      add_parts<Config::kBatchedParts>(group, columns, first, 1, true,
+                                       [&](int i) { return first + i >= cut && first + i < end; });
       total.add_if(group, first > 0);
       total.become_if(group, first == 0);
     }

@@ -120,6 +120,8 @@ cudaError_t launch(DecodeParams params, const DeviceInfo& device, cudaStream_t s
   const int64_t grid = pieces * crew;
   params.crew_divisor = FastDivisor::make(crew);
   params.piece_divisor = FastDivisor::make(static_cast<uint32_t>(pieces));
+  // Two thread blocks on each multiprocessor.
+  params.enough_pieces = static_cast<int>(2 * pieces / Config::kBlocksPerSm);
   // With so many sequences nothing is gained by cutting one.
   params.whole_groups = params.splits <= kGroupSplits && heads >= 4 * capacity;
   const auto kernel = decode_split_kernel<Config>;

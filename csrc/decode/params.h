@@ -72,15 +72,16 @@ struct DecodeParams {
   float softcap;  // 0: none
 
   // Set by the launch.
-  float logit_factor;    // of scores: to logits in base 2, or to what is under the cap's tanh
-  float cap;             // of logits in base 2; 0: none
-  int32_t cluster_bits;  // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
-  int32_t whole_groups;  // whether thread blocks must do whole groups of splits
-  int32_t page_rows;     // rows of the caches that a page has: page_size, or room without pages
-  int32_t group;         // heads / kv_heads
-  int32_t row_tiles;     // tiles of the tokens * group rows
-  int32_t tile_rows;     // rows of a tile
-  int32_t head_tiles;    // kv_heads * row_tiles
+  float logit_factor;     // of scores: to logits in base 2, or to what is under the cap's tanh
+  float cap;              // of logits in base 2; 0: none
+  int32_t cluster_bits;   // 0, or a head tile of the only sequence has 1 << cluster_bits blocks
+  int32_t whole_groups;   // whether thread blocks must do whole groups of splits
+  int32_t enough_pieces;  // of all pieces, to read the memory at its rate
+  int32_t page_rows;      // rows of the caches that a page has: page_size, or room without pages
+  int32_t group;          // heads / kv_heads
+  int32_t row_tiles;      // tiles of the tokens * group rows
+  int32_t tile_rows;      // rows of a tile
+  int32_t head_tiles;     // kv_heads * row_tiles
   FastDivisor group_divisor;
   FastDivisor page_divisor;
   FastDivisor split_divisor;     // split_keys

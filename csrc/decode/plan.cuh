@@ -151,7 +151,10 @@ __device__ __forceinline__ Plan make_plan(const DecodeParams& params, Chunk& chu
   all.splits *= bands;
   all.groups *= bands;
   const int pieces = static_cast<int>(params.piece_divisor.divisor);
-  const bool by_groups = params.whole_groups != 0 ||
+  // Also full groups that leave some without work, but enough at work for the rate of the memory.
+  const bool are_enough = all.groups <= pieces && all.groups >= params.enough_pieces &&
+                          7 * kGroupSplits * all.groups <= 8 * all.splits;
+  const bool by_groups = params.whole_groups != 0 || are_enough ||
                          kGroupSplits * params.piece_divisor.divide(all.groups + pieces - 1) <=
                              params.piece_divisor.divide(all.splits + pieces - 1);
   const int units = by_groups ? all.groups : all.splits;
