@@ -32,6 +32,12 @@ using WarpOf = std::conditional_t<
     Config::kF32, DecodeF32<Config>,
     std::conditional_t<Config::kColumns, DecodeColumns<Config>, RowsOfWarp<Config>>>;
 
+// Whether clusters add up the splits. Asked for where it is needed: no register keeps it.
+template <typename Config>
+__device__ __forceinline__ bool is_clustered(const DecodeParams& params) {
+  return Config::kClusters && ptx::fresh_address(params.cluster_bits) > 0;
+}
+
 // The team of this thread's warp.
 template <typename Config>
 __device__ __forceinline__ int team_of_thread() {
@@ -251,9 +257,9 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Place& 
 template <typename Config>
 __device__ __forceinline__ void share(const WarpOf<Config>& warp, int rows, uint32_t shared,
                                       uint32_t outputs) {
-  const int index = static_cast<int>(threadIdx.x) / 32;
-  const int team = team_of_thread<Config>();
-  if (threadIdx.x % (32 * Config::kTeamWarps) == 0) {
+  const int index = static_cast<int>(ptx::fresh_address(threadIdx.x)) / 32;
+  const int team = index / Config::kTeamWarps;
+  if (lane_id() == 0 && index % Config::kTeamWarps == 0) {
     ptx::st_shared(shared + Config::kOutputsOffset + 4 * team, outputs);
   }
   const uint32_t states = shared + Config::kStateOffset + 8 * team * Config::kRows;
@@ -279,7 +285,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                                       const Place& next, uint32_t shared, Held<Config>& held) {
   const int first = place.row_tile * Config::kRows;
   const int rows = min_int(Config::kRows, params.tokens * params.group - first);
-  const bool clustered = Config::kClusters && params.cluster_bits > 0;
+  const bool clustered = is_clustered<Config>(params);
   const GroupEnd end = GroupEnd::of(place, next);
   const bool begins = clustered || end.begins;
   // The row's state is read by all its threads and written by one: to another place.
@@ -402,7 +408,6 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     if (lane_id() == 0) *place_at(i) = place;
     __syncwarp();
   };
-  const bool clustered = Config::kClusters && params.cluster_bits > 0;
   const uint32_t stages =
       shared + Config::kTileOffset + team_of_thread<Config>() * Config::kTeamBytes;
   WarpOf<Config> warp;
@@ -419,7 +424,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
   };
   {
     Place place;
-    if (clustered) {
+    if (is_clustered<Config>(params)) {
       place = cluster_place(params, blockIdx.x);
     } else {
       Chunk chunk;
@@ -428,7 +433,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
       place = first_place(params, plan, chunk, blockIdx.x);
     }
     if (place.units == 0) {
-      if (clustered) ptx::cluster_wait();
+      if (is_clustered<Config>(params)) ptx::cluster_wait();
       return;
     }
     keep(0, place);
@@ -436,7 +441,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     copies.enter(params, place);
     begin_copies();
     load_queries<Config>(params, place, shared, warp);
-    if (clustered) ptx::cluster_wait();
+    if (is_clustered<Config>(params)) ptx::cluster_wait();
   }
   uint32_t stage = 0;
   if constexpr (Config::kWarpgroup) warp.hold_nothing();
@@ -467,7 +472,7 @@ __device__ __forceinline__ void do_splits(const DecodeParams& params, unsigned c
     }
     __syncthreads();  // before the next outputs, and copies to where these were
     if constexpr (Config::kSumsInLaunch) {
-      if (!clustered && (next.units == 0 || next.split == 0)) {
+      if (!is_clustered<Config>(params) && (next.units == 0 || next.split == 0)) {
         add_up_splits<Config>(params, now, Plan::kept(shared + Config::kPlanOffset));
       }
     }
@@ -486,10 +491,9 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     decode_split_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const bool clustered = Config::kClusters && params.cluster_bits > 0;
-  if (clustered) begin_cluster<Config>(ptx::shared_address(memory));
+  if (is_clustered<Config>(params)) begin_cluster<Config>(ptx::shared_address(memory));
   do_splits<Config>(params, memory);
-  if (clustered) add_up_cluster<Config>(params, ptx::shared_address(memory));
+  if (is_clustered<Config>(params)) add_up_cluster<Config>(params, ptx::shared_address(memory));
 }
 
 }  // namespace jax_flash::decode
