@@ -298,7 +298,8 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
                          : !Config::kQueriesEarly ? 1
                          : kMost < 4              ? kMost
                                                   : 4;
-  const int piece = static_cast<int>(threadIdx.x) % kLanesOfRow;
+  const int thread = static_cast<int>(ptx::fresh_address(threadIdx.x));
+  const int piece = thread % kLanesOfRow;
   if (4 * piece >= params.head_dim_v) return;
   float value_factor = 1.0f;
   if constexpr (Config::kQuantised) {
@@ -314,8 +315,7 @@ __device__ __forceinline__ void store(const DecodeParams& params, const Place& p
     if (piece == 0) params.partial_state[place_row] = make_float2(part.maximum, part.sum);
   };
 #pragma unroll 1
-  for (int row0 = static_cast<int>(threadIdx.x) / kLanesOfRow; row0 < rows;
-       row0 += kBatch * kRowStep) {
+  for (int row0 = thread / kLanesOfRow; row0 < rows; row0 += kBatch * kRowStep) {
     // All loads are on their way before the first is needed.
     float4 sums[kBatch];
     if (!Config::kHolds && !begins) {
