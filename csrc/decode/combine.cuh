@@ -348,10 +348,10 @@ __device__ __forceinline__ void add_up_splits(const DecodeParams& params, const 
   const int end = place.split + 1;
   if (tile.splits <= kCountedOnce) {
     if (!alone && !tile.count(end - tile.from, tile.splits)) return;
-    if (plan.unit_splits == 1) {
-      add_up_tile(tile);
-    } else {
+    if (alone || plan.unit_splits != 1) {
       add_up_groups(tile);
+    } else {
+      add_up_tile(tile);
     }
     return;
   }
@@ -413,17 +413,25 @@ __global__ void __launch_bounds__(kSumThreads)
     const int piece = item - row * pieces;
     const ColumnParts columns = parts.at(row, piece);
     RowPart total = RowPart::empty();
+    if (alone || plan.unit_splits != 1) {
 #pragma unroll 1
-    for (int first = 0; first < splits; first += kGroupSplits) {
-      const int end = min_int(first + kGroupSplits, splits);
-      // The split from which on each is a part, as in stored_parts.
-      int cut = end;
-      if (!alone && plan.unit_splits == 1) cut = plan.cut_behind(first_unit + first) - first_unit;
-      RowPart group = RowPart::empty();
-      add_parts<Config::kBatchedParts>(group, columns, first, 1, true,
-                                       [&](int i) { return first + i >= cut && first + i < end; });
-      total.add_if(group, first > 0);
-      total.become_if(group, first == 0);
+      for (int first = 0; first < splits; first += kGroupSplits * kGroupSplits) {
+        add_parts<Config::kBatchedParts>(total, columns, first, kGroupSplits, first == 0,
+                                         [&](int i) { return first + kGroupSplits * i < splits; });
+      }
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < splits; first += kGroupSplits) {
+        const int end = min_int(first + kGroupSplits, splits);
+        // The split from which on each is a part, as in stored_parts.
+        const int cut = plan.cut_behind(first_unit + first) - first_unit;
+        RowPart group = RowPart::empty();
+        add_parts<Config::kBatchedParts>(group, columns, first, 1, true, [&](int i) {
+          return first + i >= cut && first + i < end;
+        });
+        total.add_if(group, first > 0);
+        total.become_if(group, first == 0);
+      }
     }
     parts.finish_piece(row, piece, total);
   }
