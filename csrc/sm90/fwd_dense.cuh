@@ -46,7 +46,7 @@ struct FwdDense {
                                        int row, int tile) {
     if constexpr (kDropsLate) {
       if (params.intervals.dropout != 0) {
-        Bits::template draw<2>(block, row, tile * Config::kKeys, kept);
+        Bits::draw(block, row, tile * Config::kKeys, kept);
       }
     }
   }
@@ -151,7 +151,7 @@ struct FwdDense {
     if constexpr (!kDropsLate) {
       if (params.intervals.dropout == 0) return;
       ptx::forget_memory();
-      Bits::template draw<1>(block, fresh(row), tile * Config::kKeys, kept);
+      Bits::draw(block, fresh(row), tile * Config::kKeys, kept);
       clear(p);
     }
   }

@@ -49,34 +49,18 @@ struct FwdBitMaker {
   }
 
   // What dropout keeps, of columns with e = column % 2. The highest bits of bytes as Dropout::draw
-  // has them belong to the tile's last 16 columns, the bits below to those before, and so on. Drawn
-  // for 32 keys at a time, kBeside of such draws beside each other.
-  template <int kBeside>
+  // has them belong to the tile's last 16 columns, the bits below to those before, and so on.
   static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
                                               uint32_t (&kept)[2]) {
-    static_assert(kKeys % (32 * kBeside) == 0);
+    static_assert(kKeys % 16 == 0);
     constexpr uint32_t kHighest = 0x80808080u;
     kept[0] = kept[1] = 0;
+    uint32_t words[kKeys / 16][2];
+    block.dropout.draw<false>(words, row, first_key);
 #pragma unroll
-    for (int first = 0; first < kKeys; first += 32 * kBeside) {
-      Dropout dropout = block.dropout;
-      // What ptxas takes for other numbers, so that the keys of rounds are computed where they are
-      // used: registers are few.
-      for (uint32_t& word : dropout.seed) word = __shfl_sync(0xffffffffu, word, 0);
-      uint32_t x[kBeside][4];
+    for (int j = 0; j < kKeys / 16; ++j) {
 #pragma unroll
-      for (int k = 0; k < kBeside; ++k) {
-        dropout.template begin<false, 2>(x[k], row, first_key + first + 32 * k);
-      }
-#pragma unroll
-      for (int k = 0; k < kBeside; ++k) {
-        uint32_t words[2][2];
-        dropout.template finish<false>(words, x[k], row);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          kept[j % 2] = kept[j % 2] >> 1 | (words[j / 2][j % 2] & kHighest);
-        }
-      }
+      for (int e = 0; e < 2; ++e) kept[e] = kept[e] >> 1 | (words[j][e] & kHighest);
     }
   }
 };

@@ -1,7 +1,7 @@
 // Dropout: which probabilities are kept, drawn for the fragments of a warp.
 //
-// docs/design/dropout.md says what is drawn for which row and key; jax_flash/_src/dropout.py is the
-// same in jnp. The generator is Philox4x32 with 7 rounds (Salmon et al., SC 2011).
+// docs/design/dropout.md says what is drawn for which row and key, and why by this generator;
+// jax_flash/_src/dropout.py is the same in jnp.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,12 @@ namespace jax_flash {
 
 // Of one query head.
 struct Dropout {
+  // What a group of 16 rows or keys adds to the place that is hashed, and of the hash's last
+  // multiplication those of the group's four words.
+  static constexpr uint32_t kRowStep = 0x165667b1u;
+  static constexpr uint32_t kKeyStep = 0x27d4eb2fu;
+  static constexpr uint32_t kMultipliers[4] = {0x31848babu, 0x9e3779b1u, 0xc2b2ae3du, 0x85ebca77u};
+
   uint32_t seed[2];
   int threshold;  // random bytes below it drop; 0: there is no dropout
 
@@ -32,70 +38,42 @@ struct Dropout {
     return {{__ldg(seeds + 2 * head), __ldg(seeds + 2 * head + 1)}, params.intervals.dropout};
   }
 
-  static __device__ __forceinline__ void philox(uint32_t (&x)[4], uint32_t k0, uint32_t k1) {
-#pragma unroll
-    for (int round = 0; round < 7; ++round) {
-      const uint64_t first = uint64_t{0xD2511F53u} * x[0];
-      const uint64_t second = uint64_t{0xCD9E8D57u} * x[2];
-      x[0] = static_cast<uint32_t>(second >> 32) ^ x[1] ^ k0;
-      x[1] = static_cast<uint32_t>(second);
-      x[2] = static_cast<uint32_t>(first >> 32) ^ x[3] ^ k1;
-      x[3] = static_cast<uint32_t>(first);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-  }
-
-  // The highest bit of each byte: whether it keeps.
+  // The highest bit of each byte: whether it keeps, which it does from the threshold on.
   __device__ __forceinline__ uint32_t keeps(uint32_t bytes) const {
-    // Averages, rounded up, with 255 - threshold.
-    const uint32_t other = (255u - static_cast<uint32_t>(threshold)) * 0x01010101u;
-    return (bytes | other) - (((bytes ^ other) & 0xfefefefeu) >> 1);
+    const bool is_high = threshold > 128;
+    const uint32_t rest = static_cast<uint32_t>((is_high ? 256 : 128) - threshold) * 0x01010101u;
+    // Whether the lower bits reach those of the threshold. With its highest bit, a byte's own has
+    // to be set, too; without, that suffices.
+    const uint32_t lower = (bytes & 0x7f7f7f7fu) + rest;
+    return is_high ? bytes & lower : bytes | lower;
   }
 
-  // For kCount (1 or 2) neighbouring 16 x 16 tiles of accumulators: words[tile][e] is about the
-  // columns with e = column % 2; whether an element is kept says the highest bit of byte
-  // `byte_of`. `row` is this lane's first, `column` the first of the tiles. kKeysDown: rows of the
-  // fragment are keys and its columns queries; otherwise it is the other way round.
+  // For kCount neighbouring 16 x 16 tiles of accumulators: words[tile][e] is about the columns with
+  // e = column % 2; whether an element is kept says the highest bit of byte `byte_of`. `row` is
+  // this lane's first, `column` the first of the tiles. kKeysDown: rows of the fragment are keys
+  // and its columns queries; otherwise it is the other way round.
   template <bool kKeysDown, int kCount>
   __device__ __forceinline__ void draw(uint32_t (&words)[kCount][2], int row, int column) const {
-    uint32_t x[4];
-    begin<kKeysDown, kCount>(x, row, column);
-    finish<kKeysDown>(words, x, row);
-  }
-
-  // The two parts of `draw`: what this lane draws itself, and what lanes give each other. Where
-  // draws are to run beside each other, all begin before the first one's finish.
-  template <bool kKeysDown, int kCount>
-  __device__ __forceinline__ void begin(uint32_t (&x)[4], int row, int column) const {
-    static_assert(kCount == 1 || kCount == 2);
-    // Two lanes, of an even row and the odd one after it, need halves of the same draws: each makes
-    // those of one tile.
+    constexpr uint32_t kDownStep = kKeysDown ? kKeyStep : kRowStep;
+    constexpr uint32_t kAcrossStep = kKeysDown ? kRowStep : kKeyStep;
+    const auto down = static_cast<uint32_t>(row) / 16 * 4 + static_cast<uint32_t>(row) / 2 % 4;
+    const auto across =
+        static_cast<uint32_t>(column) / 16 * 4 + static_cast<uint32_t>(lane_id()) % 4;
+    const uint32_t first = seed[0] + down * kDownStep + across * kAcrossStep;
+    // Of words 2 * (query % 2) + key % 2.
+    constexpr uint32_t kBothEven = kMultipliers[0];
+    constexpr uint32_t kDownOdd = kMultipliers[kKeysDown ? 1 : 2];
+    constexpr uint32_t kAcrossOdd = kMultipliers[kKeysDown ? 2 : 1];
+    constexpr uint32_t kBothOdd = kMultipliers[3];
     const bool odd = row % 2 != 0;
-    const uint32_t down = static_cast<uint32_t>(row) / 16 * 4 + static_cast<uint32_t>(row) / 2 % 4;
-    const uint32_t across =
-        (static_cast<uint32_t>(column) / 16 + (kCount == 2 && odd ? 1 : 0)) * 4 +
-        static_cast<uint32_t>(lane_id()) % 4;
-    x[0] = kKeysDown ? down : across;
-    x[1] = kKeysDown ? across : down;
-    x[2] = x[3] = 0;
-    philox(x, seed[0], seed[1]);
-  }
-  template <bool kKeysDown, int kCount>
-  __device__ __forceinline__ void finish(uint32_t (&words)[kCount][2], const uint32_t (&x)[4],
-                                         int row) const {
-    const bool odd = row % 2 != 0;
-    const uint32_t of_even[2] = {x[0], kKeysDown ? x[2] : x[1]};
-    const uint32_t of_odd[2] = {kKeysDown ? x[1] : x[2], x[3]};
+    const uint32_t multipliers[2] = {odd ? kDownOdd : kBothEven, odd ? kBothOdd : kAcrossOdd};
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t own = odd ? of_odd[e] : of_even[e];
-      if constexpr (kCount == 1) {
-        words[0][e] = keeps(own);
-      } else {
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? of_even[e] : of_odd[e], 4);
-        words[0][e] = keeps(odd ? got : own);
-        words[1][e] = keeps(odd ? own : got);
+    for (int tile = 0; tile < kCount; ++tile) {
+      const uint32_t mixed = mix(first + 4 * tile * kAcrossStep);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t x = mixed * multipliers[e];
+        words[tile][e] = keeps(x ^ x >> 14);
       }
     }
   }
@@ -114,6 +92,15 @@ struct Dropout {
   }
   static __device__ __forceinline__ bool kept(uint32_t word, int byte) {
     return (word >> (8 * byte + 7)) & 1;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t mix(uint32_t place) const {
+    uint32_t x = place ^ place >> 17;
+    x = x * 0xed5ad4bbu + seed[1];
+    x ^= x >> 11;
+    x *= 0xac4c1b51u;
+    return x ^ x >> 15;
   }
 };
 

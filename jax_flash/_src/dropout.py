@@ -1,11 +1,11 @@
 """Which probabilities dropout keeps: a function of key and position alone.
 
-Lives here: the generator, the seeds of the heads, and the factors of a block of
+Lives here: the generators, the seeds of the heads, and the factors of a block of
 probabilities. docs/design/dropout.md has the definition to the last bit.
 
-The generator is Philox4x32 with 7 rounds: Salmon, Moraes, Dror and Shaw, "Parallel
-Random Numbers: As Easy as 1, 2, 3", SC 2011. One call serves 16 probabilities, with 8
-bits each.
+Seeds of heads are drawn by Philox4x32 with 7 rounds: Salmon, Moraes, Dror and Shaw,
+"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. What is dropped of a head is a
+hash of its seed and of the place of 16 probabilities, with 8 bits for each.
 """
 
 import functools
@@ -21,6 +21,12 @@ from jax_flash._src.scores import accumulator
 ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
+
+ROW_STEP, KEY_STEP = 0x165667B1, 0x27D4EB2F
+"""What a group of rows or keys adds to the place that is hashed."""
+
+FACTORS = 0x31848BAB, 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA77
+"""Of the hash's last multiplication, by word: 2 * (row % 2) + key % 2."""
 
 LEVELS = 256
 """A rate is a multiple of one part in so many."""
@@ -38,6 +44,18 @@ def philox(counter: Words, key: tuple[jax.Array, jax.Array]) -> Words:
         x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
         k0, k1 = k0 + jnp.uint32(INCREMENTS[0]), k1 + jnp.uint32(INCREMENTS[1])
     return x0, x1, x2, x3
+
+
+def hashed(
+    row_group: jax.Array, key_group: jax.Array, seed: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Four random words of a place and a seed, uint32 that broadcast together."""
+    x = seed[0] + row_group * jnp.uint32(ROW_STEP) + key_group * jnp.uint32(KEY_STEP)
+    x = (x ^ x >> 17) * jnp.uint32(0xED5AD4BB) + seed[1]
+    x = (x ^ x >> 11) * jnp.uint32(0xAC4C1B51)
+    x = x ^ x >> 15
+    w0, w1, w2, w3 = (x * jnp.uint32(factor) for factor in FACTORS)
+    return w0 ^ w0 >> 14, w1 ^ w1 >> 14, w2 ^ w2 >> 14, w3 ^ w3 >> 14
 
 
 def threshold(rate: float) -> int:
@@ -95,8 +113,7 @@ def factors(
     seed = operands["dropout_seeds"][..., None, None, :]
     row_group, row_word, row_byte = _split(where.row[:, None])
     key_group, key_word, key_byte = _split(key)
-    counter = key_group, row_group, jnp.uint32(0), jnp.uint32(0)
-    words = philox(counter, (seed[..., 0], seed[..., 1]))
+    words = hashed(row_group, key_group, (seed[..., 0], seed[..., 1]))
     even = jnp.where(key_word == 0, words[0], words[1])
     odd = jnp.where(key_word == 0, words[2], words[3])
     word = jnp.where(row_word == 0, even, odd)
