@@ -431,6 +431,11 @@ def dot_product_attention(
     lse = jnp.swapaxes(lse, -1, -2)
     if some_row_is_empty:
         empty = lse == -jnp.inf
+        if bias is not None:
+            # One whose bias is -inf has keys, and is no row of equal logits.
+            empty = empty & ~_has_key(
+                empty.shape, keys, mask, is_causal, window, key_value_seq_lengths
+            )
         if query_seq_lengths is not None:
             row = jnp.arange(rows, dtype=jnp.int32).reshape(rows, 1)
             empty = empty & (row < query_seq_lengths[..., None, None])
@@ -442,6 +447,34 @@ def dot_product_attention(
         # What logsumexp gives for logits that are all the large negative of its mask.
         lse = jnp.maximum(lse, -0.7 * jnp.finfo(jnp.float32).max)
     return out, lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _has_key(
+    shape: tuple[int, ...],
+    keys: int,
+    mask: jax.Array | None,
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    lengths: jax.Array | None,
+) -> jax.Array:
+    """Which rows [B, T, N] may attend a key, whatever its bias."""
+    row = jnp.arange(shape[1], dtype=jnp.int32)[:, None]
+    key = jnp.arange(keys, dtype=jnp.int32)[None]
+    seen = jnp.ones((1, 1, shape[1], keys), jnp.bool_)
+    left, right = (None, None) if window is None else window
+    if is_causal:
+        seen = seen & (key <= row)[None, None]
+    if left is not None:
+        seen = seen & (key >= row - left)[None, None]
+    if right is not None:
+        seen = seen & (key <= row + right)[None, None]
+    if lengths is not None:
+        seen = seen & (key < lengths[:, None, None, None])
+    if mask is not None:
+        seen = seen & mask
+    return jnp.broadcast_to(
+        jnp.swapaxes(seen.any(-1), -1, -2), (shape[0], shape[1], shape[2])
+    )
 
 
 def _array(name: str, x: Any) -> jax.Array:

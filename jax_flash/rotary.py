@@ -4,6 +4,7 @@ Lives here: `rope` and `rope_append_kv`, their docstrings, checks and computatio
 in jnp, which XLA fuses.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -66,8 +67,10 @@ def rope(
             f"positions must broadcast to [*B] = {given.shape[:-2]} of x "
             f"{given.shape}, got shape {at.shape}"
         )
-    positions = jnp.asarray(validate.as_int32(positions))
-    x = jnp.asarray(x)
+    # Wider than int32 where JAX has wider integers.
+    if not jax.config.jax_enable_x64:
+        positions = validate.as_int32(positions)
+    positions, x = jnp.asarray(positions), jnp.asarray(x)
     return _turned(x, positions, frequencies, interleaved).astype(x.dtype)
 
 
@@ -158,12 +161,20 @@ def rope_append_kv(
     return query.astype(q.dtype), k_cache, v_cache
 
 
-@compat.allows_rank_promotion
 def _turned(
     x: jax.Array, positions: jax.Array, inv_freq: jax.Array, interleaved: bool
 ) -> jax.Array:
     """`rope` of checked arguments, in the dtype of arithmetic."""
     wide = norm_op.widened(x)
+    turn = functools.partial(_turned_pairs, interleaved=interleaved)
+    on_axes = compat.on_auto_axes(turn, [jax.typeof(wide)])
+    return on_axes(wide, positions, inv_freq)[0]
+
+
+@compat.allows_rank_promotion
+def _turned_pairs(
+    wide: jax.Array, positions: jax.Array, inv_freq: jax.Array, *, interleaved: bool
+) -> list[jax.Array]:
     angles = positions.astype(wide.dtype)[..., None, None] * inv_freq.astype(wide.dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     half = inv_freq.shape[0]
@@ -175,8 +186,8 @@ def _turned(
     a, b = a * cos - b * sin, a * sin + b * cos
     if interleaved:
         turned = jnp.stack([a, b], -1).reshape(turned.shape)
-        return jnp.concatenate([turned, rest], -1)
-    return jnp.concatenate([a, b, rest], -1)
+        return [jnp.concatenate([turned, rest], -1)]
+    return [jnp.concatenate([a, b, rest], -1)]
 
 
 def _frequencies(

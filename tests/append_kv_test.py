@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from decode_helpers import normal, paged, problem, with_lse
 from helpers import assert_close
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flash import append_kv
@@ -231,3 +231,37 @@ def test_sharded_append() -> None:
 def test_errors_of_append(args: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         append_kv(*args, **options)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x"), P()])
+@pytest.mark.parametrize("page", [None, 2])
+def test_explicit_axes(page: int | None, spec: P) -> None:
+    """Caches keep their shardings, whatever those of the other arguments."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",), (AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    new, lengths = normal(rng, 4, 3, 4, 8), np.array([0, 3, 1, 5], np.int32)
+    cache, options = normal(rng, 4, 6, 4, 8), {}
+    if page is not None:
+        cache = cache.reshape(12, 2, 4, 8)
+        options = {"page_table": np.arange(12, dtype=np.int32).reshape(4, 3)}
+    wanted = append_kv(cache, cache, new, new, lengths, **options)
+    with jax.set_mesh(mesh):
+
+        def put(x: np.ndarray, spec: P) -> jax.Array:
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        caches = put(cache, spec)
+        given = put(new, P("x")), new, put(lengths, P("x"))
+        got = append_kv(caches, caches, *given, **options)
+        jitted = jax.jit(append_kv)(caches, caches, *given, **options)
+
+        def total(cache: jax.Array) -> jax.Array:
+            return (append_kv(cache, cache, *given, **options)[0] ** 2).sum()
+
+        gradient = jax.grad(total)(caches)
+        for x in (*got, *jitted, gradient):
+            assert jax.typeof(x).sharding.spec[:3] == (*spec, None, None, None)[:3]
+    assert_close(got, wanted, 0)
+    assert_close(jitted, wanted, 0)
+    places = wanted[0] == cache
+    assert_close(gradient, np.where(places, 2 * cache, 0), 0)

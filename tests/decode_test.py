@@ -14,7 +14,7 @@ from helpers import assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import alibi, decode_mha, mha
+from jax_flash import alibi, decode_mha, explain, mha
 from jax_flash._src import blocks
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
@@ -383,3 +383,39 @@ HALF = C.astype(jnp.bfloat16)
 def test_errors(args: Any, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         decode_mha(*args, **options)
+
+
+@pytest.mark.parametrize("option", ["sinks", "alibi"])
+def test_float64_stays(option: str) -> None:
+    """Sinks and slopes are not rounded to float32 beside float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = (2, 4, 8), (2, 9, 4, 8), (2, 9, 4, 6)
+        query, k, v = (rng.standard_normal(shape) for shape in shapes)
+        numbers = np.abs(rng.standard_normal(4)) + 1 / 3
+        scores = np.einsum("bnh,bsnh->bns", query, k) * 8**-0.5
+        total = np.exp(numbers) * np.ones((2, 4))
+        given: dict[str, Any] = {"sinks": numbers}
+        if option == "alibi":
+            given = {"bias": alibi(numbers)}
+            scores = scores - numbers[:, None] * (8 - np.arange(9))
+            total = 0.0
+        lengths = np.array([9, 9])
+        _, lse = decode_mha(query, k, v, lengths, return_lse=True, **given)
+    wanted = np.log(np.exp(scores).sum(-1) + total)
+    np.testing.assert_allclose(lse.reshape(2, 4), wanted, rtol=1e-14)
+
+
+def test_explain_checks_what_decode_mha_checks() -> None:
+    query = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+    cache = jax.ShapeDtypeStruct((2, 16, 2, 8), jnp.int8)
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    run = functools.partial(explain, query, cache, cache, cache_seqlens=lengths)
+    assert "xla" in str(run(k_scale=2))
+    for options, message in (
+        ({"k_scale": -1.0}, "k_scale must be positive, got -1.0"),
+        ({"k_scale": "a"}, "k_scale must be a number or floating .* got 'a'"),
+        ({"return_lse": 3}, "return_lse must be True or False, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**options)

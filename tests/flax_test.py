@@ -145,6 +145,13 @@ def test_nnx_inactive_dropout_is_no_error() -> None:
     close(layer(inputs(), deterministic=True), nnx_attention()(inputs()))
 
 
+@pytest.mark.parametrize("module", [jax_flash_nnx, jax_flash_linen])
+def test_a_negative_dropout_rate_raises(module: Any) -> None:
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\), got -0.5"):
+        module.attention_fn(x, x, x, dropout_rate=-0.5)
+
+
 def test_nnx_dropout() -> None:
     """Of the module's own stream, the same for the same key; none if deterministic."""
     rngs = nnx.Rngs(0, dropout=7)

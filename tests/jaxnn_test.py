@@ -205,3 +205,28 @@ def test_transformations() -> None:
         got = apply(jax_flash.dot_product_attention)
         expected = apply(jax.nn.dot_product_attention)
         chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_row_of_infinite_biases_is_zero_beside_any_mask() -> None:
+    """The mean of the values is for rows without keys alone."""
+    query, key, value = inputs(4, 6)
+    bias = jnp.zeros((4, 6)).at[1].set(-jnp.inf)
+    plain = jax_flash.dot_product_attention(query, key, value, bias)
+    assert (plain[:, 1] == 0).all()
+    for options in (
+        {"mask": jnp.ones((4, 6), bool)},
+        {"key_value_seq_lengths": jnp.array([6, 6])},
+        {"local_window_size": (6, 6), "mask": jnp.ones((1, 1, 1, 6), bool)},
+    ):
+        out = jax_flash.dot_product_attention(query, key, value, bias, **options)
+        np.testing.assert_allclose(out, plain, atol=1e-6)
+    mask = jnp.ones((4, 6), bool).at[2].set(False)
+    for is_causal in (False, True):
+        out = jax_flash.dot_product_attention(
+            query, key, value, bias, mask, is_causal=is_causal
+        )
+        assert (out[:, 1] == 0).all()
+        expected = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=is_causal
+        )
+        np.testing.assert_allclose(out[:, 2], expected[:, 2], atol=2e-6)

@@ -331,6 +331,7 @@ def test_errors() -> None:
         ({"chunk": 65}, "chunk must be at most 64, got 65"),
         ({"num_pages": 0}, "num_pages must be .* got 0"),
         ({"max_tokens": 161}, "max_tokens must be from 1 to 160"),
+        ({"chunk": 1.5}, "chunk must be an integer, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             engine(**options)
@@ -340,7 +341,11 @@ def test_errors() -> None:
         ([-1], {}, "prompt must be from 0 to 96, got -1"),
         ([5, 97], {}, "prompt must be from 0 to 96, got 97"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([5], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
         ([5], {"seed": -1}, "seed must be from 0 .* got -1"),
+        ([5], {"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ([5], {"sampling": Sampling(None)}, "temperature must be a number, got None"),
+        ([5], {"sampling": Sampling(top_k=2.5)}, "top_k must be an integer, got 2.5"),
         ([5], {"sampling": Sampling(-1.0)}, "temperature must be from 0.0 .* got -1.0"),
         ([5], {"sampling": Sampling(top_p=90)}, "top_p must be from 0.0 .* got 90"),
         ([5], {"sampling": Sampling(top_k=1 << 40)}, "top_k must be from 1 .* got"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from decode_helpers import paged, quantised
 from helpers import assert_close
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -391,3 +391,26 @@ def test_traced_statics() -> None:
     for name, value in (("theta", 5.0), ("rotary_dim", 4), ("interleaved", True)):
         with pytest.raises(ValueError, match=f"{name} must be static"):
             jax.jit(lambda y, name=name: rope(X, AT, **{name: y}))(value)
+
+
+def test_positions_beyond_int32() -> None:
+    with jax.enable_x64(True):
+        got = rope(np.ones((1, 1, 2)), np.array([2**33]))
+    angle = 2.0**33
+    wanted = np.cos(angle) - np.sin(angle), np.sin(angle) + np.cos(angle)
+    np.testing.assert_allclose(got[0, 0], wanted, rtol=1e-6)
+
+
+def test_explicit_axes() -> None:
+    """`rope` of replicated rows at sharded positions, and a step of a cache."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",), (AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 3, 2, 8), np.float32)
+    at = np.array([[0], [7], [2], [5]], np.int32)
+    cache = rng.standard_normal((4, 12, 2, 8), np.float32)
+    wanted = rope(x, at), rope_append_kv(x, x, x, cache, cache, at[:, 0])
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(at, NamedSharding(mesh, P("x")))
+        caches = jax.device_put(cache, NamedSharding(mesh, P("x")))
+        got = rope(x, sharded), rope_append_kv(x, x, x, caches, caches, at[:, 0])
+    assert_close(got, wanted, 1e-6)

@@ -27,6 +27,12 @@ EVERYTHING = 1 << 20
 """A `top_k` that leaves every token."""
 
 
+def _integer(name: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise ValueError(f"{name} must be an integer, got {x!r}")
+    return int(x)
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A text to write; the engine changes it.
@@ -217,7 +223,7 @@ class Engine:
         """
         sizes = {"slots": slots, "chunk": chunk, "read_rows": read_rows}
         for name, size in sizes.items():
-            if size < 1:
+            if _integer(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if chunk > MOST_NEW_TOKENS:
             raise ValueError(f"chunk must be at most {MOST_NEW_TOKENS}, got {chunk}")
@@ -324,6 +330,8 @@ class Engine:
             requests gone.
         """
         prompt = self._checked("prompt", prompt)
+        max_new_tokens = _integer("max_new_tokens", max_new_tokens)
+        seed = _integer("seed", seed)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if not 0 <= seed < 1 << 32:

@@ -192,11 +192,19 @@ def beyond_limits(numbers: Any) -> Iterator[tuple[str, str]]:
     """Names of numbers of `Sampling` that are out of their limits, and what is wrong.
 
     Args:
-      numbers: has them by their names; None is right.
+      numbers: has them by their names; None is right but for the temperature.
     """
     for name, (least, most) in SAMPLING_LIMITS.items():
         value = getattr(numbers, name)
-        if value is not None and not least <= value <= most:
+        if value is None and name != "temperature":
+            continue
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        whole = isinstance(least, int)
+        kinds = (int, np.integer) if whole else (int, float, np.number)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            yield name, f"{'an integer' if whole else 'a number'}, got {value!r}"
+        elif not least <= value <= most:
             yield name, f"from {least} to {most}, got {value}"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_flash._src import validate
 from jax_flash._src.alibi import Alibi
+from jax_flash._src.scores import accumulator
 
 OPERANDS: tuple[str, ...] = (
     "query",  # [B, T, N, H]
@@ -23,8 +24,8 @@ OPERANDS: tuple[str, ...] = (
     "v_cache",  # [B, S, K, Hv], or [pages, page, K, Hv]
     "cache_seqlens",  # [B] int32
     "page_table",  # [B, max_pages] int32
-    "sinks",  # [B|1, N] float32
-    "alibi_slopes",  # [B|1, N] float32
+    "sinks",  # [B|1, N] float32, float64 for float64
+    "alibi_slopes",  # [B|1, N] the same
     "k_scale",  # [B|1, K] float32
     "v_scale",  # [B|1, K] float32
 )
@@ -150,8 +151,10 @@ def slopes_of(bias: Any) -> Any:
     )
 
 
-def _canonical_by_head(name: str, x: Any, batch: int, heads: int) -> jax.Array:
-    """One number for each query head as float32 [B|1, N], from [N] or [B, N]."""
+def _canonical_by_head(
+    name: str, x: Any, batch: int, heads: int, dtype: Any
+) -> jax.Array:
+    """One number for each query head as [B|1, N], from [N] or [B, N]."""
     got = shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {got.dtype}")
@@ -160,7 +163,7 @@ def _canonical_by_head(name: str, x: Any, batch: int, heads: int) -> jax.Array:
             f"{name} must be [N] or [B,N] with B={batch} and N={heads}, got shape "
             f"{got.shape}"
         )
-    return jnp.asarray(x).astype(jnp.float32).reshape(-1, heads)
+    return jnp.asarray(x).astype(dtype).reshape(-1, heads)
 
 
 def _check_query(query: Any, k_cache: Any, paged: bool) -> None:
@@ -251,7 +254,8 @@ def check_call(
             given[name] = jnp.asarray(validate.as_int32(arrays[name]))
     for name in ("sinks", "alibi_slopes"):
         if arrays[name] is not None:
-            given[name] = _canonical_by_head(name, arrays[name], batch, heads)
+            dtype = accumulator(query.dtype)
+            given[name] = _canonical_by_head(name, arrays[name], batch, heads, dtype)
     for name in ("k_scale", "v_scale"):
         if arrays[name] is not None:
             given[name] = canonical_scale(name, arrays[name], k_cache)

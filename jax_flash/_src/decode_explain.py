@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_flash._src import decode_call, decode_kernel
+from jax_flash._src import decode_call, decode_kernel, validate
 
 PLATFORMS = {"cuda": ("cuda",), "xla": ()}
 """Where each implementation runs, () = everywhere."""
@@ -57,15 +57,18 @@ def call_of(arrays: dict[str, Any], options: dict[str, Any]) -> DecodeCall:
       ValueError, NotImplementedError: as `decode_mha` would.
     """
     options = {**OPTIONS, **options}
+    validate.flag("return_lse", options["return_lse"])
     configs = []
+    # Numbers are looked at; what has a shape may be no more than a type.
+    numbers = {name: x for name, x in arrays.items() if not hasattr(x, "shape")}
 
     def canonical(given: dict[str, Any]) -> dict[str, jax.Array]:
-        every = dict.fromkeys(decode_call.OPERANDS) | given
+        every = dict.fromkeys(decode_call.OPERANDS) | numbers | given
         config, operands = decode_call.check_call(every, options)
         configs.append(config)
         return operands
 
-    given = {name: x for name, x in arrays.items() if x is not None}
+    given = {name: x for name, x in arrays.items() if hasattr(x, "shape")}
     operands = jax.eval_shape(canonical, given)
     config = configs[0]
     return DecodeCall(config, {name: operands[name] for name in config.present})

@@ -114,20 +114,21 @@ def append(
     if cache.dtype == jnp.float8_e4m3fn:
         # XLA would compute a scatter of this type in a wider one: on the whole cache.
         cache, new = (lax.bitcast_convert_type(x, jnp.uint8) for x in (cache, new))
-        result = _written(cache, new, lengths, page_table)
+        result = append(cache, new, lengths, page_table)
         return lax.bitcast_convert_type(result, jnp.float8_e4m3fn)
     # Without a bitcast, which would stop gradients.
-    return _written(cache, new, lengths, page_table)
+    if 0 in cache.shape:  # the gradient of a scatter would take from it
+        return cache
+    given = [cache, new, lengths] + ([] if page_table is None else [page_table])
+    return compat.on_auto_axes(_written, [jax.typeof(cache)])(*given)[0]
 
 
 def _written(
     cache: jax.Array,
     new: jax.Array,
     lengths: jax.Array,
-    page_table: jax.Array | None,
-) -> jax.Array:
-    if 0 in cache.shape:  # the gradient of a scatter would take from it
-        return cache
+    page_table: jax.Array | None = None,
+) -> list[jax.Array]:
     position = lengths[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)
     active = (lengths >= 0)[:, None]
     # Of a single token XLA would make the update of a slice, and a kernel ahead of it
@@ -146,11 +147,11 @@ def _written(
         def write(one: jax.Array, at: jax.Array, x: jax.Array) -> jax.Array:
             return one.at[at].set(x, mode="drop", unique_indices=True)
 
-        return jax.vmap(write)(cache, position, new)
+        return [jax.vmap(write)(cache, position, new)]
     count, page = cache.shape[:2]
     slots = page_table.shape[1]
     if slots == 0:
-        return cache
+        return [cache]
     slot = position // page
     index = jnp.take_along_axis(page_table, jnp.clip(slot, 0, slots - 1), axis=1)
     # A position past the largest int32 is negative.
@@ -159,4 +160,4 @@ def _written(
     if alone:
         index = jnp.concatenate([index, jnp.full_like(index, count)], axis=1)
         position = jnp.concatenate([position, position], axis=1)
-    return cache.at[index, position % page].set(new, mode="drop")
+    return [cache.at[index, position % page].set(new, mode="drop")]

@@ -131,6 +131,7 @@ def attend(
             )
     is_causal = validate.flag("is_causal", is_causal)
     wants_causal = validate.flag("is_causal", options.is_causal)
+    dropout_rate = validate.check_dropout_rate(dropout_rate)
     drops = dropout_rate > 0.0 and not deterministic
     if drops and broadcast_dropout:
         raise NotImplementedError(

@@ -123,4 +123,7 @@ def sink_share(o: Operands, shift: jax.Array) -> jax.Array:
 
 def sink_probability(o: Operands, live: jax.Array) -> jax.Array:
     """Probability of the sink logit, [*B, N, T], 0 in rows that attend nothing."""
-    return jnp.where(live, sink_share(o, jnp.where(live, o["lse"], 0)), 0)
+    sink = o["sinks"].astype(o["lse"].dtype)[..., None]
+    # Finite in other rows as well, whose derivatives are multiplied by 0.
+    shift = jnp.where(live, o["lse"], jnp.maximum(sink, 0))
+    return jnp.where(live, sink_share(o, shift), 0)

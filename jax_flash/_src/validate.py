@@ -436,6 +436,14 @@ def _bound(name: str, x: Any) -> int | None:
     return min(int(x), np.iinfo(np.int32).max)  # which no length exceeds
 
 
+def check_dropout_rate(x: Any) -> float:
+    """The rate as a float of [0, 1)."""
+    rate = number("dropout_rate", x)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    return rate
+
+
 def flag(name: str, x: Any) -> bool:
     x = _static(name, x)
     if not isinstance(x, bool | np.bool_):
@@ -484,10 +492,8 @@ def _check_options(options: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     precision = _static("precision", options["precision"])
     if not isinstance(precision, str | None) or precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    rate = number("dropout_rate", options.pop("dropout_rate"))
+    rate = check_dropout_rate(options.pop("dropout_rate"))
     dropout_key = options.pop("dropout_key")
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
     if dropout_key is not None:
         check_key("dropout_key", dropout_key)
     elif rate > 0:
