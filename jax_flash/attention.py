@@ -269,6 +269,8 @@ def mha_qkvpacked(
             f"{heads} and {kv_heads}"
         )
     shape = getattr(qkv, "shape", None)
+    if isinstance(qkv, jax.ShapeDtypeStruct):
+        raise ValueError(f"qkv must be an array, got {qkv}")
     if shape is None or len(shape) < 2:
         raise ValueError(
             f"qkv must be [*B,T,(N+2K)*H], got {qkv if shape is None else shape}"
@@ -282,6 +284,8 @@ def mha_qkvpacked(
     qkv = jnp.asarray(qkv)
     if not jnp.issubdtype(qkv.dtype, jnp.floating):
         raise ValueError(f"qkv must be floating, got dtype {qkv.dtype}")
+    if str(qkv.dtype) not in validate.FLOAT_DTYPES:
+        raise NotImplementedError(f"qkv of dtype {qkv.dtype} is not supported")
     implementation = options.pop("implementation", None)
     arrays = {n: options.pop(n, None) for n in ("bias", "mask", *backends.ARRAYS)}
     for name in options:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash._src import compat, norm_op, validate
+from jax_flash._src import compat, decode_call, norm_op, validate
 
 __all__ = ["rms_norm", "silu_mul", "split_qkv"]
 
@@ -121,8 +121,7 @@ def split_qkv(
 
 
 def _floating(name: str, x: Any) -> jax.Array:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+    decode_call.shape_of(name, x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {x.dtype}")

@@ -387,3 +387,20 @@ def test_import_without(blocked: str) -> None:
     """Neither Flax nor the extension is needed to import and run."""
     program = IMPORT.format(blocked=blocked)
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_type_is_no_array() -> None:
+    """Of all that look at arrays, with the name of the argument."""
+    kind = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+    x, cache = jnp.ones((2, 4, 8)), jnp.ones((2, 6, 4, 8))
+    lengths = jnp.zeros(2, jnp.int32)
+    for name, run in {
+        "query": lambda: jax_flash.decode_mha(kind, cache, cache, lengths),
+        "k_new": lambda: jax_flash.append_kv(cache, cache, kind, x, lengths),
+        "x": lambda: jax_flash.rope(kind, 3),
+        "weight": lambda: jax_flash.rms_norm(x, jax.ShapeDtypeStruct((8,), x.dtype)),
+        "logits": lambda: jax_flash.sample(kind, jax.random.key(0)),
+        "qkv": lambda: jax_flash.mha_qkvpacked(kind, 2, 1),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be an array, got .*Shape"):
+            run()

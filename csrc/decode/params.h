@@ -42,13 +42,14 @@ struct DecodeParams {
   void* out;                  // [batch, tokens, heads, head_dim_v]
   float* lse;                 // [batch, heads, tokens]
   // A place for each split. The place of a group's first split has the sum of those that one thread
-  // block did of it from the first on, the places of the others have theirs. Row t * group + g is
-  // token t of query head g of its group.
+  // block did of it from the first on, the places of the others have theirs; the first place of all
+  // may have that of all groups that its thread block did. Row t * group + g is token t of query
+  // head g of its group.
   float* partial_out;     // [batch, kv_heads, splits, tokens * group, head_dim_v], not normalised
   float2* partial_state;  // [batch, kv_heads, splits, tokens * group]: maximum (base 2), sum
-  // How many groups of splits are done of a head tile that several thread blocks share: one for
-  // each thread block; then how many of them have done theirs of a group that they share, as many.
-  // Zero before a launch and after it. Nobody else's, or null if nothing is shared.
+  // How many splits, or groups of many, are done of a head tile that several thread blocks share:
+  // one for each thread block; then how many of them have done theirs of a group that they share,
+  // as many. Zero before a launch and after it. Nobody else's, or null if nothing is shared.
   uint32_t* counters;
   int32_t batch;
   int32_t tokens;

@@ -64,7 +64,7 @@ class DecodeConfig:
 def shape_of(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array argument."""
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
-    if shape is None or dtype is None:
+    if shape is None or dtype is None or isinstance(x, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
     if isinstance(x, np.ndarray | np.generic):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
