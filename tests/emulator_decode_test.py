@@ -224,6 +224,25 @@ def test_an_infinite_sink_takes_all(library: ctypes.CDLL, splits: int) -> None:
     np.testing.assert_array_equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("order", [0, 5])
+@pytest.mark.parametrize("batch", [5, 3])
+def test_whole_groups_for_some_thread_blocks(
+    library: ctypes.CDLL, batch: int, order: int
+) -> None:
+    """As many groups as two thread blocks on each multiprocessor, or cut ones."""
+    query, k, v = problem(6, batch, 1, 2, 1, 1024, 64)
+    lengths = np.full(batch, 1024, np.int32)
+    lengths[-1] = 1000
+    ways: dict[str, Any] = {"num_splits": 16, "multiprocessors": 4}
+    out, lse = run(library, query, k, v, lengths, order=order, **ways)
+    for b in range(batch):
+        one = slice(b, b + 1)
+        alone = run(library, query[one], k[one], v[one], lengths[one], **ways)
+        np.testing.assert_array_equal(out[one], alone[0])
+        np.testing.assert_array_equal(lse[one], alone[1])
+    check((out, lse), query, k, v, lengths)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("page", [None, 1, 16, 48])
 def test_lengths(library: ctypes.CDLL, page: int | None, dtype: str) -> None:
