@@ -86,7 +86,7 @@ def ring_mha(
       window_size: as for `mha`; T must be S.
       softcap: as for `mha`.
       sinks: as for `mha`, the same on every device.
-      q_segment_ids: integers [*B, T], as for `mha`.
+      q_segment_ids: integers [*B, T], as for `mha`, of a type that int32 holds.
       kv_segment_ids: integers [*B, S].
       query_seq_lengths: as for `mha`: of the whole sequences, at most P * T.
       key_value_seq_lengths: the same for keys, at most P * S.
@@ -255,7 +255,7 @@ def ulysses_mha(
       window_size: as for `mha`.
       softcap: as for `mha`.
       sinks: as for `mha`, the same on every device.
-      q_segment_ids: integers [*B, T], as for `mha`.
+      q_segment_ids: integers [*B, T], as for `mha`, of a type that int32 holds.
       kv_segment_ids: integers [*B, S].
       query_seq_lengths: as for `mha`: of the whole sequences, at most P * T.
       key_value_seq_lengths: the same for keys, at most P * S.

@@ -94,15 +94,15 @@ WRONG = {
     ),
     "slopes shape": (
         {"bias": jax_flash.alibi(zeros(3))},
-        r"alibi_slopes must broadcast to \[\*B,N\] = \(2, 4\), got shape \(3,\)",
+        r"bias=alibi\(slopes\) must broadcast to \[\*B,N\] = \(2, 4\), got .*\(3,\)",
     ),
     "one slope": (
         {"bias": jax_flash.alibi(zeros(1))},
-        r"alibi_slopes must have one slope .* N=4 .*\(1,\)",
+        r"bias=alibi\(slopes\) must have one slope .* N=4 .*\(1,\)",
     ),
     "integer slopes": (
         {"bias": jax_flash.alibi(zeros(4, dtype=int))},
-        r"alibi_slopes must be floating, got dtype int",
+        r"bias=alibi\(slopes\) must be floating, got dtype int",
     ),
     "mask shape": (
         {"mask": zeros(7, 5, dtype=bool)},

@@ -157,11 +157,13 @@ def _canonical_by_head(
     """One number for each query head as [B|1, N], from [N] or [B, N]."""
     got = shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating, got dtype {got.dtype}")
+        raise ValueError(
+            f"{validate.shown(name)} must be floating, got dtype {got.dtype}"
+        )
     if got.shape not in ((heads,), (1, heads), (batch, heads)):
         raise ValueError(
-            f"{name} must be [N] or [B,N] with B={batch} and N={heads}, got shape "
-            f"{got.shape}"
+            f"{validate.shown(name)} must be [N] or [B,N] with B={batch} and "
+            f"N={heads}, got shape {got.shape}"
         )
     return jnp.asarray(x).astype(dtype).reshape(-1, heads)
 

@@ -245,6 +245,11 @@ def _check_qkv(query: Any, key: Any, value: Any) -> None:
         raise ValueError(f"query must have a width H of at least 1, got {width}")
 
 
+def shown(name: str) -> str:
+    """What a user calls an operand."""
+    return "bias=alibi(slopes)" if name == "alibi_slopes" else name
+
+
 def _check_others(given: dict[str, Any]) -> None:
     query, key = given["query"], given["key"]
     batch = query.shape[:-3]
@@ -265,13 +270,13 @@ def _check_others(given: dict[str, Any]) -> None:
         got = given[name].shape
         if not broadcasts(got, shape):
             raise ValueError(
-                f"{name} must broadcast to {layout} = {shape}, got shape {got}"
+                f"{shown(name)} must broadcast to {layout} = {shape}, got shape {got}"
             )
     for name in ("bias", "sinks", "alibi_slopes"):
         if name in given and not jnp.issubdtype(given[name].dtype, jnp.floating):
             hint = "; a boolean mask is `mask`" if name == "bias" else ""
             raise ValueError(
-                f"{name} must be floating, got dtype {given[name].dtype}{hint}"
+                f"{shown(name)} must be floating, got dtype {given[name].dtype}{hint}"
             )
     if "mask" in given and given["mask"].dtype != jnp.bool_:
         raise ValueError(
@@ -281,8 +286,8 @@ def _check_others(given: dict[str, Any]) -> None:
     for name, each in (("sinks", "logit"), ("alibi_slopes", "slope")):
         if name in given and given[name].shape[-1:] != (heads,):
             raise ValueError(
-                f"{name} must have one {each} for each of the N={heads} query heads, "
-                f"got shape {given[name].shape}"
+                f"{shown(name)} must have one {each} for each of the N={heads} query "
+                f"heads, got shape {given[name].shape}"
             )
     for name, length in (("q_segment_ids", rows), ("kv_segment_ids", keys)):
         if name in given and given[name].shape[-1:] != (length,):
