@@ -412,10 +412,11 @@ def test_explain_checks_what_decode_mha_checks() -> None:
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     run = functools.partial(explain, query, cache, cache, cache_seqlens=lengths)
     assert "xla" in str(run(k_scale=2))
-    for options, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"k_scale": -1.0}, "k_scale must be positive, got -1.0"),
         ({"k_scale": "a"}, "k_scale must be a number or floating .* got 'a'"),
         ({"return_lse": 3}, "return_lse must be True or False, got 3"),
-    ):
+    ]
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             run(**options)

@@ -213,11 +213,12 @@ def test_a_row_of_infinite_biases_is_zero_beside_any_mask() -> None:
     bias = jnp.zeros((4, 6)).at[1].set(-jnp.inf)
     plain = jax_flash.dot_product_attention(query, key, value, bias)
     assert (plain[:, 1] == 0).all()
-    for options in (
+    ways: list[dict[str, Any]] = [
         {"mask": jnp.ones((4, 6), bool)},
         {"key_value_seq_lengths": jnp.array([6, 6])},
         {"local_window_size": (6, 6), "mask": jnp.ones((1, 1, 1, 6), bool)},
-    ):
+    ]
+    for options in ways:
         out = jax_flash.dot_product_attention(query, key, value, bias, **options)
         np.testing.assert_allclose(out, plain, atol=1e-6)
     mask = jnp.ones((4, 6), bool).at[2].set(False)

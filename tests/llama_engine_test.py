@@ -326,13 +326,14 @@ def test_what_never_fits_is_refused() -> None:
 
 def test_errors() -> None:
     e = engine()
-    for options, message in (
+    sizes: list[tuple[dict[str, Any], str]] = [
         ({"slots": 0}, "slots must be at least 1, got 0"),
         ({"chunk": 65}, "chunk must be at most 64, got 65"),
         ({"num_pages": 0}, "num_pages must be .* got 0"),
         ({"max_tokens": 161}, "max_tokens must be from 1 to 160"),
         ({"chunk": 1.5}, "chunk must be an integer, got 1.5"),
-    ):
+    ]
+    for options, message in sizes:
         with pytest.raises(ValueError, match=message):
             engine(**options)
     for prompt, options, message in (

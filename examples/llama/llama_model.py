@@ -195,10 +195,10 @@ def beyond_limits(numbers: Any) -> Iterator[tuple[str, str]]:
       numbers: has them by their names; None is right but for the temperature.
     """
     for name, (least, most) in SAMPLING_LIMITS.items():
-        value = getattr(numbers, name)
+        value: Any = getattr(numbers, name)
         if value is None and name != "temperature":
             continue
-        if getattr(value, "ndim", None) == 0:
+        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
             value = value.item()
         whole = isinstance(least, int)
         kinds = (int, np.integer) if whole else (int, float, np.number)
