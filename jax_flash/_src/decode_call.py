@@ -118,12 +118,13 @@ def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
     heads = cache.shape[2]
     if isinstance(x, int | float | np.number) and not isinstance(x, bool):
         x = validate.positive_number(name, x)
+    wrong = ValueError(f"{name} must be a number or floating [K], got {x!r}")
+    if isinstance(x, str):  # which NumPy may take for the name of a dtype
+        raise wrong
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be a number or floating [K], got {x!r}"
-        ) from None
+        raise wrong from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
     if x.shape not in ((), (heads,)):
