@@ -476,9 +476,7 @@ def _has_key(
         seen = seen & (key < lengths[:, None, None, None])
     if mask is not None:
         seen = seen & mask
-    return jnp.broadcast_to(
-        jnp.swapaxes(seen.any(-1), -1, -2), (shape[0], shape[1], shape[2])
-    )
+    return jnp.broadcast_to(jnp.swapaxes(seen.any(-1), -1, -2), shape)
 
 
 def _array(name: str, x: Any) -> jax.Array:

@@ -177,9 +177,7 @@ def append_kv(
     """
     paged = page_table is not None
     decode_call.check_caches(k_cache, v_cache, paged)
-    new = {
-        n: decode_call.shape_of(n, x) for n, x in (("k_new", k_new), ("v_new", v_new))
-    }
+    new = {n: validate.shape_of(n, x) for n, x in (("k_new", k_new), ("v_new", v_new))}
     for (name, x), cache in zip(new.items(), (k_cache, v_cache), strict=True):
         layout = "[B,T,K,H]" if name == "k_new" else "[B,T,K,Hv]"
         if not jnp.issubdtype(x.dtype, jnp.floating):

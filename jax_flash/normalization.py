@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash._src import compat, decode_call, norm_op, validate
+from jax_flash._src import compat, norm_op, validate
 
 __all__ = ["rms_norm", "silu_mul", "split_qkv"]
 
@@ -121,7 +121,7 @@ def split_qkv(
 
 
 def _floating(name: str, x: Any) -> jax.Array:
-    decode_call.shape_of(name, x)
+    validate.shape_of(name, x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {x.dtype}")

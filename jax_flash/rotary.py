@@ -59,7 +59,7 @@ def rope(
         raise ValueError(f"x must be [*B,N,H], got shape {given.shape}")
     frequencies = _frequencies(given, theta, inv_freq, rotary_dim)
     interleaved = validate.flag("interleaved", interleaved)
-    at = decode_call.shape_of("positions", positions)
+    at = validate.shape_of("positions", positions)
     if not jnp.issubdtype(at.dtype, jnp.integer):
         raise ValueError(f"positions must be integers, got dtype {at.dtype}")
     if not validate.broadcasts(at.shape, given.shape[:-2]):
@@ -230,7 +230,7 @@ def _frequencies(
 
 def _floating(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a floating argument."""
-    got = decode_call.shape_of(name, x)
+    got = validate.shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got dtype {got.dtype}")
     if str(got.dtype) not in validate.FLOAT_DTYPES:

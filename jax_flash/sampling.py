@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash._src import compat, decode_call, sample_op, sample_reference, validate
+from jax_flash._src import compat, sample_op, sample_reference, validate
 
 __all__ = ["sample", "top_k"]
 
@@ -108,7 +108,7 @@ def top_k(logits: Any, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_logits(logits: Any) -> jax.Array:
-    decode_call.shape_of("logits", logits)
+    validate.shape_of("logits", logits)
     logits = jnp.asarray(logits)
     if logits.ndim < 1:
         raise ValueError("logits must have at least 1 dimension, [*B,V], got shape ()")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from llama_model import MOST_NEW_TOKENS, Caches, Llama, Sampling, step
+from llama_model import MOST_NEW_TOKENS, Caches, Llama, Sampling, integer, step
 
 from jax_flash import OutOfPagesError, PageAllocator
 from jax_flash.cache import PageCopy
@@ -25,12 +25,6 @@ from jax_flash.cache import PageCopy
 WAITING, READING, WRITING, DONE = "waiting", "reading", "writing", "done"
 EVERYTHING = 1 << 20
 """A `top_k` that leaves every token."""
-
-
-def _integer(name: str, x: Any) -> int:
-    if isinstance(x, bool) or not isinstance(x, int | np.integer):
-        raise ValueError(f"{name} must be an integer, got {x!r}")
-    return int(x)
 
 
 @dataclasses.dataclass(eq=False)
@@ -223,7 +217,7 @@ class Engine:
         """
         sizes = {"slots": slots, "chunk": chunk, "read_rows": read_rows}
         for name, size in sizes.items():
-            if _integer(name, size) < 1:
+            if integer(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if chunk > MOST_NEW_TOKENS:
             raise ValueError(f"chunk must be at most {MOST_NEW_TOKENS}, got {chunk}")
@@ -330,8 +324,8 @@ class Engine:
             requests gone.
         """
         prompt = self._checked("prompt", prompt)
-        max_new_tokens = _integer("max_new_tokens", max_new_tokens)
-        seed = _integer("seed", seed)
+        max_new_tokens = integer("max_new_tokens", max_new_tokens)
+        seed = integer("seed", seed)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if not 0 <= seed < 1 << 32:

@@ -188,6 +188,19 @@ SAMPLING_LIMITS = {
 """Least and most of the numbers in `Sampling`."""
 
 
+def is_number(x: Any, whole: bool) -> bool:
+    """Whether x is an integer (`whole`) or a number of any kind, and no bool."""
+    kinds = (int, np.integer) if whole else (int, float, np.number)
+    return isinstance(x, kinds) and not isinstance(x, bool)
+
+
+def integer(name: str, x: Any) -> int:
+    """X as an int; ValueError with the name where it is none."""
+    if not is_number(x, whole=True):
+        raise ValueError(f"{name} must be an integer, got {x!r}")
+    return int(x)
+
+
 def beyond_limits(numbers: Any) -> Iterator[tuple[str, str]]:
     """Names of numbers of `Sampling` that are out of their limits, and what is wrong.
 
@@ -201,8 +214,7 @@ def beyond_limits(numbers: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
             value = value.item()
         whole = isinstance(least, int)
-        kinds = (int, np.integer) if whole else (int, float, np.number)
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if not is_number(value, whole):
             yield name, f"{'an integer' if whole else 'a number'}, got {value!r}"
         elif not least <= value <= most:
             yield name, f"from {least} to {most}, got {value}"

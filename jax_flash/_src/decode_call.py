@@ -61,19 +61,9 @@ class DecodeConfig:
     implementations: tuple[str, ...] = ("xla",)
 
 
-def shape_of(name: str, x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array argument."""
-    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
-    if shape is None or dtype is None or isinstance(x, jax.ShapeDtypeStruct):
-        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
-    if isinstance(x, np.ndarray | np.generic):
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def check_integers(name: str, x: Any, rank: int, layout: str, batch: int) -> None:
     """Lengths [B] or a page table [B, max_pages]."""
-    got = shape_of(name, x)
+    got = validate.shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got dtype {got.dtype}")
     if len(got.shape) != rank or got.shape[0] != batch:
@@ -88,7 +78,10 @@ def check_caches(k_cache: Any, v_cache: Any, paged: bool) -> None:
         "k_cache": "[pages,page,K,H]" if paged else "[B,S,K,H]",
         "v_cache": "[pages,page,K,Hv]" if paged else "[B,S,K,Hv]",
     }
-    key, value = shape_of("k_cache", k_cache), shape_of("v_cache", v_cache)
+    key, value = (
+        validate.shape_of("k_cache", k_cache),
+        validate.shape_of("v_cache", v_cache),
+    )
     for name, x in (("k_cache", key), ("v_cache", value)):
         if len(x.shape) != 4:
             raise ValueError(
@@ -156,7 +149,7 @@ def _canonical_by_head(
     name: str, x: Any, batch: int, heads: int, dtype: Any
 ) -> jax.Array:
     """One number for each query head as [B|1, N], from [N] or [B, N]."""
-    got = shape_of(name, x)
+    got = validate.shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.floating):
         raise ValueError(
             f"{validate.shown(name)} must be floating, got dtype {got.dtype}"
@@ -240,7 +233,7 @@ def check_call(
         if arrays[name] is None:
             raise ValueError(f"{name} must be an array, got None")
     paged = arrays["page_table"] is not None
-    query, k_cache = (shape_of(n, arrays[n]) for n in ("query", "k_cache"))
+    query, k_cache = (validate.shape_of(n, arrays[n]) for n in ("query", "k_cache"))
     check_caches(arrays["k_cache"], arrays["v_cache"], paged)
     _check_query(query, k_cache, paged)
     batch, heads = query.shape[0], query.shape[-2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash._src import decode_call, validate
+from jax_flash._src import validate
 
 
 def page_numbers(name: str, x: Any) -> jax.Array:
@@ -22,7 +22,7 @@ def page_numbers(name: str, x: Any) -> jax.Array:
             x = (jnp if traced else np).asarray(x) if x else np.zeros(0, np.int32)
         except (TypeError, ValueError):
             raise ValueError(f"{name} must be integers [n], got {x!r}") from None
-    got = decode_call.shape_of(name, x)
+    got = validate.shape_of(name, x)
     if not jnp.issubdtype(got.dtype, jnp.integer) or len(got.shape) != 1:
         raise ValueError(f"{name} must be integers [n], got {got.dtype}{got.shape}")
     return jnp.asarray(validate.as_int32(x))

@@ -127,6 +127,16 @@ def canonical(
     return result
 
 
+def shape_of(name: str, x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array argument."""
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None or isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+    if isinstance(x, np.ndarray | np.generic):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def as_int32(x: Any) -> Any:
     """Integers of any width as int32, saturated: lengths are clamped anyway."""
     if getattr(x, "dtype", None) == jnp.int32:
