@@ -115,7 +115,7 @@ def kept_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | 
     b, n = np.ogrid[:batch, :heads]
     seeds = _philox([n, b, 0 * n, 0 * n], words)[:2]
     i, j = np.ogrid[:rows, :keys]
-    row, key = (x // 16 * 4 + x // 2 % 4 for x in (i, j))
+    row, key = (x // 64 * 4 + x // 2 % 4 for x in (i, j))
     low = np.uint64(0xFFFFFFFF)
     first, second = (x[..., None, None] for x in seeds)
     x = first + row.astype(np.uint64) * np.uint64(0x165667B1)
@@ -123,17 +123,22 @@ def kept_of(shape: tuple[int, int, int, int], given: dict[str, Any]) -> Array | 
     x = (x ^ x >> np.uint64(17)) * np.uint64(0xED5AD4BB) + second & low
     x = (x ^ x >> np.uint64(11)) * np.uint64(0xAC4C1B51) & low
     x = x ^ x >> np.uint64(15)
-    factors = np.array([0x31848BAB, 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA77], np.uint64)
-    word = x * factors[2 * (i % 2) + j % 2] & low
-    word = word ^ word >> np.uint64(14)
+    for index, factors in (
+        (i, (0x752DE713, 0xFE0AAFC3, 0xFE3662D1)),
+        (j, (0x3C7D16C7, 0x76F2D33F, 0xF97BB491)),
+    ):
+        for bit, factor in zip((1, 16, 32), factors, strict=True):
+            x = x * np.where(index & bit, np.uint64(factor), np.uint64(1)) & low
+    word = x ^ x >> np.uint64(14)
     shift = 8 * (2 * (i // 8 % 2) + j // 8 % 2)
-    least = threshold(given["dropout_rate"])
     byte = word >> shift.astype(np.uint64) & np.uint64(255)
-    return np.where(byte >= least, 256 / (256 - least), 0)
+    count = threshold(given["dropout_rate"])
+    kept = byte >= count if count <= 128 else byte < 256 - count
+    return np.where(kept, 256 / (256 - count), 0)
 
 
 def threshold(rate: float) -> int:
-    """The bytes below it drop."""
+    """How many of 256 bytes drop."""
     return int(np.clip(np.round(256 * rate), 1, 255))
 
 

@@ -29,6 +29,15 @@ __device__ __forceinline__ uint32_t fresh_word(uint32_t x) {
   return x;
 }
 
+// Bits by a table: bit 4 * x + 2 * y + z of kTable is the result for those bits. Of constants 0xf0,
+// 0xcc and 0xaa for x, y and z the table is what one makes of the operands.
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(x), "r"(y), "r"(z), "n"(kTable));
+  return r;
+}
+
 // The largest of three.
 __device__ __forceinline__ uint32_t max3(uint32_t x, uint32_t y, uint32_t z) {
   return __vimax3_u32(x, y, z);  // one instruction on sm_90

@@ -109,26 +109,30 @@ __device__ __forceinline__ void mask_ids(float (&scores)[kBlocks][kTiles][4],
 // `first_key` on.
 template <int kTiles>
 struct KeptScores {
-  static constexpr int kCount = kTiles % 4 == 0 ? 2 : 1;  // of 16 x 16 tiles drawn together
-  uint32_t words[kTiles / 2][2];
+  // Of 16 x 16 tiles drawn together.
+  static constexpr int kCount = kTiles % 8 == 0 ? 4 : kTiles % 4 == 0 ? 2 : 1;
+  DropoutLevel level;
+  uint32_t reached[kTiles / 2][2];
 
   __device__ __forceinline__ void draw(const Dropout& dropout, int row, int first_key) {
+    level = DropoutLevel::make(dropout.threshold);
 #pragma unroll
     for (int i = 0; i < kTiles / 2; i += kCount) {
       ptx::forget_memory();  // one draw after the other: registers are few
-      uint32_t drawn[kCount][2];
-      dropout.template draw<false>(drawn, row, first_key + 16 * i);
+      const uint32_t hash = dropout.hash<false, kCount>(row, first_key + 16 * i);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        words[i + k][0] = drawn[k][0];
-        words[i + k][1] = drawn[k][1];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          reached[i + k][e] = level.reached(Dropout::word<false>(hash, k, e));
+        }
       }
     }
   }
 
   // Whether the element in column `e` of tile `j` and row half `h` is.
   __device__ __forceinline__ bool operator()(int j, int h, int e) const {
-    return Dropout::kept(words[j / 2][e], Dropout::byte_of<false>(h, j % 2));
+    return level.kept(reached[j / 2][e], Dropout::byte_of<false>(h, j % 2));
   }
 };
 

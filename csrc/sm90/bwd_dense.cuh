@@ -39,9 +39,7 @@ struct BwdDense {
 
   struct Bits {
     uint32_t seen;  // by the intervals: see seen_scores
-    // By dropout: of the eight words that draws give, the highest bits of the bytes, those of word
-    // i shifted down by i.
-    uint32_t kept;
+    uint32_t hash;  // of dropout
   };
 
   const MhaBwdParams& params;
@@ -92,7 +90,7 @@ struct BwdDense {
       take_exponentials<false, Bias::kNone>(p, weights, s, early, lse, bits.seen);
     }
     if (params.intervals.mask.data != nullptr) hide(p, weights);
-    if (params.intervals.dropout != 0) drop<kClean>(p, weights, bits.kept);
+    if (params.intervals.dropout != 0) drop<kClean>(p, weights, bits.hash);
   }
 
   // Asks for the biases of 16 bits and the words of the mask of a step to come to shared
@@ -219,15 +217,7 @@ struct BwdDense {
   __device__ __forceinline__ uint32_t draw() const {
     if (params.intervals.dropout == 0) return 0;
     const Dropout dropout = Dropout::of_head(params, block.seeds, place.head);
-    uint32_t kept = 0;
-#pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
-      uint32_t words[2][2];
-      dropout.template draw<true>(words, warp_key + fragment_row(), place.row + 32 * i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) kept |= (words[j / 2][j % 2] & 0x80808080u) >> (4 * i + j);
-    }
-    return kept;
+    return dropout.template hash<true, kRows / 16>(warp_key + fragment_row(), place.row);
   }
 
   // Of a clean tile without options but for a bias of type T, unless that is void.
@@ -530,14 +520,17 @@ struct BwdDense {
 
   // Dropout: zeros in p for what is dropped and, unless kClean, a sign in weights, which have none.
   template <bool kClean>
-  static __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2],
-                                              uint32_t (&weights)[kScores / 2], uint32_t kept) {
+  __device__ __forceinline__ void drop(uint32_t (&p)[kScores / 2], uint32_t (&weights)[kScores / 2],
+                                       uint32_t hash) const {
+    const DropoutLevel level = DropoutLevel::make(params.intervals.dropout);
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
-      const uint32_t words[2] = {kept << 2 * i, kept << (2 * i + 1)};
+      uint32_t reached[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) reached[e] = level.reached(Dropout::word<true>(hash, i, e));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<true>(j % 2, j / 2 % 2));
+        const uint32_t mask = level.pair_mask(reached, Dropout::byte_of<true>(j % 2, j / 2 % 2));
         p[4 * i + j] &= mask;
         if constexpr (!kClean) weights[4 * i + j] |= ~mask & 0x80008000u;
       }

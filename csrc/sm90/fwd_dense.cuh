@@ -25,8 +25,9 @@ namespace jax_flash::sm90 {
 // kFeedsBits, what the mask says; where not, that is found where it is used.
 template <typename Config, bool kDense>
 struct FwdDense {
-  static constexpr int kScores = Config::kKeys / 2;
-  static constexpr int kTiles = Config::kKeys / 16;  // of 16 columns
+  static constexpr int kKeys = Config::kKeys;
+  static constexpr int kScores = kKeys / 2;
+  static constexpr int kTiles = kKeys / 16;  // of 16 columns
   static constexpr int kWords = Config::kParts * kScores / 2;
   // Masks of bounds are made before the wait for the scores.
   static constexpr bool kEarly = Config::kHeadDimV <= 128;
@@ -36,18 +37,16 @@ struct FwdDense {
   // Dropout is applied beside the next tile's first product.
   static constexpr bool kDropsLate = Config::kFeedsBits;
 
-  using Bits = FwdBitMaker<Config::kKeys>;
+  using Bits = FwdBitMaker<kKeys>;
 
-  uint32_t seen[2] = {0, 0};  // by the mask: see FwdMask
-  uint32_t kept[2] = {0, 0};  // by dropout: see FwdBitMaker::draw
+  uint32_t seen[2] = {0, 0};         // by the mask: see FwdMask
+  uint32_t hashes[kKeys / 64] = {};  // of dropout, for 64 keys each
 
   // Draws for dropout, with kDropsLate.
   __device__ __forceinline__ void draw(const MhaFwdParams& params, const FwdDenseBlock& block,
                                        int row, int tile) {
     if constexpr (kDropsLate) {
-      if (params.intervals.dropout != 0) {
-        Bits::draw(block, row, tile * Config::kKeys, kept);
-      }
+      if (params.intervals.dropout != 0) draw(block, row, tile);
     }
   }
 
@@ -151,26 +150,38 @@ struct FwdDense {
     if constexpr (!kDropsLate) {
       if (params.intervals.dropout == 0) return;
       ptx::forget_memory();
-      Bits::draw(block, fresh(row), tile * Config::kKeys, kept);
-      clear(p);
+      draw(block, fresh(row), tile);
+      clear(p, params);
     }
   }
   // The same with kDropsLate.
   __device__ __forceinline__ void drop_late(uint32_t (&p)[kWords],
                                             const MhaFwdParams& params) const {
     if constexpr (kDropsLate) {
-      if (params.intervals.dropout != 0) clear(p);
+      if (params.intervals.dropout != 0) clear(p, params);
     }
   }
 
  private:
-  __device__ __forceinline__ void clear(uint32_t (&p)[kWords]) const {
+  __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int tile) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 64; ++i) {
+      hashes[i] = block.dropout.hash<false, 4>(row, tile * kKeys + 64 * i);
+    }
+  }
+
+  __device__ __forceinline__ void clear(uint32_t (&p)[kWords], const MhaFwdParams& params) const {
+    const DropoutLevel level = DropoutLevel::make(params.intervals.dropout);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint32_t words[2] = {kept[0] << (kTiles - 1 - i), kept[1] << (kTiles - 1 - i)};
+      uint32_t reached[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        reached[e] = level.reached(Dropout::word<false>(hashes[i / 4], i % 4, e));
+      }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t mask = Dropout::pair_mask(words, Dropout::byte_of<false>(j % 2, j / 2));
+        const uint32_t mask = level.pair_mask(reached, Dropout::byte_of<false>(j % 2, j / 2));
 #pragma unroll
         for (int part = 0; part < Config::kParts; ++part) {
           p[kScores / 2 * part + 4 * i + j] &= mask;

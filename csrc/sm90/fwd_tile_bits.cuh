@@ -1,4 +1,4 @@
-// What the mask and dropout say of the scores that a lane has of a tile.
+// What the mask says of the scores that a lane has of a tile.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,6 @@
 #include "host/params.h"
 #include "ptx/math.cuh"
 #include "sm90/fwd_block.cuh"
-#include "tile/dropout.cuh"
 #include "tile/fragment.cuh"
 
 namespace jax_flash::sm90 {
@@ -46,22 +45,6 @@ struct FwdBitMaker {
     }
     return ptx::prmt(ptx::prmt(seen[0], seen[1], 0x0073), ptx::prmt(seen[2], seen[3], 0x0073),
                      0x5410);
-  }
-
-  // What dropout keeps, of columns with e = column % 2. The highest bits of bytes as Dropout::draw
-  // has them belong to the tile's last 16 columns, the bits below to those before, and so on.
-  static __device__ __forceinline__ void draw(const FwdDenseBlock& block, int row, int first_key,
-                                              uint32_t (&kept)[2]) {
-    static_assert(kKeys % 16 == 0);
-    constexpr uint32_t kHighest = 0x80808080u;
-    kept[0] = kept[1] = 0;
-    uint32_t words[kKeys / 16][2];
-    block.dropout.draw<false>(words, row, first_key);
-#pragma unroll
-    for (int j = 0; j < kKeys / 16; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) kept[e] = kept[e] >> 1 | (words[j][e] & kHighest);
-    }
   }
 };
 

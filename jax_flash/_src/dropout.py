@@ -5,7 +5,8 @@ probabilities. docs/design/dropout.md has the definition to the last bit.
 
 Seeds of heads are drawn by Philox4x32 with 7 rounds: Salmon, Moraes, Dror and Shaw,
 "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. What is dropped of a head is a
-hash of its seed and of the place of 16 probabilities, with 8 bits for each.
+hash of its seed and of the place of 256 probabilities, times numbers of each four of
+them, with 8 bits for each.
 """
 
 import functools
@@ -25,8 +26,9 @@ INCREMENTS = 0x9E3779B9, 0xBB67AE85
 ROW_STEP, KEY_STEP = 0x165667B1, 0x27D4EB2F
 """What a group of rows or keys adds to the place that is hashed."""
 
-FACTORS = 0x31848BAB, 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA77
-"""Of the hash's last multiplication, by word: 2 * (row % 2) + key % 2."""
+ROW_FACTORS = 0x752DE713, 0xFE0AAFC3, 0xFE3662D1
+KEY_FACTORS = 0x3C7D16C7, 0x76F2D33F, 0xF97BB491
+"""What the hash is multiplied by if bits 0, 4 and 5 of a row or key are set."""
 
 LEVELS = 256
 """A rate is a multiple of one part in so many."""
@@ -47,19 +49,34 @@ def philox(counter: Words, key: tuple[jax.Array, jax.Array]) -> Words:
 
 
 def hashed(
-    row_group: jax.Array, key_group: jax.Array, seed: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Four random words of a place and a seed, uint32 that broadcast together."""
-    x = seed[0] + row_group * jnp.uint32(ROW_STEP) + key_group * jnp.uint32(KEY_STEP)
+    row: jax.Array, key: jax.Array, seed: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """A random word for a row and a key, all uint32 that broadcast together.
+
+    Four probabilities share a word: those whose row and key differ in bit 3 alone.
+    """
+    x = seed[0] + _group(row) * jnp.uint32(ROW_STEP)
+    x = x + _group(key) * jnp.uint32(KEY_STEP)
     x = (x ^ x >> 17) * jnp.uint32(0xED5AD4BB) + seed[1]
     x = (x ^ x >> 11) * jnp.uint32(0xAC4C1B51)
     x = x ^ x >> 15
-    w0, w1, w2, w3 = (x * jnp.uint32(factor) for factor in FACTORS)
-    return w0 ^ w0 >> 14, w1 ^ w1 >> 14, w2 ^ w2 >> 14, w3 ^ w3 >> 14
+    x = x * _factor(row, ROW_FACTORS) * _factor(key, KEY_FACTORS)
+    return x ^ x >> 14
+
+
+def _group(index: jax.Array) -> jax.Array:
+    return (index >> 6 << 2) | ((index >> 1) & 3)
+
+
+def _factor(index: jax.Array, factors: tuple[int, int, int]) -> jax.Array:
+    result = jnp.uint32(1)
+    for bit, factor in zip((0, 4, 5), factors, strict=True):
+        result = result * jnp.where((index >> bit) & 1, jnp.uint32(factor), 1)
+    return result
 
 
 def threshold(rate: float) -> int:
-    """Random bytes below this drop: `rate` in parts of 256, from 1 to 255."""
+    """How many of 256 bytes drop: `rate` in parts of 256, from 1 to 255."""
     return min(max(round(rate * LEVELS), 1), LEVELS - 1)
 
 
@@ -87,13 +104,6 @@ def seeds(words: jax.Array, batch: tuple[Any, ...], heads: int) -> jax.Array:
     return jnp.stack([x0, x1], -1)
 
 
-def _split(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Bits of a row or key: of its group, of the word, of the byte in the word."""
-    index = index.astype(jnp.uint32)
-    group = (index >> 4 << 2) | ((index >> 1) & 3)
-    return group, index & 1, (index >> 3) & 1
-
-
 def factors(
     config: AttentionConfig, operands: dict[str, Any], where: mask.Rows, key: jax.Array
 ) -> jax.Array | float:
@@ -111,13 +121,10 @@ def factors(
     if "dropout_seeds" not in operands:
         return 1.0
     seed = operands["dropout_seeds"][..., None, None, :]
-    row_group, row_word, row_byte = _split(where.row[:, None])
-    key_group, key_word, key_byte = _split(key)
-    words = hashed(row_group, key_group, (seed[..., 0], seed[..., 1]))
-    even = jnp.where(key_word == 0, words[0], words[1])
-    odd = jnp.where(key_word == 0, words[2], words[3])
-    word = jnp.where(row_word == 0, even, odd)
-    byte = (word >> ((2 * row_byte + key_byte) * 8)) & 255
-    least = threshold(config.dropout_rate)
+    row, key = where.row[:, None].astype(jnp.uint32), key.astype(jnp.uint32)
+    word = hashed(row, key, (seed[..., 0], seed[..., 1]))
+    byte = (word >> (((row >> 3 & 1) * 2 + (key >> 3 & 1)) * 8)) & 255
+    count = threshold(config.dropout_rate)
+    kept = byte >= count if 2 * count <= LEVELS else byte < LEVELS - count
     dtype = accumulator(operands["query"].dtype)
-    return jnp.where(byte >= least, LEVELS / (LEVELS - least), 0.0).astype(dtype)
+    return jnp.where(kept, LEVELS / (LEVELS - count), 0.0).astype(dtype)

@@ -28,6 +28,17 @@ template <typename T>
 uint32_t cvt_rn_x2(float low, float high) {
   return static_cast<uint32_t>(emulator::bits_of(T(low)) | emulator::bits_of(T(high)) << 16);
 }
+
+template <int kTable>
+uint32_t lop3(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t r = 0;
+  for (int i = 0; i < 8; ++i) {
+    if ((kTable >> i & 1) == 0) continue;
+    r |= ((i & 4) != 0 ? x : ~x) & ((i & 2) != 0 ? y : ~y) & ((i & 1) != 0 ? z : ~z);
+  }
+  return r;
+}
+
 inline uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
   uint32_t result = 0;
