@@ -42,31 +42,36 @@ def pointer(x: np.ndarray | None) -> ctypes.c_void_p:
 def problem(
     dtype: str, tokens: int, heads: tuple[int, int], widths: tuple[int, int], page: int
 ) -> dict[str, np.ndarray]:
-    """Operands of six sequences, some without a place; `page` 0: no page table."""
+    """Operands of six sequences, some without a place; `page` 0: no page table.
+
+    Of pages there are two pools, for three sequences each.
+    """
     rng = np.random.default_rng(0)
-    batch, room = 6, 8
+    outer, batch, room = (2, 3, 8) if page else (1, 6, 8)
     n, k = heads
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(jnp.dtype(dtype))
 
-    lead = (11, page) if page else (batch, room)
+    lead = (outer, 11, page) if page else (outer, batch, room)
     given = {
-        "query": normal(batch, tokens, n, widths[0]),
-        "k_new": normal(batch, tokens, k, widths[0]),
-        "v_new": normal(batch, tokens, k, widths[1]),
+        "query": normal(outer, batch, tokens, n, widths[0]),
+        "k_new": normal(outer, batch, tokens, k, widths[0]),
+        "v_new": normal(outer, batch, tokens, k, widths[1]),
         "k_cache": normal(*lead, k, widths[0]),
         "v_cache": normal(*lead, k, widths[1]),
-        "cache_seqlens": np.array([0, 3, room - 1, -1, room, LARGEST], np.int32),
     }
+    lengths = np.array([0, 3, room - 1, -1, room, LARGEST], np.int32)
+    given["cache_seqlens"] = lengths.reshape(outer, batch)
     if page:
         slots = room // page
-        table = np.full((batch, slots), 10**6, np.int32)
-        table[:2] = rng.permutation(11)[: 2 * slots].reshape(2, slots)
+        table = np.full((6, slots), 10**6, np.int32)
+        # One of the first pool, one that is switched off, and both of the second pool.
+        for sequences in ([0, 3], [1, 4, 5]):
+            own = rng.permutation(11)[: len(sequences) * slots]
+            table[sequences] = own.reshape(-1, slots)
         table[2, -1] = -1
-        # Of a sequence that is switched off.
-        table[3] = table[0]
-        given["page_table"] = table
+        given["page_table"] = table.reshape(outer, batch, slots)
     return given
 
 
@@ -89,13 +94,14 @@ def run(
     o = {n: held(x, shift if x.dtype != np.int32 else 0) for n, x in given.items()}
     o["inv_freq"] = held(given["inv_freq"])
     out = held(np.full_like(o["query"], np.nan), shift)
-    batch, tokens, heads, width = o["query"].shape
-    pages, page_size, kv_heads, value_width = o["v_cache"].shape
+    outer, batch, tokens, heads, width = o["query"].shape
+    _, pages, page_size, kv_heads, value_width = o["v_cache"].shape
+    total = outer * batch
     names = ("query", "k_new", "v_new")
     sources = [pointer(o[n]) for n in names]
-    strides = [o[n].shape[2] * o[n].shape[3] for n in names]
+    strides = [o[n].shape[-2] * o[n].shape[-1] for n in names]
     if packed:
-        flat = [o[n].reshape(batch, tokens, -1) for n in names]
+        flat = [o[n].reshape(total, tokens, -1) for n in names]
         together = held(np.concatenate(flat, -1), shift)
         starts = itertools.accumulate([0, *strides[:2]])
         sources = [
@@ -108,10 +114,11 @@ def run(
     assert not kernel.rope_append(
         *(ctypes.c_int64(x) if isinstance(x, int) else x for x in tokens_of),
         pointer(o["cache_seqlens"]), pointer(o["inv_freq"]),
-        int(len(o["inv_freq"]) == 1), pointer(table), pointer(out),
-        pointer(o["k_cache"]), pointer(o["v_cache"]), batch, tokens, heads, kv_heads,
-        width, value_width, o["inv_freq"].shape[1], pages, page_size,
-        1 if table is None else table.shape[1], int(interleaved),
+        int(o["inv_freq"].shape[1] == 1), pointer(table), pointer(out),
+        pointer(o["k_cache"]), pointer(o["v_cache"]), total, tokens, heads, kv_heads,
+        width, value_width, o["inv_freq"].shape[-1],
+        batch if table is not None else total, pages, page_size,
+        1 if table is None else table.shape[-1], int(interleaved),
         TYPES.index(str(out.dtype)),
     )  # fmt: skip
     return [out, o["k_cache"], o["v_cache"]]
@@ -122,7 +129,7 @@ def check(got: list[np.ndarray], given: dict[str, Any], interleaved: bool) -> No
     config = RopeConfig(interleaved, "page_table" in given)
     operands = [jnp.asarray(given[name]) for name in config.present]
     want = [np.asarray(x) for x in rope_reference.rope_append(*operands, config=config)]
-    turning = 2 * given["inv_freq"].shape[1]
+    turning = 2 * given["inv_freq"].shape[-1]
     dtype = want[0].dtype
     # XLA and the C library differ in the last bits of sines, more of large angles.
     step = 2e-6 if dtype == np.float32 else float(jnp.finfo(dtype).eps)
@@ -166,12 +173,12 @@ def test_rope_append(
     given = problem(dtype, tokens, heads, widths, page)
     rng = np.random.default_rng(1)
     shared = (shape + tokens) % 2
-    inv_freq = rng.random((1 if shared else 6, pairs)).astype(np.float32)
-    # The last sequence is past the largest int32, where angles are far from exact.
-    inv_freq[-1 if not shared else slice(0)] = 0
-    given["inv_freq"] = inv_freq
+    batch = (1, 1) if shared else given["cache_seqlens"].shape
+    given["inv_freq"] = inv_freq = rng.random((*batch, pairs)).astype(np.float32)
     if shared:
-        given["cache_seqlens"][-1] = 1000
+        given["cache_seqlens"][-1, -1] = 1000
+    else:  # about the largest int32, where angles are far from exact
+        inv_freq[-1, -1] = 0
     got = run(kernel, given, interleaved, packed=shape % 2 == 1)
     check(got, given, interleaved)
 
@@ -179,21 +186,22 @@ def test_rope_append(
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_arrays_at_any_address(kernel: ctypes.CDLL, interleaved: bool) -> None:
     given = problem("bfloat16", 2, (4, 2), (16, 16), 4)
-    given["cache_seqlens"][-1] = 70
-    given["inv_freq"] = np.linspace(0, 1, 8, dtype=np.float32)[None]
+    given["cache_seqlens"][-1, -1] = 70
+    given["inv_freq"] = np.linspace(0, 1, 8, dtype=np.float32)[None, None]
     check(run(kernel, given, interleaved, shift=2), given, interleaved)
 
 
 def test_positions_far_away(kernel: ctypes.CDLL) -> None:
     """Angles up to 10^6 are those of float32, to the last bits."""
     given = problem("float32", 1, (2, 1), (128, 128), 0)
-    given["cache_seqlens"] = np.array([0, 3, 10**4, 10**5, 10**6 - 1, 10**6], np.int32)
+    lengths = np.array([[0, 3, 10**4, 10**5, 10**6 - 1, 10**6]], np.int32)
+    given["cache_seqlens"] = lengths
     powers = 10000.0 ** -(np.arange(64) / 64)
-    given["inv_freq"] = powers.astype(np.float32)[None]
+    given["inv_freq"] = powers.astype(np.float32)[None, None]
     out, _, _ = run(kernel, given, False)
-    angles = given["cache_seqlens"][:, None].astype(np.float32) * given["inv_freq"]
+    angles = lengths[..., None].astype(np.float32) * given["inv_freq"]
     cos, sin = np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
-    a, b = np.split(given["query"][:, 0].astype(np.float64), 2, -1)
-    cos, sin = cos[:, None], sin[:, None]
+    a, b = np.split(given["query"][:, :, 0].astype(np.float64), 2, -1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
     want = np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
-    np.testing.assert_allclose(out[:, 0], want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out[:, :, 0], want, rtol=0, atol=1e-6)

@@ -76,8 +76,8 @@ struct RmsNormBwdParams {
 };
 
 // Token t of a sequence of length n stands at position n + t. Strides are in elements; results and
-// caches are row-major. A row of the caches is one token: page * page_size + place in the page.
-// Without a page table each sequence is a page.
+// caches are row-major. A row of the caches is one token: page * page_size + place in the page,
+// after those of the pools before. Without a page table each sequence is a page of the only pool.
 struct RopeAppendParams {
   const void* query;          // [batch, tokens, heads, width]
   const void* key;            // [batch, tokens, kv_heads, width]
@@ -86,8 +86,8 @@ struct RopeAppendParams {
   const float* inv_freq;      // [batch or 1, pairs]
   const int32_t* page_table;  // [batch, max_pages], or null
   void* out;                  // as query
-  void* k_cache;              // [pages, page_size, kv_heads, width]
-  void* v_cache;              // [pages, page_size, kv_heads, value_width]
+  void* k_cache;              // [pools, pages, page_size, kv_heads, width]
+  void* v_cache;              // [pools, pages, page_size, kv_heads, value_width]
   int64_t query_stride;       // from token to token
   int64_t key_stride;
   int64_t value_stride;
@@ -98,8 +98,9 @@ struct RopeAppendParams {
   int32_t kv_heads;
   int32_t width;
   int32_t value_width;
-  int32_t pairs;  // the first elements of a head turn, two a pair
-  int32_t pages;
+  int32_t pairs;           // the first elements of a head turn, two a pair
+  int32_t pool_sequences;  // that write to a pool, one after another
+  int32_t pages;           // of a pool
   int32_t page_size;
   int32_t max_pages;
   bool interleaved;  // whether neighbours are pairs, else elements of two halves
@@ -108,6 +109,7 @@ struct RopeAppendParams {
   int32_t pieces;        // of a head of queries or keys, what turns before the rest
   int32_t value_pieces;  // of all values of a token
   FastDivisor token_divisor;
+  FastDivisor pool_divisor;
   FastDivisor page_divisor;
   FastDivisor piece_divisor;
 };

@@ -94,7 +94,9 @@ __device__ __forceinline__ int64_t cache_row(const RopeAppendParams& params, int
                        ? sequence
                        : params.page_table[int64_t{sequence} * params.max_pages + slot];
   if (page < 0 || page >= params.pages) return -1;
-  return int64_t{page} * params.page_size + (position - slot * params.page_size);
+  const int pool = params.pool_divisor.divide(sequence);
+  return (int64_t{pool} * params.pages + page) * params.page_size +
+         (position - slot * params.page_size);
 }
 
 template <typename T, int kV, bool kInterleaved>
@@ -200,6 +202,7 @@ cudaError_t launch_rope_append_vectors(RopeAppendParams params, cudaStream_t str
   params.pieces = params.pairs / kV + (params.width - 2 * params.pairs) / kV;
   params.value_pieces = params.kv_heads * params.value_width / kV;
   params.token_divisor = FastDivisor::make(static_cast<uint32_t>(params.tokens));
+  params.pool_divisor = FastDivisor::make(static_cast<uint32_t>(params.pool_sequences));
   params.page_divisor = FastDivisor::make(static_cast<uint32_t>(params.page_size));
   params.piece_divisor = FastDivisor::make(static_cast<uint32_t>(params.pieces));
   const int64_t tokens = int64_t{params.batch} * params.tokens;

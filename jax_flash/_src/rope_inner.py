@@ -4,6 +4,7 @@ Lives here: `rope_append_i` with its lowerings, one FFI call of the CUDA kernel 
 that runs the call, else the jnp specification.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -38,15 +39,15 @@ def why_not(named: dict[str, Any]) -> str | None:
     extension = registry.extension()
     if extension.missing is not None:
         return extension.missing
-    batch, tokens, heads, width = named["query"].shape
-    _, _, kv_heads, value_width = named["v_cache"].shape
+    *batch, tokens, heads, width = named["query"].shape
+    *pages, page, kv_heads, value_width = named["v_cache"].shape
     elements = (heads + kv_heads) * width + kv_heads * value_width
     if _is_above(elements, MOST_ELEMENTS):
         return f"tokens of {elements} elements: the kernel takes {MOST_ELEMENTS}"
-    pairs = named["inv_freq"].shape[1]
+    pairs = named["inv_freq"].shape[-1]
     if _is_above(pairs, MOST_PAIRS):
         return f"rotary_dim={2 * pairs}: the kernel takes up to {2 * MOST_PAIRS}"
-    for size in (batch * tokens, *named["k_cache"].shape[:2]):
+    for size in (math.prod(batch) * tokens, math.prod(pages), page):
         if _is_above(size, MOST_ROWS):
             return f"{size} tokens or pages are more than 31 bits can count"
     return None

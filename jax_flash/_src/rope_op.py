@@ -78,40 +78,33 @@ def rope_append(
 
 
 def _batch(args: tuple, axes: tuple, *, config: RopeConfig, **_: Any) -> Any:
-    """The mapped axis V joins the batch B; that of queries alone their heads."""
+    """One more dimension in front; where queries alone have it, more of their heads."""
     count = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
     given = dict(zip(config.present, args, strict=True))
     mapped = {n: a for n, a in zip(config.present, axes, strict=True) if a is not None}
     if tuple(mapped) == ("query",):
-        query = jnp.moveaxis(given["query"], mapped["query"], 2)
+        query = jnp.moveaxis(given["query"], mapped["query"], -3)
         *lead, copies, heads, width = query.shape
         given["query"] = query.reshape(*lead, copies * heads, width)
         query_out, *caches = _bind(config, *given.values())
-        return [query_out.reshape(query.shape), *caches], [2, None, None]
+        return [query_out.reshape(query.shape), *caches], [len(lead), None, None]
 
-    def stacked(name: str) -> jax.Array:
-        x = given[name]
+    def stacked(name: str, x: jax.Array) -> jax.Array:
         if name in mapped:
-            return jnp.moveaxis(x, mapped[name], 0)
-        return jnp.broadcast_to(x, (count, *x.shape))
+            x = jnp.moveaxis(x, mapped[name], 0)
+        if name != "inv_freq":
+            return x if name in mapped else jnp.broadcast_to(x, (count, *x.shape))
+        if name not in mapped:
+            x = x[None]
+        if set(x.shape[:-1]) == {1}:
+            return x
+        batch = given["cache_seqlens"].shape
+        if "cache_seqlens" in mapped:
+            axis = mapped["cache_seqlens"]
+            batch = batch[:axis] + batch[axis + 1 :]
+        return jnp.broadcast_to(x, (count, *batch, x.shape[-1]))
 
-    batch = stacked("query").shape[1]
-    pages = stacked("k_cache").shape[1]
-    o = {}
-    for name in config.present:
-        if name == "inv_freq" and name not in mapped and given[name].shape[0] == 1:
-            o[name] = given[name]
-            continue
-        x = stacked(name)
-        if name == "inv_freq":
-            x = jnp.broadcast_to(x, (count, batch, x.shape[-1]))
-        if name == "page_table":
-            start = pages * jnp.arange(count, dtype=jnp.int32)[:, None, None]
-            exists = (x >= 0) & (x < pages)
-            x = jnp.where(exists, x + start, jnp.int32(-1))
-        o[name] = x.reshape(count * x.shape[1], *x.shape[2:])
-    outs = _bind(config, *o.values())
-    outs = [x.reshape(count, x.shape[0] // count, *x.shape[1:]) for x in outs]
+    outs = _bind(config, *(stacked(name, x) for name, x in given.items()))
     return outs, [0] * len(outs)
 
 

@@ -24,14 +24,14 @@ CACHES = ("k_cache", "v_cache")
 Axes = tuple[str, ...]
 
 
-def _dimensions(config: RopeConfig) -> dict[str, tuple[str, ...]]:
-    """Symbolic dimensions of operands and results.
+def _dimensions(config: RopeConfig, outer: int) -> dict[str, tuple[str, ...]]:
+    """Symbolic dimensions of operands and results with `outer` ones that `vmap` added.
 
     Heads of queries and of keys have nothing to do with each other here. Any sequence
     may write to any page: new tokens of a call with pages are whole on every device.
     """
     b, lead = ("c", ("p", "g")) if config.paged else ("b", ("b", "p"))
-    return {
+    dimensions = {
         "query": (b, "t", "n", "h"),
         "k_new": (b, "t", "k", "h"),
         "v_new": (b, "t", "k", "hv"),
@@ -41,15 +41,27 @@ def _dimensions(config: RopeConfig) -> dict[str, tuple[str, ...]]:
         "inv_freq": (b, "f"),
         "page_table": (b, "m"),
     }
+    return {name: (*_batch_dims(outer), *own) for name, own in dimensions.items()}
 
 
-SHARDED = ("b", "p", "n", "k")
+def _batch_dims(outer: int) -> tuple[str, ...]:
+    return tuple(f"v{i}" for i in range(outer))
+
+
+def _sharded(outer: int) -> tuple[str, ...]:
+    """What may be sharded: of a contiguous cache "p" are the places of a sequence."""
+    return (*_batch_dims(outer), "b", "p", "n", "k")
+
+
+APART = ({"n", "k"}, {"n", "p"})
+"""Dimensions that no array has both of, so that one mesh axis may split both."""
 
 
 def _sharding_rule(config: RopeConfig, mesh: Any, operands: Any, results: Any):
     """The einsum-like rule, with the factors that Shardy must leave whole."""
     del mesh
-    dimensions = _dimensions(config)
+    outer = len(operands[0].shape) - 4
+    dimensions = _dimensions(config, outer)
     fresh = iter(f"u{i}" for i in range(10**6))
     order: list[str] = []
     texts = []
@@ -64,14 +76,16 @@ def _sharding_rule(config: RopeConfig, mesh: Any, operands: Any, results: Any):
         texts.append(" ".join(dims))
     count = len(config.present)
     rule = f"{', '.join(texts[:count])} -> {', '.join(texts[count:])}"
-    whole = tuple(d for d in order if d not in SHARDED and not d.startswith("u"))
+    sharded = _sharded(outer)
+    whole = tuple(d for d in order if d not in sharded and not d.startswith("u"))
     return rule, {"need_replication_factors": whole}
 
 
 def _partition(config: RopeConfig, mesh: Any, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
     mesh = partitioning.refined_mesh(mesh, operands)
-    dimensions = _dimensions(config)
+    outer = len(operands[0].shape) - 4
+    dimensions = _dimensions(config, outer)
     arrays = list(zip((*config.present, *RESULTS), (*operands, *results), strict=True))
     proposals = [
         (name, dim, size, axes)
@@ -80,12 +94,13 @@ def _partition(config: RopeConfig, mesh: Any, operands: Any, results: Any):
             dimensions[name], x.shape, partitioning.axes_of(mesh, x), strict=True
         )
     ]
-    chosen: dict[str, Axes] = dict.fromkeys(SHARDED, ())
+    chosen: dict[str, Axes] = dict.fromkeys(_sharded(outer), ())
 
-    def take(dim: str, names: tuple[str, ...], others: tuple[str, ...]) -> None:
+    def take(dim: str, names: tuple[str, ...]) -> None:
         """The longest usable prefix of the first proposal that has one."""
         if chosen[dim]:
             return
+        others = (other for other in chosen if {dim, other} not in APART)
         used = {axis for other in others for axis in chosen[other]}
         for name, of, size, axes in proposals:
             got: list[str] = []
@@ -100,12 +115,10 @@ def _partition(config: RopeConfig, mesh: Any, operands: Any, results: Any):
                 return
 
     # Caches are what is large: they stay as they are.
-    take("b", CACHES, ())
-    take("k", CACHES, ("b",))
-    take("p", CACHES, ("b", "k"))
-    take("b", config.present, ("k", "p"))
-    take("k", config.present, ("b", "p"))
-    take("n", config.present, ("b",))
+    for dim in chosen:
+        take(dim, CACHES)
+    for dim in chosen:
+        take(dim, config.present)
 
     def local(name: str, x: Any) -> NamedSharding:
         spec = [
@@ -133,7 +146,7 @@ def _run_part(
 ) -> tuple[jax.Array, ...]:
     """The call on a device that has the `part`-th of `parts` of the caches."""
     named = dict(zip(config.present, operands, strict=True))
-    own = named["k_cache"].shape[0]
+    *batch, own = named["k_cache"].shape[:-3]
     if config.paged:
         # What becomes negative, or no smaller than `own`, is on another device.
         table = named["page_table"] - part * own
@@ -141,6 +154,7 @@ def _run_part(
         sequence = jnp.arange(own, dtype=jnp.int32)[:, None]
         is_own = jnp.arange(parts, dtype=jnp.int32)[None] == part
         table = jnp.where(is_own, sequence, jnp.int32(-1))
+        table = jnp.broadcast_to(table, (*batch, own, parts))
     paged = RopeConfig(config.interleaved, True)
     operands = tuple(({**named, "page_table": table})[name] for name in paged.present)
     return tuple(rope_append_i.bind(*operands, config=paged))

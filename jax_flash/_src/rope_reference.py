@@ -12,16 +12,20 @@ import jax.numpy as jnp
 from jax_flash._src import compat, decode_reference, norm_op
 
 OPERANDS: tuple[str, ...] = (
-    "query",  # [B, T, N, H]
-    "k_new",  # [B, T, K, H]
-    "v_new",  # [B, T, K, Hv]
-    "k_cache",  # [B, S, K, H], or [pages, page, K, H] with a page table
-    "v_cache",  # [B, S, K, Hv], or [pages, page, K, Hv]
-    "cache_seqlens",  # [B] int32, before the new tokens
-    "inv_freq",  # [B|1, R / 2] float32
-    "page_table",  # [B, max_pages] int32
+    "query",  # [*V, B, T, N, H]
+    "k_new",  # [*V, B, T, K, H]
+    "v_new",  # [*V, B, T, K, Hv]
+    "k_cache",  # [*V, B, S, K, H], or [*V, pages, page, K, H] with a page table
+    "v_cache",  # [*V, B, S, K, Hv], or [*V, pages, page, K, Hv]
+    "cache_seqlens",  # [*V, B] int32, before the new tokens
+    "inv_freq",  # [*V, B, R / 2] float32, or 1 for each of *V and B
+    "page_table",  # [*V, B, max_pages] int32
 )
-"""Every operand in the order in which the primitive and the kernel take them."""
+"""Every operand in the order in which the primitive and the kernel take them.
+
+*V are dimensions that `vmap` added. They stay apart, because a reshape of a cache would
+make XLA copy it, donated or not.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,13 @@ def rope_append(*operands: jax.Array, config: RopeConfig) -> list[jax.Array]:
       config: the call.
     """
     o = dict(zip(config.present, operands, strict=True))
+    if o["query"].ndim > 4:
+        shared = o["inv_freq"].shape[0] == 1
+        if shared:
+            o["inv_freq"] = o["inv_freq"][0]
+        axes = [None if shared and n == "inv_freq" else 0 for n in o]
+        fun = functools.partial(rope_append, config=config)
+        return jax.vmap(fun, axes)(*o.values())
     lengths, table = o["cache_seqlens"], o.get("page_table")
     at = positions(lengths, o["query"].shape[1])
     inv_freq = o["inv_freq"][:, None, None]

@@ -11,14 +11,15 @@ unsigned char* emulated_shared_memory = jax_flash::ops::memory;
 
 using namespace jax_flash::ops;
 
-// Of [batch, tokens] tokens of any strides. `page_table` may be null: then `pages` is the batch.
+// Of [batch, tokens] tokens of any strides. `page_table` may be null: then `pages` and
+// `pool_sequences` are the batch.
 extern "C" int rope_append(const void* query, int64_t query_stride, const void* key,
                            int64_t key_stride, const void* value, int64_t value_stride,
                            const int32_t* lengths, const float* inv_freq, int inv_freq_shared,
                            const int32_t* page_table, void* out, void* k_cache, void* v_cache,
                            int batch, int tokens, int heads, int kv_heads, int width,
-                           int value_width, int pairs, int pages, int page_size, int max_pages,
-                           int interleaved, int type) {
+                           int value_width, int pairs, int pool_sequences, int pages, int page_size,
+                           int max_pages, int interleaved, int type) {
   RopeAppendParams params{};
   params.query = query;
   params.query_stride = query_stride;
@@ -40,6 +41,7 @@ extern "C" int rope_append(const void* query, int64_t query_stride, const void* 
   params.width = width;
   params.value_width = value_width;
   params.pairs = pairs;
+  params.pool_sequences = pool_sequences;
   params.pages = pages;
   params.page_size = page_size;
   params.max_pages = max_pages;
