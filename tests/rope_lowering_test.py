@@ -261,6 +261,25 @@ def test_vmap_of_frequencies() -> None:
 
 
 @pytest.mark.parametrize("page", [None, 4])
+def test_vmap_twice(page: int | None) -> None:
+    """Of pools: each sequence writes to those of its own."""
+    given = arrays("float32", page=page)
+    axes = [(0, None, 0, 1, 0, None), (None, 0, 0, 0, 0, 0)]
+    stacked = []
+    for (name, x), outer, inner in zip(list(given.items())[:6], *axes, strict=True):
+        other = x + 1 if name == "cache_seqlens" else -x
+        x = x if inner is None else jnp.stack([x, other], inner)
+        stacked.append(x if outer is None else jnp.stack([x, 2 * x, x], outer))
+    table = list(given.values())[6:]
+    nones = (None,) * len(table)
+    results = []
+    for f in (append, literal):
+        mapped = jax.vmap(jax.vmap(f, (*axes[1], *nones)), (*axes[0], *nones))
+        results.append(mapped(*stacked, *table))
+    assert_close(*results, 1e-6)
+
+
+@pytest.mark.parametrize("page", [None, 4])
 def test_derivatives(page: int | None) -> None:
     """Those of jnp, in both modes, by every array that has any."""
     given = arrays("float32", page=page)
@@ -371,6 +390,24 @@ def test_sharded(page: int | None, name: str) -> None:
     assert_close(got, want, 1e-6)
     if stays:
         assert got[1].sharding.is_equivalent_to(sharding, 4)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_sharded_along_what_vmap_added(page: int | None) -> None:
+    """Of replicas, each with its own caches: nothing is exchanged."""
+    given = {n: jnp.stack([x, -x]) for n, x in arrays("float32", page=page).items()}
+    given["cache_seqlens"] = abs(given["cache_seqlens"])
+    if page is not None:
+        given["page_table"] = abs(given["page_table"])
+    mesh = mesh_of("x", "y")
+    spec = P("x", None, None, "y")
+    args = placed(given, mesh, (spec, spec, spec, P("x"), P("x")))
+    compiled = jax.jit(jax.vmap(append)).lower(*args).compile()
+    for operation in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert operation not in str(compiled.as_text())
+    got = compiled(*args)
+    assert_close(got, jax.vmap(literal)(*given.values()), 1e-6)
+    assert got[1].sharding.is_equivalent_to(args[3].sharding, 5)
 
 
 @pytest.mark.parametrize("name", ["sequences and heads", "places"])
