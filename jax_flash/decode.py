@@ -175,36 +175,8 @@ def append_kv(
       ValueError: an argument is wrong; the message names it and its value.
       NotImplementedError: it is right but unsupported.
     """
-    paged = page_table is not None
-    decode_call.check_caches(k_cache, v_cache, paged)
-    new = {n: validate.shape_of(n, x) for n, x in (("k_new", k_new), ("v_new", v_new))}
-    for (name, x), cache in zip(new.items(), (k_cache, v_cache), strict=True):
-        layout = "[B,T,K,H]" if name == "k_new" else "[B,T,K,Hv]"
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
-        if len(x.shape) not in (3, 4) or x.shape[-2:] != cache.shape[-2:]:
-            raise ValueError(
-                f"{name} must be {layout} with K={cache.shape[-2]} and width "
-                f"{cache.shape[-1]}, T possibly left out, got shape {x.shape}"
-            )
-    if new["v_new"].shape[:-1] != new["k_new"].shape[:-1]:
-        raise ValueError(
-            f"v_new must have all but the width of k_new {new['k_new'].shape}, got "
-            f"{new['v_new'].shape}"
-        )
-    batch = new["k_new"].shape[0]
-    if not paged and k_cache.shape[0] != batch:
-        raise ValueError(
-            f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}; "
-            "a cache of pages needs page_table"
-        )
-    decode_call.check_integers("cache_seqlens", cache_seqlens, 1, "int32 [B]", batch)
-    lengths = jnp.asarray(validate.as_int32(cache_seqlens))
-    table = None
-    if paged:
-        layout = "int32 [B,max_pages]"
-        decode_call.check_integers("page_table", page_table, 2, layout, batch)
-        table = jnp.asarray(validate.as_int32(page_table))
+    arrays = k_cache, v_cache, k_new, v_new, cache_seqlens, page_table
+    lengths, table = decode_call.check_append(*arrays)
 
     def written(cache: Any, x: Any, name: str, scale: Any) -> jax.Array:
         cache, x = jnp.asarray(cache), jnp.asarray(x)

@@ -1,10 +1,9 @@
 """Rotary position embedding, alone and together with writing to a cache.
 
-Lives here: `rope` and `rope_append_kv`, their docstrings, checks and computation, all
-in jnp, which XLA fuses.
+Lives here: `rope` and `rope_append_kv`, their docstrings and checks. `rope` is jnp,
+which XLA fuses; the other one has a kernel (`_src/rope_op`).
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import decode
-from jax_flash._src import compat, decode_call, norm_op, validate
+from jax_flash._src import decode_call, norm_op, rope_op, rope_reference, validate
 
 __all__ = ["rope", "rope_append_kv"]
 
@@ -71,7 +70,8 @@ def rope(
     if not jax.config.jax_enable_x64:
         positions = validate.as_int32(positions)
     positions, x = jnp.asarray(positions), jnp.asarray(x)
-    return _turned(x, positions, frequencies, interleaved).astype(x.dtype)
+    turned = rope_reference.turned(x, positions, frequencies, interleaved)
+    return turned.astype(x.dtype)
 
 
 def rope_append_kv(
@@ -141,53 +141,44 @@ def rope_append_kv(
     decode_call.check_integers("cache_seqlens", cache_seqlens, 1, layout, batch)
     frequencies = _frequencies(q, theta, inv_freq, rotary_dim)
     interleaved = validate.flag("interleaved", interleaved)
-    positions = lengths = jnp.asarray(validate.as_int32(cache_seqlens))
-    if len(q.shape) == 4:
-        positions = lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    query, turned = (
-        _turned(jnp.asarray(x), positions, frequencies, interleaved)
-        for x in (query, k_new)
-    )
-    k_cache, v_cache = decode.append_kv(
-        k_cache,
-        v_cache,
-        turned,
-        v_new,
-        lengths,
-        page_table=page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    return query.astype(q.dtype), k_cache, v_cache
-
-
-def _turned(
-    x: jax.Array, positions: jax.Array, inv_freq: jax.Array, interleaved: bool
-) -> jax.Array:
-    """`rope` of checked arguments, in the dtype of arithmetic."""
-    wide = norm_op.widened(x)
-    turn = functools.partial(_turned_pairs, interleaved=interleaved)
-    on_axes = compat.on_auto_axes(turn, [jax.typeof(wide)])
-    return on_axes(wide, positions, inv_freq)[0]
-
-
-@compat.allows_rank_promotion
-def _turned_pairs(
-    wide: jax.Array, positions: jax.Array, inv_freq: jax.Array, *, interleaved: bool
-) -> list[jax.Array]:
-    angles = positions.astype(wide.dtype)[..., None, None] * inv_freq.astype(wide.dtype)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    half = inv_freq.shape[0]
-    turned, rest = wide[..., : 2 * half], wide[..., 2 * half :]
-    if interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
+    arrays = k_cache, v_cache, k_new, v_new, cache_seqlens, page_table
+    lengths, table = decode_call.check_append(*arrays)
+    query, k_new, v_new = (jnp.asarray(x) for x in (query, k_new, v_new))
+    one = query.ndim == 3
+    if one:
+        query, k_new, v_new = (x[:, None] for x in (query, k_new, v_new))
+    unscaled = k_scale is None and v_scale is None
+    if unscaled and rope_op.serves(query, (k_new, v_new, k_cache, v_cache)):
+        given = {
+            "query": query,
+            "k_new": k_new,
+            "v_new": v_new,
+            "k_cache": jnp.asarray(k_cache),
+            "v_cache": jnp.asarray(v_cache),
+            "cache_seqlens": lengths,
+            "inv_freq": frequencies.astype(jnp.float32)[None],
+        }
+        if table is not None:
+            given["page_table"] = table
+        query, *caches = rope_op.rope_append(given, interleaved=interleaved)
     else:
-        a, b = turned[..., :half], turned[..., half:]
-    a, b = a * cos - b * sin, a * sin + b * cos
-    if interleaved:
-        turned = jnp.stack([a, b], -1).reshape(turned.shape)
-        return [jnp.concatenate([turned, rest], -1)]
-    return [jnp.concatenate([a, b, rest], -1)]
+        at = rope_reference.positions(lengths, query.shape[1])
+        turned, key = (
+            rope_reference.turned(x, at, frequencies, interleaved)
+            for x in (query, k_new)
+        )
+        caches = decode.append_kv(
+            k_cache,
+            v_cache,
+            key,
+            v_new,
+            lengths,
+            page_table=page_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        query = turned.astype(q.dtype)
+    return (query[:, 0] if one else query), *caches
 
 
 def _frequencies(

@@ -28,6 +28,8 @@ from jax_flash._src import (
     reference,
     reference_grad,
     registry,
+    rope_inner,
+    rope_reference,
 )
 from jax_flash._src.config import OPERANDS, AttentionConfig, Backward
 
@@ -86,6 +88,7 @@ def _register() -> None:
         registry.BACKWARD_TARGET,
         registry.INTERVALS_TARGET,
         registry.DECODE_TARGET,
+        registry.ROPE_APPEND_TARGET,
     ):
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
 
@@ -95,6 +98,8 @@ def _lowered_as_on_cuda() -> Iterator[None]:
     jax.clear_caches()
     mlir.register_lowering(inner.forward_i, inner._forward_cuda, platform="cpu")
     mlir.register_lowering(inner.backward_i, inner._backward_cuda, platform="cpu")
+    rope_append_i = rope_inner.rope_append_i
+    mlir.register_lowering(rope_append_i, rope_inner._cuda, platform="cpu")
     try:
         with registry.assume_kernels():
             yield
@@ -103,6 +108,7 @@ def _lowered_as_on_cuda() -> Iterator[None]:
         mlir.register_lowering(
             inner.backward_i, inner._backward_default, platform="cpu"
         )
+        mlir.register_lowering(rope_append_i, rope_inner._in_jnp, platform="cpu")
         jax.clear_caches()
 
 
@@ -135,11 +141,18 @@ def emulated_backward() -> Iterator[None]:
 
 
 def _emulation(
-    target: str, results: Sequence[jax.ShapeDtypeStruct], *, input_layouts: Any = None
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *,
+    input_layouts: Any = None,
+    input_output_aliases: dict[int, int] | None = None,
 ) -> Callable:
-    """`jax.ffi.ffi_call` for the targets of forward, backward and decoding."""
+    """`jax.ffi.ffi_call` for every target that `_register` knows but one."""
     if target == registry.DECODE_TARGET:
         return functools.partial(_decoded, results)
+    if target == registry.ROPE_APPEND_TARGET:
+        assert input_output_aliases == {3: 1, 4: 2}
+        return functools.partial(_rope_appended, results)
 
     def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
         assert [len(layout) for layout in input_layouts] == [x.ndim for x in operands]
@@ -232,6 +245,20 @@ def _decoded(
     # Partial results, of which nobody reads what is in them.
     computed += [jnp.full(r.shape, jnp.nan, r.dtype) for r in results[2:]]
     return [x.astype(r.dtype) for x, r in zip(computed, results, strict=True)]
+
+
+def _rope_appended(
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: jax.Array,
+    interleaved: bool,
+    has_page_table: bool,
+) -> list[jax.Array]:
+    """What the kernel of `rope_append_kv` computes."""
+    config = rope_reference.RopeConfig(interleaved, has_page_table)
+    computed = rope_reference.rope_append(*operands, config=config)
+    for x, result in zip(computed, results, strict=True):
+        assert (x.shape, x.dtype) == (result.shape, result.dtype)
+    return computed
 
 
 def _mask_operands(attributes: dict[str, Any]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ nb::dict registrations() {
   targets["jax_flash_top_k"] = encapsulate(kTopK);
   targets["jax_flash_rms_norm"] = encapsulate(kRmsNorm);
   targets["jax_flash_rms_norm_bwd"] = encapsulate(kRmsNormBwd);
+  targets["jax_flash_rope_append"] = encapsulate(kRopeAppend);
   return targets;
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host/fast_divisor.h"
+
 namespace jax_flash::ops {
 
 enum class Element : int32_t { kF32, kBf16, kF16 };
@@ -71,6 +73,45 @@ struct RmsNormBwdParams {
   int32_t columns;
   int32_t blocks;
   bool f32_weight;
+};
+
+// Token t of a sequence of length n stands at position n + t. Strides are in elements; results and
+// caches are row-major. A row of the caches is one token: page * page_size + place in the page,
+// after those of the pools before. Without a page table each sequence is a page of the only pool.
+struct RopeAppendParams {
+  const void* query;          // [batch, tokens, heads, width]
+  const void* key;            // [batch, tokens, kv_heads, width]
+  const void* value;          // [batch, tokens, kv_heads, value_width]
+  const int32_t* lengths;     // [batch], before the new tokens
+  const float* inv_freq;      // [batch or 1, pairs]
+  const int32_t* page_table;  // [batch, max_pages], or null
+  void* out;                  // as query
+  void* k_cache;              // [pools, pages, page_size, kv_heads, width]
+  void* v_cache;              // [pools, pages, page_size, kv_heads, value_width]
+  int64_t query_stride;       // from token to token
+  int64_t key_stride;
+  int64_t value_stride;
+  int64_t inv_freq_stride;  // pairs, or 0 if all sequences share them
+  int32_t batch;
+  int32_t tokens;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t width;
+  int32_t value_width;
+  int32_t pairs;           // the first elements of a head turn, two a pair
+  int32_t pool_sequences;  // that write to a pool, one after another
+  int32_t pages;           // of a pool
+  int32_t page_size;
+  int32_t max_pages;
+  bool interleaved;  // whether neighbours are pairs, else elements of two halves
+
+  // Set by the launch.
+  int32_t pieces;        // of a head of queries or keys, what turns before the rest
+  int32_t value_pieces;  // of all values of a token
+  FastDivisor token_divisor;
+  FastDivisor pool_divisor;
+  FastDivisor page_divisor;
+  FastDivisor piece_divisor;
 };
 
 }  // namespace jax_flash::ops

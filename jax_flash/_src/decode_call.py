@@ -101,6 +101,48 @@ def check_caches(k_cache: Any, v_cache: Any, paged: bool) -> None:
         raise ValueError(f"k_cache must have pages of at least 1 token: {key.shape}")
 
 
+def check_append(
+    k_cache: Any,
+    v_cache: Any,
+    k_new: Any,
+    v_new: Any,
+    cache_seqlens: Any,
+    page_table: Any,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Checks the arrays of `append_kv`; its lengths and page table as int32."""
+    paged = page_table is not None
+    check_caches(k_cache, v_cache, paged)
+    new = {n: validate.shape_of(n, x) for n, x in (("k_new", k_new), ("v_new", v_new))}
+    for (name, x), cache in zip(new.items(), (k_cache, v_cache), strict=True):
+        layout = "[B,T,K,H]" if name == "k_new" else "[B,T,K,Hv]"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got dtype {x.dtype}")
+        if len(x.shape) not in (3, 4) or x.shape[-2:] != cache.shape[-2:]:
+            raise ValueError(
+                f"{name} must be {layout} with K={cache.shape[-2]} and width "
+                f"{cache.shape[-1]}, T possibly left out, got shape {x.shape}"
+            )
+    if new["v_new"].shape[:-1] != new["k_new"].shape[:-1]:
+        raise ValueError(
+            f"v_new must have all but the width of k_new {new['k_new'].shape}, got "
+            f"{new['v_new'].shape}"
+        )
+    batch = new["k_new"].shape[0]
+    if not paged and k_cache.shape[0] != batch:
+        raise ValueError(
+            f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}; "
+            "a cache of pages needs page_table"
+        )
+    check_integers("cache_seqlens", cache_seqlens, 1, "int32 [B]", batch)
+    lengths = jnp.asarray(validate.as_int32(cache_seqlens))
+    table = None
+    if paged:
+        layout = "int32 [B,max_pages]"
+        check_integers("page_table", page_table, 2, layout, batch)
+        table = jnp.asarray(validate.as_int32(page_table))
+    return lengths, table
+
+
 def canonical_scale(name: str, x: Any, cache: Any) -> jax.Array:
     """A scale for each head as float32 [1, K], from a number or [K]."""
     if str(cache.dtype) not in QUANTISED:

@@ -23,6 +23,7 @@ SAMPLE_TARGET = "jax_flash_sample"
 TOP_K_TARGET = "jax_flash_top_k"
 RMS_NORM_TARGET = "jax_flash_rms_norm"
 RMS_NORM_BACKWARD_TARGET = "jax_flash_rms_norm_bwd"
+ROPE_APPEND_TARGET = "jax_flash_rope_append"
 
 
 @dataclasses.dataclass(frozen=True)

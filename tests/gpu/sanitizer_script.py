@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flash import alibi, decode_mha, mha, rms_norm, sample, top_k
+from jax_flash import alibi, decode_mha, mha, rms_norm, rope_append_kv, sample, top_k
 from jax_flash._src import plan
 
 # Every instantiation of both families, then widths that only the other loads can read.
@@ -199,6 +199,25 @@ def norm_calls() -> Iterator[Call]:
             yield (x, weight, residual), {}
 
 
+def rope_calls() -> Iterator[Call]:
+    """Queries, new tokens, caches and lengths; pages; of whole vectors, and not."""
+    rng = np.random.default_rng(0)
+    for dtype in (*DTYPES, jax.numpy.float32):
+        for width, tokens in ((64, 1), (128, 3), (22, 2)):
+            for interleaved in (False, True):
+                new = rng.standard_normal((5, tokens, 10, width)).astype(dtype)
+                k, v = rng.standard_normal((2, 5, 12, 2, width)).astype(dtype)
+                lengths = np.array([0, 11, 12, -1, 5], np.int32)
+                options = {"interleaved": interleaved}
+                parts = new[:, :, :6], new[:, :, 6:8], new[:, :, 8:]
+                yield (*parts, k, v, lengths), options
+                table = rng.permutation(15).reshape(5, 3).astype(np.int32)
+                table[1, 2], table[4, 1] = -1, 20
+                k, v = (x.reshape(15, 4, 2, width) for x in (k, v))
+                options = options | {"page_table": table, "rotary_dim": width // 4 * 2}
+                yield (*parts, k, v, lengths), options
+
+
 CALLS = {
     "mha_fwd": forward_calls,
     "mha_bwd": backward_calls,
@@ -209,6 +228,7 @@ CALLS = {
     "sample": logits_calls,
     "top_k": top_k_calls,
     "rms_norm": norm_calls,
+    "rope_append": rope_calls,
 }
 
 
@@ -252,6 +272,7 @@ RUN = {
     "sample": lambda problem, options: sample(problem[0], jax.random.key(0), **options),
     "top_k": lambda problem, options: top_k(*problem, **options),
     "rms_norm": run_norm,
+    "rope_append": lambda problem, options: rope_append_kv(*problem, **options),
 }
 
 

@@ -23,6 +23,7 @@ KERNELS = {
     "sample": "sample_kernel",
     "top_k": "top_k_kernel",
     "rms_norm": "rms_norm",
+    "rope_append": "rope_append",
 }
 FAMILIES = [
     (op, family)
