@@ -1,11 +1,12 @@
-"""Sampling and RMSNorm beside what XLA makes of the same mathematics.
+"""Sampling, RMSNorm and `rope_append_kv` beside what XLA makes of the same mathematics.
 
     python -m benchmarks.ops --json FILE     # --quick: half as long
     python -m benchmarks.ops --smoke         # tiny, on any machine
 
 Kernel time by CUPTI (wall time where there is none), median of several rounds in turn.
 The inputs of successive calls are different buffers that together exceed the L2, so
-every call reads from memory. The last table has what issue 7 asks of these operations.
+every call reads from memory. The last table has what issue 7 asks of sampling and
+norms, and that `rope_append_kv` is no slower than XLA.
 """
 
 from __future__ import annotations
@@ -86,18 +87,49 @@ def gradient(f: Callable) -> Callable:
     return run
 
 
+def xla_rope_append(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    caches: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    table: jax.Array,
+) -> Any:
+    """Queries and keys turned, then keys and values written: `(caches, query)`."""
+    query, key = (jax_flash.rope(x, lengths) for x in (query, key))
+    appended = jax_flash.append_kv(*caches, key, value, lengths, page_table=table)
+    return appended, query
+
+
+def our_rope_append(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    caches: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    table: jax.Array,
+) -> Any:
+    """The same by one operation."""
+    query, *appended = jax_flash.rope_append_kv(
+        query, key, value, *caches, lengths, page_table=table
+    )
+    return tuple(appended), query
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One problem.
 
     Attributes:
       title: what is printed.
-      kind: "sampling" or "norm".
+      kind: "sampling", "norm" or "rope".
       rows: batch, or rows of the norm.
       dtype: of the inputs.
       arms: functions of the same inputs, by name.
       make: makes inputs from a seed.
       nbytes: what a call must move at least.
+      donated: number of the input that the first result takes the memory of, and the
+        place of in the next call.
     """
 
     title: str
@@ -107,6 +139,7 @@ class Cell:
     arms: dict[str, Callable]
     make: Callable[[int], Any]
     nbytes: int
+    donated: int | None = None
 
 
 def sampling_cell(batch: int, dtype: str, size: int, main_only: bool) -> Cell:
@@ -159,6 +192,52 @@ def norm_cell(rows: int, columns: int) -> Cell:
     return Cell(title, "norm", rows, "bfloat16", arms, make, 4 * rows * columns * 2)
 
 
+def of_qkv(f: Callable) -> Callable:
+    """`f` of parts of the fourth argument: of what one projection made."""
+
+    def run(query: Any, key: Any, value: Any, qkv: Any, *rest: Any) -> Any:
+        batch, heads, width = query.shape
+        sizes = heads * width, key.shape[1] * width
+        parts = jax_flash.split_qkv(qkv, *sizes)
+        return f(*(x.reshape(batch, -1, width) for x in parts), *rest)
+
+    return run
+
+
+def of_parts(f: Callable) -> Callable:
+    """`f` of the first three arguments."""
+    return lambda query, key, value, qkv, *rest: f(query, key, value, *rest)
+
+
+def rope_cell(batch: int, heads: int, kv_heads: int, width: int) -> Cell:
+    """A token of each sequence turned and written to pages of 64, donated."""
+    page, slots = 64, 2
+    arms = {
+        "ours": of_parts(our_rope_append),
+        "xla": of_parts(xla_rope_append),
+        "ours of one projection": of_qkv(our_rope_append),
+        "xla  of one projection": of_qkv(xla_rope_append),
+    }
+
+    @jax.jit
+    def make(seed: int) -> Any:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        query, key, value = (
+            jax.random.normal(k, (batch, n, width), jnp.bfloat16)
+            for k, n in zip(keys, (heads, kv_heads, kv_heads), strict=False)
+        )
+        pool = (batch * slots, page, kv_heads, width)
+        caches = jnp.zeros(pool, jnp.bfloat16), jnp.zeros(pool, jnp.bfloat16)
+        lengths = jax.random.randint(keys[3], (batch,), 0, page * slots)
+        table = jax.random.permutation(keys[3], batch * slots).reshape(batch, slots)
+        qkv = jnp.concatenate([query, key, value], 1).reshape(batch, -1)
+        return query, key, value, qkv, caches, lengths, table
+
+    title = f"rope_append_kv B={batch} N={heads} K={kv_heads} H={width} bfloat16"
+    nbytes = 2 * batch * (heads + 2 * kv_heads) * width * 2
+    return Cell(title, "rope", batch, "bfloat16", arms, make, nbytes, donated=4)
+
+
 def measure(cell: Cell, rounds: int, calls: int) -> dict[str, dict[str, Any]]:
     """Times every arm in turn, and prints a line for each.
 
@@ -166,12 +245,14 @@ def measure(cell: Cell, rounds: int, calls: int) -> dict[str, dict[str, Any]]:
       By arm: us (median), p10_us, p90_us, tb_s, and kernels with the median of each.
     """
     count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // cell.nbytes + 1))
-    inputs = jax.block_until_ready([cell.make(seed) for seed in range(count)])
+    inputs = jax.block_until_ready([[*cell.make(seed)] for seed in range(count)])
+    donated = () if cell.donated is None else (cell.donated,)
     binding = timing.cupti()
     # Compiling takes longer than measuring.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(
-            lambda f: jax.jit(f).lower(*inputs[0]).compile(), cell.arms.values()
+            lambda f: jax.jit(f, donate_argnums=donated).lower(*inputs[0]).compile(),
+            cell.arms.values(),
         )
         functions = dict(zip(cell.arms, compiled, strict=True))
     prepared = {}
@@ -179,7 +260,11 @@ def measure(cell: Cell, rounds: int, calls: int) -> dict[str, dict[str, Any]]:
         turn = itertools.cycle(inputs)
 
         def run(function: Any = function, turn: Any = turn) -> Any:
-            return function(*next(turn))
+            given = next(turn)
+            result = function(*given)
+            for i in donated:
+                given[i] = result[0]
+            return result
 
         prepared[name] = timing.Call(run, jax.block_until_ready, lambda result: result)
         jax.block_until_ready(run())
@@ -242,10 +327,10 @@ def requirement(
 def main() -> None:
     """Runs the cells."""
     parser = argparse.ArgumentParser(
-        description="sample, top_k and rms_norm beside what XLA does"
+        description="sample, top_k, rms_norm and rope_append_kv beside what XLA does"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny problems")
-    parser.add_argument("--quick", action="store_true", help="what issue 7 asks alone")
+    parser.add_argument("--quick", action="store_true", help="the last table alone")
     parser.add_argument("--json", type=pathlib.Path, help="results go here, too")
     arguments = parser.parse_args()
     small, quick = arguments.smoke, arguments.quick
@@ -256,6 +341,7 @@ def main() -> None:
     rounds, calls = (1, 2) if small else (3, 20)
     if small:
         cells = [sampling_cell(2, "float32", 1000, False), norm_cell(8, 64)]
+        cells += [rope_cell(2, 4, 2, 16)]
     else:
         cells = [
             sampling_cell(batch, dtype, VOCABULARY, quick or dtype == "bfloat16")
@@ -264,6 +350,7 @@ def main() -> None:
         ]
         shapes = ((64, 4096), (8192, 4096), (8192, 8192), (65536, 512))
         cells += [norm_cell(*shape) for shape in shapes[: 2 if quick else None]]
+        cells += [rope_cell(batch, 32, 8, 128) for batch in (1, 16, 64)]
     peak = next((PEAK_TB_S[name] for name in PEAK_TB_S if name in device), None)
     rows, lines = [], []
     for cell in cells:

@@ -160,14 +160,15 @@ def rope_append_kv(
         }
         if table is not None:
             given["page_table"] = table
-        query, *caches = rope_op.rope_append(given, interleaved=interleaved)
+        results = rope_op.rope_append(given, interleaved=interleaved)
+        query, k_cache, v_cache = results
     else:
         at = rope_reference.positions(lengths, query.shape[1])
         turned, key = (
             rope_reference.turned(x, at, frequencies, interleaved)
             for x in (query, k_new)
         )
-        caches = decode.append_kv(
+        k_cache, v_cache = decode.append_kv(
             k_cache,
             v_cache,
             key,
@@ -178,7 +179,7 @@ def rope_append_kv(
             v_scale=v_scale,
         )
         query = turned.astype(q.dtype)
-    return (query[:, 0] if one else query), *caches
+    return (query[:, 0] if one else query), k_cache, v_cache
 
 
 def _frequencies(

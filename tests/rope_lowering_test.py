@@ -17,7 +17,6 @@ from jax_flash import append_kv, rope, rope_append_kv
 from jax_flash._src import registry
 
 TARGET = registry.ROPE_APPEND_TARGET
-NAMES = ("query", "k_new", "v_new", "k_cache", "v_cache", "cache_seqlens", "page_table")
 CACHES = ("k_cache", "v_cache")
 
 
@@ -272,11 +271,11 @@ def test_vmap_twice(page: int | None) -> None:
         stacked.append(x if outer is None else jnp.stack([x, 2 * x, x], outer))
     table = list(given.values())[6:]
     nones = (None,) * len(table)
-    results = []
-    for f in (append, literal):
-        mapped = jax.vmap(jax.vmap(f, (*axes[1], *nones)), (*axes[0], *nones))
-        results.append(mapped(*stacked, *table))
-    assert_close(*results, 1e-6)
+    got, want = (
+        jax.vmap(jax.vmap(f, (*axes[1], *nones)), (*axes[0], *nones))(*stacked, *table)
+        for f in (append, literal)
+    )
+    assert_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("page", [None, 4])
@@ -316,7 +315,8 @@ def test_gradients_of_16_bits_keep_the_kernel(kernels: None) -> None:
     given = arrays()
 
     def loss(query: Any, *rest: Any) -> jax.Array:
-        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in append(query, *rest))
+        results = append(query, *rest)
+        return jnp.stack([(x.astype(jnp.float32) ** 2).sum() for x in results]).sum()
 
     assert kernel_calls(jax.grad(loss), *given.values(), target=TARGET) == 1
 
@@ -360,11 +360,10 @@ PAGED_SPECS = {
 
 def placed(given: dict[str, Any], mesh: Mesh, specs: tuple[P, ...]) -> list[jax.Array]:
     query, new, cache, lengths, table = specs
-    by_name = dict(
-        zip(NAMES, (query, new, new, cache, cache, lengths, table), strict=True)
-    )
+    every = (query, new, new, cache, cache, lengths, table)
     return [
-        jax.device_put(x, NamedSharding(mesh, by_name[n])) for n, x in given.items()
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(given.values(), every, strict=False)
     ]
 
 
