@@ -98,6 +98,9 @@ def rope_append_kv(
     place and negative lengths holds here. A turned key is rounded once, to the dtype of
     the cache.
 
+    On GPUs one kernel does it where query, new keys and values, and caches have one
+    type, bfloat16, float16 or float32. jnp runs everything else.
+
     Args:
       query: floating [B, N, H] or [B, T, N, H], N a multiple of K.
       k_new: floating [B, K, H] or [B, T, K, H]; T as in query.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, call_of, count_primitive, cuda_text, kernel_calls
+from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -502,3 +503,18 @@ def test_in_a_loop_over_layers() -> None:
         *(given[n] for n in (*CACHES, "cache_seqlens")),
     )
     assert_close([queries[1], *caches], list(want), 1e-6)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_export_with_a_symbolic_batch(page: int | None) -> None:
+    given = arrays("float32", page=page)
+    (batch,) = export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct(
+            x.shape if page and n in CACHES else (batch, *x.shape[1:]), x.dtype
+        )
+        for n, x in given.items()
+    ]
+    loaded = export.deserialize(export.export(jax.jit(append))(*shapes).serialize())
+    got = loaded.call(*given.values())
+    assert_close(list(got), list(literal(*given.values())), 1e-6)
