@@ -99,7 +99,8 @@ def drawn_bytes(n: int, seed: tuple[int, int]) -> np.ndarray:
     """Of n rows and keys the byte that decides of each probability, [n, n]."""
     index = np.arange(n, dtype=np.uint32)
     numbers = jnp.uint32(seed[0]), jnp.uint32(seed[1])
-    words = np.asarray(dropout.hashed(index[:, None], index, numbers))
+    rows, keys = jnp.asarray(index[:, None]), jnp.asarray(index)
+    words = np.asarray(dropout.hashed(rows, keys, numbers))
     half = index // 8 % 2
     return (words >> 8 * (2 * half[:, None] + half) & 255).astype(np.uint8)
 
