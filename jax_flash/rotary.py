@@ -140,8 +140,6 @@ def rope_append_kv(
             f"query must have a multiple of k_new's heads, got N={q.shape[-2]} and "
             f"K={key.shape[-2]}"
         )
-    layout, batch = "int32 [B]", q.shape[0]
-    decode_call.check_integers("cache_seqlens", cache_seqlens, 1, layout, batch)
     frequencies = _frequencies(q, theta, inv_freq, rotary_dim)
     interleaved = validate.flag("interleaved", interleaved)
     arrays = k_cache, v_cache, k_new, v_new, cache_seqlens, page_table

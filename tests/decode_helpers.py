@@ -1,11 +1,12 @@
-"""What the tests of decoding share: small problems, caches of pages, quantised ones."""
+"""What tests of decoding share: problems, pages, quantised caches, rotary in jnp."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import decode_mha
+from jax_flash import append_kv, decode_mha, rope
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -72,3 +73,24 @@ def quantised(
         values = np.rint(np.clip(values, -127, 127))
     cache = np.clip(values, -448, 448).astype(jnp.dtype(dtype))
     return cache, cache.astype(np.float32) * scale[:, None, :, None]
+
+
+def rope_append_in_jnp(
+    query: Any,
+    k_new: Any,
+    v_new: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cache_seqlens: Any,
+    page_table: Any = None,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
+    """`rope_append_kv` by `rope` and `append_kv`, which are jnp: with float32 keys."""
+    at = cache_seqlens
+    if query.ndim == 4:
+        at = at[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    key = rope(k_new.astype(jnp.float32), at, **options)
+    caches = append_kv(
+        k_cache, v_cache, key, v_new, cache_seqlens, page_table=page_table
+    )
+    return rope(query, at, **options), *caches

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_helpers import rope_append_in_jnp
 from helpers import assert_close, call_of, count_primitive, cuda_text, kernel_calls
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import append_kv, rope, rope_append_kv
+from jax_flash import rope_append_kv
 from jax_flash._src import registry
 
 TARGET = registry.ROPE_APPEND_TARGET
@@ -45,31 +46,6 @@ def arrays(
         table[1, -1], table[2, -1] = -1, 99
         given["page_table"] = jnp.asarray(table, jnp.int32)
     return given
-
-
-def literal(
-    query: Any,
-    k_new: Any,
-    v_new: Any,
-    k_cache: Any,
-    v_cache: Any,
-    cache_seqlens: Any,
-    page_table: Any = None,
-    **options: Any,
-) -> tuple[jax.Array, ...]:
-    """The same by `rope` and `append_kv`, which have no primitive, in float32."""
-    at = cache_seqlens
-    if query.ndim == 4:
-        at = at[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    caches = append_kv(
-        k_cache,
-        v_cache,
-        rope(k_new, at, **options),
-        v_new,
-        cache_seqlens,
-        page_table=page_table,
-    )
-    return rope(query, at, **options), *caches
 
 
 def append(*args: Any, **options: Any) -> tuple[jax.Array, ...]:
@@ -225,7 +201,7 @@ def test_vmap(name: str, page: int | None, through_kernel: bool) -> None:
         if key == "page_table":
             other = x[::-1]
         stacked.append(x if axis is None else jnp.stack([x, other], axis))
-    want = jax.vmap(literal, axes)(*stacked)
+    want = jax.vmap(rope_append_in_jnp, axes)(*stacked)
     mapped = jax.vmap(append, axes)
     if through_kernel:
         with fake_kernel.emulated():
@@ -242,7 +218,7 @@ def test_vmap_of_queries_alone_leaves_the_caches() -> None:
     rest = list(given.values())[1:]
     mapped = jax.vmap(append, (0, *(None,) * 5), (0, None, None))
     query, *caches = mapped(queries, *rest)
-    want = literal(*given.values())
+    want = rope_append_in_jnp(*given.values())
     assert_close([query[0], -query[1], *caches], [want[0], *want], 1e-6)
 
 
@@ -254,10 +230,10 @@ def test_vmap_of_frequencies() -> None:
         return jax.vmap(lambda x: f(*given, inv_freq=x))
 
     assert count_primitive(of(append), "rope_append", frequencies) == 1
-    assert_close(of(append)(frequencies), of(literal)(frequencies), 1e-6)
+    assert_close(of(append)(frequencies), of(rope_append_in_jnp)(frequencies), 1e-6)
     # Twice, with sequences that have theirs already.
     both = jax.vmap(of(append))(frequencies[None])
-    assert_close(both, jax.vmap(of(literal))(frequencies[None]), 1e-6)
+    assert_close(both, jax.vmap(of(rope_append_in_jnp))(frequencies[None]), 1e-6)
 
 
 @pytest.mark.parametrize("page", [None, 4])
@@ -274,7 +250,7 @@ def test_vmap_twice(page: int | None) -> None:
     nones = (None,) * len(table)
     got, want = (
         jax.vmap(jax.vmap(f, (*axes[1], *nones)), (*axes[0], *nones))(*stacked, *table)
-        for f in (append, literal)
+        for f in (append, rope_append_in_jnp)
     )
     assert_close(got, want, 1e-6)
 
@@ -294,19 +270,24 @@ def test_derivatives(page: int | None) -> None:
         return run
 
     tangents = [jnp.cos(x) for x in primals]
-    got, want = (jax.jvp(of(f), primals, tangents) for f in (append, literal))
+    got, want = (
+        jax.jvp(of(f), primals, tangents) for f in (append, rope_append_in_jnp)
+    )
     assert_close(got, want, 1e-5)
 
     def loss(f: Callable) -> Callable:
         return lambda *xs: sum(jnp.sin(x).sum() for x in of(f)(*xs))
 
     every = tuple(range(6))
-    got, want = (jax.jit(jax.grad(loss(f), every))(*primals) for f in (append, literal))
+    got, want = (
+        jax.jit(jax.grad(loss(f), every))(*primals)
+        for f in (append, rope_append_in_jnp)
+    )
     assert_close(got, want, 1e-5)
     # Of the queries alone, and twice.
     got, want = (
         jax.grad(lambda x, f=f: jax.grad(loss(f))(x, *primals[1:]).sum())(primals[0])
-        for f in (append, literal)
+        for f in (append, rope_append_in_jnp)
     )
     assert_close(got, want, 1e-5)
 
@@ -375,7 +356,7 @@ def placed(given: dict[str, Any], mesh: Mesh, specs: tuple[P, ...]) -> list[jax.
 def test_sharded(page: int | None, name: str) -> None:
     given = arrays("float32", page=page)
     specs = (SPECS if page is None else PAGED_SPECS)[name]
-    want = literal(*given.values())
+    want = rope_append_in_jnp(*given.values())
     args = placed(given, mesh_of("x", "y", "z"), specs)
     step = jax.jit(append, donate_argnums=(3, 4))
     compiled = step.lower(*args).compile()
@@ -406,7 +387,7 @@ def test_sharded_along_what_vmap_added(page: int | None) -> None:
     for operation in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert operation not in str(compiled.as_text())
     got = compiled(*args)
-    assert_close(got, jax.vmap(literal)(*given.values()), 1e-6)
+    assert_close(got, jax.vmap(rope_append_in_jnp)(*given.values()), 1e-6)
     assert got[1].sharding.is_equivalent_to(args[3].sharding, 5)
 
 
@@ -434,13 +415,14 @@ def test_shard_map(names: tuple[str, ...]) -> None:
         axis_names=set(names),
     )
     args = list(given.values())
-    assert_close(jax.jit(mapped)(*args), literal(*args), 1e-6)
+    assert_close(jax.jit(mapped)(*args), rope_append_in_jnp(*args), 1e-6)
 
     def loss(f: Callable) -> Callable:
         return lambda x, *rest: sum(jnp.sin(y).sum() for y in f(x, *rest))
 
     got, want = (
-        jax.jit(jax.grad(loss(f), (0, 1, 2, 3)))(*args) for f in (mapped, literal)
+        jax.jit(jax.grad(loss(f), (0, 1, 2, 3)))(*args)
+        for f in (mapped, rope_append_in_jnp)
     )
     assert_close(got, want, 1e-5)
 
@@ -457,7 +439,7 @@ def test_shard_map_of_what_devices_share(kernels: None) -> None:
         out_specs=(P(), spec, spec),
     )
     args = list(given.values())
-    assert_close(jax.jit(mapped)(*args), literal(*args), 1e-6)
+    assert_close(jax.jit(mapped)(*args), rope_append_in_jnp(*args), 1e-6)
     assert kernel_calls(mapped, *args, target=TARGET) == 1
 
 
@@ -467,7 +449,7 @@ def test_explicit_axes(page: int | None, spec: P) -> None:
     """Caches keep their shardings, whatever those of the other arguments."""
     given = arrays("float32", page=page)
     mesh = mesh_of("x", axis_type=AxisType.Explicit)
-    wanted = literal(*given.values())
+    wanted = rope_append_in_jnp(*given.values())
     with jax.set_mesh(mesh):
         args = placed(given, mesh, (P(), P("x"), spec, P("x"), P()))
         got, jitted = append(*args), jax.jit(append)(*args)
@@ -498,7 +480,7 @@ def test_in_a_loop_over_layers() -> None:
         return jax.lax.scan(step, caches, new)
 
     caches, queries = jax.jit(run)(tuple(given[n] for n in CACHES))
-    want = literal(
+    want = rope_append_in_jnp(
         *(layers[n][1] for n in ("query", "k_new", "v_new")),
         *(given[n] for n in (*CACHES, "cache_seqlens")),
     )
@@ -517,4 +499,4 @@ def test_export_with_a_symbolic_batch(page: int | None) -> None:
     ]
     loaded = export.deserialize(export.export(jax.jit(append))(*shapes).serialize())
     got = loaded.call(*given.values())
-    assert_close(list(got), list(literal(*given.values())), 1e-6)
+    assert_close(list(got), list(rope_append_in_jnp(*given.values())), 1e-6)

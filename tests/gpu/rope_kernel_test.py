@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_helpers import rope_append_in_jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import KVCache, append_kv, rope, rope_append_kv
+from jax_flash import KVCache, rope, rope_append_kv
 from jax_flash._src import registry
 
 TARGET = registry.ROPE_APPEND_TARGET
@@ -53,27 +54,6 @@ def problem(
         table[batch // 2, -1], table[batch - 1, -1] = -1, 10**6
         given["page_table"] = jnp.asarray(table, jnp.int32)
     return given
-
-
-def in_jnp(
-    query: Any,
-    k_new: Any,
-    v_new: Any,
-    k_cache: Any,
-    v_cache: Any,
-    cache_seqlens: Any,
-    page_table: Any = None,
-    **options: Any,
-) -> tuple[jax.Array, ...]:
-    """The same by `rope` and `append_kv`, which are jnp: with float32 keys."""
-    at = cache_seqlens
-    if query.ndim == 4:
-        at = at[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    key = rope(k_new.astype(jnp.float32), at, **options)
-    caches = append_kv(
-        k_cache, v_cache, key, v_new, cache_seqlens, page_table=page_table
-    )
-    return rope(query, at, **options), *caches
 
 
 def check(got: Any, want: Any, given: dict[str, jax.Array]) -> None:
@@ -123,14 +103,14 @@ def test_rope_append(
     given["cache_seqlens"] = jnp.minimum(given["cache_seqlens"], 10**6)
     step = jax.jit(functools.partial(rope_append_kv, **options))
     assert f'"{TARGET}"' in str(step.lower(**given).compile().as_text())
-    want = jax.jit(functools.partial(in_jnp, **options))(**given)
+    want = jax.jit(functools.partial(rope_append_in_jnp, **options))(**given)
     check(step(**given), want, given)
 
 
 def test_past_the_largest_int32() -> None:
     given = problem("float32", 7, 3, (4, 2), (64, 64))
     options = {"inv_freq": jnp.zeros(32, jnp.float32)}
-    want = in_jnp(**given, **options)
+    want = rope_append_in_jnp(**given, **options)
     check(jax.jit(functools.partial(rope_append_kv, **options))(**given), want, given)
 
 
@@ -162,7 +142,7 @@ def test_many_tokens() -> None:
     for name in CACHES:
         given[name] = jnp.zeros((2, 3000, *given[name].shape[2:]), jnp.bfloat16)
     given["cache_seqlens"] = jnp.array([0, 100], jnp.int32)
-    check(jax.jit(rope_append_kv)(**given), jax.jit(in_jnp)(**given), given)
+    check(jax.jit(rope_append_kv)(**given), jax.jit(rope_append_in_jnp)(**given), given)
 
 
 @pytest.mark.parametrize("page", [None, PAGE])
@@ -173,7 +153,7 @@ def test_in_place_when_donated(
 ) -> None:
     """One call and nothing else, on the memory of the caches."""
     given = problem(dtype, 7, tokens, (32, 8), (128, 128), page)
-    want = jax.jit(in_jnp)(**given)
+    want = jax.jit(rope_append_in_jnp)(**given)
     kept = {n: np.array(x) for n, x in given.items()}
     step = jax.jit(rope_append_kv, donate_argnames=CACHES)
     compiled = step.lower(**given).compile()
@@ -190,7 +170,7 @@ def test_what_is_not_donated_is_kept() -> None:
     given = problem("bfloat16", 7, 3, (4, 2), (64, 64))
     before = {n: np.array(given[n]) for n in CACHES}
     got = jax.jit(rope_append_kv)(**given)
-    check(got, in_jnp(**given), given)
+    check(got, rope_append_in_jnp(**given), given)
     for name, x in before.items():
         np.testing.assert_array_equal(np.asarray(given[name]), x)
 
@@ -237,7 +217,7 @@ def test_vmap(page: int | None) -> None:
     stacked = {n: stacked[n] for n in given if n in stacked}
     text = str(of(rope_append_kv).lower(stacked).compile().as_text())
     assert text.count(f'custom_call_target="{TARGET}"') == 1
-    check(of(rope_append_kv)(stacked), of(in_jnp)(stacked), stacked)
+    check(of(rope_append_kv)(stacked), of(rope_append_in_jnp)(stacked), stacked)
 
 
 @pytest.mark.parametrize("page", [None, PAGE])
@@ -257,7 +237,9 @@ def test_gradients(page: int | None) -> None:
 
     arrays = [given[n] for n in names]
     assert f'"{TARGET}"' in str(of(rope_append_kv).lower(*arrays).compile().as_text())
-    for x, y in zip(of(rope_append_kv)(*arrays), of(in_jnp)(*arrays), strict=True):
+    for x, y in zip(
+        of(rope_append_kv)(*arrays), of(rope_append_in_jnp)(*arrays), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
@@ -268,7 +250,7 @@ def test_several_devices() -> None:
         pytest.skip("one device")
     given = problem("bfloat16", 4 * devices, 1, (4 * devices, devices), (64, 64))
     given["cache_seqlens"] = jnp.minimum(given["cache_seqlens"], ROOM)
-    want = in_jnp(**given)
+    want = rope_append_in_jnp(**given)
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
     for spec in (("x",), (None, None, "x"), (None, "x")):
         placed = {}
