@@ -189,6 +189,7 @@ def test_extension_knows_its_operations(built: Any) -> None:
         registry.TOP_K_TARGET,
         registry.RMS_NORM_TARGET,
         registry.RMS_NORM_BACKWARD_TARGET,
+        registry.ROPE_APPEND_TARGET,
     }
     handlers = built.registrations()
     assert set(handlers) == targets
