@@ -209,9 +209,8 @@ def jax_nn(cell: Cell, implementation: Any) -> Program:
             jax.nn.dot_product_attention, implementation=implementation
         )
 
-        def attend(
-            index: int, query: jax.Array, key: jax.Array, value: jax.Array
-        ) -> jax.Array:
+        def attend(index: int, qkv: jax.Array) -> jax.Array:
+            query, key, value = llama_model.split_heads(qkv, model.config)
             query, key = turned(query), turned(key)
             layers.append(caches.layer(index).append(key, value))
             if cell.is_prefill:

@@ -192,6 +192,18 @@ def norm_cell(rows: int, columns: int) -> Cell:
     return Cell(title, "norm", rows, "bfloat16", arms, make, 4 * rows * columns * 2)
 
 
+def packed_rope_append(
+    query: jax.Array, key: jax.Array, value: jax.Array, qkv: jax.Array, *rest: Any
+) -> Any:
+    """`our_rope_append` of what one projection made, without parts."""
+    del query, key, value
+    caches, lengths, table = rest
+    query, *appended = jax_flash.rope_append_qkvpacked(
+        qkv, *caches, lengths, page_table=table
+    )
+    return tuple(appended), query
+
+
 def of_qkv(f: Callable) -> Callable:
     """`f` of parts of the fourth argument: of what one projection made."""
 
@@ -215,8 +227,9 @@ def rope_cell(batch: int, heads: int, kv_heads: int, width: int) -> Cell:
     arms = {
         "ours": of_parts(our_rope_append),
         "xla": of_parts(xla_rope_append),
-        "ours of one projection": of_qkv(our_rope_append),
-        "xla  of one projection": of_qkv(xla_rope_append),
+        "ours of one projection": packed_rope_append,
+        "ours of its slices": of_qkv(our_rope_append),
+        "xla  of its slices": of_qkv(xla_rope_append),
     }
 
     @jax.jit

@@ -12,7 +12,7 @@ from jax_flash.cache import KVCache, OutOfPagesError, PageAllocator, PagedKVCach
 from jax_flash.decode import append_kv, decode_mha, merge_partials
 from jax_flash.normalization import rms_norm, silu_mul, split_qkv
 from jax_flash.parallel import ring_mha, ulysses_mha
-from jax_flash.rotary import rope, rope_append_kv
+from jax_flash.rotary import rope, rope_append_kv, rope_append_qkvpacked
 from jax_flash.sampling import sample, top_k
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_append_kv",
+    "rope_append_qkvpacked",
     "sample",
     "silu_mul",
     "split_qkv",

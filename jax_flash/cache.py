@@ -139,6 +139,21 @@ class _Cache:
         )
         return query, self._with(k, v, k_new)
 
+    def rope_append_qkvpacked(self, qkv: Any, **options: Any) -> tuple[jax.Array, Self]:
+        """`rope_append` of what one projection wrote, which the kernel reads in place.
+
+        Args:
+          qkv: [B, W] or [B, T, W] with W = N * H + K * H + K * Hv.
+          **options: of `rope`.
+
+        Returns:
+          The turned query [B, N, H] or [B, T, N, H], and the cache with T more tokens.
+        """
+        query, k, v = rotary.rope_append_qkvpacked(
+            qkv, self.k, self.v, self.lengths, **self._layout, **options
+        )
+        return query, self._with(k, v, query)
+
     def attend(self, query: Any, **options: Any) -> Any:
         """`decode_mha` of queries that stand at the last positions in the cache.
 

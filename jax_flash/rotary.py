@@ -1,7 +1,7 @@
 """Rotary position embedding, alone and together with writing to a cache.
 
-Lives here: `rope` and `rope_append_kv`, their docstrings and checks. `rope` is jnp,
-which XLA fuses; the other one has a kernel (`_src/rope_op`).
+Lives here: `rope`, `rope_append_kv` and `rope_append_qkvpacked`, their docstrings and
+checks. `rope` is jnp, which XLA fuses; the others have a kernel (`_src/rope_op`).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from jax_flash import decode
 from jax_flash._src import decode_call, norm_op, rope_op, rope_reference, validate
 
-__all__ = ["rope", "rope_append_kv"]
+__all__ = ["rope", "rope_append_kv", "rope_append_qkvpacked"]
 
 THETA = 10000.0
 
@@ -150,19 +150,11 @@ def rope_append_kv(
         query, k_new, v_new = (x[:, None] for x in (query, k_new, v_new))
     unscaled = k_scale is None and v_scale is None
     if unscaled and rope_op.serves(query, (k_new, v_new, k_cache, v_cache)):
-        given = {
-            "query": query,
-            "k_new": k_new,
-            "v_new": v_new,
-            "k_cache": jnp.asarray(k_cache),
-            "v_cache": jnp.asarray(v_cache),
-            "cache_seqlens": lengths,
-            "inv_freq": frequencies.astype(jnp.float32)[None],
-        }
-        if table is not None:
-            given["page_table"] = table
-        results = rope_op.rope_append(given, interleaved=interleaved)
-        query, k_cache, v_cache = results
+        new = {"query": query, "k_new": k_new, "v_new": v_new}
+        query, k_cache, v_cache = rope_op.rope_append(
+            new | _places(k_cache, v_cache, lengths, table, frequencies),
+            interleaved=interleaved,
+        )
     else:
         at = rope_reference.positions(lengths, query.shape[1])
         turned, key = (
@@ -181,6 +173,111 @@ def rope_append_kv(
         )
         query = turned.astype(q.dtype)
     return (query[:, 0] if one else query), k_cache, v_cache
+
+
+def rope_append_qkvpacked(
+    qkv: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cache_seqlens: Any,
+    *,
+    page_table: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    theta: float | None = None,
+    inv_freq: Any = None,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rope_append_kv` of query, new keys and values that one projection wrote.
+
+    The kernel reads the three parts in place, where slices of the array would be
+    copied first. It serves qkv and caches of one type, bfloat16, float16 or float32;
+    else, and where devices have some heads of the caches each, the parts are copied.
+
+    Args:
+      qkv: floating [B, W] or [B, T, W] with W = N * H + K * H + K * Hv: N heads of
+        queries, K of new keys, K of new values, side by side. K, H and Hv are those of
+        the caches, N is what is left, a multiple of K.
+      k_cache: as for `append_kv`.
+      v_cache: as for `append_kv`.
+      cache_seqlens: integers [B], tokens before the new ones.
+      page_table: as for `append_kv`.
+      k_scale: as for `append_kv`.
+      v_scale: as for `append_kv`.
+      theta: as for `rope`.
+      inv_freq: as for `rope`.
+      rotary_dim: as for `rope`.
+      interleaved: as for `rope`.
+
+    Returns:
+      `(query, k_cache, v_cache)`: the turned query [B, N, H] or [B, T, N, H] in the
+      dtype of qkv, and the caches with the new tokens.
+
+    Raises:
+      ValueError: an argument is wrong; the message names it and its value.
+      NotImplementedError: it is right but unsupported.
+    """
+    given = _floating("qkv", qkv)
+    if len(given.shape) not in (2, 3):
+        raise ValueError(f"qkv must be [B,W] or [B,T,W], got shape {given.shape}")
+    decode_call.check_caches(k_cache, v_cache, page_table is not None)
+    shapes = rope_reference.part_shapes(given, k_cache, v_cache)
+    heads, kv_heads = shapes[0][-2], shapes[1][-2]
+    width = sum(n * h for *_, n, h in shapes)
+    if width != given.shape[-1] or heads < 1 or heads % kv_heads:
+        (*_, k, h), (*_, v) = shapes[1:]
+        raise ValueError(
+            "qkv must have a width of N*H + K*H + K*Hv, N a multiple of K, with the "
+            f"caches' K={k}, H={h} and Hv={v}, got shape {given.shape}"
+        )
+    batch = given.shape[0]
+    lengths, table = decode_call.check_places(
+        "qkv", batch, k_cache, cache_seqlens, page_table
+    )
+    unscaled = k_scale is None and v_scale is None
+    if not (unscaled and rope_op.serves(given, (k_cache, v_cache))):
+        parts = rope_reference.split(jnp.asarray(qkv), k_cache, v_cache)
+        return rope_append_kv(
+            *parts,
+            k_cache,
+            v_cache,
+            lengths,
+            page_table=table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            theta=theta,
+            inv_freq=inv_freq,
+            rotary_dim=rotary_dim,
+            interleaved=interleaved,
+        )
+    query = jax.ShapeDtypeStruct(shapes[0], given.dtype)
+    frequencies = _frequencies(query, theta, inv_freq, rotary_dim)
+    qkv = jnp.asarray(qkv)
+    one = qkv.ndim == 2
+    new = {rope_reference.QKV: qkv[:, None] if one else qkv}
+    turned, k_cache, v_cache = rope_op.rope_append(
+        new | _places(k_cache, v_cache, lengths, table, frequencies),
+        interleaved=validate.flag("interleaved", interleaved),
+    )
+    return (turned[:, 0] if one else turned), k_cache, v_cache
+
+
+def _places(
+    k_cache: Any,
+    v_cache: Any,
+    lengths: jax.Array,
+    table: jax.Array | None,
+    frequencies: jax.Array,
+) -> dict[str, jax.Array]:
+    """Canonical operands of `rope_op.rope_append` but for what is new."""
+    given = {
+        "k_cache": jnp.asarray(k_cache),
+        "v_cache": jnp.asarray(v_cache),
+        "cache_seqlens": lengths,
+        "inv_freq": frequencies.astype(jnp.float32)[None],
+    }
+    return given if table is None else given | {"page_table": table}
 
 
 def _frequencies(

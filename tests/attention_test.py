@@ -39,6 +39,7 @@ def test_public_names() -> None:
         "rms_norm",
         "rope",
         "rope_append_kv",
+        "rope_append_qkvpacked",
         "sample",
         "silu_mul",
         "split_qkv",

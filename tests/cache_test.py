@@ -161,6 +161,8 @@ def test_what_the_cache_has_is_no_option(kind: int) -> None:
         cache.attend(query, page_table=table)
     with pytest.raises(TypeError, match="page_table"):
         cache.rope_append(query, key, value, page_table=table)
+    with pytest.raises(TypeError, match="page_table"):
+        cache.rope_append_qkvpacked(query[:, 0], page_table=table)
 
 
 def test_quantised_cache() -> None:

@@ -1,5 +1,6 @@
 """What tests of decoding share: problems, pages, quantised caches, rotary in jnp."""
 
+import math
 from typing import Any
 
 import jax
@@ -73,6 +74,19 @@ def quantised(
         values = np.rint(np.clip(values, -127, 127))
     cache = np.clip(values, -448, 448).astype(jnp.dtype(dtype))
     return cache, cache.astype(np.float32) * scale[:, None, :, None]
+
+
+def joined(*parts: Any) -> jax.Array:
+    """Query, new keys and new values as one projection writes them."""
+    flat = [x.reshape(*x.shape[:-2], math.prod(x.shape[-2:])) for x in parts]
+    return jnp.concatenate(flat, -1)
+
+
+def of_one_projection(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `rope_append_qkvpacked` from those of `rope_append_kv`."""
+    parts = ("query", "k_new", "v_new")
+    rest = {n: x for n, x in given.items() if n not in parts}
+    return {"qkv": joined(*(given[n] for n in parts)), **rest}
 
 
 def rope_append_in_jnp(

@@ -95,6 +95,7 @@ def test_signatures_are_found() -> None:
         "ulysses_mha",
         "rope",
         "rope_append_kv",
+        "rope_append_qkvpacked",
         "sample",
         "top_k",
         "rms_norm",

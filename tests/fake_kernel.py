@@ -151,7 +151,7 @@ def _emulation(
     if target == registry.DECODE_TARGET:
         return functools.partial(_decoded, results)
     if target == registry.ROPE_APPEND_TARGET:
-        assert input_output_aliases == {3: 1, 4: 2}
+        assert input_output_aliases == {1: 1, 2: 2}
         return functools.partial(_rope_appended, results)
 
     def run(*operands: jax.Array, **attributes: Any) -> list[jax.Array]:
@@ -251,10 +251,11 @@ def _rope_appended(
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: jax.Array,
     interleaved: bool,
+    is_packed: bool,
     has_page_table: bool,
 ) -> list[jax.Array]:
     """What the kernel of `rope_append_kv` computes."""
-    config = rope_reference.RopeConfig(interleaved, has_page_table)
+    config = rope_reference.RopeConfig(interleaved, has_page_table, is_packed)
     computed = rope_reference.rope_append(*operands, config=config)
     for x, result in zip(computed, results, strict=True):
         assert (x.shape, x.dtype) == (result.shape, result.dtype)

@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_helpers import rope_append_in_jnp
+from decode_helpers import joined, rope_append_in_jnp
 from helpers import assert_close, call_of, count_primitive, cuda_text, kernel_calls
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import rope_append_kv
+from jax_flash import rope_append_kv, rope_append_qkvpacked
 from jax_flash._src import registry
 
 TARGET = registry.ROPE_APPEND_TARGET
+NEW = ("query", "k_new", "v_new")
 CACHES = ("k_cache", "v_cache")
 
 
@@ -48,42 +49,76 @@ def arrays(
     return given
 
 
-def append(*args: Any, **options: Any) -> tuple[jax.Array, ...]:
+def append_parts(*args: Any, **options: Any) -> tuple[jax.Array, ...]:
     """`rope_append_kv` of positional arguments, a page table last."""
     table = args[6] if len(args) > 6 else None
     return rope_append_kv(*args[:6], page_table=table, **options)
+
+
+def append_packed(*args: Any, **options: Any) -> tuple[jax.Array, ...]:
+    """The same by `rope_append_qkvpacked`, of the same arguments."""
+    table = args[6] if len(args) > 6 else None
+    qkv = joined(*args[:3])
+    return rope_append_qkvpacked(qkv, *args[3:6], page_table=table, **options)
+
+
+@pytest.fixture(params=[append_parts, append_packed], ids=["parts", "packed"])
+def append(request: pytest.FixtureRequest) -> Callable:
+    """Either function, as one of the arguments of `rope_append_kv`."""
+    return request.param
 
 
 @pytest.mark.parametrize(("dtype", "text"), [("bfloat16", "bf16"), ("float32", "f32")])
 @pytest.mark.parametrize("tokens", [None, 2])
 def test_call(kernels: None, dtype: str, text: str, tokens: int | None) -> None:
     given = arrays(dtype, tokens)
-    line = call_of(TARGET, cuda_text(append, *given.values()))
+    line = call_of(TARGET, cuda_text(append_parts, *given.values()))
     t = tokens or 1
-    for attribute in ("interleaved = false", "has_page_table = false"):
-        assert attribute in line
+    for attribute in ("interleaved", "is_packed", "has_page_table"):
+        assert f"{attribute} = false" in line
     expected = (
-        f"(tensor<4x{t}x8x16x{text}>, tensor<4x{t}x4x16x{text}>, "
-        f"tensor<4x{t}x4x8x{text}>, tensor<4x16x4x16x{text}>, "
-        f"tensor<4x16x4x8x{text}>, tensor<4xi32>, tensor<1x8xf32>) -> "
+        f"(tensor<4x{t}x8x16x{text}>, tensor<4x16x4x16x{text}>, "
+        f"tensor<4x16x4x8x{text}>, tensor<4xi32>, tensor<1x8xf32>, "
+        f"tensor<4x{t}x4x16x{text}>, tensor<4x{t}x4x8x{text}>) -> "
         f"(tensor<4x{t}x8x16x{text}>, tensor<4x16x4x16x{text}>, "
         f"tensor<4x16x4x8x{text}>)"
     )
     assert expected in line
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
-    assert aliases == [("1", "3"), ("2", "4")]
+    assert aliases == [("1", "1"), ("2", "2")]
+
+
+@pytest.mark.parametrize("page", [None, 4])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_call_of_one_projection(
+    kernels: None, tokens: int | None, page: int | None
+) -> None:
+    """It is handed over as it is: nothing else computes."""
+    query, key, value, *rest = arrays("bfloat16", tokens, page).values()
+
+    def f(qkv: Any, *rest: Any) -> Any:
+        table = rest[3] if page else None
+        return rope_append_qkvpacked(qkv, *rest[:3], page_table=table)
+
+    text = cuda_text(f, joined(query, key, value), *rest)
+    line = call_of(TARGET, text)
+    assert "is_packed = true" in line
+    width = 8 * 16 + 4 * 16 + 4 * 8
+    assert f"(tensor<4x{tokens or 1}x{width}xbf16>, tensor<" in line
+    for operation in ("slice", "concatenate", "cosine", "multiply", "scatter"):
+        assert f"stablehlo.{operation}" not in text
 
 
 def test_pages_and_options(kernels: None) -> None:
     def f(*args: Any) -> Any:
-        return append(*args, interleaved=True, rotary_dim=6)
+        return append_parts(*args, interleaved=True, rotary_dim=6)
 
     given = arrays(page=4)
     text = cuda_text(f, *given.values())
     line = call_of(TARGET, text)
     assert "interleaved = true" in line
     assert "has_page_table = true" in line
-    assert "tensor<1x3xf32>, tensor<4x4xi32>) ->" in line
+    assert re.search(r"tensor<1x3xf32>, .*, tensor<4x4xi32>\) ->", line)
     # Nothing else computes.
     for operation in ("scatter", "cosine", "multiply", "concatenate"):
         assert f"stablehlo.{operation}" not in text
@@ -116,11 +151,13 @@ def changed(given: dict[str, Any], **dtypes: Any) -> dict[str, Any]:
         "no pages",
     ],
 )
-def test_what_jnp_runs(kernels: None, given: dict[str, Any]) -> None:
+def test_what_jnp_runs(append: Callable, kernels: None, given: dict[str, Any]) -> None:
+    if append is append_packed and len({given[n].dtype for n in NEW}) > 1:
+        pytest.skip("one array has one type")
     assert kernel_calls(append, *given.values(), target=TARGET) == 0
 
 
-def test_what_else_jnp_runs(kernels: None) -> None:
+def test_what_else_jnp_runs(append: Callable, kernels: None) -> None:
     with jax.enable_x64(True):
         given = arrays("float64")
         assert kernel_calls(append, *given.values(), target=TARGET) == 0
@@ -153,20 +190,20 @@ def copies(text: str, given: dict[str, Any]) -> list[str]:
 def test_donated_caches_are_not_copied(tokens: int | None, page: int | None) -> None:
     """One call, whose results are its operands, and nothing else."""
     given = arrays("bfloat16", tokens, page)
-    text = compiled_text(append, *given.values())
+    text = compiled_text(append_parts, *given.values())
     assert text.count(f'custom_call_target="{TARGET}"') == 1
-    assert "output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}" in text
+    assert "output_to_operand_aliasing={{1}: (1, {}), {2}: (2, {})}" in text
     alias = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert alias is not None
     for i in (1, 2):
         assert re.search(rf"\{{{i}\}}: \({i + 2}, ", alias.group(1))
     assert copies(text, given) == []
     # What somebody still has is copied first.
-    kept = compiled_text(append, *given.values(), donate=())
+    kept = compiled_text(append_parts, *given.values(), donate=())
     assert len(copies(kept, given)) == 2
 
 
-def test_vmap_over_donated_caches_copies_none() -> None:
+def test_vmap_over_donated_caches_copies_none(append: Callable) -> None:
     """Of layers, say; the axis leads, and the lengths are those of all."""
     given = {n: jnp.stack([x] * 3) for n, x in arrays().items()}
     given["cache_seqlens"] = given["cache_seqlens"][0]
@@ -190,7 +227,9 @@ AXES = {
 @pytest.mark.parametrize("through_kernel", [False, True])
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize("name", AXES)
-def test_vmap(name: str, page: int | None, through_kernel: bool) -> None:
+def test_vmap(
+    append: Callable, name: str, page: int | None, through_kernel: bool
+) -> None:
     given = arrays("float32", page=page)
     axes = AXES[name][: len(given)]
     if set(axes) == {None}:
@@ -216,13 +255,13 @@ def test_vmap_of_queries_alone_leaves_the_caches() -> None:
     given = arrays("float32")
     queries = jnp.stack([given["query"], -given["query"]])
     rest = list(given.values())[1:]
-    mapped = jax.vmap(append, (0, *(None,) * 5), (0, None, None))
+    mapped = jax.vmap(append_parts, (0, *(None,) * 5), (0, None, None))
     query, *caches = mapped(queries, *rest)
     want = rope_append_in_jnp(*given.values())
     assert_close([query[0], -query[1], *caches], [want[0], *want], 1e-6)
 
 
-def test_vmap_of_frequencies() -> None:
+def test_vmap_of_frequencies(append: Callable) -> None:
     given = list(arrays("float32").values())
     frequencies = jnp.array([[1.0, 0.3], [0.1, 0.0]], jnp.float32)
 
@@ -237,7 +276,7 @@ def test_vmap_of_frequencies() -> None:
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_vmap_twice(page: int | None) -> None:
+def test_vmap_twice(append: Callable, page: int | None) -> None:
     """Of pools: each sequence writes to those of its own."""
     given = arrays("float32", page=page)
     axes = [(0, None, 0, 1, 0, None), (None, 0, 0, 0, 0, 0)]
@@ -256,7 +295,7 @@ def test_vmap_twice(page: int | None) -> None:
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_derivatives(page: int | None) -> None:
+def test_derivatives(append: Callable, page: int | None) -> None:
     """Those of jnp, in both modes, by every array that has any."""
     given = arrays("float32", page=page)
     fixed = list(given.values())[5:]
@@ -292,7 +331,7 @@ def test_derivatives(page: int | None) -> None:
     assert_close(got, want, 1e-5)
 
 
-def test_gradients_of_16_bits_keep_the_kernel(kernels: None) -> None:
+def test_gradients_of_16_bits_keep_the_kernel(append: Callable, kernels: None) -> None:
     """The results are the kernel's; only what is linear runs in jnp."""
     given = arrays()
 
@@ -353,7 +392,7 @@ def placed(given: dict[str, Any], mesh: Mesh, specs: tuple[P, ...]) -> list[jax.
     ("page", "name"),
     [(None, name) for name in SPECS] + [(4, name) for name in PAGED_SPECS],
 )
-def test_sharded(page: int | None, name: str) -> None:
+def test_sharded(append: Callable, page: int | None, name: str) -> None:
     given = arrays("float32", page=page)
     specs = (SPECS if page is None else PAGED_SPECS)[name]
     want = rope_append_in_jnp(*given.values())
@@ -374,14 +413,15 @@ def test_sharded(page: int | None, name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_sharded_along_what_vmap_added(page: int | None) -> None:
+def test_sharded_along_what_vmap_added(append: Callable, page: int | None) -> None:
     """Of replicas, each with its own caches: nothing is exchanged."""
     given = {n: jnp.stack([x, -x]) for n, x in arrays("float32", page=page).items()}
     given["cache_seqlens"] = abs(given["cache_seqlens"])
     if page is not None:
         given["page_table"] = abs(given["page_table"])
     mesh = mesh_of("x", "y")
-    spec = P("x", None, None, "y")
+    # Heads side by side with others are not sharded.
+    spec = P("x", None, None, "y" if append is append_parts else None)
     args = placed(given, mesh, (spec, spec, spec, P("x"), P("x")))
     compiled = jax.jit(jax.vmap(append)).lower(*args).compile()
     for operation in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
@@ -395,12 +435,14 @@ def test_sharded_along_what_vmap_added(page: int | None) -> None:
 def test_lowered_for_cuda_on_many_devices(kernels: None, name: str) -> None:
     mesh = mesh_of("x", "y", "z")
     args = placed(arrays(), mesh, SPECS[name])
-    text = jax.jit(append).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    text = (
+        jax.jit(append_parts).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    )
     assert "all_gather" not in text
 
 
 @pytest.mark.parametrize("names", [("x", "y"), ("x",)])
-def test_shard_map(names: tuple[str, ...]) -> None:
+def test_shard_map(append: Callable, names: tuple[str, ...]) -> None:
     """Over all axes of a mesh, and over some of them."""
     given = arrays("float32")
     mesh = mesh_of("x", "y")
@@ -433,7 +475,7 @@ def test_shard_map_of_what_devices_share(kernels: None) -> None:
     mesh = mesh_of("x")
     spec = P(None, None, "x")
     mapped = jax.shard_map(
-        append,
+        append_parts,
         mesh=mesh,
         in_specs=(P(), spec, spec, spec, spec, P()),
         out_specs=(P(), spec, spec),
@@ -445,13 +487,15 @@ def test_shard_map_of_what_devices_share(kernels: None) -> None:
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x"), P()])
 @pytest.mark.parametrize("page", [None, 4])
-def test_explicit_axes(page: int | None, spec: P) -> None:
+def test_explicit_axes(append: Callable, page: int | None, spec: P) -> None:
     """Caches keep their shardings, whatever those of the other arguments."""
     given = arrays("float32", page=page)
     mesh = mesh_of("x", axis_type=AxisType.Explicit)
     wanted = rope_append_in_jnp(*given.values())
     with jax.set_mesh(mesh):
-        args = placed(given, mesh, (P(), P("x"), spec, P("x"), P()))
+        # Of what is side by side there is one sharding.
+        query = P() if append is append_parts else P("x")
+        args = placed(given, mesh, (query, P("x"), spec, P("x"), P()))
         got, jitted = append(*args), jax.jit(append)(*args)
 
         def total(query: jax.Array, cache: jax.Array) -> jax.Array:
@@ -466,7 +510,7 @@ def test_explicit_axes(page: int | None, spec: P) -> None:
     assert_close(gradient[0], 2 * given["query"], 1e-5)
 
 
-def test_in_a_loop_over_layers() -> None:
+def test_in_a_loop_over_layers(append: Callable) -> None:
     """Caches carried through `scan` under jit and donated."""
     given = arrays("float32")
     layers = {n: jnp.stack([x, -x]) for n, x in given.items() if n != "cache_seqlens"}
@@ -476,19 +520,19 @@ def test_in_a_loop_over_layers() -> None:
         return tuple(caches), query
 
     def run(caches: Any) -> Any:
-        new = tuple(layers[n] for n in ("query", "k_new", "v_new"))
+        new = tuple(layers[n] for n in NEW)
         return jax.lax.scan(step, caches, new)
 
     caches, queries = jax.jit(run)(tuple(given[n] for n in CACHES))
     want = rope_append_in_jnp(
-        *(layers[n][1] for n in ("query", "k_new", "v_new")),
+        *(layers[n][1] for n in NEW),
         *(given[n] for n in (*CACHES, "cache_seqlens")),
     )
     assert_close([queries[1], *caches], list(want), 1e-6)
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_export_with_a_symbolic_batch(page: int | None) -> None:
+def test_export_with_a_symbolic_batch(append: Callable, page: int | None) -> None:
     given = arrays("float32", page=page)
     (batch,) = export.symbolic_shape("b")
     shapes = [

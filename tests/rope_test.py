@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_helpers import paged, quantised
+from decode_helpers import of_one_projection, paged, quantised
 from helpers import assert_close
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +23,7 @@ from jax_flash import (
     mha,
     rope,
     rope_append_kv,
+    rope_append_qkvpacked,
 )
 
 WIDTH = 16
@@ -173,6 +174,9 @@ def test_append(case: str, page: int | None, tokens: int) -> None:
     at = given["cache_seqlens"]
     at = at[:, None] + np.arange(tokens) if tokens else at
     query, k, v = jax.jit(functools.partial(rope_append_kv, **options))(**given)
+    packed = jax.jit(functools.partial(rope_append_qkvpacked, **options))
+    same = packed(**of_one_projection(given))
+    assert_close(same, (query, k, v), 1e-6)
     assert_close(query, turned(given["query"], at, **options), 1e-5)
     key = turned(given["k_new"], at, **options).astype(np.float32)
     want = append_kv(
@@ -191,11 +195,13 @@ def test_append(case: str, page: int | None, tokens: int) -> None:
 def test_append_quantises(kind: str, page: int | None) -> None:
     """The turned key, not a rounding of it, is divided by the scale and rounded."""
     given = problem(kind, 1, page)
-    given["query"], given["k_new"] = (
-        given[n].astype(jnp.bfloat16) for n in ("query", "k_new")
-    )
+    given |= {n: given[n].astype(jnp.bfloat16) for n in ("query", "k_new", "v_new")}
     scales = np.array([0.02, 0.05], np.float32)
-    query, k, v = rope_append_kv(**given, k_scale=scales, v_scale=np.float32(0.02))
+    options = {"k_scale": scales, "v_scale": np.float32(0.02)}
+    query, k, v = rope_append_kv(**given, **options)
+    same = rope_append_qkvpacked(**of_one_projection(given), **options)
+    for got, want in zip(same, (query, k, v), strict=True):
+        np.testing.assert_array_equal(got, want)
     assert (query.dtype, k.dtype, v.dtype) == (jnp.bfloat16, kind, kind)
     key = turned(given["k_new"], given["cache_seqlens"][:, None])
     wants = (
@@ -229,12 +235,17 @@ def test_decoding_equals_attention_to_all(page: int | None) -> None:
     want = mha(
         rope(query, at, theta=50.0), rope(key, at, theta=50.0), value, is_causal=True
     )
+    qkv = np.concatenate([x.reshape(2, 9, -1) for x in (query, key, value)], -1)
+    packed = cache
     for part in (slice(0, 5), slice(5, 8), 8):
         q, cache = cache.rope_append(
             query[:, part], key[:, part], value[:, part], theta=50.0
         )
         assert_close(cache.attend(q), want[:, part])
-    np.testing.assert_array_equal(cache.lengths, [9, 9])
+        q, packed = packed.rope_append_qkvpacked(qkv[:, part], theta=50.0)
+        assert_close(packed.attend(q), want[:, part])
+    for end in (cache, packed):
+        np.testing.assert_array_equal(end.lengths, [9, 9])
 
 
 # Not bfloat16: see append_kv_test.test_append_is_in_place_when_donated.
@@ -385,6 +396,37 @@ def test_errors_of_append(changes: Any, message: str) -> None:
     given["cache_seqlens"] = np.zeros(2, np.int32)
     with pytest.raises(ValueError, match=message):
         rope_append_kv(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": None}, "qkv must be an array, got None"),
+        ({"qkv": X}, r"qkv must be \[B,W\] or \[B,T,W\], got shape \(2, 3, 4, 8\)"),
+        ({"qkv": np.ones((2, 96), int)}, "qkv must be floating, got dtype int"),
+        ({"qkv": np.ones((2, 95), np.float32)}, r"K=4, H=8 and Hv=8, .*\(2, 95\)"),
+        ({"qkv": np.ones((2, 64), np.float32)}, r"width of N\*H .*\(2, 64\)"),
+        ({"qkv": np.ones((2, 80), np.float32)}, r"N a multiple of K.*\(2, 80\)"),
+        ({"qkv": np.ones((3, 96), np.float32)}, "qkv must have the batch B=2 .*got 3"),
+        ({"v_cache": X[:, :2]}, "v_cache must have the dtype and all but the width"),
+        ({"cache_seqlens": np.zeros(3, int)}, r"cache_seqlens .* B=2, .*\(3,\)"),
+        ({"page_table": np.zeros(2, int)}, "page_table must be int32"),
+        ({"k_scale": 1.0}, "k_scale is for caches of"),
+        ({"theta": -1.0}, "theta must be positive, got -1.0"),
+        ({"rotary_dim": 10}, "the width H=8, got 10"),
+        ({"interleaved": None}, "interleaved must be True or False"),
+    ],
+)
+def test_errors_of_qkvpacked(changes: Any, message: str) -> None:
+    given: dict[str, Any] = {
+        "qkv": np.ones((2, 96), np.float32),
+        "k_cache": X,
+        "v_cache": X,
+        "cache_seqlens": np.zeros(2, np.int32),
+    }
+    assert rope_append_qkvpacked(**given)[0].shape == (2, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        rope_append_qkvpacked(**{**given, **changes})
 
 
 def test_traced_statics() -> None:

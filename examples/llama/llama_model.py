@@ -253,9 +253,16 @@ class Sampling:
         )
 
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""From the index of a layer and its query [B, T, N, H], key and value [B, T, K, H],
-none of them turned yet, to [B, T, N, H]."""
+Attend = Callable[[int, jax.Array], jax.Array]
+"""From the index of a layer and its queries, keys and values, none of them turned yet,
+side by side as the projection writes them [B, T, (N + 2 K) H], to [B, T, N, H]."""
+
+
+def split_heads(qkv: jax.Array, config: Config) -> list[jax.Array]:
+    """Query [B, T, N, H], key and value [B, T, K, H]."""
+    sizes = (n * config.head_dim for n in (config.heads, config.kv_heads))
+    parts = jax_flash.split_qkv(qkv, *sizes)
+    return [x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts]
 
 
 def _dense(sizes: tuple[int, int], config: Config, rngs: nnx.Rngs) -> nnx.Linear:
@@ -325,9 +332,6 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
-        self.heads = config.heads
-        self.kv_heads = config.kv_heads
-        self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.heads, config.kv_heads))
         self.attention_norm = Norm(config)
         self.qkv = Projection((config.width, q_size + 2 * kv_size), config, rngs)
@@ -340,16 +344,11 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         residual: jax.Array | None,
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """The two parts of the stream, each [B, T, C], behind this layer."""
         x, residual = self.attention_norm(x, residual)
-        kv_size = self.kv_heads * self.head_dim
-        parts = jax_flash.split_qkv(self.qkv(x), self.heads * self.head_dim, kv_size)
-        query, key, value = (
-            part.reshape(*part.shape[:-1], -1, self.head_dim) for part in parts
-        )
-        attended = attend(query, key, value)
+        attended = attend(self.qkv(x))
         x = self.out(attended.reshape(*attended.shape[:-2], -1))
         x, residual = self.mlp_norm(x, residual)
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
@@ -383,9 +382,8 @@ class Llama(nnx.Module):
             jax_flash.rope, positions=positions, inv_freq=self.config.frequencies
         )
 
-        def attend(
-            _: int, query: jax.Array, key: jax.Array, value: jax.Array
-        ) -> jax.Array:
+        def attend(_: int, qkv: jax.Array) -> jax.Array:
+            query, key, value = split_heads(qkv, self.config)
             return jax_flash.mha(
                 turned(query),
                 turned(key),
@@ -445,9 +443,8 @@ def prefill(
     before = dataclasses.replace(caches, lengths=starts)
     layers = []
 
-    def attend(
-        index: int, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> jax.Array:
+    def attend(index: int, qkv: jax.Array) -> jax.Array:
+        query, key, value = split_heads(qkv, config)
         query, key = turned(query), turned(key)
         layers.append(before.layer(index).append(key, value))
         return jax_flash.mha(
@@ -501,11 +498,9 @@ def step(
     before = dataclasses.replace(caches, lengths=starts)
     layers = []
 
-    def attend(
-        index: int, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> jax.Array:
-        query, cache = before.layer(index).rope_append(
-            query, key, value, inv_freq=config.frequencies
+    def attend(index: int, qkv: jax.Array) -> jax.Array:
+        query, cache = before.layer(index).rope_append_qkvpacked(
+            qkv, inv_freq=config.frequencies
         )
         layers.append(cache)
         # The new tokens are the last ones of their sequence: padding goes before them.

@@ -128,9 +128,17 @@ def check_append(
             f"{new['v_new'].shape}"
         )
     batch = new["k_new"].shape[0]
+    return check_places("k_new", batch, k_cache, cache_seqlens, page_table)
+
+
+def check_places(
+    name: str, batch: int, k_cache: Any, cache_seqlens: Any, page_table: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Checks where the new tokens `name` of `batch` sequences go; both as int32."""
+    paged = page_table is not None
     if not paged and k_cache.shape[0] != batch:
         raise ValueError(
-            f"k_new must have the batch B={k_cache.shape[0]} of k_cache, got {batch}; "
+            f"{name} must have the batch B={k_cache.shape[0]} of k_cache, got {batch}; "
             "a cache of pages needs page_table"
         )
     check_integers("cache_seqlens", cache_seqlens, 1, "int32 [B]", batch)

@@ -11,8 +11,9 @@ import jax
 from jax.interpreters import mlir
 
 from jax_flash._src import inner, registry, rope_reference
-from jax_flash._src.rope_reference import RopeConfig
+from jax_flash._src.rope_reference import QKV, RopeConfig
 
+RESULTS = ("query", "k_cache", "v_cache")
 DTYPES = ("float32", "bfloat16", "float16")
 """Of queries, new keys and values, and caches: one for all of them."""
 MOST_ELEMENTS = 2**22
@@ -26,7 +27,13 @@ MOST_ROWS = 2**31 - 1
 def abstract(*operands: Any, config: RopeConfig, **_: Any) -> list[Any]:
     """Types of `[query, k_cache, v_cache]`: those of the operands."""
     named = dict(zip(config.present, operands, strict=True))
-    return [named[n].update(weak_type=False) for n in ("query", "k_cache", "v_cache")]
+    if config.packed:
+        qkv = named[QKV]
+        (shape, *_) = rope_reference.part_shapes(
+            qkv, named["k_cache"], named["v_cache"]
+        )
+        named["query"] = rope_reference.part_type(qkv, shape)
+    return [named[n].update(weak_type=False) for n in RESULTS]
 
 
 def _is_above(size: Any, limit: int) -> bool:
@@ -35,7 +42,11 @@ def _is_above(size: Any, limit: int) -> bool:
 
 
 def why_not(named: dict[str, Any]) -> str | None:
-    """Why the kernel cannot run a call of canonical operands, or None."""
+    """Why the kernel cannot run a call, or None.
+
+    Args:
+      named: canonical operands, with the turned query.
+    """
     extension = registry.extension()
     if extension.missing is not None:
         return extension.missing
@@ -55,20 +66,20 @@ def why_not(named: dict[str, Any]) -> str | None:
 
 def call_kernel(*operands: jax.Array, config: RopeConfig) -> list[jax.Array]:
     """`[query, k_cache, v_cache]` by one FFI call, which writes the caches in place."""
-    named = dict(zip(config.present, operands, strict=True))
-    results = [
-        jax.ShapeDtypeStruct(named[n].shape, named[n].dtype)
-        for n in ("query", "k_cache", "v_cache")
-    ]
+    types = abstract(*map(jax.typeof, operands), config=config)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
     call = jax.ffi.ffi_call(
         registry.ROPE_APPEND_TARGET,
         results,
         # XLA copies caches that somebody else still reads.
-        input_output_aliases={3: 1, 4: 2},
+        input_output_aliases={1: 1, 2: 2},
     )
-    return list(
-        call(*operands, interleaved=config.interleaved, has_page_table=config.paged)
-    )
+    attributes = {
+        "interleaved": config.interleaved,
+        "is_packed": config.packed,
+        "has_page_table": config.paged,
+    }
+    return list(call(*operands, **attributes))
 
 
 _in_jnp = mlir.lower_fun(rope_reference.rope_append, multiple_results=True)
@@ -78,6 +89,7 @@ _by_kernel = mlir.lower_fun(call_kernel, multiple_results=True)
 def _cuda(ctx: Any, *operands: Any, config: RopeConfig) -> Any:
     """The kernel where it can run the call, else the specification."""
     named = dict(zip(config.present, ctx.avals_in, strict=True))
+    named["query"] = ctx.avals_out[0]
     empty = any(0 in x.shape for x in ctx.avals_in)
     lower = _in_jnp if empty or why_not(named) is not None else _by_kernel
     return lower(ctx, *operands, config=config)

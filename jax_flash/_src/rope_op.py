@@ -20,12 +20,13 @@ from jax_flash._src import (
     rope_reference,
 )
 from jax_flash._src.inner import new_primitive
-from jax_flash._src.rope_reference import RopeConfig
+from jax_flash._src.rope_reference import QKV, RopeConfig
 
 READERS = {
     "query": ("cache_seqlens", "inv_freq"),
-    "k_cache": ("k_new", "cache_seqlens", "inv_freq", "page_table"),
-    "v_cache": ("v_new", "cache_seqlens", "page_table"),
+    QKV: ("cache_seqlens", "inv_freq"),
+    "k_cache": (QKV, "k_new", "cache_seqlens", "inv_freq", "page_table"),
+    "v_cache": (QKV, "v_new", "cache_seqlens", "page_table"),
 }
 """What else the result of each of these operands depends on."""
 
@@ -65,12 +66,15 @@ def rope_append(
     """`[query, k_cache, v_cache]` under every JAX transformation.
 
     Args:
-      operands: canonical operands; `page_table` may be missing.
+      operands: canonical operands, with qkv or its three parts; `page_table` may be
+        missing.
       interleaved: whether neighbours are pairs.
     """
-    config = RopeConfig(interleaved, "page_table" in operands)
+    config = RopeConfig(interleaved, "page_table" in operands, QKV in operands)
     o = dict(operands)
     for name, readers in READERS.items():
+        if name not in operands:
+            continue
         # Each result varies over the manual axes of what it is made of.
         made_of = [operands[n] for n in (name, *readers) if n in operands]
         o[name] = compat.vary_together(made_of)[0]

@@ -5,6 +5,7 @@ that has some places of each sequence, or some of the pages, writes the tokens t
 belong there: for it they are pages, and a table says which of them it has.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,11 +16,10 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_flash._src import compat, partitioning
-from jax_flash._src.rope_inner import rope_append_i
-from jax_flash._src.rope_reference import RopeConfig
+from jax_flash._src import compat, partitioning, rope_reference
+from jax_flash._src.rope_inner import RESULTS, rope_append_i
+from jax_flash._src.rope_reference import QKV, RopeConfig
 
-RESULTS = ("query", "k_cache", "v_cache")
 CACHES = ("k_cache", "v_cache")
 Axes = tuple[str, ...]
 
@@ -29,9 +29,11 @@ def _dimensions(config: RopeConfig, outer: int) -> dict[str, tuple[str, ...]]:
 
     Heads of queries and of keys have nothing to do with each other here. Any sequence
     may write to any page: new tokens of a call with pages are whole on every device.
+    Side by side in one array they are whole as far as heads go.
     """
     b, lead = ("c", ("p", "g")) if config.paged else ("b", ("b", "p"))
     dimensions = {
+        QKV: (b, "t", "w"),
         "query": (b, "t", "n", "h"),
         "k_new": (b, "t", "k", "h"),
         "v_new": (b, "t", "k", "hv"),
@@ -60,7 +62,7 @@ APART = ({"n", "k"}, {"n", "p"})
 def _sharding_rule(config: RopeConfig, mesh: Any, operands: Any, results: Any):
     """The einsum-like rule, with the factors that Shardy must leave whole."""
     del mesh
-    outer = len(operands[0].shape) - 4
+    outer = len(results[0].shape) - 4
     dimensions = _dimensions(config, outer)
     fresh = iter(f"u{i}" for i in range(10**6))
     order: list[str] = []
@@ -84,7 +86,7 @@ def _sharding_rule(config: RopeConfig, mesh: Any, operands: Any, results: Any):
 def _partition(config: RopeConfig, mesh: Any, operands: Any, results: Any):
     """What each device computes, and the shardings under which it does."""
     mesh = partitioning.refined_mesh(mesh, operands)
-    outer = len(operands[0].shape) - 4
+    outer = len(results[0].shape) - 4
     dimensions = _dimensions(config, outer)
     arrays = list(zip((*config.present, *RESULTS), (*operands, *results), strict=True))
     proposals = [
@@ -127,27 +129,48 @@ def _partition(config: RopeConfig, mesh: Any, operands: Any, results: Any):
         ]
         return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
 
-    parts = math.prod(mesh.shape[axis] for axis in chosen["p"])
+    parts = {
+        dim: math.prod(mesh.shape[axis] for axis in axes)
+        for dim, axes in chosen.items()
+    }
 
     def run(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        named, own = dict(zip(config.present, xs, strict=True)), config
         with compat.without_mesh():
-            if parts == 1:
-                return tuple(rope_append_i.bind(*xs, config=config))
-            part = lax.axis_index(chosen["p"])
-            return _run_part(config, part, parts, *xs)
+            if config.packed and parts["k"] > 1:
+                named = _own_heads(named, lax.axis_index(chosen["k"]), parts["k"])
+                own = dataclasses.replace(own, packed=False)
+            if parts["p"] > 1:
+                named = _own_places(named, lax.axis_index(chosen["p"]), parts["p"])
+                own = dataclasses.replace(own, paged=True)
+            operands = (named[name] for name in own.present)
+            return tuple(rope_append_i.bind(*operands, config=own))
 
     shardings = [local(name, x) for name, x in arrays]
     count = len(config.present)
     return mesh, run, tuple(shardings[count:]), tuple(shardings[:count])
 
 
-def _run_part(
-    config: RopeConfig, part: jax.Array, parts: int, *operands: jax.Array
-) -> tuple[jax.Array, ...]:
-    """The call on a device that has the `part`-th of `parts` of the caches."""
-    named = dict(zip(config.present, operands, strict=True))
+def _own_heads(
+    named: dict[str, jax.Array], part: jax.Array, parts: int
+) -> dict[str, jax.Array]:
+    """Operands with parts of qkv, for the `part`-th of `parts` of the cached heads."""
+    own = named["k_cache"].shape[-2]
+    whole = (
+        jax.ShapeDtypeStruct((own * parts, named[n].shape[-1]), named[n].dtype)
+        for n in CACHES
+    )
+    query, *new = rope_reference.split(named[QKV], *whole)
+    key, value = (lax.dynamic_slice_in_dim(x, part * own, own, -2) for x in new)
+    return named | {"query": query, "k_new": key, "v_new": value}
+
+
+def _own_places(
+    named: dict[str, jax.Array], part: jax.Array, parts: int
+) -> dict[str, jax.Array]:
+    """Operands with a page table, for the `part`-th of `parts` of the places."""
     *batch, own = named["k_cache"].shape[:-3]
-    if config.paged:
+    if "page_table" in named:
         # What becomes negative, or no smaller than `own`, is on another device.
         table = named["page_table"] - part * own
     else:
@@ -155,9 +178,7 @@ def _run_part(
         is_own = jnp.arange(parts, dtype=jnp.int32)[None] == part
         table = jnp.where(is_own, sequence, jnp.int32(-1))
         table = jnp.broadcast_to(table, (*batch, own, parts))
-    paged = RopeConfig(config.interleaved, True)
-    operands = tuple(({**named, "page_table": table})[name] for name in paged.present)
-    return tuple(rope_append_i.bind(*operands, config=paged))
+    return named | {"page_table": table}
 
 
 @functools.cache

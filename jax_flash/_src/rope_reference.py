@@ -1,24 +1,30 @@
 """The specification of rotary embedding in jnp, alone and with writing to caches.
 
-Lives here: `turned`, what `rope` computes, and `rope_append` of canonical operands.
+Lives here: `turned`, what `rope` computes, `split` of a projection's result into its
+parts, and `rope_append` of canonical operands.
 """
 
 import dataclasses
 import functools
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jax_flash._src import compat, decode_reference, norm_op
 
+QKV = "qkv"
 OPERANDS: tuple[str, ...] = (
+    QKV,  # [*V, B, T, N H + K H + K Hv], in place of query, k_new and v_new
     "query",  # [*V, B, T, N, H]
-    "k_new",  # [*V, B, T, K, H]
-    "v_new",  # [*V, B, T, K, Hv]
     "k_cache",  # [*V, B, S, K, H], or [*V, pages, page, K, H] with a page table
     "v_cache",  # [*V, B, S, K, Hv], or [*V, pages, page, K, Hv]
     "cache_seqlens",  # [*V, B] int32, before the new tokens
     "inv_freq",  # [*V, B, R / 2] float32, or 1 for each of *V and B
+    "k_new",  # [*V, B, T, K, H]
+    "v_new",  # [*V, B, T, K, Hv]
     "page_table",  # [*V, B, max_pages] int32
 )
 """Every operand in the order in which the primitive and the kernel take them.
@@ -35,15 +41,20 @@ class RopeConfig:
     Attributes:
       interleaved: whether neighbours are pairs, else elements of two halves.
       paged: whether there is a page table.
+      packed: whether query, new keys and new values are one array.
     """
 
     interleaved: bool
     paged: bool
+    packed: bool = False
 
     @property
     def present(self) -> tuple[str, ...]:
         """The operands there are, in the order of `OPERANDS`."""
-        return OPERANDS if self.paged else OPERANDS[:-1]
+        absent = {"query", "k_new", "v_new"} if self.packed else {QKV}
+        if not self.paged:
+            absent.add("page_table")
+        return tuple(name for name in OPERANDS if name not in absent)
 
 
 def turned(
@@ -87,6 +98,39 @@ def positions(lengths: jax.Array, tokens: int) -> jax.Array:
     return lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
 
 
+def part_shapes(qkv: Any, k_cache: Any, v_cache: Any) -> list[tuple[int, ...]]:
+    """Shapes of query, new keys and new values in qkv, from those of the caches."""
+    (kv_heads, width), value_width = k_cache.shape[-2:], v_cache.shape[-1]
+    of_keys = kv_heads * (width + value_width)
+    heads = ((qkv.shape[-1] - of_keys) // width, kv_heads, kv_heads)
+    widths = (width, width, value_width)
+    lead = tuple(qkv.shape[:-1])
+    return [(*lead, n, h) for n, h in zip(heads, widths, strict=True)]
+
+
+def split(qkv: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> list[jax.Array]:
+    """Query, new keys and new values of qkv, for these caches.
+
+    Along explicit mesh axes they are sharded as qkv is, but for its width.
+    """
+    shapes = part_shapes(qkv, k_cache, v_cache)
+
+    def parts(qkv: jax.Array) -> list[jax.Array]:
+        ends = list(itertools.accumulate(n * h for *_, n, h in shapes[:2]))
+        flat = jnp.split(qkv, ends, axis=-1)
+        return [x.reshape(shape) for x, shape in zip(flat, shapes, strict=True)]
+
+    types = [part_type(jax.typeof(qkv), shape) for shape in shapes]
+    return compat.on_auto_axes(parts, types)(qkv)
+
+
+def part_type(qkv: Any, shape: tuple[int, ...]) -> Any:
+    """The type of a part [*B, N, H] of qkv."""
+    spec = PartitionSpec(*qkv.sharding.spec[:-1], None, None)
+    sharding = qkv.sharding.update(spec=spec)
+    return qkv.update(shape=shape, weak_type=False, sharding=sharding)
+
+
 def rope_append(*operands: jax.Array, config: RopeConfig) -> list[jax.Array]:
     """`[query, k_cache, v_cache]` of canonical operands.
 
@@ -95,13 +139,16 @@ def rope_append(*operands: jax.Array, config: RopeConfig) -> list[jax.Array]:
       config: the call.
     """
     o = dict(zip(config.present, operands, strict=True))
-    if o["query"].ndim > 4:
+    if o["k_cache"].ndim > 4:
         shared = o["inv_freq"].shape[0] == 1
         if shared:
             o["inv_freq"] = o["inv_freq"][0]
         axes = [None if shared and n == "inv_freq" else 0 for n in o]
         fun = functools.partial(rope_append, config=config)
         return jax.vmap(fun, axes)(*o.values())
+    if config.packed:
+        caches = o["k_cache"], o["v_cache"]
+        o["query"], o["k_new"], o["v_new"] = split(o[QKV], *caches)
     lengths, table = o["cache_seqlens"], o.get("page_table")
     at = positions(lengths, o["query"].shape[1])
     inv_freq = o["inv_freq"][:, None, None]

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_helpers import rope_append_in_jnp
+from decode_helpers import of_one_projection, rope_append_in_jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash import KVCache, rope, rope_append_kv
+from jax_flash import KVCache, rope, rope_append_kv, rope_append_qkvpacked
 from jax_flash._src import registry
 
 TARGET = registry.ROPE_APPEND_TARGET
@@ -104,7 +104,12 @@ def test_rope_append(
     step = jax.jit(functools.partial(rope_append_kv, **options))
     assert f'"{TARGET}"' in str(step.lower(**given).compile().as_text())
     want = jax.jit(functools.partial(rope_append_in_jnp, **options))(**given)
-    check(step(**given), want, given)
+    got = step(**given)
+    check(got, want, given)
+    packed = jax.jit(functools.partial(rope_append_qkvpacked, **options))
+    arrays = of_one_projection(given)
+    assert "is_packed = true" in packed.lower(**arrays).as_text()
+    jax.tree.map(np.testing.assert_array_equal, packed(**arrays), got)
 
 
 def test_past_the_largest_int32() -> None:
@@ -145,21 +150,24 @@ def test_many_tokens() -> None:
     check(jax.jit(rope_append_kv)(**given), jax.jit(rope_append_in_jnp)(**given), given)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("page", [None, PAGE])
 @pytest.mark.parametrize("tokens", [None, 5])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_in_place_when_donated(
-    dtype: str, tokens: int | None, page: int | None
+    dtype: str, tokens: int | None, page: int | None, packed: bool
 ) -> None:
     """One call and nothing else, on the memory of the caches."""
     given = problem(dtype, 7, tokens, (32, 8), (128, 128), page)
     want = jax.jit(rope_append_in_jnp)(**given)
     kept = {n: np.array(x) for n, x in given.items()}
-    step = jax.jit(rope_append_kv, donate_argnames=CACHES)
-    compiled = step.lower(**given).compile()
+    function, given = rope_append_kv, dict(given)
+    if packed:
+        function, given = rope_append_qkvpacked, of_one_projection(given)
+    compiled = jax.jit(function, donate_argnames=CACHES).lower(**given).compile()
     text = str(compiled.as_text())
     assert text.count(f'custom_call_target="{TARGET}"') == 1
-    assert not re.search(r" (copy|copy-start|scatter|fusion|transpose)\(", text)
+    assert not re.search(r" (copy|copy-start|scatter|fusion|transpose|slice)\(", text)
     addresses = [given[n].unsafe_buffer_pointer() for n in CACHES]
     got = compiled(**given)
     assert [x.unsafe_buffer_pointer() for x in got[1:]] == addresses
