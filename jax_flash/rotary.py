@@ -237,9 +237,11 @@ def rope_append_qkvpacked(
     )
     unscaled = k_scale is None and v_scale is None
     if not (unscaled and rope_op.serves(given, (k_cache, v_cache))):
-        parts = rope_reference.split(jnp.asarray(qkv), k_cache, v_cache)
+        query, k_new, v_new = rope_reference.split(jnp.asarray(qkv), k_cache, v_cache)
         return rope_append_kv(
-            *parts,
+            query,
+            k_new,
+            v_new,
             k_cache,
             v_cache,
             lengths,

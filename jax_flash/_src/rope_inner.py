@@ -29,9 +29,8 @@ def abstract(*operands: Any, config: RopeConfig, **_: Any) -> list[Any]:
     named = dict(zip(config.present, operands, strict=True))
     if config.packed:
         qkv = named[QKV]
-        (shape, *_) = rope_reference.part_shapes(
-            qkv, named["k_cache"], named["v_cache"]
-        )
+        caches = named["k_cache"], named["v_cache"]
+        shape = rope_reference.part_shapes(qkv, *caches)[0]
         named["query"] = rope_reference.part_type(qkv, shape)
     return [named[n].update(weak_type=False) for n in RESULTS]
 

@@ -108,7 +108,7 @@ def part_shapes(qkv: Any, k_cache: Any, v_cache: Any) -> list[tuple[int, ...]]:
     return [(*lead, n, h) for n, h in zip(heads, widths, strict=True)]
 
 
-def split(qkv: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> list[jax.Array]:
+def split(qkv: jax.Array, k_cache: Any, v_cache: Any) -> list[jax.Array]:
     """Query, new keys and new values of qkv, for these caches.
 
     Along explicit mesh axes they are sharded as qkv is, but for its width.
