@@ -197,9 +197,9 @@ def packed_rope_append(
 ) -> Any:
     """`our_rope_append` of what one projection made, without parts."""
     del query, key, value
-    caches, lengths, table = rest
+    (k_cache, v_cache), lengths, table = rest
     query, *appended = jax_flash.rope_append_qkvpacked(
-        qkv, *caches, lengths, page_table=table
+        qkv, k_cache, v_cache, lengths, page_table=table
     )
     return tuple(appended), query
 
