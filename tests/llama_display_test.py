@@ -34,8 +34,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     )
 
 
-def stream() -> Callable[[int], str]:
-    return lambda token: WORDS[token]
+def stream() -> Callable[[int | None], str]:
+    return lambda token: "" if token is None else WORDS[token]
 
 
 def serve(engine: Engine, display: Lines | Live, titles: dict[Request, str]) -> Meter:
@@ -88,12 +88,28 @@ def test_long_lines_end_at_spaces(
 ) -> None:
     words = "a longer word " * 30
     request = engine.submit([1], 6)
-    lines = Lines(Texts(lambda: lambda token: words[70 * token :][:70]), every=1e9)
+
+    def step(token: int | None) -> str:
+        return "" if token is None else words[70 * token :][:70]
+
+    lines = Lines(Texts(lambda: step), every=1e9)
     while engine.running or engine.waiting:
         lines.update(engine, [request], engine.step(), Meter())
     shown = [x[4:] for x in capsys.readouterr().out.splitlines() if x[4] != "="]
     assert " ".join(shown) == words[: 6 * 70]
     assert 5 <= len(shown) <= 7
+
+
+def test_the_last_line_has_what_was_left_of_a_character(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = engine.submit([1], 2)
+    texts = Texts(lambda: lambda token: "�" if token is None else str(token))
+    lines = Lines(texts, every=1e9)
+    while engine.running or engine.waiting:
+        lines.update(engine, [request], engine.step(), Meter())
+    assert capsys.readouterr().out.splitlines()[0] == "[0] 01�"
+    assert texts.of(request) == "01�"
 
 
 def screen(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import llama_helpers
+import numpy as np
 import pytest
 from llama_helpers import CHAT_TEMPLATE, tokenizer_metadata
 from llama_tokenizer import from_metadata, load_tokenizer
@@ -52,6 +53,24 @@ def test_round_trip_and_stream(text: str) -> None:
     parts = [stream(token) for token in tokens]
     assert "".join(parts) == text
     assert "�" not in "".join(parts)
+    assert stream(None) == ""
+
+
+def test_stream_of_incomplete_characters() -> None:
+    """They are held back, as the next token may complete them, and not lost."""
+    tokenizer = from_metadata(tokenizer_metadata())
+    for text in ("日", "hé 🚲"):
+        tokens = tokenizer.encode(text)[:-1]
+        stream = tokenizer.stream()
+        parts = [stream(token) for token in tokens]
+        assert "".join(parts) == text[:-1]
+        assert stream(None) == "�"
+        assert stream(None) == ""
+    size = len(tokenizer_metadata()["tokenizer.ggml.tokens"])
+    for tokens in np.random.default_rng(0).integers(size, size=(100, 9)):
+        stream = tokenizer.stream()
+        parts = [stream(token) for token in (*tokens, None)]
+        assert "".join(parts) == tokenizer.decode(tokens)
 
 
 def test_chat() -> None:

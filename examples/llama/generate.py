@@ -200,7 +200,7 @@ def main() -> int:
         if token in tokenizer.ends:
             break
         print(text(token), end="", flush=True)
-    print()
+    print(text(None))
     # The first steps compile.
     steady = times[2:] if len(times) > 3 else times
     seconds = steady[-1] - steady[0]

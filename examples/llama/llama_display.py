@@ -44,10 +44,13 @@ def cut(text: str, columns: int, *, left: bool = False) -> str:
 class Texts:
     """The answers as text."""
 
-    def __init__(self, stream: Callable[[], Callable[[int], str]]) -> None:
-        """`stream` begins a text: from each of its tokens to the text it completes."""
+    def __init__(self, stream: Callable[[], Callable[[int | None], str]]) -> None:
+        """`stream` begins a text: from each of its tokens to the text it completes.
+
+        None, behind the last token, gives what is left of it.
+        """
         self._stream = stream
-        self._open: dict[Request, tuple[Callable[[int], str], int]] = {}
+        self._open: dict[Request, tuple[Callable[[int | None], str], int]] = {}
         self._text: dict[Request, str] = {}
 
     def of(self, request: Request) -> str:
@@ -58,6 +61,8 @@ class Texts:
         """What has come since the last call."""
         step, seen = self._open.get(request) or (self._stream(), 0)
         new = "".join(step(token) for token in request.answer[seen:])
+        if request.state == DONE:
+            new += step(None)
         self._open[request] = step, len(request.answer)
         self._text[request] = self.of(request) + new
         return new

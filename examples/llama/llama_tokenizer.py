@@ -88,10 +88,27 @@ class Tokenizer:
         ids = [int(token) for token in tokens]
         return self._tokenizer.decode(ids, skip_special_tokens=not control)
 
-    def stream(self) -> Callable[[int], str]:
-        """A function from each token of a text in turn to the text it completes."""
+    def stream(self) -> Callable[[int | None], str]:
+        """A function from each token of a text in turn to the text it completes.
+
+        None ends the text: what is left of it are incomplete characters, each of which
+        becomes U+FFFD as in `decode`.
+        """
         decoder = decoders.DecodeStream(skip_special_tokens=True)
-        return lambda token: decoder.step(self._tokenizer, int(token)) or ""
+        tokens: list[int] = []
+        length = 0
+
+        def step(token: int | None) -> str:
+            nonlocal length
+            if token is None:
+                text = self.decode(tokens)[length:]
+            else:
+                tokens.append(int(token))
+                text = decoder.step(self._tokenizer, tokens[-1]) or ""
+            length += len(text)
+            return text
+
+        return step
 
     def chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """Tokens of a conversation, up to where the model answers: int32 [tokens].
