@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import os
 import pathlib
 import re
 import sys
@@ -28,6 +29,7 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.backend_bases import FigureCanvasBase
 from tqdm import tqdm
 
 import jax_flash
@@ -328,7 +330,7 @@ def explain_attention(config: Config) -> str:
 def draw(
     path: pathlib.Path, losses: list[float], held_out: dict[int, float], title: str
 ) -> None:
-    """Writes the loss curve as a PNG."""
+    """Writes the loss curve in the format of the suffix, as a PNG without one."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -338,8 +340,24 @@ def draw(
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
     plt.close(figure)
+
+
+def why_no_chart(path: pathlib.Path) -> str | None:
+    """Why `draw` cannot write there, None if it can; what is there is kept."""
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        return f"{path.suffix} is none of .{', .'.join(sorted(formats))}"
+    fresh = not os.path.lexists(path)
+    try:
+        with path.open("ab"):
+            pass
+        if fresh:
+            path.unlink()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -354,6 +372,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.vocabulary < 256 or arguments.generate < 1:
         parser.error("needs --steps >= 1, --vocabulary >= 256, --generate >= 1")
+    # A longer training would end without its chart.
+    reason = why_no_chart(arguments.out)
+    if reason is not None:
+        parser.error(f"--out {arguments.out} cannot be written: {reason}")
     return arguments
 
 

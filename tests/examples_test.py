@@ -59,6 +59,15 @@ def test_train_lm_rejects_nonsense() -> None:
     assert "--steps >= 1" in out
 
 
+def test_train_lm_checks_the_chart_before_it_trains(tmp_path: pathlib.Path) -> None:
+    absent = tmp_path / "absent" / "loss.png"
+    for path in (absent, tmp_path, tmp_path / "loss.nothing"):
+        out = run_python("examples/train_lm.py", "--out", str(path), status=2)
+        assert f"--out {path} cannot be written: " in out
+        assert "attention runs by" not in out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
 def test_generate(temperature: str) -> None:
     options = ["--steps", "8", "--generate", "24", "--vocabulary", "300"]
