@@ -197,6 +197,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--arms must be two implementations, got {arguments.arms}")
     if arguments.turn < 1 or arguments.steps < 2 * arguments.turn:
         parser.error("needs --turn >= 1 and --steps of two turns or more")
+    example().check_seed(parser, arguments.seed)
     return arguments
 
 

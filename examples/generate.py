@@ -173,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("needs --steps >= 1, --generate >= 1, --vocabulary >= 256")
     if not 0 <= arguments.temperature < float("inf"):
         parser.error(f"needs --temperature >= 0, got {arguments.temperature}")
+    train_lm.check_seed(parser, arguments.seed)
     return arguments
 
 

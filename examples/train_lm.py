@@ -360,6 +360,12 @@ def why_no_chart(path: pathlib.Path) -> str | None:
     return None
 
 
+def check_seed(parser: argparse.ArgumentParser, seed: int) -> None:
+    """Ends the program unless a seed is one: JAX has no more than 32 bits of it."""
+    if not 0 <= seed < 1 << 32:
+        parser.error(f"needs --seed from 0 to {(1 << 32) - 1}, got {seed}")
+
+
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Trains a small language model.")
@@ -372,6 +378,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.vocabulary < 256 or arguments.generate < 1:
         parser.error("needs --steps >= 1, --vocabulary >= 256, --generate >= 1")
+    check_seed(parser, arguments.seed)
     # A longer training would end without its chart.
     reason = why_no_chart(arguments.out)
     if reason is not None:

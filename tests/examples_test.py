@@ -83,6 +83,17 @@ def test_generate_rejects_nonsense() -> None:
     assert "--temperature >= 0" in out
 
 
+@pytest.mark.parametrize(
+    "program",
+    ["examples/generate.py", "examples/train_lm.py", "-mbenchmarks.train_step"],
+)
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_seeds_beyond_32_bits(program: str, seed: int) -> None:
+    """JAX fails with more than 64, and drops what is beyond 32."""
+    out = run_python(program, "--seed", str(seed), status=2)
+    assert f"needs --seed from 0 to 4294967295, got {seed}" in out
+
+
 def test_tests_of_llama_are_skipped_without_its_packages() -> None:
     program = (
         "import pytest, sys; sys.modules['gguf'] = None; "

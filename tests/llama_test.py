@@ -253,6 +253,8 @@ def test_kernels_on_a_gpu(kernels: None, kind: str, first: bool) -> None:
         (["--top-k", "0"], "--top-k from 1 to 2147483647, got 0"),
         (["--top-p", "1.5"], "--top-p from 0.0 to 1.0, got 1.5"),
         (["--min-p", "nan"], "--min-p from 0.0 to 1.0, got nan"),
+        (["--seed", "-1"], "--seed from 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], "--seed from 0 to 4294967295, got 4294967296"),
         (["--raw", "--system", "x"], "--system needs the chat template"),
     ],
 )

@@ -54,6 +54,7 @@ def test_eight_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--top-p", "90"], "needs --top-p from 0.0 to 1.0, got 90.0"),
         (["--top-k", "2147483648"], "needs --top-k from 1 to 2147483647, got"),
         (["--min-p", "nan"], "needs --min-p from 0.0 to 1.0, got nan"),
+        (["--seed", str(1 << 64)], "needs --seed from 0 to 4294967295, got 1844674"),
         (["--check", "--temperature", "1"], "it needs --temperature 0"),
         (["--file", "EMPTY"], "no prompts in"),
         (["--file", "EMPTY", "Hi"], "give prompts or --file, not both"),

@@ -114,9 +114,12 @@ def written(
 def check_sampling(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> None:
-    """Ends the program if an option of `Sampling` is out of its limits."""
+    """Ends the program if an option of `Sampling` or the seed is out of its limits."""
     for name, limits in beyond_limits(arguments):
         parser.error(f"needs --{name.replace('_', '-')} {limits}")
+    # JAX would take more for the same as their last 32 bits.
+    if not 0 <= arguments.seed < 1 << 32:
+        parser.error(f"needs --seed from 0 to {(1 << 32) - 1}, got {arguments.seed}")
 
 
 def parse_arguments() -> argparse.Namespace:
