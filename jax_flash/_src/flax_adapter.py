@@ -8,10 +8,12 @@ here, so that the two cannot drift apart.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash._src import validate
 from jax_flash.attention import mha
@@ -156,7 +158,7 @@ def attend(
         key,
         value,
         bias=bias,
-        mask=None if mask is None else mask.astype(bool),
+        mask=None if mask is None else _mask(mask),
         scale=options.scale,
         is_causal=is_causal or (wants_causal and not with_cache),
         causal_alignment=options.causal_alignment,
@@ -166,6 +168,37 @@ def attend(
         precision=mha_precision(precision),
         implementation=options.implementation,
     )
+
+
+def _mask(mask: Any) -> jax.Array:
+    """A mask of Flax, whose helpers return float arrays, as bool."""
+    dtype = validate.shape_of("mask", mask).dtype
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise ValueError(
+            f"mask must be bool or numbers (nonzero = attend), got dtype {dtype}"
+        )
+    return mask.astype(bool)
+
+
+def _positions(positions: Any) -> jax.Array:
+    """Rotary positions as an array of integers."""
+    got = f"{type(positions).__name__}: {reprlib.repr(positions)}"
+    try:
+        array = jnp.asarray(positions)
+    except OverflowError as error:
+        raise ValueError(f"positions must fit int32, got {got}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"positions must be integers, got {got}") from error
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, got dtype {array.dtype}")
+    if isinstance(positions, np.ndarray | np.generic) and positions.size:
+        # JAX would keep the last bits of others.
+        limits = jnp.iinfo(array.dtype)
+        for extreme in (positions.min(), positions.max()):
+            if not limits.min <= int(extreme) <= limits.max:
+                raise ValueError(f"positions must fit {array.dtype}, got {extreme}")
+    return array
 
 
 def apply_rotary(
@@ -185,10 +218,15 @@ def apply_rotary(
       Array of the shape and dtype of `x`; the rotation is done in float32.
 
     Raises:
-      ValueError: H is odd, theta is not positive, or `positions` are not integers or
-        do not broadcast to [*B, T].
+      ValueError: `x` is no such array, H is odd, theta is not positive, or `positions`
+        are not integers or do not broadcast to [*B, T].
     """
-    *batch_and_length, _, width = x.shape
+    shape = validate.shape_of("x", x)
+    if len(shape.shape) < 3 or not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise ValueError(
+            f"x must be floating [*B,T,N,H], got shape {shape.shape} of {shape.dtype}"
+        )
+    *batch_and_length, _, width = shape.shape
     if width % 2:
         raise ValueError(f"apply_rotary needs an even head width, got {width}")
     theta = validate.number("theta", theta)
@@ -196,9 +234,7 @@ def apply_rotary(
         raise ValueError(f"theta must be positive, got {theta}")
     if positions is None:
         positions = jnp.arange(batch_and_length[-1])
-    positions = jnp.asarray(positions)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(f"positions must be integers, got dtype {positions.dtype}")
+    positions = _positions(positions)
     try:
         positions = jnp.broadcast_to(positions, batch_and_length)
     except ValueError as error:
@@ -251,8 +287,11 @@ def attend_grouped(
       [*B, T, N, H] in the dtype of `query`.
 
     Raises:
-      ValueError: `positions` without `rope_theta`, or shapes that do not fit.
+      ValueError: `positions` without `rope_theta` or that are no integers, or shapes
+        that do not fit.
     """
+    if positions is not None:
+        positions = _positions(positions)
     if rope_theta is not None:
         query = apply_rotary(query, positions, theta=rope_theta)
         key = apply_rotary(key, positions, theta=rope_theta)
