@@ -44,7 +44,8 @@ def sample(
 
     Args:
       logits: [*B, V], float32, bfloat16 or float16; V at most 2^20. NaN and -inf are
-        never drawn. Rows are numbered in the order of the batch.
+        never drawn. Rows are numbered in the order of the batch. Sizes may be symbolic
+        (`jax.export`), V with the constraint that it is at most 2^20.
       key: a typed key (`jax.random.key`) or uint32 [2] (`jax.random.PRNGKey`) of the
         generator threefry2x32.
       temperature: number, or array broadcastable to [*B]; 0 takes the largest logit.
@@ -88,7 +89,8 @@ def top_k(logits: Any, k: int) -> tuple[jax.Array, jax.Array]:
 
     Args:
       logits: [*B, V], float32, bfloat16 or float16; V at most 2^20.
-      k: int from 0 to V, static.
+      k: int from 0 to V, static. Symbolic sizes are as for `sample`, V with the
+        constraint that it is at least k, too.
 
     Returns:
       values [*B, k] in the dtype of logits, largest first, and indices int32 [*B, k].
@@ -102,7 +104,12 @@ def top_k(logits: Any, k: int) -> tuple[jax.Array, jax.Array]:
     logits = _check_logits(logits)
     k = validate.static_int("k", k)
     size = logits.shape[-1]
-    if not 0 <= k <= size:
+    if not (k >= 0 and compat.at_most(k, size)):
+        if k >= 0 and not isinstance(size, int) and not compat.at_most(size, k - 1):
+            raise NotImplementedError(
+                f"k={k} of logits of shape {logits.shape} is not supported: the "
+                f"symbolic V needs the constraint {f'{size} >= {k}'!r}"
+            )
         raise ValueError(f"k must be from 0 to V={size}, got {k}")
     return sample_op.top_k(logits, k)
 
@@ -116,10 +123,12 @@ def _check_logits(logits: Any) -> jax.Array:
         raise ValueError(f"logits must be floating, got dtype {logits.dtype}")
     if str(logits.dtype) not in FLOATING:
         raise NotImplementedError(f"logits of dtype {logits.dtype} is not supported")
-    if logits.shape[-1] > sample_reference.MAX_VOCABULARY:
+    size, most = logits.shape[-1], sample_reference.MAX_VOCABULARY
+    if not compat.at_most(size, most):
+        symbolic = f"; symbolic, it needs the constraint {f'{size} <= {most}'!r}"
         raise NotImplementedError(
-            f"logits of shape {logits.shape}: a vocabulary V of more than "
-            f"{sample_reference.MAX_VOCABULARY} is not supported"
+            f"logits of shape {logits.shape}: a vocabulary V of more than {most} is "
+            f"not supported{'' if isinstance(size, int) else symbolic}"
         )
     return logits
 
