@@ -17,7 +17,9 @@ an option that its kernel lacks runs in jnp, or raises `NotImplementedError` wit
 `implementation="cuda"`. jnp runs everything, on every platform.
 
 It holds for bfloat16, float16 and, up to width 128, for float32, whose wider calls run
-in jnp.
+in jnp. The kernels take all values of an option but `precision` "highest" and "tf32" of
+bfloat16 and float16, which run in jnp. cuDNN takes some: "bf16" and "f16", to which
+float32 is rounded, and "bottom_right" where there are as many keys as queries.
 
 | argument | sm90 kernels | sm80 kernels | cuDNN | decode kernels | jnp |
 |---|---|---|---|---|---|

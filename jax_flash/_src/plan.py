@@ -139,11 +139,14 @@ class Support:
 FAMILIES = ("sm90", "sm80")
 
 OPTIONS = {
+    "scale": Support(FAMILIES, cudnn=True, decode=True),
     "is_causal": Support(FAMILIES, cudnn=True),
+    "causal_alignment": Support(FAMILIES, cudnn=True),
     "window_size": Support(FAMILIES, cudnn=True, decode=True),
     "query_seq_lengths": Support(FAMILIES),
     "key_value_seq_lengths": Support(FAMILIES),
     "return_lse": Support(FAMILIES, decode=True),
+    "precision": Support(FAMILIES, cudnn=True),
     "deterministic": Support(FAMILIES),
     "softcap": Support(FAMILIES, decode=True, intervals=True),
     "sinks": Support(FAMILIES, decode=True),
