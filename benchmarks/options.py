@@ -44,7 +44,7 @@ TOLERANCE = 2e-2
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A self-attention [1, length, heads, width], causal everywhere.
+    """A self-attention [1, length, heads, width], causal but for rows that say so.
 
     Attributes:
       length: of the sequence, in which the documents are packed.
@@ -127,8 +127,11 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     bias = jax.random.normal(jax.random.key(1), square, jnp.bfloat16)
 
     def mha(query: Any, key: Any, value: Any, **options: Any) -> jax.Array:
-        options |= {"is_causal": True, "implementation": implementation}
+        options = {"is_causal": True, "implementation": implementation} | options
         return jax_flash.mha(query, key, value, **options)
+
+    def dense_of_all(query: Any, key: Any, value: Any) -> jax.Array:
+        return mha(query, key, value, is_causal=False)
 
     def segments(query: Any, key: Any, value: Any, ids: Any) -> jax.Array:
         return mha(query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
@@ -150,6 +153,9 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
     def biased(query: Any, key: Any, value: Any, bias: Any) -> jax.Array:
         return mha(query, key, value, bias=bias)
 
+    def biased_of_all(query: Any, key: Any, value: Any, bias: Any) -> jax.Array:
+        return mha(query, key, value, bias=bias, is_causal=False)
+
     def masked(query: Any, key: Any, value: Any, mask: Any) -> jax.Array:
         return mha(query, key, value, mask=mask)
 
@@ -166,6 +172,8 @@ def rows(problem: Problem, implementation: str) -> dict[str, Row]:
         "alibi": Row(alibi, (slopes,), dense),
         "dropout": Row(dropout, (jnp.asarray([1, 2], jnp.uint32),), dense),
         "bias, one for all heads": Row(biased, (bias,), dense),
+        "dense, not causal": Row(dense_of_all, (), float(problem.length**2)),
+        "bias, not causal": Row(biased_of_all, (bias,), float(problem.length**2)),
         "mask, one for all heads": Row(masked, (bias < 1,), dense),
         "mask of the documents": Row(
             masked, ((ids[:, :, None] == ids[:, None])[:, None],), packed
