@@ -4,12 +4,10 @@ Lives here: the sharding rule given to Shardy, and what each device computes. Po
 pages belong to all sequences, so that they are sharded by heads alone.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flash._src import compat, decode_inner, partitioning
@@ -123,25 +121,9 @@ def _partition(config: DecodeConfig, mesh: Any, operands: Any, results: Any):
     return mesh, run, result_shardings, operand_shardings
 
 
-@functools.cache
-def _partitioned(config: DecodeConfig) -> custom_partitioning:
-    """The call as a function that the compiler may partition, made once for each."""
-
-    @custom_partitioning
-    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(decode_inner.decode_i.bind(*operands, config=config))
-
-    run.def_partition(
-        functools.partial(_partition, config),
-        sharding_rule=functools.partial(_sharding_rule, config),
-        decode_shardings=False,
-    )
-    return run
+def _bind(config: DecodeConfig, *operands: jax.Array) -> list[jax.Array]:
+    return decode_inner.decode_i.bind(*operands, config=config)
 
 
-def partitioned(config: DecodeConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Runs the call, split over devices along sequences and heads."""
-    if compat.partly_manual():
-        # The callback would be given shardings without a mesh.
-        return tuple(decode_inner.decode_i.bind(*operands, config=config))
-    return _partitioned(config)(*operands)
+partitioned = partitioning.over_devices(_bind, _partition, _sharding_rule)
+"""Runs the call, split over devices along sequences and heads."""

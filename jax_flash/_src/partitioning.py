@@ -1,14 +1,15 @@
 """Partitioning: batch and heads stay sharded, sequence and width never are.
 
 Lives here: the sharding rule given to Shardy, and the callback that decides, from the
-shardings the compiler proposes, what each device computes. What a device runs is an
+shardings the compiler proposes, what each device computes; and what every partitioned
+operation shares (meshes, `over_devices`). What a device runs is an
 inner primitive (`inner`) on its local shapes.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -180,6 +181,44 @@ def axes_of(mesh: Mesh, x: Any) -> list[Axes]:
     return spec
 
 
+def over_devices(
+    bind: Callable[..., Iterable[jax.Array]],
+    partition: Callable[..., Any],
+    sharding_rule: Callable[..., Any],
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """`call(config, *operands)`, which the compiler may split over devices.
+
+    There is one `custom_partitioning` for each config, because one with static
+    arguments keeps what it was last traced with.
+
+    Args:
+      bind: of config, hashable, and operands: the results, on one device.
+      partition: of config, mesh, operands and results, as for `custom_partitioning`.
+      sharding_rule: the same.
+    """
+
+    @functools.cache
+    def of(config: Any) -> custom_partitioning:
+        @custom_partitioning
+        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(bind(config, *operands))
+
+        run.def_partition(
+            functools.partial(partition, config),
+            sharding_rule=functools.partial(sharding_rule, config),
+            decode_shardings=False,
+        )
+        return run
+
+    def call(config: Any, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        if compat.partly_manual():
+            # The callback would be given shardings without a mesh.
+            return tuple(bind(config, *operands))
+        return of(config)(*operands)
+
+    return call
+
+
 @dataclasses.dataclass(frozen=True)
 class _Split:
     """Mesh axes that split each batch dimension, the query heads and the kv heads."""
@@ -330,32 +369,8 @@ def _partition(stage: Stage, mesh: Mesh, operands: Any, results: Any):
     return mesh, run, result_shardings, operand_shardings
 
 
-@functools.cache
-def _partitioned(stage: Stage) -> custom_partitioning:
-    """The stage as a function that the compiler may partition.
-
-    Made once for each stage, because `custom_partitioning` with static arguments keeps
-    what it was last traced with.
-    """
-
-    @custom_partitioning
-    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return _bind(stage, *operands)
-
-    run.def_partition(
-        functools.partial(_partition, stage),
-        sharding_rule=functools.partial(_sharding_rule, stage),
-        decode_shardings=False,
-    )
-    return run
-
-
-def partitioned(stage: Stage, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Runs the stage, split over devices along batch and heads."""
-    if compat.partly_manual():
-        # The callback would be given shardings without a mesh.
-        return _bind(stage, *operands)
-    return _partitioned(stage)(*operands)
+partitioned = over_devices(_bind, _partition, _sharding_rule)
+"""Runs a stage on its operands, split over devices along batch and heads."""
 
 
 @custom_partitioning

@@ -6,14 +6,12 @@ belong there: for it they are pages, and a table says which of them it has.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flash._src import compat, partitioning, rope_reference
@@ -181,25 +179,9 @@ def _own_places(
     return named | {"page_table": table}
 
 
-@functools.cache
-def _partitioned(config: RopeConfig) -> custom_partitioning:
-    """The call as a function that the compiler may partition, made once for each."""
-
-    @custom_partitioning
-    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(rope_append_i.bind(*operands, config=config))
-
-    run.def_partition(
-        functools.partial(_partition, config),
-        sharding_rule=functools.partial(_sharding_rule, config),
-        decode_shardings=False,
-    )
-    return run
+def _bind(config: RopeConfig, *operands: jax.Array) -> list[jax.Array]:
+    return rope_append_i.bind(*operands, config=config)
 
 
-def partitioned(config: RopeConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Runs the call, split over devices."""
-    if compat.partly_manual():
-        # The callback would be given shardings without a mesh.
-        return tuple(rope_append_i.bind(*operands, config=config))
-    return _partitioned(config)(*operands)
+partitioned = partitioning.over_devices(_bind, _partition, _sharding_rule)
+"""Runs the call, split over devices."""

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -224,20 +223,6 @@ def _partition(op: RowOp, options: Options, mesh: Mesh, args: Any, results: Any)
     return mesh, run, tuple(shardings[count:]), tuple(shardings[:count])
 
 
-@functools.cache
-def _partitioned(op: RowOp, options: Options) -> custom_partitioning:
-    @custom_partitioning
-    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(_whole(op, options, *operands))
-
-    run.def_partition(
-        functools.partial(_partition, op, options),
-        sharding_rule=functools.partial(_sharding_rule, options),
-        decode_shardings=False,
-    )
-    return run
-
-
 def _of_flat_rows(op: RowOp, options: Options, *operands: jax.Array) -> list[jax.Array]:
     """The operation on one device, where rows have one dimension."""
     sizes = leading_sizes(options, [x.shape for x in operands])
@@ -294,12 +279,12 @@ def _inner(op: RowOp) -> Primitive:
 @functools.cache
 def primitive(op: RowOp) -> Primitive:
     """What JAX transforms. Its derivatives are for whoever describes the operation."""
+    partitioned = partitioning.over_devices(
+        functools.partial(_whole, op), functools.partial(_partition, op), _sharding_rule
+    )
 
     def lowered(*operands: Any, options: Options, needs_devices: Any) -> Any:
-        if compat.partly_manual():
-            # The callback would be given shardings without a mesh.
-            return _whole(op, options, *operands)
-        return _partitioned(op, options)(*operands)
+        return partitioned(options, *operands)
 
     outer = new_primitive(
         op.name,
