@@ -380,6 +380,27 @@ def test_top_k_transforms() -> None:
     np.testing.assert_allclose(tangent, 2 * f(x))
 
 
+def test_top_k_of_an_explicitly_sharded_vocabulary() -> None:
+    """Its derivatives gather it as the values do; gradients are sharded like it."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    x = logits_of(6, 32)
+
+    def f(x: Any) -> Any:
+        return top_k(x, 4)[0]
+
+    def grad(x: Any) -> Any:
+        return jax.grad(lambda x: jnp.sin(f(x)).sum())(x)
+
+    with jax.set_mesh(mesh):
+        for spec in (P("x", "y"), P(None, ("x", "y"))):
+            put = jax.device_put(x, NamedSharding(mesh, spec))
+            for g in (grad, jax.jit(grad), jax.vmap(grad)):
+                np.testing.assert_allclose(g(put), grad(x), rtol=1e-6)
+            assert jax.typeof(grad(put)).sharding.spec == spec
+            _, tangent = jax.jvp(f, (put,), (2 * put,))
+            np.testing.assert_allclose(tangent, 2 * f(x))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_empty(shape: tuple[int, int]) -> None:
     tokens = sample(np.zeros(shape, np.float32), KEY)

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
+from jax.sharding import PartitionSpec
 
-from jax_flash._src import registry, rowwise, sample_reference
+from jax_flash._src import compat, registry, rowwise, sample_reference
 from jax_flash._src.rowwise import Result, RowOp
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -131,6 +132,11 @@ def _top_k_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
     if isinstance(tangent, ad.Zero):
         taken: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
     else:
+        # Along explicit mesh axes a sharded vocabulary is gathered, as for the values.
+        own = jax.typeof(tangent)
+        spec = PartitionSpec(*own.sharding.spec[:-1], None)
+        whole = own.update(sharding=own.sharding.update(spec=spec))
+        tangent = compat.sharded_like(tangent, whole)
         taken = jnp.take_along_axis(tangent, indices, axis=-1)
     return [values, indices], [taken, zero]
 
