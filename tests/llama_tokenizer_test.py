@@ -9,8 +9,10 @@ from typing import Any
 import llama_helpers
 import numpy as np
 import pytest
+import tokenizers
 from llama_helpers import CHAT_TEMPLATE, tokenizer_metadata
-from llama_tokenizer import from_metadata, load_tokenizer
+from llama_tokenizer import Tokenizer, from_metadata, load_tokenizer
+from tokenizers import decoders, models
 
 
 def pieces(text: str, **changes: Any) -> list[str]:
@@ -71,6 +73,27 @@ def test_stream_of_incomplete_characters() -> None:
         stream = tokenizer.stream()
         parts = [stream(token) for token in (*tokens, None)]
         assert "".join(parts) == tokenizer.decode(tokens)
+
+
+def test_stream_of_single_bytes() -> None:
+    """Of tokenizer.json a byte may make characters that were shown incomplete."""
+    words = ["<s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁be", "é"]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True)
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    read = Tokenizer(tokenizer, [], None, {})
+
+    def streamed(*tokens: str) -> list[str]:
+        stream = read.stream()
+        return [stream(t and words.index(t)) for t in (*tokens, None)]
+
+    assert streamed("▁be", "<0xC3>", "<0xA9>", "▁be") == ["be", "", "é", " be", ""]
+    shown = streamed("<0xC3>", "<0xA9>", "<0x87>", "▁be", "<s>", "▁", "é")
+    assert shown == ["", "é", "", "�� be", "", " ", "é", ""]
+    assert streamed("▁be", "<0xE2>", "<0x87>") == ["be", "", "", "��"]
 
 
 def test_chat() -> None:

@@ -94,19 +94,23 @@ class Tokenizer:
         None ends the text: what is left of it are incomplete characters, each of which
         becomes U+FFFD as in `decode`.
         """
-        decoder = decoders.DecodeStream(skip_special_tokens=True)
-        tokens: list[int] = []
-        length = 0
+        # Their text, and what follows it, are those of the last tokens shown.
+        window: list[int] = []
+        shown = 0
 
         def step(token: int | None) -> str:
-            nonlocal length
-            if token is None:
-                text = self.decode(tokens)[length:]
-            else:
-                tokens.append(int(token))
-                text = decoder.step(self._tokenizer, tokens[-1]) or ""
-            length += len(text)
-            return text
+            nonlocal shown
+            before = self.decode(window[:shown])
+            if token is not None:
+                window.append(int(token))
+            text = self.decode(window)
+            if len(text) <= len(before) or (
+                token is not None and text.endswith("\ufffd")
+            ):
+                return ""
+            del window[:shown]
+            shown = len(window)
+            return text[len(before) :]
 
         return step
 
