@@ -295,9 +295,7 @@ def _frequencies(
                 f"{rotary_dim}"
             )
     if inv_freq is None:
-        theta = THETA if theta is None else validate.number("theta", theta)
-        if theta <= 0:
-            raise ValueError(f"theta must be positive, got {theta}")
+        theta = THETA if theta is None else validate.positive_number("theta", theta)
         if rotary_dim is None:
             rotary_dim = width
             if width % 2 or not width:

@@ -515,7 +515,7 @@ def test_rotary_errors() -> None:
         jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), jnp.arange(5))
     with pytest.raises(ValueError, match="positions must be integers, got dtype f"):
         jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), jnp.arange(3.0))
-    for theta in (0.0, -1.0):
+    for theta in (0.0, -1.0, 1e-45):
         with pytest.raises(ValueError, match=f"theta must be positive, got {theta}"):
             jax_flash_nnx.apply_rotary(jnp.ones((1, 3, 2, 8)), theta=theta)
 

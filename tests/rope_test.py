@@ -338,6 +338,7 @@ AT = np.arange(3)
         ((X, AT + 0.5), {}, ValueError, "positions must be integers, got dtype"),
         ((X, np.arange(4)), {}, ValueError, r"positions .* = \(2, 3\) .* \(4,\)"),
         ((X, AT), {"theta": 0}, ValueError, "theta must be positive, got 0.0"),
+        ((X, AT), {"theta": 1e-45}, ValueError, "theta must be positive, got 1e-45"),
         ((X, AT), {"theta": "x"}, ValueError, "theta must be a number, got 'x'"),
         ((X, AT), {"rotary_dim": 3}, ValueError, "rotary_dim must be even.*got 3"),
         ((X, AT), {"rotary_dim": 10}, ValueError, "the width H=8, got 10"),

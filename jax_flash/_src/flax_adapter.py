@@ -229,9 +229,7 @@ def apply_rotary(
     *batch_and_length, _, width = shape.shape
     if width % 2:
         raise ValueError(f"apply_rotary needs an even head width, got {width}")
-    theta = validate.number("theta", theta)
-    if theta <= 0:
-        raise ValueError(f"theta must be positive, got {theta}")
+    theta = validate.positive_number("theta", theta)
     if positions is None:
         positions = jnp.arange(batch_and_length[-1])
     positions = _positions(positions)
