@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import decode
-from jax_flash._src import decode_call, norm_op, rope_op, rope_reference, validate
+from jax_flash._src import (
+    compat,
+    decode_call,
+    norm_op,
+    rope_op,
+    rope_reference,
+    validate,
+)
 
 __all__ = ["rope", "rope_append_kv", "rope_append_qkvpacked"]
 
@@ -225,8 +232,15 @@ def rope_append_qkvpacked(
     shapes = rope_reference.part_shapes(given, k_cache, v_cache)
     heads, kv_heads = shapes[0][-2], shapes[1][-2]
     width = sum(n * h for *_, n, h in shapes)
-    if width != given.shape[-1] or heads < 1 or heads % kv_heads:
-        (*_, k, h), (*_, v) = shapes[1:]
+    (*_, k, h), (*_, v) = shapes[1:]
+    has_heads = compat.at_most(1, heads)
+    if not has_heads and not compat.at_most(heads, 0):
+        least = f"{given.shape[-1]} >= {(2 * k) * h + k * v}"
+        raise NotImplementedError(
+            f"qkv of shape {given.shape} is not supported: its symbolic width needs "
+            f"the constraint {least!r}"
+        )
+    if width != given.shape[-1] or not has_heads or heads % kv_heads:
         raise ValueError(
             "qkv must have a width of N*H + K*H + K*Hv, N a multiple of K, with the "
             f"caches' K={k}, H={h} and Hv={v}, got shape {given.shape}"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from decode_helpers import of_one_projection, paged, quantised
 from helpers import assert_close
+from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -428,6 +429,25 @@ def test_errors_of_qkvpacked(changes: Any, message: str) -> None:
     assert rope_append_qkvpacked(**given)[0].shape == (2, 4, 8)
     with pytest.raises(ValueError, match=message):
         rope_append_qkvpacked(**{**given, **changes})
+
+
+def test_symbolic_width_of_qkvpacked() -> None:
+    """Heads that a call may not have ask for a constraint, and work with it."""
+    cache, at = jax.ShapeDtypeStruct((2, 6, 2, 8), jnp.float32), jnp.zeros(2, int)
+    f = jax.jit(lambda qkv, k, v: rope_append_qkvpacked(qkv, k, v, at))
+
+    def qkv(*constraints: str) -> Any:
+        (width,) = export.symbolic_shape("16*n", constraints=constraints)
+        return jax.ShapeDtypeStruct((2, 1, width), jnp.float32)
+
+    message = r"qkv of shape \(2, 1, 16\*n\) .* the constraint '16\*n >= 48'"
+    with pytest.raises(NotImplementedError, match=message):
+        export.export(f)(qkv(), cache, cache)
+    with pytest.raises(ValueError, match="qkv must have a width of N"):
+        export.export(f)(qkv("n <= 2"), cache, cache)
+    args = [np.ones((2, 1, 64), np.float32), *[np.zeros(cache.shape, np.float32)] * 2]
+    exported = export.export(f)(qkv("16*n >= 48"), cache, cache)
+    assert_close(exported.call(*args), f(*args), 1e-6)
 
 
 def test_traced_statics() -> None:
