@@ -13,6 +13,7 @@ import llama_engine
 import llama_helpers
 import numpy as np
 import pytest
+import serve
 from llama_engine import Engine, Request
 from llama_helpers import TINY
 from llama_model import Llama, Sampling
@@ -361,3 +362,19 @@ def test_errors() -> None:
     e.submit([5], 3)
     with pytest.raises(ValueError, match="add_prefix must come before requests, got 1"):
         e.add_prefix([1, 2])
+
+
+def test_a_prefix_leaves_room_for_the_longest_text() -> None:
+    """What fits into the pool alone is not refused for a page that nobody shares."""
+    begin, *ends = prompts(10, 3, 2)
+    given = [np.concatenate([begin, end]) for end in ends]
+    for pages, kept in ((8, 10), (7, 8)):  # of 4 tokens, of which 27 are stored
+        e = engine(pages, max_tokens=28)
+        prefix = serve.kept_prefix(given, 28, e)
+        assert len(prefix) == kept
+        e.add_prefix(prefix)
+        requests = [e.submit(prompt, 28 - len(prompt)) for prompt in given]
+        run(e)
+        for request, prompt in zip(requests, given, strict=True):
+            assert request.answer == alone(prompt, request.max_new_tokens)
+    assert not len(serve.kept_prefix(given[:1], 28, e))

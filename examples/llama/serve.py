@@ -59,6 +59,24 @@ def common_prefix(prompts: list[np.ndarray]) -> np.ndarray:
     return prompts[0][: shortest if same.all() else int(same.argmin())]
 
 
+def kept_prefix(prompts: list[np.ndarray], total: int, engine: Engine) -> np.ndarray:
+    """As much of the common prefix as all can share, nothing if it is not worth it.
+
+    Args:
+      prompts: with the prefix.
+      total: tokens of the longest text, prompt and answer.
+      engine: it keeps the prefix, and has no other.
+    """
+    prefix = common_prefix(prompts)
+    size = engine.allocator.page_size
+    # Of a page that is full in part every text has a copy. Where the longest text needs
+    # all pages there is none to keep beside it.
+    if -(-(total - 1) // size) >= engine.allocator.num_pages:
+        prefix = prefix[: len(prefix) // size * size]
+    worth_it = len(prompts) > 1 and size <= len(prefix) <= engine.max_tokens
+    return prefix if worth_it else prefix[:0]
+
+
 def alone(
     model: Llama, prompt: np.ndarray, count: int, ends: frozenset[int], room: int
 ) -> list[int]:
@@ -239,9 +257,8 @@ def main() -> int:
     )
     print("compiling", file=sys.stderr)
     engine.warm_up()
-    prefix = common_prefix(prompts)
-    worth_it = len(prompts) > 1 and len(prefix) >= arguments.page_size
-    if worth_it and len(prefix) <= engine.max_tokens:
+    prefix = kept_prefix(prompts, longest, engine)
+    if len(prefix):
         engine.add_prefix(prefix)
     requests, stopped = serve(engine, prompts, arguments.prompts, tokenizer, arguments)
     if stopped:
