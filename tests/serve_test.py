@@ -5,11 +5,14 @@ from __future__ import annotations
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
+import generate
 import llama_helpers
 import pytest
 import serve
 from examples_test import run_python
+from llama_tokenizer import from_metadata
 
 SERVE = "examples/llama/serve.py"
 
@@ -57,6 +60,8 @@ def test_eight_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--seed", str(1 << 64)], "needs --seed from 0 to 4294967295, got 1844674"),
         (["--check", "--temperature", "1"], "it needs --temperature 0"),
         (["--file", "EMPTY"], "no prompts in"),
+        (["--file", "NOWHERE"], "--file NOWHERE cannot be read: [Errno 2]"),
+        (["--file", "LATIN"], "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
         (["--file", "EMPTY", "Hi"], "give prompts or --file, not both"),
     ],
 )
@@ -67,10 +72,41 @@ def test_nonsense(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    empty = tmp_path / "prompts.txt"
+    empty, latin = tmp_path / "prompts.txt", tmp_path / "latin.txt"
     empty.write_text("\n")
-    given = [str(empty) if option == "EMPTY" else option for option in options]
+    latin.write_bytes("é".encode("latin-1"))
+    files = {"EMPTY": str(empty), "LATIN": str(latin)}
+    given = [files.get(option, option) for option in options]
     monkeypatch.setattr(sys, "argv", ["serve.py", *given])
     with pytest.raises(SystemExit, match="2"):
         serve.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_a_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other characters that separate something stay where they are."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\ftwo\r\n\n \nthree\u2028four\n".encode())
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--file", str(file)])
+    assert serve.parse_arguments().prompts == ["one\ftwo", "three\u2028four"]
+
+
+@pytest.mark.parametrize("main", [serve.main, generate.main])
+def test_what_is_no_prompt(
+    main: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template refuses it, or its bytes were not UTF-8: a message, no traceback."""
+    metadata = llama_helpers.tokenizer_metadata()
+    for template, prompt, message in (
+        ("{{ raise_exception('no chat') }}", "Hi", "the chat template refuses .* no"),
+        (llama_helpers.CHAT_TEMPLATE, "\udcff", r"text must be UTF-8, got .*\\udcff"),
+    ):
+        metadata["tokenizer.chat_template"] = template
+        loaded = llama_helpers.random_model(), from_metadata(metadata)
+        for module in (serve, generate):
+            monkeypatch.setattr(module, "load_or_exit", lambda *_, x=loaded: x)
+        monkeypatch.setattr(sys, "argv", ["main.py", prompt, "--model", "any"])
+        with pytest.raises(SystemExit, match=message):
+            main()

@@ -163,12 +163,15 @@ def main() -> int:
     arguments = parse_arguments()
     path = arguments.model or default_weights()
     model, tokenizer = load_or_exit(path, arguments.dtype)
-    if arguments.raw:
-        prompt = tokenizer.encode(arguments.prompt)
-    else:
-        system = [{"role": "system", "content": arguments.system}]
-        user = [{"role": "user", "content": arguments.prompt}]
-        prompt = tokenizer.chat(system * (arguments.system is not None) + user)
+    system = [{"role": "system", "content": arguments.system}]
+    user = [{"role": "user", "content": arguments.prompt}]
+    try:
+        if arguments.raw:
+            prompt = tokenizer.encode(arguments.prompt)
+        else:
+            prompt = tokenizer.chat(system * (arguments.system is not None) + user)
+    except ValueError as error:
+        sys.exit(str(error))
     limit = model.config.context - len(prompt)
     if limit < 1:
         print(

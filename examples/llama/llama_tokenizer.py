@@ -79,7 +79,12 @@ class Tokenizer:
         Args:
           text: any text.
           begin: whether to put the token that begins a text first, if there is one.
+
+        Raises:
+          ValueError: it is no text, but has surrogates: bytes that were not UTF-8.
         """
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"text must be UTF-8, got {text!r}")
         encoded = self._tokenizer.encode(text, add_special_tokens=begin)
         return np.array(encoded.ids, np.int32)
 

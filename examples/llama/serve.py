@@ -222,12 +222,16 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.file is not None:
         if arguments.prompts:
             parser.error("give prompts or --file, not both")
-        lines = (
-            sys.stdin.read()
-            if arguments.file == "-"
-            else pathlib.Path(arguments.file).read_text()
-        ).splitlines()
-        arguments.prompts = [line for line in lines if line.strip()]
+        try:
+            text = (
+                sys.stdin.read()
+                if arguments.file == "-"
+                else pathlib.Path(arguments.file).read_text(encoding="utf-8")
+            )
+        except (OSError, UnicodeError) as error:
+            parser.error(f"--file {arguments.file} cannot be read: {error}")
+        # Not `splitlines`, for which a form feed or U+2028 ends a line, too.
+        arguments.prompts = [line for line in text.split("\n") if line.strip()]
         if not arguments.prompts:
             parser.error(f"no prompts in {arguments.file}")
     arguments.prompts = arguments.prompts or list(PROMPTS)
@@ -240,10 +244,13 @@ def main() -> int:
     path = arguments.model or default_weights()
     print(f"reading {path}", file=sys.stderr)
     model, tokenizer = load_or_exit(path, arguments.dtype)
-    prompts = [
-        prompt_tokens(tokenizer, arguments.system, prompt)
-        for prompt in arguments.prompts
-    ]
+    try:
+        prompts = [
+            prompt_tokens(tokenizer, arguments.system, prompt)
+            for prompt in arguments.prompts
+        ]
+    except ValueError as error:
+        sys.exit(str(error))
     longest = max(len(prompt) for prompt in prompts) + arguments.tokens
     room = arguments.pages * arguments.page_size
     engine = Engine(
