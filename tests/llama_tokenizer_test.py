@@ -88,7 +88,7 @@ def test_stream_of_single_bytes() -> None:
 
     def streamed(*tokens: str) -> list[str]:
         stream = read.stream()
-        return [stream(t and words.index(t)) for t in (*tokens, None)]
+        return [stream(x) for x in (*map(words.index, tokens), None)]
 
     assert streamed("▁be", "<0xC3>", "<0xA9>", "▁be") == ["be", "", "é", " be", ""]
     shown = streamed("<0xC3>", "<0xA9>", "<0x87>", "▁be", "<s>", "▁", "é")
