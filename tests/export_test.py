@@ -5,12 +5,14 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_close, dense, flash, loss, normal, qkv
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_flash import mha
 from jax_flash._src import registry
 
 KERNEL_CHECKS = [
@@ -115,6 +117,21 @@ def test_symbolic_lengths() -> None:
     loaded = export.deserialize(exported.serialize())
     args = query[:, :5], key, value
     assert_close(loaded.call(*args), dense(*args, is_causal=True))
+
+
+def test_symbolic_lengths_of_wide_ids() -> None:
+    """Ids that int32 cannot hold, of batches and sequences of any size."""
+    batch, rows = export.symbolic_shape("b, t")
+    shape = jax.ShapeDtypeStruct((batch, rows, 4, 16), jnp.float32)
+    ids_type = jax.ShapeDtypeStruct((batch, rows), jnp.uint32)
+
+    def attend(q, i):
+        return mha(q, q, q, q_segment_ids=i, kv_segment_ids=i)
+
+    exported = export.export(jax.jit(attend))(shape, ids_type)
+    ids = np.array([[3, 3, 1, 1, 1, 3, 2, 2]] * 4, np.int32)
+    wide = jnp.asarray(ids.astype(np.uint32) + np.uint32(2**32 - 4))
+    assert_close(exported.call(qkv()[0], wide), attend(qkv()[0], ids))
 
 
 def test_sharded_by_shard_map() -> None:

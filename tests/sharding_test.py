@@ -86,6 +86,50 @@ def test_every_operand_without_communication() -> None:
     assert_close(compiled(*placed), run(dense, *args))
 
 
+WIDE_IDS = (SEGMENTS[:, ::-1] + 1).astype(np.uint32) * np.uint32(2**31 - 1)
+"""Ids that int32 cannot hold."""
+
+
+@pytest.mark.parametrize("shared", [None, 0, 1], ids=["both", "queries", "keys"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_wide_segment_ids(axis_type: AxisType, shared: int | None) -> None:
+    """Ids are numbered anew, without communication if each entry has its own."""
+    mesh = mesh_of(4, 2, axis_type=axis_type)
+    ids = [WIDE_IDS if i != shared else WIDE_IDS[0] for i in range(2)]
+    specs = [P("x") if i != shared else P() for i in range(2)]
+    attend = jax.jit(
+        lambda q, *i: mha(q, q, q, q_segment_ids=i[0], kv_segment_ids=i[1])
+    )
+    query = qkv()[0]
+    narrow = [np.searchsorted(np.unique(WIDE_IDS), x).astype(np.int32) for x in ids]
+    with jax.set_mesh(mesh):
+        args = put(mesh, (query, *map(jnp.asarray, ids)), [BATCH_AND_HEADS, *specs])
+        got = attend(*args)
+        text = attend.lower(*args).compile().as_text()
+        # One of them may be on no mesh.
+        one = attend(*args[:2], narrow[1]) if shared is None else None
+    assert_close(np.asarray(got), np.asarray(attend(query, *narrow)))
+    if shared is None:
+        assert communication(text) == []
+        rest = attend(query, jnp.asarray(ids[0]), narrow[1])
+        assert_close(np.asarray(one), np.asarray(rest))
+
+
+def test_wide_segment_ids_in_a_partly_manual_shard_map() -> None:
+    attend = jax.shard_map(
+        lambda q, i: mha(q, q, q, q_segment_ids=i, kv_segment_ids=i),
+        mesh=mesh_of(4, 2),
+        in_specs=P("x"),
+        out_specs=P("x"),
+        axis_names={"x"},
+    )
+    query = qkv()[0]
+    ids = np.unique(WIDE_IDS, return_inverse=True)[1].reshape(WIDE_IDS.shape)
+    expected = mha(query, query, query, q_segment_ids=ids, kv_segment_ids=ids)
+    got = jax.jit(attend)(query, jnp.asarray(WIDE_IDS))
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize(
     ("spec", "of"),
     [

@@ -89,6 +89,19 @@ def sharded_like(x: jax.Array, like: Any) -> jax.Array:
     return jax.reshard(x, wanted)
 
 
+def on_one_mesh(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Arrays, those without explicit mesh axes on the mesh of those that have some."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+    if not explicit:
+        return list(arrays)
+    whole = jax.sharding.NamedSharding(explicit[0], jax.sharding.PartitionSpec())
+    return [
+        x if mesh.explicit_axes else jax.reshard(x, whole)
+        for x, mesh in zip(arrays, meshes, strict=True)
+    ]
+
+
 def allows_rank_promotion(fun: Fun) -> Fun:
     """Keeps a user's `jax_numpy_rank_promotion="raise"` out of our own code."""
 

@@ -6,6 +6,7 @@ is not decided here but in `Backend.supports`.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import reprlib
@@ -14,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
-from jax_flash._src import dropout
+from jax_flash._src import compat, dropout
 from jax_flash._src.alibi import Alibi
 from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, QKV, TRAILING
@@ -169,23 +171,41 @@ def narrow_ids(arrays: dict[str, Any]) -> dict[str, Any]:
         for x in ids.values()
     ):
         return {name: as_int32(x) for name, x in ids.items()}
-    # The number of smaller ids among those of the keys; an id that no key has, as that
-    # of padding, sees nothing.
     wide = any(jnp.dtype(x.dtype).itemsize == 8 for x in ids.values())
     unsigned = jax.dtypes.canonicalize_dtype(jnp.uint64 if wide else jnp.uint32)
-    given = {name: jnp.asarray(x) for name, x in ids.items()}
-    sizes = {
-        name: jnp.where(x < 0, jnp.zeros_like(x), x).astype(unsigned)
-        for name, x in given.items()
-    }
-    ordered = jnp.sort(sizes["kv_segment_ids"].ravel())
-    result = {}
-    for name, size in sizes.items():
-        smaller = jnp.searchsorted(ordered, size, side="left")
-        others = jnp.searchsorted(ordered, size, side="right")
-        known = (given[name] >= 0) & (smaller < others)
-        result[name] = jnp.where(known, smaller, -1).astype(jnp.int32)
-    return result
+    given = compat.on_one_mesh([jnp.asarray(x) for x in ids.values()])
+    ranked = functools.partial(_ranked, dtype=unsigned)
+    ranks = compat.on_auto_axes(ranked, [jax.typeof(x) for x in given])(*given)
+    return dict(zip(ids, ranks, strict=True))
+
+
+def _ranked(q_ids: jax.Array, kv_ids: jax.Array, dtype: Any) -> list[jax.Array]:
+    """For each id how many smaller ones there are, -1 if it is negative.
+
+    Those of an entry of the batch are ranked alone, so that the batch may be sharded.
+    Sorted twice rather than looked up: JAX has no look-up for every kind of sharding.
+
+    Args:
+      q_ids: [*B, T].
+      kv_ids: [*B, S].
+      dtype: unsigned, holds every id.
+    """
+    ids, alike = [q_ids, kv_ids], q_ids.shape[:-1] == kv_ids.shape[:-1]
+    rows = [x if alike else x.ravel() for x in ids]
+    sizes = [jnp.where(x < 0, jnp.zeros_like(x), x).astype(dtype) for x in rows]
+    both = jnp.concatenate(sizes, axis=-1)
+    place = jnp.arange(both.shape[-1], dtype=jnp.int32)
+    place = compat.vary_like(jnp.broadcast_to(place, both.shape), both)
+    ordered, place = lax.sort((both, place), num_keys=1)
+    larger = (ordered[..., 1:] != ordered[..., :-1]).astype(jnp.int32)
+    rank = jnp.concatenate([jnp.zeros_like(place[..., :1]), larger], axis=-1)
+    _, rank = lax.sort((place, jnp.cumsum(rank, -1, dtype=jnp.int32)), num_keys=1)
+    count = rows[0].shape[-1]
+    ranks = (rank[..., :count], rank[..., count:])
+    return [
+        jnp.where(x < 0, -1, rank.reshape(x.shape))
+        for x, rank in zip(ids, ranks, strict=True)
+    ]
 
 
 def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
