@@ -281,7 +281,7 @@ def mha_qkvpacked(
             f"qkv must have a width of (N+2K)*H with N={heads} and K={kv_heads}, got "
             f"shape {shape}"
         )
-    qkv = jnp.asarray(qkv)
+    qkv = validate.as_array("qkv", qkv)
     if not jnp.issubdtype(qkv.dtype, jnp.floating):
         raise ValueError(f"qkv must be floating, got dtype {qkv.dtype}")
     if str(qkv.dtype) not in validate.FLOAT_DTYPES:

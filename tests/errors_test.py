@@ -199,6 +199,22 @@ WRONG = {
         {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0))},
         r"dropout_key must be one key, got an array of keys of shape \(2,\)",
     ),
+    "dropout by the type of a key": (
+        {"dropout_rate": 0.1, "dropout_key": jax.eval_shape(lambda: jax.random.key(0))},
+        r"dropout_key must be an array, got ShapeDtypeStruct\(",
+    ),
+    "bias in an order of bytes that JAX has not": (
+        {"bias": zeros(5, dtype=">f4")},
+        r"bias must be an array that JAX takes, got ndarray of dtype >f4",
+    ),
+    "masked mask": (
+        {"mask": np.ma.ones((6, 5), bool)},
+        r"mask must be an array that JAX takes, got MaskedArray of dtype bool",
+    ),
+    "slopes in a list": (
+        {"bias": jax_flash.alibi([1.0, 2.0, 3.0, 4.0])},
+        r"bias=alibi\(slopes\) must be an array, got list: \[1.0, 2.0",
+    ),
     "implementation": (
         {"implementation": "triton"},
         r"implementation must be None, one of .*'cuda'.* got 'triton'",
@@ -369,6 +385,24 @@ def test_lengths_of_any_integer_dtype(dtype: Any) -> None:
     np.testing.assert_array_equal(got, call(query_seq_lengths=jnp.array([3, 6])))
     got = jax.jit(lambda n: call(query_seq_lengths=n))(lengths)
     np.testing.assert_array_equal(got, call(query_seq_lengths=jnp.array([3, 6])))
+
+
+def test_numpy_integers_of_4_bits() -> None:
+    cache, query = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 4, 8))
+
+    def run(dtype: Any) -> tuple[Any, Any]:
+        ids = np.array([-1, 0, 1, 1, 2, 2], dtype)
+        attended = call(
+            key=(2, 6, 2, 8),
+            value=jnp.arange(168.0).reshape(2, 6, 2, 7),
+            q_segment_ids=ids,
+            kv_segment_ids=ids[::-1],
+            query_seq_lengths=np.array([5, 6], dtype),
+        )
+        lengths = np.array([0, 5], dtype)
+        return attended, jax_flash.decode_mha(query, cache, cache, lengths)
+
+    jax.tree.map(np.testing.assert_array_equal, run(jnp.int4), run(np.int32))
 
 
 IMPORT = """

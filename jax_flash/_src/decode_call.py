@@ -209,7 +209,7 @@ def _canonical_by_head(
             f"{validate.shown(name)} must be [N] or [B,N] with B={batch} and "
             f"N={heads}, got shape {got.shape}"
         )
-    return jnp.asarray(x).astype(dtype).reshape(-1, heads)
+    return validate.as_array(name, x).astype(dtype).reshape(-1, heads)
 
 
 def _check_query(query: Any, k_cache: Any, paged: bool) -> None:
@@ -292,7 +292,7 @@ def check_call(
         layout = "int32 [B,max_pages]"
         check_integers("page_table", arrays["page_table"], 2, layout, batch)
 
-    given = {n: jnp.asarray(arrays[n]) for n in OPERANDS[:3]}
+    given = {n: validate.as_array(n, arrays[n]) for n in OPERANDS[:3]}
     if len(query.shape) == 3:
         given["query"] = given["query"][:, None]
     for name in ("cache_seqlens", "page_table"):

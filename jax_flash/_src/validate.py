@@ -121,19 +121,32 @@ def canonical(
         shape = getattr(call, name)
         x = arrays[name]
         if isinstance(x, jax.ShapeDtypeStruct):
-            raise ValueError(f"{name} must be an array, got {x}")
+            raise ValueError(f"{shown(name)} must be an array, got {x}")
         if shape.dtype == jnp.int32:
             x = as_int32(x)
-        x = jnp.asarray(x).reshape(shape.shape)
+        x = as_array(name, x).reshape(shape.shape)
         result[name] = x.astype(call.dtype) if name in OPERANDS[:3] else x
     return result
+
+
+def as_array(name: str, x: Any) -> jax.Array:
+    """`x`, an array of NumPy or JAX, as one of JAX."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shown(name)} must be an array that JAX takes, got {type(x).__name__} of "
+            f"dtype {getattr(x, 'dtype', None)}"
+        ) from error
 
 
 def shape_of(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array argument."""
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if shape is None or dtype is None or isinstance(x, jax.ShapeDtypeStruct):
-        raise ValueError(f"{name} must be an array, got {type(x).__name__}: {x!r}")
+        raise ValueError(
+            f"{shown(name)} must be an array, got {type(x).__name__}: {x!r}"
+        )
     if isinstance(x, np.ndarray | np.generic):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -150,7 +163,10 @@ def as_int32(x: Any) -> Any:
         info = jnp.iinfo(x.dtype)
         x = jnp.clip(x, max(info.min, limits.min), min(info.max, limits.max))
         return x.astype(jnp.int32)
-    return np.clip(np.asarray(x), limits.min, limits.max).astype(np.int32)
+    x = np.asarray(x)
+    if x.dtype.itemsize >= 4:  # NumPy cannot clip integers of 4 bits to these
+        x = np.clip(x, limits.min, limits.max)
+    return x.astype(np.int32)
 
 
 def narrow_ids(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -217,13 +233,13 @@ def _abstract(name: str, x: Any) -> jax.ShapeDtypeStruct:
     if shape is None or dtype is None:
         kinds = "an int or an array" if "lengths" in name else "an array"
         got = f"{type(x).__name__}: {reprlib.repr(x)}"
-        raise ValueError(f"{name} must be {kinds}, got {got}")
+        raise ValueError(f"{shown(name)} must be {kinds}, got {got}")
     try:
         is_integer = jnp.issubdtype(dtype, jnp.integer)
     except TypeError:
         raise ValueError(
-            f"{name} must be an array of JAX or NumPy, got {type(x).__name__} of dtype "
-            f"{dtype}"
+            f"{shown(name)} must be an array of JAX or NumPy, got {type(x).__name__} "
+            f"of dtype {dtype}"
         ) from None
     if integers:
         if not is_integer:
@@ -384,6 +400,8 @@ def check_key(name: str, key: Any) -> None:
 
 def key_words(name: str, key: Any) -> jax.Array:
     """The words of a key, uint32 [2] or [4]."""
+    if isinstance(key, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} must be an array, got {key}")
     words = jax.random.key_data(key) if is_typed_key(key) else jnp.asarray(key)
     if words.shape[-1] not in (2, 4):
         raise NotImplementedError(
