@@ -25,6 +25,7 @@ from helpers import (
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import jax_flash
 from jax_flash import explain, mha
 from jax_flash._src import blocks, registry, sinks
 from jax_flash._src.config import AttentionConfig
@@ -136,6 +137,44 @@ def test_a_row_of_infinite_logits_has_the_sink_as_its_lse() -> None:
     assert_close((out, lse), expected, RULE)
     np.testing.assert_array_equal(lse[0, :, 2], sink)
     assert not np.asarray(out[0, 2]).any()
+
+
+@pytest.mark.parametrize("masked", ["mask", "ids", "ids, packed"])
+def test_a_row_of_an_infinite_bias_has_the_sink_as_its_lse(masked: str) -> None:
+    """Unless the mask or its segment leaves it no key, of the specification and not."""
+    query, key, value, sink = arrays()
+    bias = jnp.zeros((4, 8, 8)).at[1, 2:4].set(-jnp.inf).at[2, 4, 1:].set(-jnp.inf)
+    ids = jnp.asarray([0, 0, 1, -1, 2, 2, 3, 3])
+    options: dict[str, Any] = {"q_segment_ids": ids, "kv_segment_ids": ids}
+    if masked == "mask":
+        seen = (jnp.arange(8) > 0) & (jnp.arange(8) != 3)[:, None]
+        options = {"mask": seen & (jnp.arange(4) != 3)[:, None, None]}
+
+    def attended(implementation: str, *args: Any) -> Any:
+        *tensors, sink, bias = args
+        given = options | {"sinks": sink, "bias": bias, "return_lse": True}
+        given["implementation"] = implementation
+        if masked != "ids, packed":
+            return mha(*tensors, **given)
+        qkv = jnp.concatenate([x.reshape(4, 8, -1) for x in tensors], -1)
+        return jax_flash.mha_qkvpacked(qkv, 4, 2, **given)
+
+    def f(implementation: str, *args: Any) -> Any:
+        def total(*args: Any) -> Any:
+            out, lse = attended(implementation, *args)
+            return out.astype(jnp.float32).sum() + jnp.where(lse > -99, lse, 0).sum()
+
+        gradients = jax.grad(total, (3, 4))(*args)
+        return attended(implementation, *args), gradients
+
+    value = jnp.concatenate([value, value], -1)
+    got, expected = both(f, query, key, value, sink, bias)
+    (out, lse), _ = got
+    np.testing.assert_array_equal(lse[:, 1, 2], sink[1])
+    assert not np.asarray(out[:, 2, 1], np.float32).any()
+    assert np.isneginf(lse[:, 1, 3]).all()
+    assert_close(got[0], expected[0], RULE)
+    assert_close(got[1], expected[1], 2e-2)
 
 
 @pytest.mark.parametrize("route", ["small", "chunked", "kernel"])

@@ -44,7 +44,7 @@ def join(
     """
     sink = o["sinks"].astype(lse.dtype)[..., None]
     total = jnp.logaddexp(lse, sink)
-    has_keys = _has_keys(config, o, lse if seen is None else seen)
+    has_keys = _has_keys(config, o, lse if seen is None else seen, seen is not None)
     live = has_keys & (total != -jnp.inf)
     share = jnp.where(live, jnp.exp(lse - jnp.where(live, total, 0)), 0)
     by_row = jnp.swapaxes(share, -1, -2)[..., None]
@@ -52,13 +52,23 @@ def join(
     return [joined, jnp.where(live, total, -jnp.inf)]
 
 
-def _has_keys(config: AttentionConfig, o: Operands, lse: jax.Array) -> jax.Array:
-    """Which rows may attend a key, as far as that can be told without the scores."""
-    if {"mask", "q_segment_ids"} & set(o):
+def _has_keys(
+    config: AttentionConfig, o: Operands, lse: jax.Array, unbiased: bool
+) -> jax.Array:
+    """Which rows may attend a key, [*B, N|1, T].
+
+    As far as `lse` tells, where that saves reading a mask or ids: but for logits beyond
+    float32 it is -inf in rows without keys alone, unless a bias counts in it, as it
+    does if it is not `unbiased`.
+    """
+    by_scores = {"mask", "q_segment_ids"} & set(o)
+    if by_scores and (unbiased or "bias" not in o):
         return lse != -jnp.inf
     rows = lse.shape[-1]
     keys = o["key"].shape[-3] if "key" in o else rows  # where one array has both
     where = mask.locate(config, o, jnp.arange(rows, dtype=jnp.int32), rows, keys)
+    if by_scores:
+        return mask.allowed(o, where, jnp.arange(keys, dtype=jnp.int32)).any(-1)
     return (where.first < where.end)[..., None, :]
 
 
