@@ -305,6 +305,21 @@ def test_no_slopes() -> None:
         jax_flash.alibi(None)
 
 
+def test_slopes_that_became_none() -> None:
+    """In a tree, of which a part was taken: not the same as no bias."""
+    bias = jax.tree.map(lambda _: None, jax_flash.alibi(jnp.ones(4)))
+    x, cache = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 6, 2, 8))
+    lengths = jnp.ones(2, jnp.int32)
+    for run in (
+        lambda: call(bias=bias),
+        lambda: jax_flash.explain(x, x, x, bias),
+        lambda: jax_flash.mha_qkvpacked(jnp.ones((2, 5, 64)), 4, 2, bias=bias),
+        lambda: jax_flash.decode_mha(x, cache, cache, lengths, bias=bias),
+    ):
+        with pytest.raises(ValueError, match=r"bias=alibi\(slopes\) .*got None"):
+            run()
+
+
 def test_cuda_without_extension_says_so() -> None:
     from jax_flash._src import registry
 

@@ -131,8 +131,8 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
     chex.assert_trees_all_equal_shapes(actual, expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        infinities = (np.where(np.isinf(z), z, 0) for z in (x, y))
-        np.testing.assert_array_equal(*infinities)
+        infinite, expected_infinite = (np.where(np.isinf(z), z, 0) for z in (x, y))
+        np.testing.assert_array_equal(infinite, expected_infinite)
         x, y = np.where(np.isinf(x), 0, x), np.where(np.isinf(y), 0, y)
         largest = max(1.0, np.abs(y).max(initial=0))
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)

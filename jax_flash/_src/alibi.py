@@ -46,3 +46,13 @@ def alibi(slopes: Any) -> Alibi:
     if slopes is None:
         raise ValueError("slopes must be an array, got None")
     return Alibi(slopes)
+
+
+def slopes_of(bias: Alibi) -> Any:
+    """The slopes of a bias that is given.
+
+    A tree whose leaves were replaced may have None for them, which is not no bias.
+    """
+    if bias.slopes is None:
+        raise ValueError("bias=alibi(slopes) must have slopes, got None")
+    return bias.slopes

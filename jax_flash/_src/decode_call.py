@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash._src import validate
+from jax_flash._src import alibi, validate
 from jax_flash._src.alibi import Alibi
 from jax_flash._src.scores import accumulator
 
@@ -183,7 +183,7 @@ def slopes_of(bias: Any) -> Any:
     if bias is None:
         return None
     if isinstance(bias, Alibi):
-        return bias.slopes
+        return alibi.slopes_of(bias)
     if hasattr(bias, "shape"):
         raise NotImplementedError(
             "bias must be jax_flash.alibi(slopes), arrays of biases are not supported: "

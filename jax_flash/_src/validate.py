@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jax_flash._src import compat, dropout
+from jax_flash._src import alibi, compat, dropout
 from jax_flash._src.alibi import Alibi
 from jax_flash._src.call import Call
 from jax_flash._src.config import OPERANDS, QKV, TRAILING
@@ -92,7 +92,7 @@ def by_operand(arrays: dict[str, Any]) -> dict[str, Any]:
     bias = arrays.get("bias")
     if not isinstance(bias, Alibi):
         return arrays
-    return {**arrays, "bias": None, "alibi_slopes": bias.slopes}
+    return {**arrays, "bias": None, "alibi_slopes": alibi.slopes_of(bias)}
 
 
 def canonical(
