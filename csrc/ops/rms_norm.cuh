@@ -17,37 +17,26 @@
 #include "ops/vector.cuh"
 #include "ptx/address.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/once.cuh"
 
 namespace jax_flash::ops {
 
 // How the columns of a row are dealt to threads: vector v of a thread begins at column
 // (v * threads_of_row + thread_of_row) * kVector.
 struct RowTeam {
-  int vectors;         // of each thread: 1, 2 or 4
+  int vectors;         // of each thread: 2 or 4
   int threads;         // of a row
   int rows_per_block;  // more than one only where a row has one warp
 
   static constexpr int kRowsOfWarps = 4;
 
-  static constexpr int kMaxThreads = 512;
+  static constexpr int max_threads(int vectors) { return vectors == 2 ? 256 : 512; }
 
   // Fewer, each with the gradient of the weight in registers as well.
   static constexpr int max_bwd_threads(int vectors) { return vectors == 2 ? 256 : 384; }
 
   static RowTeam make(int columns, int vector) {
     const int count = (columns + vector - 1) / vector;
-    const bool has_warp = count <= 2 * kWarp;
-    return of(count, !has_warp && count <= kMaxThreads ? 1 : count <= 2 * kMaxThreads ? 2 : 4);
-  }
-
-  static RowTeam make_bwd(int columns, int vector) {
-    const int count = (columns + vector - 1) / vector;
-    return of(count, count <= 2 * max_bwd_threads(2) ? 2 : 4);
-  }
-
- private:
-  static RowTeam of(int count, int vectors) {
+    const int vectors = count <= 2 * max_threads(2) ? 2 : 4;
     const int warps = std::max(1, (count + vectors * kWarp - 1) / (vectors * kWarp));
     return {vectors, warps * kWarp, warps == 1 ? kRowsOfWarps : 1};
   }
@@ -70,35 +59,14 @@ __device__ __forceinline__ void load_weights(const W* weight, int first, int col
 // Of a multiprocessor, with 40 registers for each thread or 64, where no more are needed.
 template <typename T, typename W, int kVectors, bool kWide>
 inline constexpr int kMinBlocks = sizeof(T) < sizeof(W) || !kWide ? 1
-                                  : kVectors == 1                 ? 3
+                                  : kVectors == 2                 ? 6
                                                                   : 2;
 
-// A vector of a row that is read once: as `load_vector`, with an L2 policy where rows are whole
-// vectors.
-template <typename T, bool kWide>
-__device__ __forceinline__ uint4 load_once(const T* row, int first, int columns, uint64_t policy) {
-  if constexpr (kWide) {
-    return first < columns ? ptx::load_once(row + first, policy) : make_uint4(0, 0, 0, 0);
-  } else {
-    return load_vector(row, first, columns, false);
-  }
-}
-
-template <typename T, bool kWide>
-__device__ __forceinline__ void store_once(T* row, int first, int columns, const uint4& raw,
-                                           uint64_t policy) {
-  if constexpr (kWide) {
-    if (first < columns) ptx::store_once(row + first, raw, policy);
-  } else {
-    store_vector(row, first, columns, false, raw);
-  }
-}
-
-// kWide: all rows are whole vectors of 16 bytes. is_large: L2 cannot hold the arrays.
+// kWide: all rows are whole vectors of 16 bytes.
 template <typename T, typename W, int kVectors, bool kWide>
-__global__ void __launch_bounds__(RowTeam::kMaxThreads, (kMinBlocks<T, W, kVectors, kWide>))
-    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row,
-                    bool is_large) {
+__global__ void __launch_bounds__(RowTeam::max_threads(kVectors),
+                                  (kMinBlocks<T, W, kVectors, kWide>))
+    rms_norm_kernel(const __grid_constant__ RmsNormParams params, int threads_of_row) {
   constexpr int kV = kVector<T>;
   // No division is on the way to the loads of the usual case.
   const bool warps_alone = threads_of_row == kWarp;
@@ -111,21 +79,19 @@ __global__ void __launch_bounds__(RowTeam::kMaxThreads, (kMinBlocks<T, W, kVecto
   const int in_group = static_cast<int>(row - int64_t{group} * params.rows);
   const int columns = params.columns;
 
-  const uint64_t policy = is_large ? ptx::l2_evict_first() : ptx::l2_evict_normal();
   uint4 x[kVectors];
   uint4 residual[kVectors];
   const T* const x_row = row_of<T>(params.x, group, in_group);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    x[v] = load_once<T, kWide>(x_row, (v * threads_of_row + thread) * kV, columns, policy);
+    x[v] = load_vector(x_row, (v * threads_of_row + thread) * kV, columns, kWide);
   }
   const bool has_residual = params.residual.data != nullptr;
   if (has_residual) {
     const T* const residual_row = row_of<T>(params.residual, group, in_group);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int first = (v * threads_of_row + thread) * kV;
-      residual[v] = load_once<T, kWide>(residual_row, first, columns, policy);
+      residual[v] = load_vector(residual_row, (v * threads_of_row + thread) * kV, columns, kWide);
     }
     T* const sum_row = static_cast<T*>(params.sum) + row * columns;
 #pragma unroll
@@ -138,8 +104,7 @@ __global__ void __launch_bounds__(RowTeam::kMaxThreads, (kMinBlocks<T, W, kVecto
       for (int e = 0; e < kV; ++e) a[e] += b[e];
       // What is normalised is the rounded sum.
       x[v] = pack<T>(a);
-      const int first = (v * threads_of_row + thread) * kV;
-      store_once<T, kWide>(sum_row, first, columns, x[v], policy);
+      store_vector(sum_row, (v * threads_of_row + thread) * kV, columns, kWide, x[v]);
     }
   }
 
@@ -184,7 +149,7 @@ __global__ void __launch_bounds__(RowTeam::kMaxThreads, (kMinBlocks<T, W, kVecto
         a[i * kVector<W> + e] = a[i * kVector<W> + e] * scale * w[e];
       }
     }
-    store_once<T, kWide>(y_row, first, columns, pack<T>(a), policy);
+    store_vector(y_row, first, columns, kWide, pack<T>(a));
   }
 }
 
@@ -355,7 +320,7 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& devic
   const int64_t rows = int64_t{params.groups} * params.rows;
   const int64_t blocks = (rows + team.rows_per_block - 1) / team.rows_per_block;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  if (team.threads > RowTeam::kMaxThreads) return cudaErrorInvalidConfiguration;
+  if (team.threads > RowTeam::max_threads(4)) return cudaErrorInvalidConfiguration;
   bool wide = params.columns % kVector<T> == 0;
   for (const void* data :
        {params.x.data, params.residual.data, params.weight.data, static_cast<const void*>(params.y),
@@ -372,20 +337,16 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, const DeviceInfo& devic
     }
   }
   const auto kernel =
-      team.vectors == 1 ? (wide ? rms_norm_kernel<T, W, 1, true> : rms_norm_kernel<T, W, 1, false>)
-      : team.vectors == 2
-          ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)
-          : (wide ? rms_norm_kernel<T, W, 4, true> : rms_norm_kernel<T, W, 4, false>);
-  const int64_t arrays = params.residual.data != nullptr ? 4 : 2;
-  const int64_t bytes = arrays * rows * params.columns * static_cast<int64_t>(sizeof(T));
+      team.vectors == 2 ? (wide ? rms_norm_kernel<T, W, 2, true> : rms_norm_kernel<T, W, 2, false>)
+                        : (wide ? rms_norm_kernel<T, W, 4, true> : rms_norm_kernel<T, W, 4, false>);
   return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)),
                        team.threads * team.rows_per_block, kWarp * sizeof(float), stream, params,
-                       team.threads, bytes > device.l2_bytes);
+                       team.threads);
 }
 
 template <typename T, typename W>
 cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& params, cudaStream_t stream) {
-  const RowTeam team = RowTeam::make_bwd(params.columns, kVector<T>);
+  const RowTeam team = RowTeam::make(params.columns, kVector<T>);
   const int64_t blocks = int64_t{params.groups} * params.blocks;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   if (team.threads > RowTeam::max_bwd_threads(4)) return cudaErrorInvalidConfiguration;
