@@ -315,7 +315,10 @@ def read_text() -> tuple[str, str]:
 
 
 def explain_attention(config: Config) -> str:
-    """Which implementation runs this model's attention, here and elsewhere, and why."""
+    """Which implementation runs this model's attention, here and elsewhere, and why.
+
+    Ends the program if none does here.
+    """
     shape = (config.batch, config.length, config.heads, config.head_dim)
     query = jax.ShapeDtypeStruct(shape, config.dtype)
     key = jax.ShapeDtypeStruct((*shape[:2], config.kv_heads, shape[3]), config.dtype)
@@ -324,6 +327,8 @@ def explain_attention(config: Config) -> str:
     )
     platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     chosen = explanation.chosen.get(platform)
+    if chosen is None:
+        sys.exit(f"no attention for this {platform} device:\n{explanation}")
     return f"attention runs by {chosen!r} on this {platform} device\n{explanation}"
 
 
@@ -372,7 +377,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="train_lm.png")
-    parser.add_argument("--implementation", help="cuda, cudnn or xla; default: best")
+    parser.add_argument(
+        "--implementation", choices=("cuda", "cudnn", "xla"), help="default: the best"
+    )
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--generate", type=int, default=200, help="tokens to write")
     arguments = parser.parse_args()

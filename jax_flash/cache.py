@@ -22,14 +22,10 @@ __all__ = ["KVCache", "OutOfPagesError", "PageAllocator", "PageCopy", "PagedKVCa
 C = TypeVar("C")
 
 
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
 def _check_sizes(**sizes: Any) -> None:
     """Sizes that a cache is created with."""
     for name, size in sizes.items():
-        if not _is_integer(size) or size < 1:
+        if not validate.is_integer(size) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
@@ -432,7 +428,7 @@ class PageAllocator:
 
     def owners(self, page: int) -> int:
         """How many sequences own a page."""
-        if not _is_integer(page) or not 0 <= page < self.num_pages:
+        if not validate.is_integer(page) or not 0 <= page < self.num_pages:
             raise ValueError(f"page must be in [0, {self.num_pages}), got {page!r}")
         return self._owners[page]
 
@@ -538,7 +534,7 @@ class PageAllocator:
         return table
 
     def _sequence(self, sequence: int) -> _Sequence:
-        if not _is_integer(sequence) or sequence not in self._sequences:
+        if not validate.is_integer(sequence) or sequence not in self._sequences:
             raise ValueError(f"sequence must be one that exists, got {sequence!r}")
         return self._sequences[sequence]
 
@@ -570,7 +566,7 @@ class PageAllocator:
 
 
 def _count(name: str, count: Any) -> int:
-    if not _is_integer(count) or count < 0:
+    if not validate.is_integer(count) or count < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {count!r}")
     return int(count)
 

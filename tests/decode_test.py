@@ -373,6 +373,12 @@ HALF = C.astype(jnp.bfloat16)
         ((Q, C, C, L), {"window_size": 3}, ValueError, "window_size must be"),
         ((Q, C, C, L), {"num_splits": 0}, ValueError, "num_splits .* got 0"),
         ((Q, C, C, L), {"num_splits": True}, ValueError, "num_splits .* got True"),
+        (
+            (Q, C, C, L),
+            {"num_splits": np.timedelta64(2, "s")},
+            ValueError,
+            "num_splits .*2",
+        ),
         ((Q, C, C, L), {"scale": "x"}, ValueError, "scale must be a number"),
         ((Q, C, C, L), {"return_lse": 1}, ValueError, "return_lse must be"),
         ((Q, C, C, L), {"implementation": "x"}, ValueError, "implementation must"),

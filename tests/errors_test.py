@@ -161,6 +161,18 @@ WRONG = {
     "scale is a key": ({"scale": jax.random.key(0)}, r"scale must be a number"),
     "scale beyond float32": ({"scale": 1e300}, r"scale must be .*float32, got 1e\+300"),
     "scale beyond float64": ({"scale": 10**400}, r"scale must be .*float32, got 1000"),
+    "softcap is a time": (
+        {"softcap": np.timedelta64(3, "s")},
+        r"softcap must be a number, got .*timedelta64\(3,",
+    ),
+    "scale is a time": (
+        {"scale": np.array(3, "m8[s]")},
+        r"scale must be a number, got .*3",
+    ),
+    "a window of times": (
+        {"window_size": (np.timedelta64(3, "s"), None)},
+        r"window_size must hold ints or None, got .*timedelta64\(3,",
+    ),
     "softcap is 0": ({"softcap": 0.0}, r"softcap must be positive, got 0.0"),
     "softcap is 0 in float32": ({"softcap": 1e-40}, r"softcap must be .*got 1e-40"),
     "softcap above any logit": (

@@ -57,6 +57,11 @@ def test_train_lm(tmp_path: pathlib.Path) -> None:
 def test_train_lm_rejects_nonsense() -> None:
     out = run_python("examples/train_lm.py", "--steps", "0", status=2)
     assert "--steps >= 1" in out
+    out = run_python("examples/train_lm.py", "--implementation", "fast", status=2)
+    assert "invalid choice: 'fast'" in out
+    out = run_python("examples/train_lm.py", "--implementation", "cudnn", status=1)
+    assert "no attention for this cpu device" in out
+    assert "Traceback" not in out
 
 
 def test_train_lm_checks_the_chart_before_it_trains(tmp_path: pathlib.Path) -> None:

@@ -321,8 +321,7 @@ def _config(
     splits = options["num_splits"]
     if splits is not None:
         validate._static("num_splits", splits)
-        integer = isinstance(splits, int | np.integer) and not isinstance(splits, bool)
-        if not integer or splits < 1:
+        if not validate.is_integer(splits) or splits < 1:
             raise ValueError(
                 f"num_splits must be None or an integer of at least 1, got {splits!r}"
             )

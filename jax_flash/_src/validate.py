@@ -437,9 +437,12 @@ def _static(name: str, x: Any) -> Any:
 def number(name: str, x: Any) -> float:
     x = _static(name, x)
     if isinstance(x, np.ndarray | jax.Array):
-        is_number = jnp.issubdtype(x.dtype, jnp.number) and x.ndim == 0
+        # A time is a number to NumPy.
+        is_number = jnp.issubdtype(x.dtype, jnp.number) and x.dtype.kind != "m"
+        is_number = is_number and x.ndim == 0
     else:
-        is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        is_number = isinstance(x, numbers.Real)
+        is_number = is_number and not isinstance(x, bool | np.timedelta64)
     if not is_number:
         raise ValueError(f"{name} must be a number, got {x!r}")
     try:
@@ -474,9 +477,15 @@ def check_softcap(x: Any) -> float:
 
 def static_int(name: str, x: Any) -> int:
     x = _static(name, x)
-    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+    if not is_integer(x):
         raise ValueError(f"{name} must be an int, got {x!r}")
     return int(x)
+
+
+def is_integer(x: Any) -> bool:
+    """Whether x is an integer of Python or NumPy, which has times among them."""
+    other = isinstance(x, bool | np.timedelta64)
+    return isinstance(x, int | np.integer) and not other
 
 
 def _bound(name: str, x: Any) -> int | None:
@@ -519,7 +528,7 @@ def check_window(name: str, window: Any) -> tuple[int | None, int | None] | None
         if side is None:
             sides.append(None)
             continue
-        if isinstance(side, bool) or not isinstance(side, int | np.integer):
+        if not is_integer(side):
             raise ValueError(f"{name} must hold ints or None, got {window!r}")
         if side < 0:
             raise ValueError(
