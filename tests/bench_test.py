@@ -374,7 +374,7 @@ def test_options_smoke(
     monkeypatch.setattr(sys, "argv", ["options", "--smoke"])
     assert options.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * (1 + 11 + 8)
+    assert len(lines) == 1 + 2 * (1 + 13 + 8)
     assert "Error" not in "".join(lines)
     assert sum("needs an NVIDIA GPU" in line for line in lines) == 2 * 6
     for name in ("dense by xla", "segments by xla, a mask"):
@@ -389,7 +389,7 @@ def test_options_smoke(
     blocks = np.asarray(rows["mask of a quarter of the blocks"].operands[0])[0, 0]
     in_blocks = (blocks & (distance >= 0)).sum()
     masks = [dense, packed, in_blocks]
-    pairs = [dense, packed, packed, dense, dense, dense, dense, *masks, within]
+    pairs = [dense, packed, packed, *[dense] * 4, *[96**2] * 2, *masks, within]
     assert [row.pairs for row in rows.values()] == pairs
     np.testing.assert_array_equal(
         rows["mask of the documents"].operands[0][0, 0],
