@@ -163,13 +163,11 @@ def main() -> int:
     arguments = parse_arguments()
     path = arguments.model or default_weights()
     model, tokenizer = load_or_exit(path, arguments.dtype)
-    system = [{"role": "system", "content": arguments.system}]
-    user = [{"role": "user", "content": arguments.prompt}]
     try:
         if arguments.raw:
             prompt = tokenizer.encode(arguments.prompt)
         else:
-            prompt = tokenizer.chat(system * (arguments.system is not None) + user)
+            prompt = tokenizer.question(arguments.system, arguments.prompt)
     except ValueError as error:
         sys.exit(str(error))
     limit = model.config.context - len(prompt)

@@ -136,6 +136,13 @@ class Tokenizer:
         # The template names the token that begins a text where the model wants it.
         return self.encode(text, begin=False)
 
+    def question(self, system: str | None, prompt: str) -> np.ndarray:
+        """`chat` of a system prompt, if there is one, and one message of the user."""
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self.chat(messages)
+
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a GGUF file, or of a directory with tokenizer.json.

@@ -43,15 +43,6 @@ PROMPTS = (
 )
 
 
-def prompt_tokens(tokenizer: Tokenizer, system: str, prompt: str) -> np.ndarray:
-    """The conversation up to where the model answers, int32 [tokens]."""
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": prompt},
-    ]
-    return tokenizer.chat(messages)
-
-
 def common_prefix(prompts: list[np.ndarray]) -> np.ndarray:
     """The tokens that all prompts begin with, but for the last one of each."""
     shortest = min(len(prompt) for prompt in prompts) - 1
@@ -246,8 +237,7 @@ def main() -> int:
     model, tokenizer = load_or_exit(path, arguments.dtype)
     try:
         prompts = [
-            prompt_tokens(tokenizer, arguments.system, prompt)
-            for prompt in arguments.prompts
+            tokenizer.question(arguments.system, prompt) for prompt in arguments.prompts
         ]
     except ValueError as error:
         sys.exit(str(error))

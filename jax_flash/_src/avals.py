@@ -17,9 +17,17 @@ from jax_flash._src.config import RESIDUALS, TRAILING, AttentionConfig, Backward
 from jax_flash._src.scores import accumulator
 
 
-def _like(query: Any, shape: tuple, dtype: Any, spec: tuple) -> Any:
-    sharding = query.sharding.update(spec=PartitionSpec(*spec))
-    return query.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+def like(x: Any, shape: tuple, dtype: Any, spec: Iterable[Any]) -> Any:
+    """A type on the mesh of the type x, varying over the same manual axes.
+
+    Args:
+      x: a type.
+      shape: of the result.
+      dtype: of the result.
+      spec: of each dimension the mesh axes that split it, as in a PartitionSpec.
+    """
+    sharding = x.sharding.update(spec=PartitionSpec(*spec))
+    return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def mesh_axes(entries: Iterable[Any]) -> set[str]:
@@ -63,8 +71,8 @@ def forward(*avals: ShapedArray, config: AttentionConfig, **_: Any) -> list[Any]
     out_shape = (*batch, rows, heads, width)
     lse_dtype = accumulator(query.dtype)
     return [
-        _like(query, out_shape, query.dtype, (*spec, rows_spec, heads_spec, None)),
-        _like(query, (*batch, heads, rows), lse_dtype, (*spec, heads_spec, rows_spec)),
+        like(query, out_shape, query.dtype, (*spec, rows_spec, heads_spec, None)),
+        like(query, (*batch, heads, rows), lse_dtype, (*spec, heads_spec, rows_spec)),
     ]
 
 
@@ -76,7 +84,7 @@ def tangent(
     batch, spec = _full_batch(list(zip(names, avals, strict=True)))
     count = len(config.present)
     return [
-        _like(
+        like(
             avals[0],
             batch + x.shape[-TRAILING[n] :],
             x.dtype,
@@ -107,7 +115,7 @@ def backward(
             elif mesh_axes([own[i]]) & mesh_axes(trailing):
                 own[i] = None
         full_spec = (*own, *trailing)
-        results.append(_like(avals[0], (*shape, *x.shape[start:]), x.dtype, full_spec))
+        results.append(like(avals[0], (*shape, *x.shape[start:]), x.dtype, full_spec))
     return results
 
 

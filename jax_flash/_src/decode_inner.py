@@ -25,8 +25,8 @@ def abstract(*operands: Any, config: DecodeConfig, **_: Any) -> list[Any]:
     out_spec = (by_batch, by_token, by_head, None)
     lse_spec = (by_batch, by_head, by_token)
     return [
-        avals._like(query, out_shape, query.dtype, out_spec),
-        avals._like(query, (batch, heads, tokens), lse_dtype, lse_spec),
+        avals.like(query, out_shape, query.dtype, out_spec),
+        avals.like(query, (batch, heads, tokens), lse_dtype, lse_spec),
     ]
 
 

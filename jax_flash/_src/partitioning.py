@@ -2,8 +2,8 @@
 
 Lives here: the sharding rule given to Shardy, and the callback that decides, from the
 shardings the compiler proposes, what each device computes; and what every partitioned
-operation shares (meshes, `over_devices`). What a device runs is an
-inner primitive (`inner`) on its local shapes.
+operation shares (meshes, `over_devices`). What a device runs is an inner primitive
+(`inner`) on its local shapes.
 """
 
 import dataclasses

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jax_flash._src import compat, decode_reference, norm_op
+from jax_flash._src import avals, compat, decode_reference, norm_op
 
 QKV = "qkv"
 OPERANDS: tuple[str, ...] = (
@@ -126,9 +125,7 @@ def split(qkv: jax.Array, k_cache: Any, v_cache: Any) -> list[jax.Array]:
 
 def part_type(qkv: Any, shape: tuple[int, ...]) -> Any:
     """The type of a part [*B, N, H] of qkv."""
-    spec = PartitionSpec(*qkv.sharding.spec[:-1], None, None)
-    sharding = qkv.sharding.update(spec=spec)
-    return qkv.update(shape=shape, weak_type=False, sharding=sharding)
+    return avals.like(qkv, shape, qkv.dtype, (*qkv.sharding.spec[:-1], None, None))
 
 
 def rope_append(*operands: jax.Array, config: RopeConfig) -> list[jax.Array]:

@@ -25,7 +25,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_flash._src import compat, partitioning, registry
-from jax_flash._src.avals import mesh_axes
+from jax_flash._src.avals import like, mesh_axes
 from jax_flash._src.inner import new_primitive
 from jax_flash._src.primitives import device_hint
 
@@ -102,13 +102,8 @@ def _abstract(op: RowOp, *avals: Any, options: Options, **_: Any) -> list[Any]:
 
     def result(kind: str, r: Result) -> Any:
         count = _leading(kind, shapes)
-        own = PartitionSpec(*spec[:count], *(None,) * len(r.trailing))
-        return avals[0].update(
-            shape=(sizes[:count] + r.trailing),
-            dtype=r.dtype,
-            weak_type=False,
-            sharding=avals[0].sharding.update(spec=own),
-        )
+        own = (*spec[:count], *(None,) * len(r.trailing))
+        return like(avals[0], sizes[:count] + r.trailing, r.dtype, own)
 
     results = op.results(*avals, options=options)
     return list(map(result, options.result_kinds, results))

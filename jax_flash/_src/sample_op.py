@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
-from jax.sharding import PartitionSpec
 
-from jax_flash._src import compat, registry, rowwise, sample_reference
+from jax_flash._src import avals, compat, registry, rowwise, sample_reference
 from jax_flash._src.rowwise import Result, RowOp
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -134,8 +133,8 @@ def _top_k_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
     else:
         # Along explicit mesh axes a sharded vocabulary is gathered, as for the values.
         own = jax.typeof(tangent)
-        spec = PartitionSpec(*own.sharding.spec[:-1], None)
-        whole = own.update(sharding=own.sharding.update(spec=spec))
+        spec = (*own.sharding.spec[:-1], None)
+        whole = avals.like(own, own.shape, own.dtype, spec)
         tangent = compat.sharded_like(tangent, whole)
         taken = jnp.take_along_axis(tangent, indices, axis=-1)
     return [values, indices], [taken, zero]
